@@ -1,0 +1,79 @@
+"""Orthonormal bases by matrix products and small QRs: what subspace rules share.
+
+On a TPU a QR of more than a few hundred columns compiles for a minute, an eigendecomposition or
+SVD of more than 128 for several; on a CPU LAPACK does either in milliseconds. So what runs is
+chosen for the platform the program is lowered to.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_optax.matrices.explicit_sharding import product
+
+QR_COLUMNS = 320
+EIGH_COLUMNS = 128
+
+
+def orthonormalize(y: jax.Array) -> jax.Array:
+    """An orthonormal basis ``[*batch, d, k]`` of the columns of ``y [*batch, d, k]``, ``d >= k``.
+
+    QR on a CPU, and elsewhere up to 320 columns; Newton–Schulz beyond.
+    """
+    qr = lambda x: jnp.linalg.qr(x)[0]
+    if y.shape[-1] <= QR_COLUMNS:
+        return qr(y)
+    return jax.lax.platform_dependent(y, cpu=qr, default=newton_schulz)
+
+
+def leading_eigenvectors(gram: jax.Array, count: int) -> jax.Array:
+    """Eigenvectors ``[*batch, k, count]`` of the largest eigenvalues of ``gram [*batch, k, k]``.
+
+    In descending order and exact on a CPU, and elsewhere up to 128 columns. Beyond, four orthogonal
+    iterations: their span misses directions only where eigenvalues nearly tie, which costs a
+    projection no energy, and their order is approximate.
+    """
+    exact = lambda a: jnp.linalg.eigh(a)[1][..., ::-1][..., :count]
+    if gram.shape[-1] <= EIGH_COLUMNS:
+        return exact(gram)
+
+    def iterated(a: jax.Array) -> jax.Array:
+        start = jnp.broadcast_to(
+            jnp.eye(a.shape[-1], count, dtype=a.dtype), (*a.shape[:-1], count)
+        )
+        step = lambda _, v: orthonormalize(product("...kl,...lr->...kr", a, v))
+        return jax.lax.fori_loop(0, 4, step, start)
+
+    return jax.lax.platform_dependent(gram, cpu=exact, default=iterated)
+
+
+def newton_schulz(y: jax.Array) -> jax.Array:
+    """The orthonormal polar factor of ``y [*batch, d, k]``, ``d >= k``, by matrix products alone.
+
+    Directions that ``y`` does not have, to working precision, are filled with random ones: a first
+    pass leaves their singular values near zero, where ``I - XᵀX`` finds them, and a second pass
+    makes the filled matrix orthonormal. Thus rank-deficient gradients still get a full basis.
+
+    Source: Björck and Bowie, SIAM J. Numer. Anal. 8 (1971), for the convergent polynomial; Jordan
+    et al., Muon (2024), for the fast one that comes before it.
+    """
+    norm = jnp.linalg.norm(y, axis=(-2, -1), keepdims=True)
+    x = _polar(y / jnp.where(norm == 0, 1, norm))
+    missing = jnp.eye(x.shape[-1], dtype=x.dtype) - product("...dk,...dl->...kl", x, x)
+    noise = jax.random.normal(jax.random.key(0), x.shape[-2:], x.dtype) / x.shape[-2] ** 0.5
+    inside = product("...dk,...dl->...kl", x, jnp.broadcast_to(noise, x.shape))
+    outside = noise - product("...dk,...kl->...dl", x, inside)
+    filled = x + product("...dk,...kl->...dl", outside, missing)
+    return _polar(filled / 2)
+
+
+def _polar(x: jax.Array) -> jax.Array:
+    """Takes singular values in (about 1e-6, 1] to 1: twelve fast steps, then five convergent."""
+
+    def step(x: jax.Array, a: float, b: float, c: float) -> jax.Array:
+        gram = product("...dk,...dl->...kl", x, x)
+        eye = jnp.eye(x.shape[-1], dtype=x.dtype)
+        polynomial = a * eye + b * gram + c * product("...kl,...lj->...kj", gram, gram)
+        return product("...dk,...kl->...dl", x, polynomial)
+
+    x = jax.lax.fori_loop(0, 12, lambda _, x: step(x, 3.4445, -4.7750, 2.0315), x)
+    return jax.lax.fori_loop(0, 5, lambda _, x: step(x, 15 / 8, -10 / 8, 3 / 8), x)

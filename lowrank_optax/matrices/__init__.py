@@ -1,6 +1,8 @@
 """How a parameter leaf is seen as a (batch of) matrix, and which leaves are."""
 
+from lowrank_optax.matrices.flax_rules import weight_dimension_numbers
 from lowrank_optax.matrices.rules import DimensionNumbersRule, resolve_dimension_numbers
+from lowrank_optax.matrices.table import SelectionRow, SelectionTable, selection_table
 from lowrank_optax.matrices.views import (
     WeightDimensionNumbers,
     from_matrix,
@@ -11,10 +13,14 @@ from lowrank_optax.matrices.views import (
 
 __all__ = [
     "DimensionNumbersRule",
+    "SelectionRow",
+    "SelectionTable",
     "WeightDimensionNumbers",
     "from_matrix",
     "matrix_partition",
     "matrix_shape",
     "resolve_dimension_numbers",
+    "selection_table",
     "to_matrix",
+    "weight_dimension_numbers",
 ]

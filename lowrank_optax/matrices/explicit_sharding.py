@@ -47,6 +47,4 @@ def product(
     The default precision of TPUs (bfloat16 passes) and of recent GPUs (TF32) costs a basis its
     orthonormality, so every product with a basis is asked for at the highest.
     """
-    return jnp.einsum(
-        expression, a, b, precision=jax.lax.Precision.HIGHEST, out_sharding=partition
-    )
+    return jnp.einsum(expression, a, b, precision=jax.lax.Precision.HIGHEST, out_sharding=partition)

@@ -6,9 +6,13 @@ import jax
 
 
 def normalised_path(path: tuple[Any, ...]) -> tuple[str, ...]:
-    """Key path as a tuple of plain names, without the ``value`` that an NNX Variable appends."""
-    names = tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
-    return names[:-1] if names and names[-1] == "value" else names
+    """Key path as a tuple of plain names, without the ``.value`` that a Flax Variable appends.
+
+    Only the attribute is dropped: a parameter may itself be called ``value``, a dictionary's key.
+    """
+    if path and path[-1] == jax.tree_util.GetAttrKey("value"):
+        path = path[:-1]
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 
 def path_string(path: tuple[Any, ...]) -> str:

@@ -19,19 +19,113 @@ DimensionNumbersRule: TypeAlias = WeightDimensionNumbers | Callable[[Any], Any] 
 that makes either from the parameters; None stands for the rule by names, `default_rule`."""
 
 NOT_MATRICES = re.compile(
-    r"(embed|norm|(^|[/_])(bias|scale|(lm_|output_)?head|logits|classifier)([/_\d]|$))", re.I
+    r"embed|norm|lora_|(^|[/_])((bias|scale|gamma|beta)$|(ln|rms|wte|wpe|logits|classifier)([/_\d]|$))"
+    r"|(^|/)(?!(multi|attention|attn|self|cross|per)_)(\w+_)?head(_?\d+)?(/|$)"
+    r"|^(params/)?output(_layer|_proj|_projection)?(/|$)",
+    re.IGNORECASE,
 )
-"""Paths of leaves that are no matrices by default: embeddings, norms, biases, output heads."""
+"""Paths of leaves that are no matrices by default: embeddings, norms, biases, output heads, and the
+factors of a LoRA adapter, which have no rank to lose. A module called ``output`` is a head only at
+the top of the tree; further down it belongs to an attention."""
+
+_VECTOR_OF_NORM = re.compile(
+    r"(norm|(^|[/_])(ln|rms))[^/]*(/(scale|weight|gamma|bias|beta))?$", re.IGNORECASE
+)
+_CONVOLUTION = re.compile(r"(^|_)conv(?!e)", re.IGNORECASE)
 
 
 def default_rule(params: Any, include: str | None = None) -> Any:
-    """Dimension numbers by names alone: leaves of two axes, but for `NOT_MATRICES`."""
+    """Dimension numbers by names and shapes alone.
+
+    A leaf is a matrix if its path does not forbid it (`NOT_MATRICES`) and one of these holds:
+
+    - it has two axes;
+    - it is a ``kernel`` of Flax's attention: of ``query``, ``key`` or ``value``
+      ``[d, heads, head_dim]`` beside an ``out`` ``[heads, head_dim, d]``, or these stacked;
+    - it is the ``kernel`` of a convolution by name (``Conv_0``, ``conv1``): all axes but the last
+      are rows;
+    - it is stacked, and each layer is one of these. A subtree is known to be stacked by the norms
+      in it, whose vectors have a second axis, the size of which all its leaves share in front; a
+      ``kernel`` also by its ``bias``.
+
+    Everything else, such as a leaf of three axes that nothing explains, is not a matrix. Axes are
+    counted from the end.
+
+    Args:
+      params: Any tree of arrays or ``jax.ShapeDtypeStruct``.
+      include: Regular expression; where it is found in a path, `NOT_MATRICES` has no say.
+
+    Returns:
+      A tree like ``params`` with a spec, or None, for each leaf.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {"up": {"kernel": jnp.zeros((4, 3))}, "embed": {"table": jnp.zeros((9, 4))}}
+      >>> default_rule(params)["up"]
+      {'kernel': WeightDimensionNumbers(reduction_axis=-2, output_axis=-1)}
+      >>> print(default_rule(params)["embed"]["table"])
+      None
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    shapes = _one_layer({normalised_path(path): tuple(leaf.shape) for path, leaf in leaves})
+
     def spec(path: Any, leaf: Any) -> WeightDimensionNumbers | None:
         name = path_string(path)
-        wanted = not NOT_MATRICES.search(name) or (include and re.search(include, name))
-        return WeightDimensionNumbers(0, 1) if leaf.ndim == 2 and wanted else None
+        if NOT_MATRICES.search(name) and not (include and re.search(include, name)):
+            return None
+        return _spec_by_name(normalised_path(path), shapes)
 
     return jax.tree_util.tree_map_with_path(spec, params)
+
+
+_Shapes: TypeAlias = dict[tuple[str, ...], tuple[int, ...]]
+
+
+def _one_layer(shapes: _Shapes) -> _Shapes:
+    """The shapes, without the first axis where norms show it to be that of stacked layers."""
+    stacked = set()
+    for names, shape in shapes.items():
+        if len(shape) != 2 or not _VECTOR_OF_NORM.search("/".join(names[-2:])):
+            continue
+        for depth in range(len(names)):
+            beneath = [s for other, s in shapes.items() if other[:depth] == names[:depth]]
+            if len(beneath) > 1 and all(len(s) > 1 and s[0] == shape[0] for s in beneath):
+                stacked.add(names[:depth])
+                break
+    in_stack = lambda names: any(names[:depth] in stacked for depth in range(len(names)))
+    return {names: shape[1:] if in_stack(names) else shape for names, shape in shapes.items()}
+
+
+def _spec_by_name(names: tuple[str, ...], shapes: _Shapes) -> WeightDimensionNumbers | None:
+    shape, parent, module = shapes[names], names[:-2], names[-2] if len(names) > 1 else ""
+    if len(shape) == 2:
+        return WeightDimensionNumbers(-2, -1)
+    if len(shape) < 2 or names[-1] != "kernel":
+        return None
+    bias = shapes.get((*names[:-1], "bias"))
+    if _CONVOLUTION.search(module):
+        stack_axes = len(bias) - 1 if bias else 0
+        window_and_inputs = tuple(range(stack_axes - len(shape), -1))
+        return WeightDimensionNumbers(window_and_inputs, -1) if len(window_and_inputs) > 1 else None
+    if module in ("query", "key", "value", "out") and _heads_are_axes(parent, shapes):
+        if module == "out":
+            return WeightDimensionNumbers((-3, -2), -1)
+        return WeightDimensionNumbers(-3, (-2, -1))
+    if bias == (*shape[:-2], shape[-1]) and bias != shape[1:]:
+        return WeightDimensionNumbers(-2, -1)
+    return None
+
+
+def _heads_are_axes(attention: tuple[str, ...], shapes: _Shapes) -> bool:
+    """Whether query ``[d, heads, head_dim]`` fits out ``[heads, head_dim, d]``, and could not as
+    well be stacked matrices ``[layers, d, heads * head_dim]``."""
+    query = shapes.get((*attention, "query", "kernel"), ())
+    out = shapes.get((*attention, "out", "kernel"), ())
+    if len(query) != len(out) or len(query) not in (3, 4):
+        return False
+    fits = query[:-3] == out[:-3] and query[-2:] == out[-3:-1]
+    fits_stacked = query[:-2] == out[:-2] and query[-1] == out[-2]
+    return fits and not fits_stacked
 
 
 def _is_rule_leaf(x: Any) -> bool:
@@ -64,7 +158,7 @@ def resolve_dimension_numbers(
       >>> import jax.numpy as jnp
       >>> params = {"kernel": jnp.zeros((4, 3)), "bias": jnp.zeros(3)}
       >>> resolve_dimension_numbers(None, params)
-      [None, WeightDimensionNumbers(reduction_axis=0, output_axis=1)]
+      [None, WeightDimensionNumbers(reduction_axis=-2, output_axis=-1)]
 
     Reference:
       The three forms are those of ``optax.contrib.muon``: https://optax.readthedocs.io

@@ -8,7 +8,7 @@ scan, experts, an ensemble.
 
 from collections.abc import Sequence
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 from jax.sharding import PartitionSpec
@@ -53,7 +53,7 @@ class _Axes(NamedTuple):
         return self.batch + self.reduction + self.output
 
 
-def is_dimension_numbers(x: Any) -> bool:
+def is_dimension_numbers(x: Any) -> TypeGuard[WeightDimensionNumbers]:
     """Whether ``x`` is a spec of ours or one of optax's (they share the two field names)."""
     return hasattr(x, "reduction_axis") and hasattr(x, "output_axis")
 
@@ -140,9 +140,7 @@ def to_matrix(x: jax.Array, spec: WeightDimensionNumbers) -> jax.Array:
     return explicit_sharding.reshape(matrix, shape, matrix_partition(x, spec))
 
 
-def from_matrix(
-    matrix: jax.Array, spec: WeightDimensionNumbers, like: jax.Array
-) -> jax.Array:
+def from_matrix(matrix: jax.Array, spec: WeightDimensionNumbers, like: jax.Array) -> jax.Array:
     """The inverse of `to_matrix`: an array of ``like``'s shape (and explicit sharding).
 
     Args:

@@ -28,22 +28,27 @@ def orthonormalize(y: jax.Array) -> jax.Array:
 def leading_eigenvectors(gram: jax.Array, count: int) -> jax.Array:
     """Eigenvectors ``[*batch, k, count]`` of the largest eigenvalues of ``gram [*batch, k, k]``.
 
-    In descending order and exact on a CPU, and elsewhere up to 128 columns. Beyond, four orthogonal
-    iterations: their span misses directions only where eigenvalues nearly tie, which costs a
-    projection no energy, and their order is approximate.
+    In descending order, and exact on a CPU, and elsewhere up to 128 columns; `orthogonal_iteration`
+    beyond.
     """
     exact = lambda a: jnp.linalg.eigh(a)[1][..., ::-1][..., :count]
     if gram.shape[-1] <= EIGH_COLUMNS:
         return exact(gram)
-
-    def iterated(a: jax.Array) -> jax.Array:
-        start = jnp.broadcast_to(
-            jnp.eye(a.shape[-1], count, dtype=a.dtype), (*a.shape[:-1], count)
-        )
-        step = lambda _, v: orthonormalize(product("...kl,...lr->...kr", a, v))
-        return jax.lax.fori_loop(0, 4, step, start)
-
+    iterated = lambda a: orthogonal_iteration(a, count)
     return jax.lax.platform_dependent(gram, cpu=exact, default=iterated)
+
+
+def orthogonal_iteration(gram: jax.Array, count: int) -> jax.Array:
+    """Nearly the leading eigenvectors, by four steps of orthogonal iteration.
+
+    The span misses directions only where eigenvalues nearly tie, which costs a projection no
+    energy; the order is approximate.
+    """
+    start = jnp.broadcast_to(
+        jnp.eye(gram.shape[-1], count, dtype=gram.dtype), (*gram.shape[:-1], count)
+    )
+    step = lambda _, v: orthonormalize(product("...kl,...lr->...kr", gram, v))
+    return jax.lax.fori_loop(0, 4, step, start)
 
 
 def newton_schulz(y: jax.Array) -> jax.Array:
@@ -57,23 +62,29 @@ def newton_schulz(y: jax.Array) -> jax.Array:
     et al., Muon (2024), for the fast one that comes before it.
     """
     norm = jnp.linalg.norm(y, axis=(-2, -1), keepdims=True)
-    x = _polar(y / jnp.where(norm == 0, 1, norm))
+    start = y / jnp.where(norm == 0, 1, norm)
+    # A loop, though of two passes, so that compilers meet the polynomial once.
+    both = lambda _, carry: (polar := _polar(carry[1]), _fill_missing(polar) / 2)
+    return jax.lax.fori_loop(0, 2, both, (start, start))[0]
+
+
+def _fill_missing(x: jax.Array) -> jax.Array:
+    """``x`` plus random directions outside its span, where singular values are not one but zero."""
     missing = jnp.eye(x.shape[-1], dtype=x.dtype) - product("...dk,...dl->...kl", x, x)
     noise = jax.random.normal(jax.random.key(0), x.shape[-2:], x.dtype) / x.shape[-2] ** 0.5
     inside = product("...dk,...dl->...kl", x, jnp.broadcast_to(noise, x.shape))
     outside = noise - product("...dk,...kl->...dl", x, inside)
-    filled = x + product("...dk,...kl->...dl", outside, missing)
-    return _polar(filled / 2)
+    return x + product("...dk,...kl->...dl", outside, missing)
 
 
 def _polar(x: jax.Array) -> jax.Array:
     """Takes singular values in (about 1e-6, 1] to 1: twelve fast steps, then five convergent."""
+    fast, convergent = (3.4445, -4.7750, 2.0315), (15 / 8, -10 / 8, 3 / 8)
+    coefficients = jnp.array([fast] * 12 + [convergent] * 5, x.dtype)
 
-    def step(x: jax.Array, a: float, b: float, c: float) -> jax.Array:
+    def step(x: jax.Array, abc: jax.Array) -> tuple[jax.Array, None]:
         gram = product("...dk,...dl->...kl", x, x)
-        eye = jnp.eye(x.shape[-1], dtype=x.dtype)
-        polynomial = a * eye + b * gram + c * product("...kl,...lj->...kj", gram, gram)
-        return product("...dk,...kl->...dl", x, polynomial)
+        polynomial = abc[1] * gram + abc[2] * product("...kl,...lj->...kj", gram, gram)
+        return abc[0] * x + product("...dk,...kl->...dl", x, polynomial), None
 
-    x = jax.lax.fori_loop(0, 12, lambda _, x: step(x, 3.4445, -4.7750, 2.0315), x)
-    return jax.lax.fori_loop(0, 5, lambda _, x: step(x, 15 / 8, -10 / 8, 3 / 8), x)
+    return jax.lax.scan(step, x, coefficients)[0]

@@ -39,7 +39,7 @@ class ScaleByProjectionState(NamedTuple):
       inner: State of the inner transformation, on the tree of projected gradients.
     """
 
-    count: jax.Array
+    count: jax.typing.ArrayLike
     basis: Any
     next_refresh: Any
     inner: optax.OptState
@@ -125,8 +125,7 @@ def scale_by_projection(
     def views(tree: Any) -> list[_View | None]:
         specs = resolve_dimension_numbers(weight_dimension_numbers, tree)
         return [
-            _view(leaf, spec, side)
-            for leaf, spec in zip(jax.tree.leaves(tree), specs, strict=True)
+            _view(leaf, spec, side) for leaf, spec in zip(jax.tree.leaves(tree), specs, strict=True)
         ]
 
     def init_fn(params: optax.Params) -> ScaleByProjectionState:
@@ -152,10 +151,10 @@ def scale_by_projection(
 
     def update_fn(
         updates: optax.Updates,
-        state: ScaleByProjectionState,
+        state: Any,
         params: optax.Params | None = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, ScaleByProjectionState]:
+    ) -> tuple[optax.Updates, optax.OptState]:
         leaves, treedef = jax.tree.flatten(updates)
         leaf_views, every = views(updates), refresh_every
         key = jax.random.fold_in(jax.random.key(seed), state.count)

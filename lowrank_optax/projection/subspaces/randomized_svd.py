@@ -12,16 +12,14 @@ from lowrank_optax.projection.orthonormal import leading_eigenvectors, orthonorm
 from lowrank_optax.projection.subspaces import base
 
 
-def randomized_svd(
-    rank: int, oversample: int = 8, power_iterations: int = 1
-) -> base.Subspace:
+def randomized_svd(rank: int, oversample: int = 8, power_iterations: int = 1) -> base.Subspace:
     """Subspace of nearly the ``rank`` leading singular vectors, by a randomized range finder.
 
-    With ``Ω`` a Gaussian ``[n, r + oversample]``: ``Y = G Ω``; ``power_iterations`` times
-    ``Y = G Gᵀ orth(Y)``; ``Q = orth(Y)``; then the leading eigenvectors ``U`` of the small Gram
-    matrix of ``Qᵀ G`` turn the basis, ``P = Q U``, into approximate singular vectors in descending
+    With ``B`` a Gaussian ``[n, r + oversample]``, ``Q = orth(G B)`` and ``B = Gᵀ Q`` once, and again
+    for each of ``power_iterations``; then the leading eigenvectors ``U`` of the small Gram
+    matrix ``Bᵀ B`` turn the basis, ``P = Q U``, into approximate singular vectors in descending
     order. All products are at full float32 precision; ``orth`` is a QR up to 320 columns, and on
-    accelerators Newton–Schulz beyond. ``Ω`` depends on the key and the shape alone, so stacked and
+    accelerators Newton–Schulz beyond. The Gaussian depends on the key and the shape alone, so stacked and
     separate weights get the same bases.
 
     Args:
@@ -58,12 +56,15 @@ def randomized_svd(
         g, small, across = matrix.astype(basis.dtype), base.replicated(matrix), base.other(axis)
         columns = min(basis.shape[-1] + oversample, *g.shape[-2:])
         sketch = jax.random.normal(key, (g.shape[across], columns), g.dtype)
-        y = base.times(g, sketch, axis, small)
-        for _ in range(power_iterations):
-            back = base.times(g, orthonormalize(y), across, small)
-            y = base.times(g, _scaled(back), axis, small)
-        q = orthonormalize(y)
-        b = _scaled(base.times(g, q, across, small))
+
+        # A loop, though mostly of two rounds, so that compilers meet the orthonormalisation once.
+        def sharpen(_: int, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            q = orthonormalize(base.times(g, carry[1], axis, small))
+            return q, _scaled(base.times(g, q, across, small))
+
+        b = jnp.broadcast_to(sketch, (*g.shape[:-2], *sketch.shape))
+        q = jnp.zeros_like(base.times(g, b, axis, small))
+        q, b = jax.lax.fori_loop(0, power_iterations + 1, sharpen, (q, b))
         gram = base.product("...nk,...nl->...kl", b, b, small)
         return base.product(
             "...dk,...kr->...dr", q, leading_eigenvectors(gram, basis.shape[-1]), small

@@ -1,0 +1,212 @@
+"""What a rule selects, and what an optimizer keeps for it, as a table."""
+
+from collections.abc import Iterator
+import io
+import re
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import optax
+
+from lowrank_optax.matrices.flax_layers import is_linen_module, is_nnx_module
+from lowrank_optax.matrices.paths import normalised_path, path_string
+from lowrank_optax.matrices.rules import DimensionNumbersRule, resolve_dimension_numbers
+from lowrank_optax.matrices.views import WeightDimensionNumbers, matrix_shape
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_BASES = ("basis", "projector")  # ours, and that of ``optax.contrib.galore``
+
+
+class SelectionRow(NamedTuple):
+    """One parameter.
+
+    Attributes:
+      path: Its path, as ``blocks/mlp/up/kernel``.
+      shape: Its shape.
+      view: ``4 × (512 × 1376)``, a batch of matrices of rows × columns; ``–`` if it is no matrix.
+      method: The transformations that keep state for it, outermost first (``projection + adam``);
+        without a transformation ``matrix``, and in both cases ``–`` for nothing.
+      rank: Rank of its projection; None if it has none.
+      bytes: Bytes of optimizer state for it; without a transformation its own.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    view: str
+    method: str
+    rank: int | None
+    bytes: int
+
+
+class SelectionTable:
+    """Printed, a table of `SelectionRow`; see `selection_table`.
+
+    Attributes:
+      rows: One `SelectionRow` a parameter, in the order of ``jax.tree.leaves``.
+      other_bytes: Bytes of state that belong to no parameter, such as step counts.
+      total_bytes: Bytes of all rows and ``other_bytes``.
+    """
+
+    def __init__(self, rows: list[SelectionRow], other_bytes: int, of_state: bool) -> None:
+        self.rows = rows
+        self.other_bytes = other_bytes
+        self.total_bytes = sum(row.bytes for row in rows) + other_bytes
+        self._of_state = of_state
+
+    def __rich__(self) -> "Table":
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=None, pad_edge=False)
+        for name in ("path", "shape", "view", "method"):
+            table.add_column(name, overflow="fold")
+        for name in ("rank", "state bytes" if self._of_state else "bytes"):
+            table.add_column(name, justify="right", overflow="fold")
+        for row in self.rows:
+            rank = "–" if row.rank is None else str(row.rank)
+            shape = " × ".join(map(str, row.shape)) or "scalar"
+            cells = (row.path, shape, row.view, row.method, rank, f"{row.bytes:,}")
+            table.add_row(*map(Text, cells))
+        if self._of_state:
+            table.add_row("(no parameter's)", "", "", "", "", f"{self.other_bytes:,}")
+        table.add_row("total", "", "", "", "", f"{self.total_bytes:,}", style="bold")
+        return table
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        # As wide as it needs to be, wherever it is printed.
+        text = io.StringIO()
+        Console(file=text, width=10_000, color_system=None).print(self)
+        return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+    __repr__ = __str__
+
+
+def selection_table(
+    params: Any,
+    weight_dimension_numbers: DimensionNumbersRule = None,
+    transformation: optax.GradientTransformation | None = None,
+) -> SelectionTable:
+    """What a rule makes of each parameter, and what a transformation keeps for it.
+
+    The state is that of ``jax.eval_shape(transformation.init, params)``: nothing is computed. A
+    leaf of it belongs to the parameter whose path ends the leaf's own path (to the longest such),
+    which holds wherever state is a tree parallel to the parameters, as everywhere in optax.
+
+    Args:
+      params: Any tree of arrays or ``jax.ShapeDtypeStruct``, an NNX module (its ``nnx.Param`` are
+        meant) or a bound Linen module (its collection ``params``).
+      weight_dimension_numbers: The rule, as the optimizers take it; for None it is the one by
+        names, also for a module.
+      transformation: Any optax transformation, made with that same rule.
+
+    Returns:
+      The table: ``print`` it, or read its ``rows``.
+
+    Raises:
+      ValueError: If the rule does not fit the parameters.
+      TypeError: If the rule is none, or the transformation has no ``init``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {"up": {"kernel": jnp.zeros((4, 16, 64)), "bias": jnp.zeros((4, 64))}}
+      >>> print(selection_table(params, transformation=optax.adam(1e-3)))
+      path              shape        view           method  rank  state bytes
+      up/bias           4 × 64       –              adam       –        2,048
+      up/kernel         4 × 16 × 64  4 × (16 × 64)  adam       –       32,768
+      (no parameter's)                                                      4
+      total                                                            34,820
+
+    Reference:
+      States as parallel trees: https://optax.readthedocs.io
+    """
+    params = _parameters(params)
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    specs = resolve_dimension_numbers(weight_dimension_numbers, params)
+    if transformation is None:
+        kept = {normalised_path(path): _Kept(_bytes(leaf)) for path, leaf in leaves}
+        other = 0
+    else:
+        kept, other = _state_of(transformation, params)
+    rows = []
+    for (path, leaf), spec in zip(leaves, specs, strict=True):
+        own = kept[normalised_path(path)]
+        method = " + ".join(name for _, name in sorted(own.methods))
+        if transformation is None and spec is not None:
+            method = "matrix"
+        shape = tuple(leaf.shape)
+        row = (path_string(path), shape, _view(shape, spec), method or "–", own.rank, own.bytes)
+        rows.append(SelectionRow(*row))
+    return SelectionTable(rows, other, transformation is not None)
+
+
+class _Kept(NamedTuple):
+    bytes: int = 0
+    methods: frozenset[tuple[int, str]] = frozenset()  # with how deep each is nested
+    rank: int | None = None
+
+
+def _parameters(params: Any) -> Any:
+    if is_nnx_module(params):
+        from flax import nnx
+
+        return nnx.state(params, nnx.Param)
+    if is_linen_module(params):
+        return params.variables.get("params", {})
+    return params
+
+
+def _state_of(
+    transformation: optax.GradientTransformation, params: Any
+) -> tuple[dict[tuple[str, ...], _Kept], int]:
+    """What is kept for each parameter, and the bytes of what belongs to none."""
+    if not callable(getattr(transformation, "init", None)):
+        raise TypeError(f"transformation={transformation!r} must be an optax transformation.")
+    state = jax.eval_shape(transformation.init, params)
+    kept = {normalised_path(p): _Kept() for p, _ in jax.tree_util.tree_leaves_with_path(params)}
+    other = 0
+    for path, leaf, method in _state_leaves((state,)):
+        names = normalised_path(path)
+        endings = (names[start:] for start in range(len(names) + 1))
+        name = next((ending for ending in endings if ending in kept), None)
+        if name is None:
+            other += _bytes(leaf)
+        elif leaf.size:  # optax's galore keeps an empty projector for what it leaves alone
+            own = kept[name]
+            is_basis = any(field in _BASES for field in names[: len(names) - len(name)])
+            rank = leaf.shape[-1] if is_basis else own.rank
+            kept[name] = _Kept(own.bytes + _bytes(leaf), own.methods | method, rank)
+    return kept, other
+
+
+def _state_leaves(
+    tree: Any, prefix: tuple[Any, ...] = (), depth: int = 0
+) -> Iterator[tuple[tuple[Any, ...], Any, frozenset[tuple[int, str]]]]:
+    """Leaves of a state: path, leaf, and the innermost NamedTuple around it (or nothing)."""
+    is_record = lambda x: x is not tree and isinstance(x, tuple) and hasattr(x, "_fields")
+    around = frozenset({(depth, _short(type(tree).__name__))} if depth else ())
+    for path, x in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_record):
+        if is_record(x):
+            yield from _state_leaves(x, (*prefix, *path), depth + 1)
+        else:
+            yield (*prefix, *path), x, around
+
+
+def _short(state_name: str) -> str:
+    """``ScaleByAdamState`` is ``adam``, ``TraceState`` is ``trace``."""
+    return re.sub(r"^ScaleBy(?=.)|(?<=.)State$", "", state_name).lower()
+
+
+def _bytes(leaf: Any) -> int:
+    return leaf.size * leaf.dtype.itemsize
+
+
+def _view(shape: tuple[int, ...], spec: WeightDimensionNumbers | None) -> str:
+    if spec is None:
+        return "–"
+    *batch, rows, columns = matrix_shape(shape, spec)
+    matrix = f"{rows} × {columns}"
+    return f"{' × '.join(map(str, batch))} × ({matrix})" if batch else matrix

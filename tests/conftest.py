@@ -1,0 +1,22 @@
+"""Eight CPU devices for every test, and compiled programs kept between runs."""
+
+import os
+
+import pytest
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+
+# Costs the tests on one device nothing, and spares a process of their own to those on eight.
+jax.config.update("jax_num_cpu_devices", 8)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keeps compiled programs under `.pytest_cache`: a second run compiles next to nothing."""
+    cache = getattr(config, "cache", None)
+    if cache is None:  # -p no:cacheprovider
+        return
+    jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("jax_compilations")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

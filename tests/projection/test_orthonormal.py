@@ -1,0 +1,80 @@
+"""Orthonormal bases by products: every platform's path, run here on the CPU."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lowrank_optax.projection import orthonormal
+
+
+def _matrix(rows, singular_values, seed=0):
+    rng = np.random.default_rng(seed)
+    columns = len(singular_values)
+    u, _ = np.linalg.qr(rng.normal(size=(rows, columns)))
+    v, _ = np.linalg.qr(rng.normal(size=(columns, columns)))
+    return (u * singular_values) @ v.T, u @ v.T
+
+
+def _gram_error(q):
+    q = np.asarray(q, np.float64)
+    return np.abs(q.swapaxes(-1, -2) @ q - np.eye(q.shape[-1])).max()
+
+
+def test_newton_schulz_is_the_polar_factor():
+    y, polar = _matrix(48, np.linspace(1, 50, 12))
+    got = jax.jit(orthonormal.newton_schulz)(jnp.asarray(y, jnp.float32))
+    np.testing.assert_allclose(got, polar, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "singular_values",
+    [
+        np.logspace(0, -5, 24),
+        np.r_[np.ones(10), np.zeros(14)],
+        np.r_[1e12, np.ones(23)],
+        np.zeros(24),
+    ],
+    ids=["ill-conditioned", "rank-deficient", "one huge", "zero"],
+)
+@pytest.mark.parametrize("rows", [24, 40])
+def test_newton_schulz_is_orthonormal_whatever_the_spectrum(rows, singular_values):
+    y, _ = _matrix(rows, singular_values)
+    assert _gram_error(jax.jit(orthonormal.newton_schulz)(jnp.asarray(y, jnp.float32))) < 2e-5
+
+
+def test_newton_schulz_keeps_the_span_of_a_deficient_matrix():
+    y, _ = _matrix(40, np.r_[np.ones(10), np.zeros(14)])
+    q = np.asarray(jax.jit(orthonormal.newton_schulz)(jnp.asarray(y, jnp.float32)), np.float64)
+    np.testing.assert_allclose(q @ (q.T @ y), y, atol=1e-5)
+
+
+def test_newton_schulz_on_a_stack_equals_each():
+    stack = jax.random.normal(jax.random.key(0), (3, 20, 6))
+    newton_schulz = jax.jit(orthonormal.newton_schulz)
+    whole, each = newton_schulz(stack), jnp.stack([newton_schulz(y) for y in stack])
+    np.testing.assert_allclose(whole, each, atol=1e-5)
+
+
+def test_wide_sketches_are_orthonormal_on_the_cpu():
+    y = jax.random.normal(jax.random.key(0), (400, orthonormal.QR_COLUMNS + 1))
+    assert _gram_error(jax.jit(orthonormal.orthonormalize)(y)) < 1e-5
+
+
+@pytest.mark.parametrize("size", [8, orthonormal.EIGH_COLUMNS + 8])
+def test_leading_eigenvectors_are_in_descending_order(size):
+    values = np.linspace(1, 0.1, size)
+    vectors, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(size, size)))
+    gram = jnp.asarray((vectors * values) @ vectors.T, jnp.float32)
+    got = np.asarray(orthonormal.leading_eigenvectors(gram, 5), np.float64)
+    np.testing.assert_allclose(np.diag(got.T @ gram @ got), values[:5], rtol=1e-5)
+
+
+def test_orthogonal_iteration_finds_the_energy_of_the_exact_eigenvectors():
+    values = 1 / np.arange(1, 65) ** 2
+    vectors, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(64, 64)))
+    gram = jnp.asarray((vectors * values) @ vectors.T, jnp.float32)
+    got = jax.jit(orthonormal.orthogonal_iteration, static_argnums=1)(gram, 56)
+    assert _gram_error(got) < 1e-5
+    energy = np.trace(np.asarray(got).T @ np.asarray(gram) @ np.asarray(got))
+    assert energy > (1 - 3e-4) * values[:56].sum()

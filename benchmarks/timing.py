@@ -1,0 +1,42 @@
+"""Times of several functions in one run, taken in turn: these ratios survive a noisy machine."""
+
+from collections.abc import Callable
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+
+class Stepper:
+    """A jitted, donating `step(carry, *arguments) -> carry`, with its carry."""
+
+    def __init__(self, step: Callable[..., Any], carry: Any, *arguments: Any) -> None:
+        self.arguments = arguments
+        self.carry = jax.tree.map(lambda x: x.copy(), carry)
+        self.compiled = jax.jit(step, donate_argnums=0).lower(self.carry, *arguments).compile()
+
+    def __call__(self) -> float:
+        """Runs one step; returns its seconds."""
+        began = time.perf_counter()
+        self.carry = jax.block_until_ready(self.compiled(self.carry, *self.arguments))
+        return time.perf_counter() - began
+
+
+def milliseconds(steppers: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
+    """Median milliseconds of each over rounds in which all take their turn, after one warm-up."""
+    seconds = [[stepper() for stepper in steppers.values()] for _ in range(rounds + 1)]
+    medians = np.median(seconds[1:], axis=0) * 1e3
+    return dict(zip(steppers, medians.tolist(), strict=True))
+
+
+def print_table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
+    """Prints a table; floats with three significant digits."""
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*(f"{x:.3g}" if isinstance(x, float) else str(x) for x in row))
+    Console(width=100).print(table)

@@ -1,8 +1,12 @@
 """Times of several functions in one run, taken in turn: these ratios survive a noisy machine."""
 
 from collections.abc import Callable
+import os
 import time
 from typing import Any
+
+# LAPACK's own threads fight with XLA's for the cores; read when JAX loads LAPACK.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
 import numpy as np

@@ -7,7 +7,9 @@ chosen for the platform the program is lowered to.
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
+from lowrank_optax.matrices import explicit_sharding
 from lowrank_optax.matrices.explicit_sharding import product
 
 QR_COLUMNS = 320
@@ -19,10 +21,17 @@ def orthonormalize(y: jax.Array) -> jax.Array:
 
     QR on a CPU, and elsewhere up to 320 columns; Newton–Schulz beyond.
     """
-    qr = lambda x: jnp.linalg.qr(x)[0]
     if y.shape[-1] <= QR_COLUMNS:
-        return qr(y)
-    return jax.lax.platform_dependent(y, cpu=qr, default=newton_schulz)
+        return _qr(y)
+    return jax.lax.platform_dependent(y, cpu=_qr, default=newton_schulz)
+
+
+def _qr(y: jax.Array) -> jax.Array:
+    # jnp.linalg.qr refuses batch axes that are sharded on an explicit mesh (jax 0.10).
+    partition = explicit_sharding.partition_of(y)
+    everywhere = None if partition is None else PartitionSpec(*[None] * y.ndim)
+    q = jnp.linalg.qr(explicit_sharding.constrain(y, everywhere))[0]
+    return explicit_sharding.constrain(q, partition)
 
 
 def leading_eigenvectors(gram: jax.Array, count: int) -> jax.Array:

@@ -85,7 +85,7 @@ def galore(
       https://arxiv.org/abs/2504.20437.
     """
     no_decay = isinstance(weight_decay, int | float) and weight_decay == 0
-    return optax.chain(
+    chained = optax.chain(
         scale_by_projection(
             optax.scale_by_adam(b1, b2, eps),
             randomized_svd(rank) if subspace is None else subspace,
@@ -101,3 +101,22 @@ def galore(
         else optax.add_decayed_weights(weight_decay, weight_decay_mask),
         optax.scale_by_learning_rate(learning_rate),
     )
+    return _keep_dtypes(chained)
+
+
+def _keep_dtypes(
+    tx: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+    """``tx`` with updates of the gradients' dtype, also where a traced float32 rate promotes them.
+
+    Under ``optax.inject_hyperparams(..., hyperparam_dtype=jnp.float32)`` it would, for bfloat16
+    parameters, in every part of optax that multiplies by a hyper-parameter.
+    """
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, optax.OptState]:
+        new, state = tx.update(updates, state, params, **extra_args)
+        return optax.tree.cast_like(new, updates), state
+
+    return optax.GradientTransformationExtraArgs(tx.init, update_fn)

@@ -11,11 +11,13 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 import optax
 
 from lowrank_optax.matrices import (
     DimensionNumbersRule,
     WeightDimensionNumbers,
+    explicit_sharding,
     from_matrix,
     matrix_partition,
     matrix_shape,
@@ -141,7 +143,7 @@ def scale_by_projection(
             basis = subspace.init(matrix, view.axis)
             projected.append(jnp.zeros_like(subspace.project(basis, matrix, view.axis)))
             bases.append(basis)
-            due.append(jnp.zeros_like(matrix[..., 0, 0], dtype=jnp.int32))
+            due.append(_one_per_matrix(matrix))
         return ScaleByProjectionState(
             count=jnp.zeros([], jnp.int32),
             basis=treedef.unflatten(bases),
@@ -209,6 +211,13 @@ def _compute_dtype(leaf: Any) -> Any:
     return jnp.promote_types(leaf.dtype, jnp.float32) if floating else leaf.dtype
 
 
+def _one_per_matrix(matrix: jax.Array) -> jax.Array:
+    """Zeros ``[*batch]`` int32, with the batch axes' own sharding."""
+    partition = explicit_sharding.partition_of(matrix)
+    batch = None if partition is None else PartitionSpec(*partition[:-2])
+    return explicit_sharding.zeros(matrix.shape[:-2], jnp.int32, batch)
+
+
 def _view(leaf: Any, spec: WeightDimensionNumbers | None, side: Side) -> _View | None:
     """How the leaf is projected; None for leaves that are no real matrices, or empty."""
     if spec is None or leaf.size == 0 or not jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -237,15 +246,23 @@ def _refresh_if_due(
     due = count >= next_refresh
 
     def refresh() -> tuple[jax.Array, jax.Array]:
-        new = subspace.refresh(key, matrix, basis, axis)
-        agreement = jnp.sum(new * basis, axis=-2, keepdims=True)
-        new = jnp.where(agreement < 0, -new, new).astype(basis.dtype)
         every = lambda x: jnp.all(x, axis=(-2, -1))
-        usable = every(jnp.isfinite(new)) & every(jnp.isfinite(matrix)) & ~every(matrix == 0)
+        usable = every(jnp.isfinite(matrix)) & ~every(matrix == 0)
         taken = due & usable
+        # LAPACK need not return from a matrix that is not finite. One matrix is kept from it by the
+        # condition below; in a batch, the others still want theirs.
+        safe = jnp.where(usable[..., None, None], matrix, 0) if usable.ndim else matrix
+
+        def find() -> jax.Array:
+            new = subspace.refresh(key, safe, basis, axis)
+            agreement = jnp.sum(new * basis, axis=-2, keepdims=True)
+            new = jnp.where(agreement < 0, -new, new).astype(basis.dtype)
+            kept = taken & every(jnp.isfinite(new))
+            return jnp.where(kept[..., None, None], new, basis)
+
         following = (count // refresh_every + 1) * refresh_every
         return (
-            jnp.where(taken[..., None, None], new, basis),
+            jax.lax.cond(jnp.any(taken), find, lambda: basis),
             jnp.where(taken, following, next_refresh).astype(next_refresh.dtype),
         )
 

@@ -8,6 +8,7 @@ iterations, spans nearly the same subspace for a few products of ``O(m n r)``.
 import jax
 import jax.numpy as jnp
 
+from lowrank_optax.matrices import explicit_sharding
 from lowrank_optax.projection.orthonormal import leading_eigenvectors, orthonormalize
 from lowrank_optax.projection.subspaces import base
 
@@ -15,12 +16,12 @@ from lowrank_optax.projection.subspaces import base
 def randomized_svd(rank: int, oversample: int = 8, power_iterations: int = 1) -> base.Subspace:
     """Subspace of nearly the ``rank`` leading singular vectors, by a randomized range finder.
 
-    With ``B`` a Gaussian ``[n, r + oversample]``, ``Q = orth(G B)`` and ``B = Gᵀ Q`` once, and again
-    for each of ``power_iterations``; then the leading eigenvectors ``U`` of the small Gram
+    With ``B`` a Gaussian ``[n, r + oversample]``, ``Q = orth(G B)`` and ``B = Gᵀ Q`` once, and
+    again for each of ``power_iterations``; then the leading eigenvectors ``U`` of the small Gram
     matrix ``Bᵀ B`` turn the basis, ``P = Q U``, into approximate singular vectors in descending
     order. All products are at full float32 precision; ``orth`` is a QR up to 320 columns, and on
-    accelerators Newton–Schulz beyond. The Gaussian depends on the key and the shape alone, so stacked and
-    separate weights get the same bases.
+    accelerators Newton–Schulz beyond. The Gaussian depends on the key and the shape alone, so
+    stacked and separate weights get the same bases.
 
     Args:
       rank: Number of directions kept; clipped to the smaller side of each matrix.
@@ -63,6 +64,7 @@ def randomized_svd(rank: int, oversample: int = 8, power_iterations: int = 1) ->
             return q, _scaled(base.times(g, q, across, small))
 
         b = jnp.broadcast_to(sketch, (*g.shape[:-2], *sketch.shape))
+        b = explicit_sharding.constrain(b, small)
         q = jnp.zeros_like(base.times(g, b, axis, small))
         q, b = jax.lax.fori_loop(0, power_iterations + 1, sharpen, (q, b))
         gram = base.product("...nk,...nl->...kl", b, b, small)

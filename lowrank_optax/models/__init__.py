@@ -1,0 +1,21 @@
+"""One decoder of the Llama family, for the examples, the planner and the tests."""
+
+from lowrank_optax.models.config import DecoderConfig
+from lowrank_optax.models.decoder import Decoder
+from lowrank_optax.models.generation import generate
+from lowrank_optax.models.huggingface import load_huggingface, save_huggingface
+from lowrank_optax.models.presets import PRESETS, decoder_config
+from lowrank_optax.models.rotary import RopeScaling
+from lowrank_optax.models.safetensors_files import CheckpointMismatchError
+
+__all__ = [
+    "PRESETS",
+    "CheckpointMismatchError",
+    "Decoder",
+    "DecoderConfig",
+    "RopeScaling",
+    "decoder_config",
+    "generate",
+    "load_huggingface",
+    "save_huggingface",
+]

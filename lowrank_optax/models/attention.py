@@ -1,0 +1,131 @@
+"""Causal self-attention: rotary positions, grouped query heads, an optional sliding window."""
+
+from typing import NamedTuple
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from lowrank_optax.models.config import DecoderConfig
+from lowrank_optax.models.rotary import rotate
+
+
+class RMSNorm(nnx.RMSNorm):
+    """`nnx.RMSNorm` with Hugging Face's roundings.
+
+    The statistics and the division are float32; the result is cast to the input's dtype before
+    it is multiplied by the scale.
+    """
+
+    def __call__(self, x: jax.Array, mask: None = None) -> jax.Array:
+        """Normalises the last axis; shape and dtype stay."""
+        assert self.scale is not None  # use_scale is never turned off here
+        x32 = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+        normalised = (x32 * jax.lax.rsqrt(mean_square + self.epsilon)).astype(x.dtype)
+        return normalised * self.scale[...].astype(x.dtype)
+
+
+class KeyValueCache(NamedTuple):
+    """The keys and values of the positions seen so far.
+
+    Attributes:
+        keys: [batch, positions, key_value_heads, head_dim], rotated; zeros where nothing is yet.
+        values: the same shape.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+
+    def write(
+        self, keys: jax.Array, values: jax.Array, position: jax.Array | int
+    ) -> "KeyValueCache":
+        """The cache with the keys and values of the positions from `position` on replaced."""
+        start = (0, position, 0, 0)
+        return KeyValueCache(
+            jax.lax.dynamic_update_slice(self.keys, keys.astype(self.keys.dtype), start),
+            jax.lax.dynamic_update_slice(self.values, values.astype(self.values.dtype), start),
+        )
+
+
+class Attention(nnx.Module):
+    """Grouped-query causal self-attention; every projection is an `nnx.Linear`."""
+
+    def __init__(
+        self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike
+    ) -> None:
+        self.head_dim = config.head_dim
+        self.sliding_window = config.sliding_window
+        query_width = config.num_attention_heads * config.head_dim
+        key_width = config.num_key_value_heads * config.head_dim
+
+        def linear(d_in: int, d_out: int, use_bias: bool) -> nnx.Linear:
+            return nnx.Linear(
+                d_in,
+                d_out,
+                use_bias=use_bias,
+                kernel_init=nnx.initializers.normal(config.initializer_range),
+                dtype=dtype,
+                param_dtype=param_dtype,
+                rngs=rngs,
+            )
+
+        self.query = linear(config.hidden_size, query_width, config.query_key_value_bias)
+        self.key = linear(config.hidden_size, key_width, config.query_key_value_bias)
+        self.value = linear(config.hidden_size, key_width, config.query_key_value_bias)
+        self.output = linear(query_width, config.hidden_size, config.attention_bias)
+        self.query_norm = self.key_norm = nnx.data(None)
+        if config.query_key_norm:
+            norm = {"epsilon": config.rms_norm_eps, "param_dtype": param_dtype, "rngs": rngs}
+            self.query_norm = RMSNorm(config.head_dim, **norm)
+            self.key_norm = RMSNorm(config.head_dim, **norm)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        rotary: tuple[jax.Array, jax.Array],
+        cache: KeyValueCache | None = None,
+        position: jax.Array | int = 0,
+    ) -> tuple[jax.Array, KeyValueCache | None]:
+        """Mixes the positions of each sequence.
+
+        Args:
+            x: [batch, length, hidden_size].
+            rotary: cosine and sine of the positions of `x`.
+            cache: keys and values of earlier positions, to be read and extended; without it,
+                `x` starts at position 0 and attends to itself alone.
+            position: where in the cache `x` starts.
+
+        Returns:
+            The result, shaped as `x`, and the extended cache (None without one).
+        """
+        batch, length, width = x.shape
+        rows = x.reshape(-1, width)  # see MLP
+        query, key, value = (
+            layer(rows).reshape(batch, length, -1, self.head_dim)
+            for layer in (self.query, self.key, self.value)
+        )
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        query, key = rotate(query, rotary), rotate(key, rotary)
+        if cache is None:
+            # Hugging Face counts the position itself into the window, JAX does not.
+            window = None if self.sliding_window is None else (self.sliding_window - 1, 0)
+            mixed = jax.nn.dot_product_attention(
+                query, key, value, is_causal=True, local_window_size=window
+            )
+        else:
+            cache = cache.write(key, value, position)
+            mask = _visible(length, cache.keys.shape[1], position, self.sliding_window)
+            mixed = jax.nn.dot_product_attention(query, *cache, mask=mask)
+        return self.output(mixed.reshape(batch * length, -1)).reshape(x.shape), cache
+
+
+def _visible(length: int, cached: int, position: jax.Array | int, window: int | None) -> jax.Array:
+    """Which cached positions a query at `position + i` sees: bool [1, 1, length, cached]."""
+    distance = position + jnp.arange(length)[:, None] - jnp.arange(cached)[None, :]
+    visible = distance >= 0
+    if window is not None:
+        visible &= distance < window
+    return visible[None, None]

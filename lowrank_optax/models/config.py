@@ -1,0 +1,216 @@
+"""The shape of a Llama-family decoder, under the field names of Hugging Face's config.json."""
+
+from collections.abc import Mapping
+import dataclasses
+import os
+from typing import Any, Self, cast
+
+from lowrank_optax.models.huggingface_config import (
+    ARCHITECTURES,
+    fields_from_huggingface,
+    fields_to_huggingface,
+    read_json,
+    takes_attention_bias,
+)
+from lowrank_optax.models.rotary import RopeScaling, rope_scaling_from
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """The shape of a decoder; the fields are named as in Hugging Face's config.json.
+
+    Hashable, so it can be a static argument of a jitted function.
+
+    Attributes:
+        vocab_size: number of tokens.
+        hidden_size: width of the residual stream.
+        intermediate_size: width of the gated MLP.
+        num_hidden_layers: number of blocks.
+        num_attention_heads: number of query heads.
+        num_key_value_heads: number of key and value heads; None means `num_attention_heads`.
+        head_dim: width of one head; None means `hidden_size // num_attention_heads`.
+        rms_norm_eps: added to the mean square inside every RMS norm.
+        rope_theta: base of the rotary frequencies.
+        rope_scaling: a `RopeScaling`, a dict of its fields, or None.
+        tie_word_embeddings: whether the output head is the embedding itself.
+        attention_bias: llama: biases on query, key, value and output; qwen3: the same;
+            (qwen2 always has them on query, key and value, mistral has none).
+        mlp_bias: biases in the MLP (llama only).
+        sliding_window: a position sees itself and the `sliding_window - 1` before it; None means
+            all before it (mistral, qwen2 and qwen3 only).
+        hidden_act: the gate's activation; only `"silu"`.
+        max_position_embeddings: the length trained for; a record, not enforced.
+        model_type: `"llama"`, `"mistral"`, `"qwen2"` or `"qwen3"`.
+        initializer_range: standard deviation of the initial weights.
+        bos_token_id: first token of a text, or None; carried along, not used.
+        eos_token_id: last token of a text (or several), or None; carried along, not used.
+
+    Raises:
+        ValueError: a field has a value that makes no decoder; the message names it.
+
+    Example:
+        >>> config = DecoderConfig(vocab_size=257, hidden_size=64, intermediate_size=172,
+        ...                        num_hidden_layers=2, num_attention_heads=4)
+        >>> config.head_dim, config.num_key_value_heads
+        (16, 4)
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    # None is resolved at construction, so whoever reads the two finds integers.
+    num_key_value_heads: int = cast(int, None)
+    head_dim: int = cast(int, None)
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    sliding_window: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    model_type: str = "llama"
+    initializer_range: float = 0.02
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        _check_kinds(self)
+        if self.num_key_value_heads is None:
+            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size {self.hidden_size} is not divisible by num_attention_heads "
+                    f"{self.num_attention_heads}; choose another pair or give head_dim"
+                )
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        if isinstance(self.rope_scaling, Mapping):
+            object.__setattr__(self, "rope_scaling", rope_scaling_from(self.rope_scaling))
+        if isinstance(self.eos_token_id, list):
+            object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
+        _check_numbers(self)
+
+    @property
+    def query_key_value_bias(self) -> bool:
+        """Whether the query, key and value projections have a bias."""
+        return self.attention_bias or self.model_type == "qwen2"
+
+    @property
+    def query_key_norm(self) -> bool:
+        """Whether every query and key head is RMS-normalised before the rotation."""
+        return self.model_type == "qwen3"
+
+    @classmethod
+    def from_huggingface(
+        cls, source: Mapping[str, Any] | str | os.PathLike, **overrides: Any
+    ) -> Self:
+        """Reads a Hugging Face configuration; both the layouts of transformers 4 and 5.
+
+        Args:
+            source: the parsed config.json, its path, or the folder that holds it.
+            **overrides: fields that take another value than the one read.
+
+        Returns:
+            The configuration; fields that have no meaning here are left out.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is no JSON object, names another `model_type`, lacks a size, or asks
+                for something this decoder does not do.
+
+        Example:
+            >>> sizes = dict(vocab_size=32, hidden_size=8, intermediate_size=16,
+            ...              num_hidden_layers=1, num_attention_heads=2)
+            >>> config = DecoderConfig.from_huggingface({"model_type": "qwen2", **sizes,
+            ...     "num_key_value_heads": 1, "rope_parameters": {"rope_theta": 1e6}})
+            >>> config.rope_theta, config.query_key_value_bias
+            (1000000.0, True)
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        fields = fields_from_huggingface(read_json(source), names)
+        missing = [
+            field.name
+            for field in dataclasses.fields(cls)
+            if field.default is dataclasses.MISSING and field.name not in fields
+        ]
+        if missing:
+            raise ValueError(f"the configuration lacks {', '.join(missing)}")
+        return cls(**(fields | overrides))
+
+    def to_huggingface(self) -> dict[str, Any]:
+        """The configuration as the dict of a config.json, which transformers 4 and 5 both read.
+
+        Example:
+            >>> config = DecoderConfig(vocab_size=257, hidden_size=64, intermediate_size=172,
+            ...                        num_hidden_layers=2, num_attention_heads=4)
+            >>> DecoderConfig.from_huggingface(config.to_huggingface()) == config
+            True
+        """
+        fields = dataclasses.asdict(self)
+        if self.rope_scaling is not None:
+            fields["rope_scaling"] = self.rope_scaling.to_huggingface()
+        if isinstance(self.eos_token_id, tuple):
+            fields["eos_token_id"] = list(self.eos_token_id)
+        return fields_to_huggingface(fields)
+
+
+_POSITIVE_INTEGERS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
+_POSITIVE_INTEGERS_OR_NONE = ("num_key_value_heads", "head_dim", "sliding_window")
+_POSITIVE_NUMBERS = ("rms_norm_eps", "rope_theta", "initializer_range")
+_BOOLEANS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check_kinds(config: DecoderConfig) -> None:
+    """Every field is of the right kind and sign."""
+    for name in _POSITIVE_INTEGERS + _POSITIVE_INTEGERS_OR_NONE:
+        value = getattr(config, name)
+        if value is None and name in _POSITIVE_INTEGERS_OR_NONE:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    for name in _POSITIVE_NUMBERS:
+        value = getattr(config, name)
+        if not _is_number(value) or value <= 0:
+            raise ValueError(f"{name} must be a positive number, got {value!r}")
+    for name in _BOOLEANS:
+        if not isinstance(getattr(config, name), bool):
+            raise ValueError(f"{name} must be True or False, got {getattr(config, name)!r}")
+    if config.model_type not in ARCHITECTURES:
+        raise ValueError(
+            f"model_type {config.model_type!r} is not supported; "
+            f"choose one of {', '.join(ARCHITECTURES)}"
+        )
+    if config.hidden_act != "silu":
+        raise ValueError(f"hidden_act must be 'silu', got {config.hidden_act!r}")
+
+
+def _check_numbers(config: DecoderConfig) -> None:
+    """The fields fit each other."""
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise ValueError(
+            f"num_attention_heads {config.num_attention_heads} is not divisible by "
+            f"num_key_value_heads {config.num_key_value_heads}"
+        )
+    if config.head_dim % 2:
+        raise ValueError(f"head_dim must be even for rotary positions, got {config.head_dim}")
+    if config.attention_bias and not takes_attention_bias(config.model_type):
+        raise ValueError(f"attention_bias is not an option of model_type {config.model_type!r}")
+    if config.mlp_bias and config.model_type != "llama":
+        raise ValueError(f"mlp_bias is not an option of model_type {config.model_type!r}")
+    if config.sliding_window is not None and config.model_type == "llama":
+        raise ValueError("sliding_window is not an option of model_type 'llama'; use 'mistral'")

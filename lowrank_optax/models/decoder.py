@@ -1,0 +1,275 @@
+"""The Llama family's decoder in Flax NNX: Llama, Mistral, Qwen2 and Qwen3.
+
+Pre-norm blocks of grouped-query attention with rotary positions and a SwiGLU MLP (Touvron et al.
+2023, https://arxiv.org/abs/2302.13971). The blocks are either one stacked module run by a scan,
+which compiles once for all layers, or a list run one after the other.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from lowrank_optax.models.attention import Attention, KeyValueCache, RMSNorm
+from lowrank_optax.models.config import DecoderConfig
+from lowrank_optax.models.rotary import inverse_frequencies, rotary_angles
+
+# The attributes of jax.checkpoint_policies that are policies; the others make one from arguments.
+REMAT_POLICIES = (
+    "everything_saveable",
+    "nothing_saveable",
+    "dots_saveable",
+    "dots_with_no_batch_dims_saveable",
+)
+
+Remat = str | Callable[..., Any] | None
+
+
+class MLP(nnx.Module):
+    """The gated MLP: `down(silu(gate(x)) * up(x))`."""
+
+    def __init__(
+        self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike
+    ) -> None:
+        options = {
+            "use_bias": config.mlp_bias,
+            "kernel_init": nnx.initializers.normal(config.initializer_range),
+            "dtype": dtype,
+            "param_dtype": param_dtype,
+            "rngs": rngs,
+        }
+        self.gate = nnx.Linear(config.hidden_size, config.intermediate_size, **options)
+        self.up = nnx.Linear(config.hidden_size, config.intermediate_size, **options)
+        self.down = nnx.Linear(config.intermediate_size, config.hidden_size, **options)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., hidden_size] to the same shape."""
+        # Flat, because the gradient of a kernel is then one plain matrix product; with a batch
+        # and a length axis XLA's CPU backend transposes the activations first.
+        rows = x.reshape(-1, x.shape[-1])
+        return self.down(nnx.silu(self.gate(rows)) * self.up(rows)).reshape(x.shape)
+
+
+class Block(nnx.Module):
+    """One layer: attention and MLP, each on the normed residual stream and added to it."""
+
+    def __init__(
+        self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike
+    ) -> None:
+        types = {"param_dtype": param_dtype, "rngs": rngs}
+        self.attention_norm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, **types)
+        self.attention = Attention(config, dtype=dtype, **types)
+        self.mlp_norm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, **types)
+        self.mlp = MLP(config, dtype=dtype, **types)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        rotary: tuple[jax.Array, jax.Array],
+        cache: KeyValueCache | None,
+        position: jax.Array | int,
+    ) -> tuple[jax.Array, KeyValueCache | None]:
+        """As `Attention.__call__`, for the whole layer."""
+        mixed, cache = self.attention(self.attention_norm(x), rotary, cache, position)
+        x = x + mixed
+        return x + self.mlp(self.mlp_norm(x)), cache
+
+
+class Decoder(nnx.Module):
+    """A decoder-only language model of the Llama family.
+
+    Parameters, in JAX's layout (`y = x @ kernel`), L layers stacked in front where
+    `scan_layers` is true: `embed.embedding` [vocab, hidden]; in `blocks` the norms' `scale`
+    [L, hidden], and the kernels [L, d_in, d_out] of `attention.query`, `.key`, `.value`,
+    `.output` and `mlp.gate`, `.up`, `.down`; `norm.scale` [hidden]; `lm_head.kernel`
+    [hidden, vocab], absent where the embedding is tied. Unrolled, `blocks` is an `nnx.List`.
+
+    Args:
+        config: the shape.
+        rngs: source of the initial weights: normal with `config.initializer_range`, norms one.
+        dtype: of the activations. Norms, softmax, rotation and logits are computed in float32.
+        param_dtype: of the weights.
+        scan_layers: run one stacked block by a scan (compiles L times faster), or L blocks in
+            turn (somewhat faster on CPU).
+        remat: what backward keeps of a block: None keeps what it needs, `"full"` keeps the
+            block's input alone and recomputes the rest; otherwise the name of a policy in
+            `jax.checkpoint_policies`, or a policy.
+
+    Raises:
+        ValueError: `remat` is no policy's name.
+
+    Example:
+        >>> from flax import nnx
+        >>> import jax.numpy as jnp
+        >>> from lowrank_optax.models import Decoder, decoder_config
+        >>> model = Decoder(decoder_config("llama-tiny", vocab_size=257), rngs=nnx.Rngs(0))
+        >>> model(jnp.zeros((1, 8), jnp.int32)).shape
+        (1, 8, 257)
+        >>> model.blocks.mlp.gate.kernel.shape
+        (4, 128, 344)
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        scan_layers: bool = True,
+        remat: Remat = None,
+    ) -> None:
+        _check_remat(remat)
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        self.scan_layers = scan_layers
+        self.remat = remat
+        types = {"dtype": dtype, "param_dtype": param_dtype}
+        init = nnx.initializers.normal(config.initializer_range)
+        self.embed = nnx.Embed(
+            config.vocab_size, config.hidden_size, embedding_init=init, rngs=rngs, **types
+        )
+        self.blocks = _make_blocks(config, scan_layers, rngs, types)
+        self.norm = RMSNorm(
+            config.hidden_size, epsilon=config.rms_norm_eps, param_dtype=param_dtype, rngs=rngs
+        )
+        self.lm_head = nnx.data(None)
+        if not config.tie_word_embeddings:
+            self.lm_head = nnx.Linear(
+                config.hidden_size,
+                config.vocab_size,
+                use_bias=False,
+                kernel_init=init,
+                preferred_element_type=jnp.float32,
+                rngs=rngs,
+                **types,
+            )
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """The logits of the token after each position.
+
+        Args:
+            tokens: integers [batch, length]; a token outside the vocabulary gives NaN.
+
+        Returns:
+            float32 [batch, length, vocab_size].
+
+        Raises:
+            ValueError: `tokens` is no two-dimensional array of integers.
+        """
+        return self.decode(tokens, None, 0)[0]
+
+    def decode(
+        self, tokens: jax.Array, cache: KeyValueCache | None, position: jax.Array | int
+    ) -> tuple[jax.Array, KeyValueCache | None]:
+        """As `__call__` for tokens that continue a text whose keys and values are cached.
+
+        Args:
+            tokens: integers [batch, length], the positions `position` to `position + length - 1`.
+            cache: from `init_cache` or the call before; None for none.
+            position: where the tokens start; a scalar, which may be traced.
+
+        Returns:
+            The logits, float32 [batch, length, vocab_size], and the cache with these tokens in.
+        """
+        _check_tokens(tokens)
+        config = self.config
+        frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        rotary = rotary_angles(position + jnp.arange(tokens.shape[1]), frequencies)
+        x, cache = self._run_blocks(self.embed(tokens), rotary, cache, position)
+        return self._logits(self.norm(x)), cache
+
+    def _logits(self, x: jax.Array) -> jax.Array:
+        rows = x.reshape(-1, x.shape[-1])
+        if self.lm_head is not None:
+            logits = self.lm_head(rows)
+        else:
+            embedding = self.embed.embedding[...].astype(x.dtype)
+            logits = jnp.matmul(rows, embedding.T, preferred_element_type=jnp.float32)
+        return logits.reshape(*x.shape[:2], -1)
+
+    def init_cache(self, batch: int, length: int) -> KeyValueCache:
+        """An empty cache for texts of `length` tokens, the layers stacked in front."""
+        config = self.config
+        heads = (config.num_key_value_heads, config.head_dim)
+        empty = jnp.zeros((config.num_hidden_layers, batch, length, *heads), self.dtype)
+        return KeyValueCache(empty, empty)
+
+    def _run_blocks(
+        self,
+        x: jax.Array,
+        rotary: tuple[jax.Array, jax.Array],
+        cache: KeyValueCache | None,
+        position: jax.Array | int,
+    ) -> tuple[jax.Array, KeyValueCache | None]:
+        def call(
+            graphdef: nnx.GraphDef, x: jax.Array, state: nnx.State, cache: KeyValueCache | None
+        ) -> tuple[jax.Array, tuple[KeyValueCache | None, nnx.State]]:
+            block = nnx.merge(graphdef, state)
+            x, cache = block(x, rotary, cache, position)
+            # All that a call may change; the weights are only read.
+            return x, (cache, nnx.state(block, nnx.RngCount))
+
+        if self.remat is not None:
+            # A scan already keeps XLA from merging the recomputation with the first pass.
+            call = jax.checkpoint(
+                call,
+                static_argnums=0,
+                policy=_policy(self.remat),
+                prevent_cse=not self.scan_layers,
+            )
+        if isinstance(self.blocks, nnx.List):
+            caches = []
+            for index, block in enumerate(self.blocks):
+                graphdef, state = nnx.split(block)
+                layer_cache = jax.tree.map(lambda c: c[index], cache)  # noqa: B023
+                x, (layer_cache, counts) = call(graphdef, x, state, layer_cache)
+                nnx.update(block, counts)
+                caches.append(layer_cache)
+            return x, jax.tree.map(lambda *layers: jnp.stack(layers), *caches)
+        # Not nnx.scan: it writes the weights back, which fails where the model is a constant of
+        # an enclosing jit or grad.
+        graphdef, state = nnx.split(self.blocks)
+        x, (cache, counts) = jax.lax.scan(
+            lambda x, layer: call(graphdef, x, *layer), x, (state, cache)
+        )
+        nnx.update(self.blocks, counts)
+        return x, cache
+
+
+def _make_blocks(
+    config: DecoderConfig, scan_layers: bool, rngs: nnx.Rngs, types: dict[str, DTypeLike]
+) -> Block | nnx.List:
+    def make(rngs: nnx.Rngs) -> Block:
+        return Block(config, rngs=rngs, **types)
+
+    if not scan_layers:
+        return nnx.List([make(rngs) for _ in range(config.num_hidden_layers)])
+    stacked = nnx.vmap(make, in_axes=0, out_axes=0)
+    return nnx.split_rngs(splits=config.num_hidden_layers)(stacked)(rngs)
+
+
+def _check_remat(remat: Remat) -> None:
+    if remat is None or callable(remat) or remat == "full" or remat in REMAT_POLICIES:
+        return
+    raise ValueError(
+        f"remat must be None, 'full', a checkpoint policy, or the name of one "
+        f"({', '.join(REMAT_POLICIES)}), got {remat!r}"
+    )
+
+
+def _policy(remat: str | Callable[..., Any]) -> Callable[..., Any] | None:
+    if callable(remat):
+        return remat
+    return None if remat == "full" else getattr(jax.checkpoint_policies, remat)
+
+
+def _check_tokens(tokens: jax.Array) -> None:
+    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(
+            "tokens must be integers of shape [batch, length], "
+            f"got {tokens.dtype} of shape {tokens.shape}"
+        )

@@ -1,0 +1,139 @@
+"""Between Hugging Face's config.json (transformers 4 and 5) and the fields of `DecoderConfig`."""
+
+from collections.abc import Iterable, Mapping
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from lowrank_optax.models.rotary import rope_scaling_from
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+
+# What Hugging Face assumes where a config.json leaves a field out, if it is not our own default.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+        "max_position_embeddings": 131072,
+    },
+    "qwen2": {
+        "num_key_value_heads": 32,
+        "sliding_window": 4096,
+        "max_position_embeddings": 32768,
+    },
+    "qwen3": {
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "sliding_window": 4096,
+        "max_position_embeddings": 32768,
+    },
+}
+
+
+def read_json(source: Mapping[str, Any] | str | os.PathLike) -> Mapping[str, Any]:
+    if isinstance(source, Mapping):
+        return source
+    path = Path(source)
+    if path.is_dir():
+        path = path / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no config.json at {path}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def fields_from_huggingface(source: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """The fields among `names` that a parsed config.json gives, defaults of its type filled in."""
+    model_type = source.get("model_type")
+    if model_type not in ARCHITECTURES:
+        raise ValueError(
+            f"model_type {model_type!r} is not supported; "
+            f"the configuration must name one of {', '.join(ARCHITECTURES)}"
+        )
+    # max_sequence_length: the name in the configuration files of the GaLore repository.
+    length = source.get("max_sequence_length", 2048)
+    defaults = {"max_position_embeddings": length} | _DEFAULTS[model_type]
+    source = defaults | dict(source)
+    fields = {name: source[name] for name in names if name in source}
+    # Fields that Hugging Face's models of the type do not read either.
+    if not takes_attention_bias(model_type):
+        fields.pop("attention_bias", None)
+    if model_type != "llama":
+        fields.pop("mlp_bias", None)
+    return fields | _rope_fields(source) | {"sliding_window": _sliding_window(source, model_type)}
+
+
+def fields_to_huggingface(fields: dict[str, Any]) -> dict[str, Any]:
+    """The config.json for the fields of a `DecoderConfig`, given as a dict of plain values."""
+    model_type, window = fields["model_type"], fields["sliding_window"]
+    fields = fields | {"architectures": [ARCHITECTURES[model_type]]}
+    if not takes_attention_bias(model_type):
+        del fields["attention_bias"]
+    if model_type != "llama":
+        del fields["mlp_bias"]
+    if model_type == "llama":
+        del fields["sliding_window"]
+    elif model_type != "mistral":
+        fields["use_sliding_window"] = window is not None
+        fields["max_window_layers"] = fields["num_hidden_layers"] if window is None else 0
+    return fields
+
+
+def takes_attention_bias(model_type: str) -> bool:
+    """Whether `attention_bias` is a choice; qwen2 always has a bias, mistral never."""
+    return model_type in ("llama", "qwen3")
+
+
+def _sliding_window(source: Mapping[str, Any], model_type: str) -> int | None:
+    """One window for all layers, or None; a mixture of layers is refused."""
+    window = source.get("sliding_window")
+    if model_type == "llama" or window is None:
+        return None
+    if model_type == "mistral":
+        return window
+    if not source.get("use_sliding_window", False):
+        return None
+    layers = source["num_hidden_layers"]
+    full = source.get("max_window_layers", 28)
+    kinds = set(
+        source.get("layer_types")
+        or ["full_attention" if i < full else "sliding_attention" for i in range(layers)]
+    )
+    if kinds == {"full_attention"}:
+        return None
+    if kinds == {"sliding_attention"}:
+        return window
+    raise ValueError(
+        f"the configuration mixes layers of the kinds {', '.join(sorted(kinds))}; "
+        "this decoder has the same attention in all layers"
+    )
+
+
+def _rope_fields(source: Mapping[str, Any]) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling`, which transformers 5 has inside `rope_parameters`."""
+    parameters = source.get("rope_parameters") or source.get("rope_scaling") or {}
+    if not isinstance(parameters, Mapping):
+        raise ValueError(f"the rotary parameters must be an object, got {parameters!r}")
+    rotated = parameters.get("partial_rotary_factor", source.get("partial_rotary_factor"))
+    if rotated not in (None, 1, 1.0):
+        raise ValueError(f"partial_rotary_factor must be 1, got {rotated!r}")
+    theta = parameters.get("rope_theta", source.get("rope_theta"))
+    length = source["max_position_embeddings"]
+    return {
+        "rope_theta": 10000.0 if theta is None else theta,
+        "rope_scaling": rope_scaling_from(
+            {"original_max_position_embeddings": length} | dict(parameters)
+        ),
+    }

@@ -1,0 +1,54 @@
+"""Eight devices give what one gives, and the state stays where it is."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from harness.row import Row
+from harness.trees import STEPS, Tree, assert_close, assert_same_types, at, normal_like
+
+MESH_SHAPE, MESH_AXES = (4, 2), ("x", "y")
+# Every axis of a matrix in turn, and stacked layers: shape, sharding.
+LEAVES = {
+    "rows": ((8, 6), PartitionSpec("x", None)),
+    "columns": ((6, 8), PartitionSpec(None, "x")),
+    "layers": ((2, 8, 4), PartitionSpec("y", "x", None)),
+    "bias": ((4,), PartitionSpec("y")),
+}
+SHAPES = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, (shape, _) in LEAVES.items()}
+
+
+def place(tree: Tree, mesh: Mesh) -> Tree:
+    return {n: jax.device_put(x, NamedSharding(mesh, LEAVES[n][1])) for n, x in tree.items()}
+
+
+def run_sharded(row: Row, mesh: Mesh) -> list[Tree]:
+    """Compares the updates with those on one device; returns every state."""
+    params, gradients = normal_like(SHAPES, 70), normal_like(SHAPES, 80, STEPS)
+    expected = row.run(params, gradients)
+    params = place(params, mesh)
+    states = [row.tx.init(params)]
+    for i in range(STEPS):
+        placed = place(at(gradients, i), mesh)
+        params, state, updates = row.step(params, states[-1], placed)
+        assert_same_types(updates, placed)
+        assert_close(updates, at(expected, i))
+        states.append(state)
+    return states
+
+
+def check_sharded_on_an_auto_mesh(row: Row) -> None:
+    """After the first update, which may move it, the state's sharding is stable."""
+    mesh = jax.make_mesh(MESH_SHAPE, MESH_AXES, axis_types=(AxisType.Auto,) * 2)
+    states = run_sharded(row, mesh)
+    for x, y in zip(jax.tree.leaves(states[1]), jax.tree.leaves(states[-1]), strict=True):
+        assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
+
+
+def check_sharded_on_an_explicit_mesh(row: Row) -> None:
+    """The types of the state, with their shardings, are those of the eager `init`."""
+    mesh = jax.make_mesh(MESH_SHAPE, MESH_AXES, axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        states = run_sharded(row, mesh)
+        for state in states[1:]:
+            assert_same_types(state, states[0])

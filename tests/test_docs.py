@@ -1,0 +1,120 @@
+"""The pages in docs/: complete, linked, and in step with the flags of the main job."""
+
+from collections.abc import Iterator
+import contextlib
+import importlib
+import io
+from pathlib import Path
+import pkgutil
+import re
+from types import ModuleType
+
+import pytest
+
+import lowrank_optax
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts)
+TEXTS = [*PAGES, *sorted(ROOT.glob("*.md"))]  # also the README, and what pages include
+
+FENCED = re.compile(r"^(`{3,}|:{3,})(.*?)^\1\s*$", re.MULTILINE | re.DOTALL)
+CODE = re.compile(r"`[^`\n]*`")
+LINK = re.compile(r"\[[^\]]*\]\(\s*<?([^)\s>]+)")
+FILE_DIRECTIVE = re.compile(
+    r"^`{3,}\{(?:include|literalinclude|image|figure)\} (\S+)", re.MULTILINE
+)
+DOCUMENTED = re.compile(r"^\.\. (?:auto\w+|py:\w+):: ([\w.]+)", re.MULTILINE)
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def public_packages() -> Iterator[ModuleType]:
+    yield lowrank_optax
+    for found in pkgutil.walk_packages(lowrank_optax.__path__, "lowrank_optax."):
+        if found.ispkg:
+            yield importlib.import_module(found.name)
+
+
+def documented_names() -> list[str]:
+    """Names that the API pages document, by an autodoc directive or as a module or data."""
+    return [n for path in DOCS.glob("api/*.md") for n in DOCUMENTED.findall(path.read_text())]
+
+
+def lookup(dotted: str) -> object:
+    """What a dotted name stands for, also through a name that a package only re-exports."""
+    found: object = lowrank_optax
+    for part in dotted.split(".")[1:]:
+        if not hasattr(found, part) and isinstance(found, ModuleType):
+            importlib.import_module(f"{found.__name__}.{part}")
+        found = getattr(found, part)
+    return found
+
+
+def anchors(path: Path) -> set[str]:
+    """Anchors of a page's headings, as MyST and GitHub spell them."""
+    headings = re.findall(r"^#+ (.+)$", FENCED.sub("", path.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_public_name_is_on_an_api_page() -> None:
+    documented = [lookup(dotted) for dotted in documented_names()]
+    missing = [
+        f"{package.__name__}.{public}"
+        for package in public_packages()
+        for public in package.__all__
+        if not any(getattr(package, public) is thing for thing in documented)
+    ]
+    assert not missing
+
+
+def test_every_name_on_an_api_page_is_public_and_there_once() -> None:
+    names = documented_names()
+    assert len(names) == len(set(names))
+    for dotted in names:
+        if not isinstance(lookup(dotted), ModuleType):
+            package, _, public = dotted.rpartition(".")
+            assert public in lookup(package).__all__, dotted
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=name)
+def test_every_relative_link_leads_somewhere(path: Path) -> None:
+    text = path.read_text()
+    for target in LINK.findall(CODE.sub("`x`", FENCED.sub("", text))):
+        if re.match(r"[a-z][a-z+.-]*:", target):  # http:, mailto:
+            continue
+        file, _, anchor = target.partition("#")
+        page = (path.parent / file).resolve() if file else path
+        assert page.exists(), f"{name(path)} links to {target}"
+        if anchor and page.suffix == ".md":
+            assert anchor in anchors(page), f"{name(path)} links to {target}"
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name)
+def test_every_file_shown_on_a_page_is_there(path: Path) -> None:
+    for file in FILE_DIRECTIVE.findall(path.read_text()):
+        assert (path.parent / file).exists(), f"{name(path)} shows {file}"
+
+
+def test_every_page_is_in_one_toctree() -> None:
+    entries = []
+    for path in PAGES:
+        for _, block in FENCED.findall(path.read_text()):
+            kind, *lines = block.splitlines()
+            if kind.strip() == "{toctree}":
+                listed = [line.strip() for line in lines if line.strip() and line[0] != ":"]
+                entries += [path.parent / f"{line}.md" for line in listed]
+    assert sorted([*entries, DOCS / "index.md"]) == PAGES
+
+
+def test_the_page_of_the_main_job_has_every_flag_and_no_other() -> None:
+    settings = pytest.importorskip("_settings")
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit):
+        settings.parse(["--help"])
+    flags = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
+    rows = re.findall(r"^\| `--.*$", (DOCS / "pretrain.md").read_text(), re.MULTILINE)
+    described = {flag for row in rows for flag in flags.findall(row.split("|")[1])}
+    assert described == set(flags.findall(printed.getvalue())) - {"--help"}

@@ -1,0 +1,38 @@
+"""Compile-only TPU devices: the real compiler, no TPU. Needs the extra `tpu-check`."""
+
+from collections.abc import Callable
+import os
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+import pytest
+
+# Without these libtpu asks the network what machine this is.
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+
+@pytest.fixture(params=["v5e", "v6e"])
+def chip(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def compile_for() -> Callable[..., Any]:
+    """`compile_for(chip, function, *abstract_arguments, donate_argnums=())`, on one device."""
+    pytest.importorskip("libtpu", reason="needs the extra tpu-check")
+
+    def compile_for(
+        chip: str, function: Callable[..., Any], *arguments: Any, donate_argnums: Any = ()
+    ) -> Any:
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=f"{chip}:2x2")
+        sharding = SingleDeviceSharding(topology.devices[0])
+        place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        jitted = jax.jit(function, donate_argnums=donate_argnums)
+        return jitted.lower(*jax.tree.map(place, arguments)).compile()
+
+    return compile_for

@@ -1,0 +1,173 @@
+"""The settings of `pretrain.py`: one field each, its flag, and what is refused at once."""
+
+import argparse
+from collections.abc import Sequence
+import dataclasses
+from pathlib import Path
+from typing import NoReturn
+
+SCHEDULES = ("constant", "cosine", "linear", "wsd")
+DTYPES = ("float32", "bfloat16")
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used; the message is the one line they read."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Everything that decides the course of a run."""
+
+    data: str | None = None
+    tokenizer: str | None = None
+    model: str = "llama-tiny"
+    optimizers: tuple[str, ...] = ("adamw", "galore")
+    set: tuple[str, ...] = ()
+    learning_rate: float | None = None
+    schedule: str = "cosine"
+    warmup: int | None = None
+    steps: int = 1000
+    batch_size: int = 8
+    sequence_length: int = 128
+    accumulate: int = 1
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    remat: str | None = None
+    initializer_range: float | None = None
+    devices: int | None = None
+    seed: int = 0
+    eval_every: int = 50
+    eval_sequences: int = 256
+    checkpoint_every: int = 200
+
+    def __post_init__(self) -> None:
+        """Check the numbers which need nothing but themselves."""
+        positive = ("steps", "batch_size", "sequence_length", "accumulate")
+        for name in (*positive, "eval_every", "eval_sequences", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{flag(name)} must be at least 1, not {getattr(self, name)}")
+        if self.warmup is not None and not 0 <= self.warmup <= self.steps:
+            raise InputError(f"--warmup must be between 0 and --steps, not {self.warmup}")
+        if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
+            raise InputError(f"--learning-rate must be positive, not {self.learning_rate}")
+        if self.initializer_range is not None and not 0 < self.initializer_range < float("inf"):
+            raise InputError(f"--initializer-range must be positive, not {self.initializer_range}")
+        if not 0 <= self.seed < 2**32:  # what both grain and jax.random.key take
+            raise InputError(f"--seed must be between 0 and 2**32 - 1, not {self.seed}")
+        if len(set(self.optimizers)) < len(self.optimizers):
+            raise InputError("--compare needs different optimizers, not one of them twice")
+
+
+def flag(name: str) -> str:
+    """Spells a field of Settings as its flag."""
+    return "--compare" if name == "optimizers" else "--" + name.replace("_", "-")
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, like every other refusal of the program."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (--help lists every flag)")
+
+
+def parse(argv: Sequence[str] | None) -> tuple[dict[str, object], Path, bool]:
+    """Returns the settings given on the command line, the output folder, and `resume`."""
+    parser = _Parser(
+        prog="pretrain.py",
+        description="Train a small language model on text and compare optimizers: same weights "
+        "at the start, same batches. Without flags: AdamW and GaLore on the Python standard "
+        "library's own source files.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    text = parser.add_argument_group("text")
+    text.add_argument("--data", metavar="DIR_OR_GLOB", help="text files to train on")
+    text.add_argument(
+        "--tokenizer", metavar="PATH", help="a `tokenizers` JSON file (default: bytes as tokens)"
+    )
+    _add_training_flags(parser.add_argument_group("training"))
+    _add_optimizer_flags(parser.add_argument_group("optimizer"))
+    run = parser.add_argument_group("run")
+    run.add_argument(
+        "--output", metavar="DIR", default="runs/pretrain", help="(default: %(default)s)"
+    )
+    run.add_argument(
+        "--resume", action="store_true", default=False, help="go on with the run in --output"
+    )
+    _add(run, "eval_every", int, "steps between two looks at the held-out text")
+    _add(run, "eval_sequences", int, "sequences of held-out text looked at")
+    _add(run, "checkpoint_every", int, "steps between two checkpoints")
+    arguments = parser.parse_args(argv)
+    given = vars(arguments)
+    folder, resume = Path(given.pop("output")).expanduser(), given.pop("resume")
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}, folder, resume
+
+
+def _add(group: argparse._ArgumentGroup, name: str, kind: type, text: str, **options) -> None:
+    """Adds the flag of one field, with the field's default in its help."""
+    default = getattr(Settings, name)
+    suffix = "" if default is None else f" (default: {default})"
+    if kind is not str:
+        options["metavar"] = "N" if kind is int else "X"
+    group.add_argument(flag(name), type=kind, help=text + suffix, **options)
+
+
+def _add_training_flags(group: argparse._ArgumentGroup) -> None:
+    _add(group, "model", str, "a preset such as llama-60m, or a path to a config.json")
+    _add(group, "steps", int, "optimizer steps")
+    _add(group, "batch_size", int, "sequences in a step, over all devices")
+    _add(group, "sequence_length", int, "tokens predicted in a sequence")
+    _add(group, "accumulate", int, "micro-batches whose gradients make one step")
+    _add(group, "dtype", str, "arithmetic of the model", choices=DTYPES)
+    _add(group, "param_dtype", str, "storage of the weights", choices=DTYPES)
+    group.add_argument(
+        "--remat",
+        metavar="POLICY",
+        nargs="?",
+        const="full",
+        help="recompute activations in the backward pass: all, or what a policy of "
+        "jax.checkpoint_policies does not save",
+    )
+    _add(
+        group,
+        "initializer_range",
+        float,
+        "standard deviation of the weights at the start (default: 1 / sqrt(hidden size))",
+    )
+    _add(group, "devices", int, "devices to share each batch (default: all)")
+    _add(group, "seed", int, "fixes the weights at the start and the order of the batches")
+
+
+def _add_optimizer_flags(group: argparse._ArgumentGroup) -> None:
+    which = group.add_mutually_exclusive_group()
+    which.add_argument(
+        "--optimizer",
+        dest="optimizers",
+        metavar="NAME",
+        nargs=1,
+        help="any optimizer that lowrank_optax, optax or optax.contrib exports",
+    )
+    which.add_argument(
+        "--compare",
+        dest="optimizers",
+        metavar="NAME",
+        nargs="+",
+        help="several of them, from the same start on the same batches (default: adamw galore)",
+    )
+    group.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        nargs="+",
+        action="extend",
+        help="options: rank=32 for all which take it, galore.rank=32 for one",
+    )
+    _add(group, "learning_rate", float, "peak learning rate (default: each optimizer's own)")
+    _add(
+        group,
+        "schedule",
+        str,
+        "learning rate after warm-up: constant, cosine to a tenth, linear to "
+        "zero, or wsd (constant, then linear to zero in the last fifth)",
+        choices=SCHEDULES,
+    )
+    _add(group, "warmup", int, "steps of linear warm-up (default: a tenth of --steps)")

@@ -1,0 +1,299 @@
+"""Pre-train a small language model on text, and compare optimizers while at it.
+
+    python examples/pretrain.py
+    python examples/pretrain.py --data 'books/*.txt' --optimizer galore --set rank=64
+    python examples/pretrain.py --resume
+
+Plain Flax NNX, optax, grain and Orbax: the functions down to `train` are meant to be copied.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import closing
+import dataclasses
+import functools
+from pathlib import Path
+import shlex
+import sys
+import threading
+import time
+from typing import Any, NamedTuple
+
+try:
+    from _corpus import Corpus, held_out_windows, load_corpus, training_batches
+    from _machine import first_interrupt, make_mesh, peak_bytes
+    from _optimizers import Chosen, choose, make_optimizer, make_schedule, one_line
+    from _report import Meter, plot, report, summarize
+    from _run_folder import StepLog, load_settings, open_folder, read_json, write_json
+    from _settings import InputError, Settings, parse
+    from flax import nnx
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding, PartitionSpec
+    import optax
+    import orbax.checkpoint as ocp
+    from rich.console import Console
+
+    from lowrank_optax.models import Decoder, decoder_config, generate
+except ModuleNotFoundError as error:
+    print(
+        f"pretrain.py: error: {error.name} is missing; it comes with the extra `examples`: "
+        "pip install 'lowrank-optax[examples]'",
+        file=sys.stderr,
+    )
+    sys.exit(2)
+
+
+def mean_loss(params: optax.Params, graphdef: nnx.GraphDef, tokens: jax.Array) -> jax.Array:
+    """Mean cross entropy of the next token, for tokens [batch, length + 1]."""
+    logits = nnx.merge(graphdef, params)(tokens[:, :-1])
+    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+
+def loss_and_gradient(
+    params: optax.Params, graphdef: nnx.GraphDef, tokens: jax.Array
+) -> tuple[jax.Array, optax.Updates]:
+    """Averages over the micro-batches of tokens [accumulate, batch, length + 1]."""
+    value_and_grad = jax.value_and_grad(mean_loss)
+    if len(tokens) == 1:
+        return value_and_grad(params, graphdef, tokens[0])
+
+    def add(total: Any, micro_batch: jax.Array) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, value_and_grad(params, graphdef, micro_batch)), None
+
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), (jnp.zeros([]), params))
+    (loss, gradient), _ = jax.lax.scan(add, zeros, tokens)
+    gradient = jax.tree.map(lambda g, p: (g / len(tokens)).astype(p.dtype), gradient, params)
+    return loss / len(tokens), gradient
+
+
+def train_step(
+    params: optax.Params,
+    opt_state: optax.OptState,
+    tokens: jax.Array,
+    *,
+    graphdef: nnx.GraphDef,
+    tx: optax.GradientTransformationExtraArgs,
+) -> tuple[optax.Params, optax.OptState, jax.Array]:
+    """One step of the optimizer on tokens [accumulate, batch, length + 1]."""
+    loss, gradient = loss_and_gradient(params, graphdef, tokens)
+    updates, opt_state = tx.update(
+        gradient,
+        opt_state,
+        params,
+        value=loss,  # these three are for optimizers with a line search; others ignore them
+        grad=gradient,
+        value_fn=lambda p: loss_and_gradient(p, graphdef, tokens)[0],
+    )
+    return optax.apply_updates(params, updates), opt_state, loss
+
+
+def held_out_loss(params: optax.Params, windows: jax.Array, *, graphdef: nnx.GraphDef) -> jax.Array:
+    """Mean loss over windows [batches, batch, length + 1]."""
+    return jax.lax.map(lambda tokens: mean_loss(params, graphdef, tokens), windows).mean()
+
+
+def save(
+    manager: ocp.CheckpointManager, step: int, params: Any, opt_state: Any, position: dict
+) -> None:
+    """Saves model, optimizer and position in the text."""
+    items = ocp.args.Composite(
+        params=ocp.args.StandardSave(params),
+        opt_state=ocp.args.StandardSave(opt_state),
+        position=ocp.args.JsonSave(position),
+    )
+    manager.save(step, args=items)
+    manager.wait_until_finished()  # the next step reuses the memory of these arrays
+
+
+def restore(
+    manager: ocp.CheckpointManager, params: Any, opt_state: Any
+) -> tuple[Any, Any, dict[str, Any]]:
+    """Restores the latest checkpoint, each array where its counterpart now lies."""
+    params, opt_state = jax.tree.map(ocp.utils.to_shape_dtype_struct, (params, opt_state))
+    items = ocp.args.Composite(
+        params=ocp.args.StandardRestore(params),
+        opt_state=ocp.args.StandardRestore(opt_state),
+        position=ocp.args.JsonRestore(),
+    )
+    restored = manager.restore(manager.latest_step(), args=items)
+    return restored["params"], restored["opt_state"], restored["position"]
+
+
+class Job(NamedTuple):
+    """What it takes to train with one optimizer."""
+
+    optimizer: Chosen
+    tx: optax.GradientTransformationExtraArgs
+    make_model: Callable[[], Decoder]
+    corpus: Corpus
+    settings: Settings
+    mesh: jax.sharding.Mesh
+
+
+def train(job: Job, folder: Path, console: Console, stop: threading.Event) -> dict | None:
+    """Trains with one optimizer, from its latest checkpoint if there is one.
+
+    Returns the figures for the table, or None if `stop` was set.
+    """
+    settings, corpus = job.settings, job.corpus
+    on_all = NamedSharding(job.mesh, PartitionSpec())  # model and optimizer: a copy on each
+    shared_out = NamedSharding(job.mesh, PartitionSpec(None, "data"))  # a part of each batch
+    graphdef, params = nnx.split(job.make_model())
+    params = jax.device_put(params, on_all)
+    opt_state = jax.jit(job.tx.init, out_shardings=on_all)(params)
+    batches = training_batches(corpus, settings)
+    windows = jax.device_put(held_out_windows(corpus, settings), shared_out)
+
+    step_function, compile_seconds = compile_step(job, graphdef, params, opt_state, shared_out)
+    evaluate = jax.jit(functools.partial(held_out_loss, graphdef=graphdef))
+
+    checkpoints = (folder / "checkpoints").resolve()
+    keep = ocp.CheckpointManagerOptions(max_to_keep=2)
+    meter = Meter(console, job.optimizer.name, settings)
+    with ocp.CheckpointManager(checkpoints, options=keep) as manager:
+        done = manager.latest_step() or 0
+        if done:
+            params, opt_state, position = restore(manager, params, opt_state)
+            batches.set_state(position)
+        with closing(StepLog(folder / "log.jsonl", done)) as log, meter.running(done):
+            for step in range(done + 1, settings.steps + 1):
+                tokens = next(batches).reshape(settings.accumulate, -1, windows.shape[-1])
+                tokens = jax.device_put(tokens, shared_out)
+                params, opt_state, loss = step_function(params, opt_state, tokens)
+                log.add(step, loss)
+                last, stopped = step == settings.steps, stop.is_set()
+                if last or step % settings.eval_every == 0:
+                    log.add_held_out(step, evaluate(params, windows))
+                    meter.line(step, log)
+                if last or step % settings.checkpoint_every == 0 or stopped:
+                    log.flush()
+                    save(manager, step, params, opt_state, batches.get_state())
+                    log.restart_clock()
+                meter.update(step, log)
+                if stopped and not last:
+                    return None
+
+    return summarize(folder / "log.jsonl", settings, job.optimizer.refresh_every) | {
+        "optimizer_state_bytes": sum(x.nbytes for x in jax.tree.leaves(opt_state)),
+        "compiled_peak_bytes": peak_bytes(step_function),
+        "compile_seconds": compile_seconds,
+        "sample": sample(nnx.merge(graphdef, params), corpus, settings.seed),
+    }
+
+
+def compile_step(
+    job: Job,
+    graphdef: nnx.GraphDef,
+    params: optax.Params,
+    opt_state: optax.OptState,
+    shared_out: NamedSharding,
+) -> tuple[jax.stages.Compiled, float]:
+    """Compiles `train_step` ahead of its first call; returns it and the seconds this took."""
+    began = time.perf_counter()
+    step = jax.jit(
+        functools.partial(train_step, graphdef=graphdef, tx=job.tx),
+        donate_argnums=(0, 1),  # the new weights and state take the place of the old
+        out_shardings=NamedSharding(job.mesh, PartitionSpec()),
+    )
+    tokens = tokens_shape(job.settings, shared_out)
+    return step.lower(params, opt_state, tokens).compile(), time.perf_counter() - began
+
+
+def tokens_shape(settings: Settings, sharding: NamedSharding | None) -> jax.ShapeDtypeStruct:
+    """Shape of the tokens of one step, [accumulate, batch, length + 1]."""
+    batch = settings.batch_size // settings.accumulate
+    shape = (settings.accumulate, batch, settings.sequence_length + 1)
+    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
+
+
+def sample(model: Decoder, corpus: Corpus, seed: int) -> tuple[str, str]:
+    """Continues the beginning of the held-out text; returns that beginning and the rest."""
+    prompt = jnp.asarray(corpus.held_out[None, :32], jnp.int32)
+    tokens = generate(model, prompt, 256, key=jax.random.key(seed), temperature=0.8)[0].tolist()
+    return corpus.decode(tokens[: prompt.size]), corpus.decode(tokens[prompt.size :])
+
+
+def prepare(chosen: Chosen, corpus: Corpus, settings: Settings, mesh: jax.sharding.Mesh) -> Job:
+    """Checks by shapes alone that this optimizer can train this model.
+
+    Raises:
+      InputError: if it cannot, or there is no such model.
+    """
+
+    def make_model() -> Decoder:
+        config = decoder_config(settings.model, vocab_size=corpus.vocab_size)
+        # The usual 0.02 suits widths of thousands; a narrow model starts too close to zero with it.
+        spread = settings.initializer_range or config.hidden_size**-0.5
+        return Decoder(
+            dataclasses.replace(config, initializer_range=spread),
+            rngs=nnx.Rngs(settings.seed),
+            dtype=settings.dtype,
+            param_dtype=settings.param_dtype,
+            remat=settings.remat,
+        )
+
+    try:
+        model = nnx.eval_shape(make_model)
+    except (ValueError, OSError) as error:
+        raise InputError(f"--model {settings.model}: {one_line(error)}") from None
+    graphdef, params = nnx.split(model)
+    warmup = settings.steps // 10 if settings.warmup is None else settings.warmup
+    schedule = make_schedule(settings.schedule, settings.steps, warmup)
+    tx = make_optimizer(chosen, model, params, schedule)
+    step = functools.partial(train_step, graphdef=graphdef, tx=tx)
+    try:
+        before = params, jax.eval_shape(tx.init, params)
+        *after, _ = jax.eval_shape(step, *before, tokens_shape(settings, None))
+    except Exception as error:  # whatever the optimizer raises, it is the user's choice
+        raise InputError(f"{chosen.name} cannot train this model: {one_line(error)}") from None
+    types = [[(x.shape, x.dtype) for x in jax.tree.leaves(tree)] for tree in (before, after)]
+    if types[0] != types[1]:
+        raise InputError(f"{chosen.name} cannot train this model: its state changes shape or dtype")
+    return Job(chosen, tx, make_model, corpus, settings, mesh)
+
+
+def run(argv: Sequence[str] | None) -> int:
+    """Prepares everything, then trains with each optimizer in turn and reports."""
+    given, folder, resume = parse(argv)
+    settings = load_settings(folder, given, resume)
+    optimizers = choose(settings.optimizers, settings.set, settings.learning_rate)
+    mesh = make_mesh(settings)
+    corpus = load_corpus(settings.data, settings.tokenizer, settings.sequence_length)
+    jobs = [prepare(chosen, corpus, settings, mesh) for chosen in optimizers]
+    open_folder(folder, settings, corpus.fingerprint)
+
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"{corpus.describe()}; {settings.model} on {mesh.size} {jax.default_backend()}")
+    results = {}
+    with first_interrupt() as stop:
+        for job in jobs:
+            part = folder / job.optimizer.name
+            part.mkdir(exist_ok=True)
+            console.print(job.optimizer.describe(settings.schedule))
+            result = read_json(part / "result.json") or train(job, part, console, stop)
+            if result is None:
+                command = ["python", sys.argv[0], "--output", str(folder), "--resume"]
+                console.print(f"stopped and saved; to go on: {shlex.join(command)}")
+                return 130
+            write_json(part / "result.json", result)
+            results[job.optimizer.name] = result
+    write_json(folder / "results.json", results)
+    plot(folder / "curves.png", {name: folder / name / "log.jsonl" for name in results}, results)
+    report(console, results, folder)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program; returns its exit status."""
+    try:
+        return run(argv)
+    except InputError as error:
+        print(f"pretrain.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("pretrain.py: stopped; the checkpoints made so far remain", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""Whole runs of a few steps: what they leave behind, and that they go on to the last bit."""
+
+import json
+from pathlib import Path
+import shutil
+
+from flax import nnx
+import jax
+import orbax.checkpoint as ocp
+import pretrain
+import pytest
+
+from lowrank_optax.models import Decoder, decoder_config
+from tests.examples.logs import read_losses
+
+
+@pytest.fixture(scope="module")
+def finished(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two optimizers."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    arguments = ["--compare", "adamw", "galore", "--set", "rank=4", "galore.refresh_every=2"]
+    assert pretrain.main([*flags, *arguments, "--output", str(folder)]) == 0
+    return folder
+
+
+def test_run_leaves_logs_results_picture_and_checkpoints(finished: Path) -> None:
+    for name in ("adamw", "galore"):
+        losses = read_losses(finished / name / "log.jsonl")
+        assert [r["step"] for r in losses if "loss" in r] == [1, 2, 3, 4, 5, 6]
+        assert [r["step"] for r in losses if "held_out_loss" in r] == [3, 6]
+        assert losses[-1]["held_out_loss"] < losses[0]["loss"]
+        steps = {int(p.name) for p in (finished / name / "checkpoints").iterdir()}
+        assert steps == {4, 6}
+    assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
+    results = json.loads((finished / "results.json").read_text())
+    adamw, galore = results["adamw"], results["galore"]
+    assert galore["optimizer_state_bytes"] < adamw["optimizer_state_bytes"]
+    assert adamw["refresh_step_seconds"] is None
+    assert galore["refresh_step_seconds"] > 0
+    assert all(r["compiled_peak_bytes"] > r["optimizer_state_bytes"] for r in results.values())
+
+
+def test_optimizers_start_from_the_same_weights_on_the_same_batch(finished: Path) -> None:
+    first = [read_losses(finished / name / "log.jsonl")[:2] for name in ("adamw", "galore")]
+    assert first[0][0] == first[1][0]
+    assert first[0][1] != first[1][1]
+
+
+def test_run_ends_with_table_paths_and_a_sample(
+    finished: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert pretrain.main(["--output", str(finished), "--resume"]) == 0  # nothing left to train
+    out = capsys.readouterr().out
+    for part in ("held-out loss", "optimizer state", "compiled peak", "tokens/s", "refresh"):
+        assert part in out
+    assert str(finished / "curves.png") in out
+    assert "continues the held-out text" in out
+
+
+def test_killed_run_goes_on_to_the_last_bit(finished: Path, tmp_path: Path) -> None:
+    """Puts the folder in the state of a process killed within step 5, while it wrote the log."""
+    folder = tmp_path / "killed"
+    shutil.copytree(finished, folder)
+    for name in ("results.json", "curves.png", "galore/result.json"):
+        (folder / name).unlink()
+    shutil.rmtree(folder / "galore" / "checkpoints" / "6")
+    log = folder / "galore" / "log.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:6]) + '{"step": 5, "lo')
+    assert pretrain.main(["--output", str(folder), "--resume"]) == 0
+    assert read_losses(log) == read_losses(finished / "galore" / "log.jsonl")
+    assert (folder / "curves.png").exists()
+
+
+def test_run_killed_before_its_first_checkpoint_starts_again(
+    finished: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    shutil.copy(finished / "run.json", folder)
+    shutil.copytree(finished / "adamw", folder / "adamw")
+    (folder / "galore").mkdir()
+    (folder / "galore" / "log.jsonl").write_text('{"step": 1, "loss": 0.0, "seconds": 1.0}\n')
+    assert pretrain.main(["--output", str(folder), "--resume"]) == 0
+    expected = read_losses(finished / "galore" / "log.jsonl")
+    assert read_losses(folder / "galore" / "log.jsonl") == expected
+
+
+def test_accumulated_micro_batches_make_the_same_step(
+    finished: Path, flags: list[str], tmp_path: Path
+) -> None:
+    arguments = ["--accumulate", "4", "--optimizer", "adamw", "--output", str(tmp_path / "run")]
+    assert pretrain.main([*flags, *arguments]) == 0
+    _assert_close(finished / "adamw", tmp_path / "run" / "adamw")
+
+
+@pytest.mark.slow
+def test_eight_devices_make_the_same_step_as_one(
+    finished: Path, flags: list[str], tmp_path: Path
+) -> None:
+    if jax.device_count() < 8:
+        pytest.skip("needs eight devices, which tests/conftest.py asks for")
+    options = ["--devices", "8", "--optimizer", "galore", "--set", "rank=4", "refresh_every=2"]
+    assert pretrain.main([*flags, *options, "--output", str(tmp_path / "run")]) == 0
+    _assert_close(finished / "galore", tmp_path / "run" / "galore")
+
+
+def _assert_close(one: Path, other: Path) -> None:
+    """Sums in another order differ in the last bits, which Adam's first steps enlarge."""
+    for a, b in zip(read_losses(one / "log.jsonl"), read_losses(other / "log.jsonl"), strict=True):
+        assert a == pytest.approx(b, rel=2e-4)
+
+
+@pytest.mark.parametrize("name", ["muon", "lbfgs", "momo", "schedule_free_adamw", "adafactor"])
+def test_optimizers_of_optax_train(name: str, flags: list[str], tmp_path: Path) -> None:
+    arguments = ["--optimizer", name, "--steps", "2", "--output", str(tmp_path / "run")]
+    assert pretrain.main([*flags, *arguments]) == 0
+    losses = read_losses(tmp_path / "run" / name / "log.jsonl")
+    assert losses[1]["loss"] != losses[0]["loss"]
+    assert losses[1]["loss"] < 6
+
+
+def test_bfloat16_and_remat_train_what_float32_does(
+    finished: Path, flags: list[str], tmp_path: Path
+) -> None:
+    types = ["--dtype", "bfloat16", "--param-dtype", "bfloat16", "--remat"]
+    arguments = ["--optimizer", "adamw", "--output", str(tmp_path / "run")]
+    assert pretrain.main([*flags, *types, *arguments]) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    full = json.loads((finished / "results.json").read_text())
+    losses, full_losses = (
+        read_losses(folder / "adamw" / "log.jsonl") for folder in (tmp_path / "run", finished)
+    )
+    assert losses[0]["loss"] == pytest.approx(full_losses[0]["loss"], rel=0.01)
+    # Weights of 8 bits lose the smallest updates.
+    held_out = full["adamw"]["held_out_loss"]
+    assert results["adamw"]["held_out_loss"] == pytest.approx(held_out, rel=0.05)
+    ratio = results["adamw"]["optimizer_state_bytes"] / full["adamw"]["optimizer_state_bytes"]
+    assert ratio == pytest.approx(0.5, abs=0.01)
+
+
+def test_checkpoint_gives_back_the_trained_model(finished: Path, config: Path) -> None:
+    corpus = pretrain.load_corpus(
+        json.loads((finished / "run.json").read_text())["settings"]["data"], None, 16
+    )
+    model = Decoder(decoder_config(config, vocab_size=corpus.vocab_size), rngs=nnx.Rngs(7))
+    graphdef, params = nnx.split(model)
+    with ocp.CheckpointManager((finished / "adamw" / "checkpoints").resolve()) as manager:
+        like = ocp.args.Composite(params=ocp.args.StandardRestore(params))
+        trained = manager.restore(manager.latest_step(), args=like).params
+    result = json.loads((finished / "results.json").read_text())["adamw"]
+    assert list(pretrain.sample(nnx.merge(graphdef, trained), corpus, 0)) == result["sample"]

@@ -1,0 +1,73 @@
+"""Ctrl-C and kill -9 of a real process, and a missing package."""
+
+from collections.abc import Callable
+from pathlib import Path
+import signal
+import subprocess
+import time
+
+import pytest
+
+from tests.examples.logs import read_losses
+
+Start = Callable[..., subprocess.Popen]
+
+
+def _wait_for_step(log: Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count('"loss"') >= step):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, "the program logged no step in two minutes"
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def long_run(flags: list[str]) -> list[str]:
+    return [*flags, "--optimizer", "adamw", "--steps", "60", "--checkpoint-every", "25"]
+
+
+@pytest.mark.slow
+def test_run_stopped_by_ctrl_c_or_killed_continues_identically(
+    start: Start, long_run: list[str], tmp_path: Path
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    process = start(*long_run, "--output", str(whole))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+
+    process = start(*long_run, "--output", str(parts))
+    log = parts / "adamw" / "log.jsonl"
+    _wait_for_step(log, 5, process)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert f"--output {parts} --resume" in out.splitlines()[-1]
+    stopped = max(int(p.name) for p in (parts / "adamw" / "checkpoints").iterdir())
+    assert 5 <= stopped < 60
+
+    process = start("--output", str(parts), "--resume")
+    _wait_for_step(log, min(stopped + 30, 58), process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL
+    assert not (parts / "results.json").exists()
+
+    process = start("--output", str(parts), "--resume")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert read_losses(log) == read_losses(whole / "adamw" / "log.jsonl")
+
+
+@pytest.mark.parametrize("package", ["grain", "matplotlib"])
+def test_missing_package_is_one_sentence_which_names_the_extra(
+    start: Start, package: str, tmp_path: Path
+) -> None:
+    process = start(
+        "--output", str(tmp_path / "run"), before=f"import sys; sys.modules[{package!r}] = None"
+    )
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert len(err.splitlines()) == 1
+    assert package in err
+    assert "lowrank-optax[examples]" in err
+    assert not (tmp_path / "run").exists()

@@ -12,7 +12,7 @@ import optax
 import optax.contrib
 
 import lowrank_optax as lro
-from lowrank_optax.matrices import resolve_dimension_numbers, weight_dimension_numbers
+from lowrank_optax.matrices import resolve_dimension_numbers
 
 # Options that suit `llama-tiny` in the main job; every one gives way to --learning-rate or --set.
 TUNED: dict[str, dict[str, Any]] = {
@@ -159,7 +159,7 @@ def make_optimizer(
         options["learning_rate"] = (lambda count: peak * schedule(count)) if follows else peak
     for option, convert in _MATRIX_OPTIONS.items():
         if option in parameters and option not in options:
-            options[option] = convert(weight_dimension_numbers(model), params)
+            options[option] = convert(lro.weight_dimension_numbers(model), params)
     try:
         return optax.with_extra_args_support(chosen.factory(**options))
     except (TypeError, ValueError) as error:

@@ -11,12 +11,16 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 import dataclasses
 import functools
+import os
 from pathlib import Path
 import shlex
 import sys
 import threading
 import time
 from typing import Any, NamedTuple
+
+# On a CPU, LAPACK's own threads fight with XLA's for the cores; read when JAX loads LAPACK.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 try:
     from _corpus import Corpus, held_out_windows, load_corpus, training_batches

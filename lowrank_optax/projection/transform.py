@@ -246,23 +246,15 @@ def _refresh_if_due(
     due = count >= next_refresh
 
     def refresh() -> tuple[jax.Array, jax.Array]:
+        new = subspace.refresh(key, matrix, basis, axis)
+        agreement = jnp.sum(new * basis, axis=-2, keepdims=True)
+        new = jnp.where(agreement < 0, -new, new).astype(basis.dtype)
         every = lambda x: jnp.all(x, axis=(-2, -1))
-        usable = every(jnp.isfinite(matrix)) & ~every(matrix == 0)
+        usable = every(jnp.isfinite(new)) & every(jnp.isfinite(matrix)) & ~every(matrix == 0)
         taken = due & usable
-        # LAPACK need not return from a matrix that is not finite. One matrix is kept from it by the
-        # condition below; in a batch, the others still want theirs.
-        safe = jnp.where(usable[..., None, None], matrix, 0) if usable.ndim else matrix
-
-        def find() -> jax.Array:
-            new = subspace.refresh(key, safe, basis, axis)
-            agreement = jnp.sum(new * basis, axis=-2, keepdims=True)
-            new = jnp.where(agreement < 0, -new, new).astype(basis.dtype)
-            kept = taken & every(jnp.isfinite(new))
-            return jnp.where(kept[..., None, None], new, basis)
-
         following = (count // refresh_every + 1) * refresh_every
         return (
-            jax.lax.cond(jnp.any(taken), find, lambda: basis),
+            jnp.where(taken[..., None, None], new, basis),
             jnp.where(taken, following, next_refresh).astype(next_refresh.dtype),
         )
 

@@ -162,11 +162,12 @@ def test_basis_is_refreshed_when_due_and_at_no_other_step():
     assert [int(state.next_refresh["kernel"]) for state in states] == [3, 3, 3, 6, 6, 6, 9]
 
 
+@pytest.mark.parametrize("rule", [SVD, lro.subspaces.randomized_svd])
 @pytest.mark.parametrize("bad", [0.0, jnp.nan, jnp.inf])
-def test_an_unusable_gradient_keeps_the_basis_and_the_refresh_is_tried_again(bad):
+def test_an_unusable_gradient_keeps_the_basis_and_the_refresh_is_tried_again(rule, bad):
     good, last = _gradients((5, 9), 2)
     broken = {"kernel": good["kernel"] * 0 if bad == 0 else good["kernel"].at[2, 3].set(bad)}
-    tx = lro.scale_by_projection(optax.scale_by_adam(), lro.subspaces.randomized_svd(3))
+    tx = lro.scale_by_projection(optax.scale_by_adam(), rule(3))
     states = [s for _, s in _run(tx, {"kernel": jnp.zeros((5, 9))}, [broken, good, last])]
     assert (states[0].basis["kernel"] == 0).all()
     np.testing.assert_allclose(jnp.linalg.norm(states[1].basis["kernel"], axis=0), 1, atol=1e-5)

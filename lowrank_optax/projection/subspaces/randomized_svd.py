@@ -58,15 +58,13 @@ def randomized_svd(rank: int, oversample: int = 8, power_iterations: int = 1) ->
         columns = min(basis.shape[-1] + oversample, *g.shape[-2:])
         sketch = jax.random.normal(key, (g.shape[across], columns), g.dtype)
 
-        # A loop, though mostly of two rounds, so that compilers meet the orthonormalisation once.
-        def sharpen(_: int, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            q = orthonormalize(base.times(g, carry[1], axis, small))
-            return q, _scaled(base.times(g, q, across, small))
-
-        b = jnp.broadcast_to(sketch, (*g.shape[:-2], *sketch.shape))
-        b = explicit_sharding.constrain(b, small)
-        q = jnp.zeros_like(base.times(g, b, axis, small))
-        q, b = jax.lax.fori_loop(0, power_iterations + 1, sharpen, (q, b))
+        # Not a lax loop: it would carry a copy of the gradient.
+        y = base.times(g, jnp.broadcast_to(sketch, (*g.shape[:-2], *sketch.shape)), axis, small)
+        for _ in range(power_iterations):
+            back = base.times(g, orthonormalize(y), across, small)
+            y = base.times(g, _scaled(back), axis, small)
+        q = orthonormalize(y)
+        b = _scaled(base.times(g, q, across, small))
         gram = base.product("...nk,...nl->...kl", b, b, small)
         return base.product(
             "...dk,...kr->...dr", q, leading_eigenvectors(gram, basis.shape[-1]), small

@@ -37,7 +37,10 @@ def svd(rank: int) -> base.Subspace:
     def refresh(key: jax.Array, matrix: jax.Array, basis: jax.Array, axis: int) -> jax.Array:
         del key
         gathered = explicit_sharding.constrain(matrix, base.replicated(matrix))
-        u, _, vh = jnp.linalg.svd(gathered.astype(basis.dtype), full_matrices=False)
+        # LAPACK need not return from a matrix that is not finite.
+        finite = jnp.all(jnp.isfinite(gathered), axis=(-2, -1), keepdims=True)
+        gathered = jnp.where(finite, gathered, 0).astype(basis.dtype)
+        u, _, vh = jnp.linalg.svd(gathered, full_matrices=False)
         vectors = u if axis == -2 else vh.mT
         return vectors[..., : basis.shape[-1]]
 

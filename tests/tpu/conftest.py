@@ -1,6 +1,6 @@
 """Compile-only TPU devices: the real compiler, no TPU. Needs the extra `tpu-check`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import os
 from typing import Any
 
@@ -22,9 +22,12 @@ def chip(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def compile_for() -> Callable[..., Any]:
+def compile_for() -> Iterator[Callable[..., Any]]:
     """`compile_for(chip, function, *abstract_arguments, donate_argnums=())`, on one device."""
     pytest.importorskip("libtpu", reason="needs the extra tpu-check")
+    # A program for a chip that is not there can be stored, but not read back.
+    cached = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
 
     def compile_for(
         chip: str, function: Callable[..., Any], *arguments: Any, donate_argnums: Any = ()
@@ -35,4 +38,5 @@ def compile_for() -> Callable[..., Any]:
         jitted = jax.jit(function, donate_argnums=donate_argnums)
         return jitted.lower(*jax.tree.map(place, arguments)).compile()
 
-    return compile_for
+    yield compile_for
+    jax.config.update("jax_enable_compilation_cache", cached)

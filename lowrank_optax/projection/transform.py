@@ -7,6 +7,7 @@ steps it is found anew from the gradient of that step. Leaves that are not matri
 inner transformation as they are.
 """
 
+import functools
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
@@ -158,8 +159,14 @@ def scale_by_projection(
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         leaves, treedef = jax.tree.flatten(updates)
-        leaf_views, every = views(updates), refresh_every
-        key = jax.random.fold_in(jax.random.key(seed), state.count)
+        leaf_views = views(updates)
+        refresh_if_due = functools.partial(
+            _refresh_if_due,
+            subspace=subspace,
+            key=jax.random.fold_in(jax.random.key(seed), state.count),
+            count=state.count,
+            refresh_every=refresh_every,
+        )
 
         bases, due, gradients = [], [], []
         old = zip(
@@ -170,9 +177,7 @@ def scale_by_projection(
         for leaf, view, (basis, next_refresh) in zip(leaves, leaf_views, old, strict=True):
             if view is not None:
                 matrix = to_matrix(leaf, view.spec)
-                basis, next_refresh = _refresh_if_due(
-                    subspace, key, matrix, basis, next_refresh, view.axis, state.count, every
-                )
+                basis, next_refresh = refresh_if_due(matrix, basis, next_refresh, view.axis)
             bases.append(basis)
             due.append(next_refresh)
             gradients.append(_projected(subspace, leaf, basis, view))
@@ -198,11 +203,16 @@ def scale_by_projection(
             count=optax.safe_increment(state.count),
             basis=treedef.unflatten(bases),
             next_refresh=treedef.unflatten(due),
-            inner=jax.tree.map(lambda new, old: new.astype(old.dtype), inner_state, state.inner),
+            inner=jax.tree.map(_cast_like, inner_state, state.inner),
         )
         return treedef.unflatten(lifted), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _cast_like(new: jax.Array, old: jax.Array) -> jax.Array:
+    """``new`` in the dtype of ``old`` (a key array, which has no cast, is in it already)."""
+    return new if new.dtype == old.dtype else new.astype(old.dtype)
 
 
 def _compute_dtype(leaf: Any) -> Any:
@@ -233,12 +243,13 @@ def _view(leaf: Any, spec: WeightDimensionNumbers | None, side: Side) -> _View |
 
 
 def _refresh_if_due(
-    subspace: Subspace,
-    key: jax.Array,
     matrix: jax.Array,
     basis: jax.Array,
     next_refresh: jax.Array,
     axis: int,
+    *,
+    subspace: Subspace,
+    key: jax.Array,
     count: jax.Array,
     refresh_every: int,
 ) -> tuple[jax.Array, jax.Array]:

@@ -8,7 +8,6 @@ iterations, spans nearly the same subspace for a few products of ``O(m n r)``.
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.matrices import explicit_sharding
 from lowrank_optax.projection.orthonormal import leading_eigenvectors, orthonormalize
 from lowrank_optax.projection.subspaces import base
 

@@ -7,6 +7,7 @@ steps it is found anew from the gradient of that step. Leaves that are not matri
 inner transformation as they are.
 """
 
+from collections.abc import Iterable
 import functools
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -115,14 +116,7 @@ def scale_by_projection(
     Reference:
       Zhao et al., GaLore, 2024, https://arxiv.org/abs/2403.03507, Algorithms 1 and 2.
     """
-    if not isinstance(subspace, Subspace):
-        raise TypeError(
-            f"subspace={subspace!r} must be a subspace rule such as subspaces.randomized_svd(rank)."
-        )
-    if side not in ("shorter", "longer", "rows", "columns"):
-        raise ValueError(f"side={side!r} must be 'shorter', 'longer', 'rows' or 'columns'.")
-    if isinstance(refresh_every, int) and refresh_every < 1:
-        raise ValueError(f"refresh_every={refresh_every} must be at least 1.")
+    _check_arguments(subspace, side, refresh_every)
     inner = optax.with_extra_args_support(inner)
 
     def views(tree: Any) -> list[_View | None]:
@@ -133,23 +127,17 @@ def scale_by_projection(
 
     def init_fn(params: optax.Params) -> ScaleByProjectionState:
         leaves, treedef = jax.tree.flatten(params)
-        projected, bases, due = [], [], []
-        for leaf, view in zip(leaves, views(params), strict=True):
-            if view is None:
-                projected.append(jnp.zeros_like(leaf, dtype=_compute_dtype(leaf)))
-                bases.append(optax.MaskedNode())
-                due.append(optax.MaskedNode())
-                continue
-            matrix = to_matrix(leaf, view.spec)
-            basis = subspace.init(matrix, view.axis)
-            projected.append(jnp.zeros_like(subspace.project(basis, matrix, view.axis)))
-            bases.append(basis)
-            due.append(_one_per_matrix(matrix))
+        bases, due, gradients = _columns(
+            [
+                _init_leaf(subspace, leaf, view)
+                for leaf, view in zip(leaves, views(params), strict=True)
+            ]
+        )
         return ScaleByProjectionState(
             count=jnp.zeros([], jnp.int32),
             basis=treedef.unflatten(bases),
             next_refresh=treedef.unflatten(due),
-            inner=inner.init(treedef.unflatten(projected)),
+            inner=inner.init(treedef.unflatten(gradients)),
         )
 
     def update_fn(
@@ -160,54 +148,80 @@ def scale_by_projection(
     ) -> tuple[optax.Updates, optax.OptState]:
         leaves, treedef = jax.tree.flatten(updates)
         leaf_views = views(updates)
-        refresh_if_due = functools.partial(
-            _refresh_if_due,
+        aligned = treedef.flatten_up_to  # trees with one array, or MaskedNode, for each leaf
+        advance = functools.partial(
+            _advance_leaf,
             subspace=subspace,
             key=jax.random.fold_in(jax.random.key(seed), state.count),
             count=state.count,
             refresh_every=refresh_every,
         )
-
-        bases, due, gradients = [], [], []
-        old = zip(
-            treedef.flatten_up_to(state.basis),
-            treedef.flatten_up_to(state.next_refresh),
-            strict=True,
+        bases, due, gradients = _columns(
+            map(advance, leaves, leaf_views, aligned(state.basis), aligned(state.next_refresh))
         )
-        for leaf, view, (basis, next_refresh) in zip(leaves, leaf_views, old, strict=True):
-            if view is not None:
-                matrix = to_matrix(leaf, view.spec)
-                basis, next_refresh = refresh_if_due(matrix, basis, next_refresh, view.axis)
-            bases.append(basis)
-            due.append(next_refresh)
-            gradients.append(_projected(subspace, leaf, basis, view))
-
+        project = functools.partial(_projected, subspace)
         if params is not None:
-            projected_params = [
-                _projected(subspace, leaf, basis, view)
-                for leaf, basis, view in zip(
-                    treedef.flatten_up_to(params), bases, leaf_views, strict=True
-                )
-            ]
-            params = treedef.unflatten(projected_params)
+            params = treedef.unflatten(map(project, aligned(params), bases, leaf_views))
         answers, inner_state = inner.update(
             treedef.unflatten(gradients), state.inner, params, **extra_args
         )
-        answers = treedef.flatten_up_to(answers)
-
-        lifted = [
-            _lifted(subspace, leaf, answer, basis, view, scale)
-            for leaf, answer, basis, view in zip(leaves, answers, bases, leaf_views, strict=True)
-        ]
+        lift = functools.partial(_lifted, subspace, scale)
+        new_updates = treedef.unflatten(map(lift, leaves, aligned(answers), bases, leaf_views))
         new_state = ScaleByProjectionState(
             count=optax.safe_increment(state.count),
             basis=treedef.unflatten(bases),
             next_refresh=treedef.unflatten(due),
             inner=jax.tree.map(_cast_like, inner_state, state.inner),
         )
-        return treedef.unflatten(lifted), new_state
+        return new_updates, new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_arguments(subspace: Any, side: Any, refresh_every: Any) -> None:
+    if not isinstance(subspace, Subspace):
+        raise TypeError(
+            f"subspace={subspace!r} must be a subspace rule such as subspaces.randomized_svd(rank)."
+        )
+    if side not in ("shorter", "longer", "rows", "columns"):
+        raise ValueError(f"side={side!r} must be 'shorter', 'longer', 'rows' or 'columns'.")
+    if isinstance(refresh_every, int) and refresh_every < 1:
+        raise ValueError(f"refresh_every={refresh_every} must be at least 1.")
+
+
+def _columns(rows: Iterable[tuple[Any, Any, Any]]) -> tuple[list[Any], list[Any], list[Any]]:
+    """Three lists from rows of three; empty ones from no rows."""
+    table = list(rows)
+    first, second, third = ([row[i] for row in table] for i in range(3))
+    return first, second, third
+
+
+def _init_leaf(subspace: Subspace, leaf: Any, view: _View | None) -> tuple[Any, Any, jax.Array]:
+    """A leaf's basis, the count of its next refresh, and zeros like its projected gradient."""
+    if view is None:
+        zeros = jnp.zeros_like(leaf, dtype=_compute_dtype(leaf))
+        return optax.MaskedNode(), optax.MaskedNode(), zeros
+    matrix = to_matrix(leaf, view.spec)
+    basis = subspace.init(matrix, view.axis)
+    zeros = jnp.zeros_like(subspace.project(basis, matrix, view.axis))
+    return basis, _one_per_matrix(matrix), zeros
+
+
+def _advance_leaf(
+    leaf: jax.Array,
+    view: _View | None,
+    basis: Any,
+    next_refresh: Any,
+    *,
+    subspace: Subspace,
+    **refresh: Any,
+) -> tuple[Any, Any, jax.Array]:
+    """A leaf's basis, the count of its next refresh, and its projected gradient at this step."""
+    if view is not None:
+        basis, next_refresh = _refresh_if_due(
+            to_matrix(leaf, view.spec), basis, next_refresh, view.axis, subspace=subspace, **refresh
+        )
+    return basis, next_refresh, _projected(subspace, leaf, basis, view)
 
 
 def _cast_like(new: jax.Array, old: jax.Array) -> jax.Array:
@@ -280,11 +294,11 @@ def _projected(subspace: Subspace, leaf: jax.Array, basis: Any, view: _View | No
 
 def _lifted(
     subspace: Subspace,
+    scale: float,
     leaf: jax.Array,
     answer: jax.Array,
     basis: Any,
     view: _View | None,
-    scale: float,
 ) -> jax.Array:
     if view is None:
         return answer.astype(leaf.dtype)

@@ -26,6 +26,7 @@ from lowrank_optax.models import Decoder, decoder_config
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from _corpus import load_corpus
+from pretrain import mean_loss, train_step
 
 
 def captured_energy(gradients: Any, rule: Any, rank: int) -> list[float]:
@@ -69,17 +70,9 @@ def main() -> None:
     )
     batches = jnp.asarray(corpus.train[starts + np.arange(args.sequence_length + 1)], jnp.int32)
 
-    def loss(params: Any, tokens: jax.Array) -> jax.Array:
-        logits = nnx.merge(graphdef, params)(tokens[:, :-1])
-        return optax.losses.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
-
     def training_step(tx: optax.GradientTransformation) -> Any:
-        def step(carry: Any, tokens: jax.Array) -> Any:
-            params, state = carry
-            updates, state = tx.update(jax.grad(loss)(params, tokens), state, params)
-            return optax.apply_updates(params, updates), state
-
-        return step
+        tx = optax.with_extra_args_support(tx)
+        return lambda carry, tokens: train_step(*carry, tokens[None], graphdef=graphdef, tx=tx)[:2]
 
     adamw = optax.adamw(3e-3)
     train = jax.jit(training_step(adamw), donate_argnums=0)
@@ -102,7 +95,7 @@ def main() -> None:
     print_table(
         title, ["step", "ms", "/ adamw"], [[k, t, t / times["adamw"]] for k, t in times.items()]
     )
-    gradients = jax.jit(jax.grad(loss))(trained, tokens)
+    gradients = jax.jit(jax.grad(mean_loss), static_argnums=1)(trained, graphdef, tokens)
     ratios = captured_energy(gradients, rule, args.rank)
     print_table(
         f"energy of the randomized bases over the exact ones', after {args.steps} steps",

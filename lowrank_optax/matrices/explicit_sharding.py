@@ -22,6 +22,16 @@ def partition_of(x: Any) -> PartitionSpec | None:
     return PartitionSpec(*sharding.spec, *[None] * (jnp.ndim(x) - len(sharding.spec)))
 
 
+def partition_of_batch(matrix: Any, *matrix_axes: Any) -> PartitionSpec | None:
+    """Partition of the batch axes of ``matrix [*batch, m, n]``, then the entries given.
+
+    The partition of what is computed from a batch of matrices, one for each; None where sharding is
+    not explicit.
+    """
+    partition = partition_of(matrix)
+    return None if partition is None else PartitionSpec(*partition[:-2], *matrix_axes)
+
+
 def reshape(x: jax.Array, shape: tuple[int, ...], partition: PartitionSpec | None) -> jax.Array:
     """``x.reshape(shape)``, partitioned as told."""
     return jax.lax.reshape(x, shape, out_sharding=partition)

@@ -13,7 +13,6 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 import optax
 
 from lowrank_optax.matrices import (
@@ -237,9 +236,8 @@ def _compute_dtype(leaf: Any) -> Any:
 
 def _one_per_matrix(matrix: jax.Array) -> jax.Array:
     """Zeros ``[*batch]`` int32, with the batch axes' own sharding."""
-    partition = explicit_sharding.partition_of(matrix)
-    batch = None if partition is None else PartitionSpec(*partition[:-2])
-    return explicit_sharding.zeros(matrix.shape[:-2], jnp.int32, batch)
+    partition = explicit_sharding.partition_of_batch(matrix)
+    return explicit_sharding.zeros(matrix.shape[:-2], jnp.int32, partition)
 
 
 def _view(leaf: Any, spec: WeightDimensionNumbers | None, side: Side) -> _View | None:

@@ -72,8 +72,7 @@ def clipped_rank(rank: int, matrix: Any) -> int:
 
 def replicated(matrix: jax.Array) -> PartitionSpec | None:
     """Partition of a small factor of ``matrix`` on an explicit mesh: its batch axes' alone."""
-    partition = explicit_sharding.partition_of(matrix)
-    return None if partition is None else PartitionSpec(*partition[:-2], None, None)
+    return explicit_sharding.partition_of_batch(matrix, None, None)
 
 
 def times(
@@ -106,7 +105,7 @@ def project(basis: jax.Array, matrix: jax.Array, axis: int) -> jax.Array:
     partition = explicit_sharding.partition_of(matrix)
     if partition is not None:
         kept = (None, partition[-1]) if axis == -2 else (partition[-2], None)
-        partition = PartitionSpec(*partition[:-2], *kept)
+        partition = explicit_sharding.partition_of_batch(matrix, *kept)
     return product(letters, basis, matrix.astype(basis.dtype), partition)
 
 

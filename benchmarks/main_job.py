@@ -41,9 +41,10 @@ def captured_energy(gradients: Any, rule: Any, rank: int) -> list[float]:
             axis = -2 if matrix.shape[0] <= matrix.shape[1] else -1
             energies = []
             for subspace in (lro.subspaces.randomized_svd(rank), lro.subspaces.svd(rank)):
-                start = subspace.init(matrix, axis)
-                basis = subspace.refresh(jax.random.key(0), matrix, start, axis)
-                energies.append(float(jnp.sum(subspace.project(basis, matrix, axis) ** 2)))
+                view = lro.View.of(matrix, axis, subspace.rank)
+                start = subspace.init(view)
+                basis = subspace.refresh(jax.random.key(0), matrix, start, None, view)
+                energies.append(float(jnp.sum(subspace.project(basis, matrix, view) ** 2)))
             ratios.append(energies[0] / energies[1])
     return ratios
 

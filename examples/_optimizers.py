@@ -15,9 +15,17 @@ import lowrank_optax as lro
 from lowrank_optax.matrices import resolve_dimension_numbers
 
 # Options that suit `llama-tiny` in the main job; every one gives way to --learning-rate or --set.
+_PROJECTED = {"b2": 0.95, "rank": 32, "refresh_every": 50}
 TUNED: dict[str, dict[str, Any]] = {
     "adamw": {"learning_rate": 3e-3, "b2": 0.95},
-    "galore": {"learning_rate": 2e-2, "b2": 0.95, "rank": 32, "refresh_every": 50, "scale": 0.25},
+    "galore": {"learning_rate": 2e-2, **_PROJECTED, "scale": 0.25},
+    "fira": {"learning_rate": 2e-2, **_PROJECTED, "scale": 0.25},
+    "adarankgrad": {"learning_rate": 2e-2, **_PROJECTED, "scale": 0.25},
+    "online_subspace_descent": {"learning_rate": 2e-2, "b2": 0.95, "rank": 32, "scale": 0.25},
+    "dct_adamw": {"learning_rate": 1e-2, "b2": 0.95, "rank": 32},
+    "apollo": {"learning_rate": 2e-2, **_PROJECTED},
+    "apollo_mini": {"learning_rate": 1e-2, "b2": 0.95, "refresh_every": 50},
+    "ldadam": {"learning_rate": 8e-3, "rank": 32},
 }
 LEARNING_RATE = 1e-3  # where neither the user, nor TUNED, nor the optimizer names one
 _PERIODS = ("refresh_every", "update_proj_gap")  # optax's galore calls it by the second
@@ -33,7 +41,9 @@ class Chosen(NamedTuple):
 
     @property
     def refresh_every(self) -> int | None:
-        """Steps between two refreshes of the basis, or None where there is none."""
+        """Steps between two refreshes of the basis; None where no fixed number is."""
+        if self.factory is lro.adarankgrad:  # its `refresh_every` is only the longest stay
+            return None
         parameters = inspect.signature(self.factory).parameters
         for name in _PERIODS:
             if name in parameters:

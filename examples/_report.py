@@ -85,8 +85,10 @@ def _clock(seconds: float | None) -> str:
 def summarize(log_path: Path, settings: Settings, refresh_every: int | None) -> dict[str, Any]:
     """Condenses a log: final held-out loss, speed, and the time of steps with a refresh.
 
-    The first step is not timed: its caches are cold.
+    The first step is not timed: its caches are cold. Where every step has a refresh, none stands
+    out.
     """
+    refresh_every = None if refresh_every == 1 else refresh_every
     records = read_log(log_path)
     timed = [(r["step"], r["seconds"]) for r in records if "seconds" in r and r["step"] > 1]
     refresh = [s for step, s in timed if refresh_every and (step - 1) % refresh_every == 0]
@@ -168,6 +170,7 @@ _ROWS = (
     ("held-out loss", "held_out_loss", "{:.4f}".format, _percent_more),
     ("held-out perplexity", "perplexity", "{:,.3f}".format, None),
     ("optimizer state", "optimizer_state_bytes", _mebibytes, _percent_of),
+    ("optimizer state at first", "first_optimizer_state_bytes", _mebibytes, None),
     ("compiled peak of a step", "compiled_peak_bytes", _mebibytes, _percent_of),
     ("tokens/s", "tokens_per_second", "{:,.0f}".format, None),
     ("step", "step_seconds", _milliseconds, None),

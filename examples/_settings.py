@@ -39,11 +39,13 @@ class Settings:
     eval_every: int = 50
     eval_sequences: int = 256
     checkpoint_every: int = 200
+    compact_every: int = 200
 
     def __post_init__(self) -> None:
         """Check the numbers which need nothing but themselves."""
         positive = ("steps", "batch_size", "sequence_length", "accumulate")
-        for name in (*positive, "eval_every", "eval_sequences", "checkpoint_every"):
+        positive += ("eval_every", "eval_sequences", "checkpoint_every", "compact_every")
+        for name in positive:
             if getattr(self, name) < 1:
                 raise InputError(f"{flag(name)} must be at least 1, not {getattr(self, name)}")
         if self.warmup is not None and not 0 <= self.warmup <= self.steps:
@@ -97,6 +99,13 @@ def parse(argv: Sequence[str] | None) -> tuple[dict[str, object], Path, bool]:
     _add(run, "eval_every", int, "steps between two looks at the held-out text")
     _add(run, "eval_sequences", int, "sequences of held-out text looked at")
     _add(run, "checkpoint_every", int, "steps between two checkpoints")
+    _add(
+        run,
+        "compact_every",
+        int,
+        "steps after which the memory of ranks that fell is given back, for optimizers such as "
+        "adarankgrad",
+    )
     arguments = parser.parse_args(argv)
     given = vars(arguments)
     folder, resume = Path(given.pop("output")).expanduser(), given.pop("resume")

@@ -7,7 +7,7 @@
 Plain Flax NNX, optax, grain and Orbax: the functions down to `train` are meant to be copied.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 import dataclasses
 import functools
@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 try:
+    from _compaction import compacted, has_adaptive_rank, state_bytes
     from _corpus import Corpus, held_out_windows, load_corpus, training_batches
     from _machine import first_interrupt, make_mesh, peak_bytes
     from _optimizers import Chosen, choose, make_optimizer, make_schedule, one_line
@@ -112,15 +113,33 @@ def save(
 def restore(
     manager: ocp.CheckpointManager, params: Any, opt_state: Any
 ) -> tuple[Any, Any, dict[str, Any]]:
-    """Restores the latest checkpoint, each array where its counterpart now lies."""
+    """Restores the latest checkpoint, each array where its counterpart now lies.
+
+    The optimizer's arrays have the shapes they were saved with: `compact` may have cut them.
+    """
+    step = manager.latest_step()
+    if step is None:
+        raise FileNotFoundError(f"{manager.directory} holds no checkpoint.")
     params, opt_state = jax.tree.map(ocp.utils.to_shape_dtype_struct, (params, opt_state))
     items = ocp.args.Composite(
         params=ocp.args.StandardRestore(params),
-        opt_state=ocp.args.StandardRestore(opt_state),
+        opt_state=ocp.args.StandardRestore(as_saved(manager.directory, step, opt_state)),
         position=ocp.args.JsonRestore(),
     )
-    restored = manager.restore(manager.latest_step(), args=items)
+    restored = manager.restore(step, args=items)
     return restored["params"], restored["opt_state"], restored["position"]
+
+
+def as_saved(checkpoints: Any, step: int, opt_state: Any) -> Any:
+    """The optimizer state, as shapes, with those in the checkpoint's metadata."""
+    name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+    with ocp.StandardCheckpointer() as checkpointer:
+        saved = checkpointer.metadata(checkpoints / str(step) / "opt_state").item_metadata.tree
+    shapes = {name(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(saved)}
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: jax.ShapeDtypeStruct(shapes[name(path)], x.dtype, sharding=x.sharding),
+        opt_state,
+    )
 
 
 class Job(NamedTuple):
@@ -128,7 +147,6 @@ class Job(NamedTuple):
 
     optimizer: Chosen
     tx: optax.GradientTransformationExtraArgs
-    make_model: Callable[[], Decoder]
     corpus: Corpus
     settings: Settings
     mesh: jax.sharding.Mesh
@@ -142,13 +160,12 @@ def train(job: Job, folder: Path, console: Console, stop: threading.Event) -> di
     settings, corpus = job.settings, job.corpus
     on_all = NamedSharding(job.mesh, PartitionSpec())  # model and optimizer: a copy on each
     shared_out = NamedSharding(job.mesh, PartitionSpec(None, "data"))  # a part of each batch
-    graphdef, params = nnx.split(job.make_model())
+    graphdef, params = nnx.split(make_model(settings, corpus.vocab_size))
     params = jax.device_put(params, on_all)
     opt_state = jax.jit(job.tx.init, out_shardings=on_all)(params)
+    first_bytes, shrinks = state_bytes(opt_state), has_adaptive_rank(opt_state)
     batches = training_batches(corpus, settings)
     windows = jax.device_put(held_out_windows(corpus, settings), shared_out)
-
-    step_function, compile_seconds = compile_step(job, graphdef, params, opt_state, shared_out)
     evaluate = jax.jit(functools.partial(held_out_loss, graphdef=graphdef))
 
     checkpoints = (folder / "checkpoints").resolve()
@@ -159,6 +176,7 @@ def train(job: Job, folder: Path, console: Console, stop: threading.Event) -> di
         if done:
             params, opt_state, position = restore(manager, params, opt_state)
             batches.set_state(position)
+        step_function, compile_seconds = compile_step(job, graphdef, params, opt_state, shared_out)
         with closing(StepLog(folder / "log.jsonl", done)) as log, meter.running(done):
             for step in range(done + 1, settings.steps + 1):
                 tokens = next(batches).reshape(settings.accumulate, -1, windows.shape[-1])
@@ -169,6 +187,16 @@ def train(job: Job, folder: Path, console: Console, stop: threading.Event) -> di
                 if last or step % settings.eval_every == 0:
                     log.add_held_out(step, evaluate(params, windows))
                     meter.line(step, log)
+                if shrinks and step % settings.compact_every == 0 and not last:
+                    log.flush()
+                    smaller = compacted(opt_state, on_all, console.print)
+                    if smaller is not None:
+                        opt_state = smaller
+                        step_function, seconds = compile_step(
+                            job, graphdef, params, opt_state, shared_out
+                        )
+                        compile_seconds += seconds
+                    log.restart_clock()
                 if last or step % settings.checkpoint_every == 0 or stopped:
                     log.flush()
                     save(manager, step, params, opt_state, batches.get_state())
@@ -178,7 +206,8 @@ def train(job: Job, folder: Path, console: Console, stop: threading.Event) -> di
                     return None
 
     return summarize(folder / "log.jsonl", settings, job.optimizer.refresh_every) | {
-        "optimizer_state_bytes": sum(x.nbytes for x in jax.tree.leaves(opt_state)),
+        "optimizer_state_bytes": state_bytes(opt_state),
+        "first_optimizer_state_bytes": first_bytes if shrinks else None,
         "compiled_peak_bytes": peak_bytes(step_function),
         "compile_seconds": compile_seconds,
         "sample": sample(nnx.merge(graphdef, params), corpus, settings.seed),
@@ -217,27 +246,28 @@ def sample(model: Decoder, corpus: Corpus, seed: int) -> tuple[str, str]:
     return corpus.decode(tokens[: prompt.size]), corpus.decode(tokens[prompt.size :])
 
 
+def make_model(settings: Settings, vocab_size: int) -> Decoder:
+    """Makes the model that the settings name, with the seed's weights."""
+    config = decoder_config(settings.model, vocab_size=vocab_size)
+    # The usual 0.02 suits widths of thousands; a narrow model starts too close to zero with it.
+    spread = settings.initializer_range or config.hidden_size**-0.5
+    return Decoder(
+        dataclasses.replace(config, initializer_range=spread),
+        rngs=nnx.Rngs(settings.seed),
+        dtype=settings.dtype,
+        param_dtype=settings.param_dtype,
+        remat=settings.remat,
+    )
+
+
 def prepare(chosen: Chosen, corpus: Corpus, settings: Settings, mesh: jax.sharding.Mesh) -> Job:
     """Checks by shapes alone that this optimizer can train this model.
 
     Raises:
       InputError: if it cannot, or there is no such model.
     """
-
-    def make_model() -> Decoder:
-        config = decoder_config(settings.model, vocab_size=corpus.vocab_size)
-        # The usual 0.02 suits widths of thousands; a narrow model starts too close to zero with it.
-        spread = settings.initializer_range or config.hidden_size**-0.5
-        return Decoder(
-            dataclasses.replace(config, initializer_range=spread),
-            rngs=nnx.Rngs(settings.seed),
-            dtype=settings.dtype,
-            param_dtype=settings.param_dtype,
-            remat=settings.remat,
-        )
-
     try:
-        model = nnx.eval_shape(make_model)
+        model = nnx.eval_shape(lambda: make_model(settings, corpus.vocab_size))
     except (ValueError, OSError) as error:
         raise InputError(f"--model {settings.model}: {one_line(error)}") from None
     graphdef, params = nnx.split(model)
@@ -253,7 +283,7 @@ def prepare(chosen: Chosen, corpus: Corpus, settings: Settings, mesh: jax.shardi
     types = [[(x.shape, x.dtype) for x in jax.tree.leaves(tree)] for tree in (before, after)]
     if types[0] != types[1]:
         raise InputError(f"{chosen.name} cannot train this model: its state changes shape or dtype")
-    return Job(chosen, tx, make_model, corpus, settings, mesh)
+    return Job(chosen, tx, corpus, settings, mesh)
 
 
 def run(argv: Sequence[str] | None) -> int:

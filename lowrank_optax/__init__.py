@@ -1,11 +1,28 @@
 """Memory-efficient training for JAX, as optax transformations and Flax modules."""
 
+from lowrank_optax import sharding
 from lowrank_optax.matrices import (
     WeightDimensionNumbers,
     selection_table,
     weight_dimension_numbers,
 )
-from lowrank_optax.projection import galore, scale_by_projection, subspaces
+from lowrank_optax.projection import (
+    View,
+    adarankgrad,
+    apollo,
+    apollo_mini,
+    compact,
+    dct_adamw,
+    fira,
+    galore,
+    ldadam,
+    limit_norm_growth,
+    online_subspace_descent,
+    refresh,
+    residuals,
+    scale_by_projection,
+    subspaces,
+)
 
 __version__ = "0.1.0"
 
@@ -15,7 +32,21 @@ __all__ = [
     "selection_table",
     "weight_dimension_numbers",
     # Projected optimizers
+    "View",
+    "adarankgrad",
+    "apollo",
+    "apollo_mini",
+    "compact",
+    "dct_adamw",
+    "fira",
     "galore",
+    "ldadam",
+    "limit_norm_growth",
+    "online_subspace_descent",
+    "refresh",
+    "residuals",
     "scale_by_projection",
     "subspaces",
+    # State on many devices
+    "sharding",
 ]

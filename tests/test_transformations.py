@@ -1,12 +1,48 @@
 """Every transformation, through every check. To add one, add a row."""
 
+from collections.abc import Callable
+from inspect import signature
+
 from harness import Check, Convergence, Row, checks_for, name_of
 import optax
 import pytest
 
 import lowrank_optax as lro
+from lowrank_optax.matrices import DimensionNumbersRule
 
-STRUCTURE = ("rank", "refresh_every", "subspace", "side", "seed", "weight_dimension_numbers")
+# Arguments that are no numbers, or fix shapes or the program: never traced.
+STATIC = {
+    "error_feedback",
+    "granularity",
+    "inner",
+    "min_rank",
+    "monotone",
+    "on_refresh",
+    "order",
+    "rank",
+    "rank_step",
+    "refresh_every",
+    "residual_form",
+    "side",
+    "subspace",
+    "subspace_optimizer",
+    "transform",
+    "weight_dimension_numbers",
+}
+
+
+def static_args_of(factory: Callable[..., object]) -> tuple[str, ...]:
+    """What `optax.inject_hyperparams` must not trace."""
+    return tuple(STATIC & set(signature(factory).parameters))
+
+
+def limited_sgd(
+    learning_rate: float, gamma: float, weight_dimension_numbers: DimensionNumbersRule = None
+) -> optax.GradientTransformation:
+    """Gradient descent whose norm may grow by a factor of gamma."""
+    limited = lro.limit_norm_growth(gamma, weight_dimension_numbers)
+    return optax.chain(limited, optax.scale_by_learning_rate(learning_rate))
+
 
 ROWS = [
     Row(
@@ -23,7 +59,7 @@ ROWS = [
         name="galore",
         factory=lro.galore,
         kwargs={"learning_rate": 1e-2, "rank": 2, "refresh_every": 3, "weight_decay": 1e-3},
-        static_args=STRUCTURE,
+        static_args=static_args_of(lro.galore),
         convergence=Convergence(learning_rate=2e-2, overrides={"weight_decay": 0.0}),
         basis="basis",
     ),
@@ -31,9 +67,99 @@ ROWS = [
         name="galore_svd",
         factory=lro.galore,
         kwargs={"learning_rate": 1e-2, "subspace": lro.subspaces.svd(2), "refresh_every": 3},
-        static_args=STRUCTURE,
+        static_args=static_args_of(lro.galore),
         convergence=Convergence(learning_rate=2e-2),
         basis="basis",
+    ),
+    Row(
+        # With a small eps, Adam would blow up the rounding errors beside a diagonal of R.
+        name="galore_both_sides_reset",
+        factory=lro.galore,
+        kwargs={
+            "learning_rate": 1e-2,
+            "rank": 2,
+            "refresh_every": 3,
+            "eps": 1e-1,
+            "on_refresh": "reset",
+            "side": "both",
+        },
+        static_args=static_args_of(lro.galore),
+        convergence=Convergence(learning_rate=2e-2, overrides={"rank": 4}),
+        basis="basis",
+    ),
+    Row(
+        name="galore_lazy",
+        factory=lro.galore,
+        kwargs={"learning_rate": 1e-2, "rank": 2, "refresh_every": lro.refresh.lazily(2)},
+        static_args=static_args_of(lro.galore),
+        convergence=Convergence(learning_rate=2e-2),
+        basis="basis",
+    ),
+    Row(
+        name="fira",
+        factory=lro.fira,
+        kwargs={"learning_rate": 1e-2, "rank": 2, "refresh_every": 3, "weight_decay": 1e-3},
+        static_args=static_args_of(lro.fira),
+        convergence=Convergence(learning_rate=2e-2, overrides={"weight_decay": 0.0}),
+        basis="basis",
+    ),
+    Row(
+        name="adarankgrad",
+        factory=lro.adarankgrad,
+        kwargs={"learning_rate": 1e-2, "rank": 3, "refresh_every": 3},
+        static_args=static_args_of(lro.adarankgrad),
+        convergence=Convergence(learning_rate=2e-2),
+        basis="basis",
+    ),
+    Row(
+        name="online_subspace_descent",
+        factory=lro.online_subspace_descent,
+        kwargs={"learning_rate": 1e-2, "rank": 2},
+        static_args=static_args_of(lro.online_subspace_descent),
+        convergence=Convergence(learning_rate=2e-2),
+        basis="basis",
+    ),
+    Row(
+        name="dct_adamw",
+        factory=lro.dct_adamw,
+        kwargs={"learning_rate": 1e-2, "rank": 2, "weight_decay": 1e-3, "error_feedback": 8},
+        static_args=static_args_of(lro.dct_adamw),
+        convergence=Convergence(
+            optax.cosine_decay_schedule(1e-2, 3000), overrides={"weight_decay": 0.0}
+        ),
+        basis="basis",
+    ),
+    Row(
+        name="apollo",
+        factory=lro.apollo,
+        kwargs={"learning_rate": 1e-2, "rank": 2, "refresh_every": 3, "weight_decay": 1e-3},
+        static_args=static_args_of(lro.apollo),
+        convergence=Convergence(learning_rate=2e-2, overrides={"weight_decay": 0.0}),
+    ),
+    Row(
+        name="apollo_mini",
+        factory=lro.apollo_mini,
+        kwargs={"learning_rate": 1e-2, "refresh_every": 3, "scale": 4.0},
+        static_args=static_args_of(lro.apollo_mini),
+        convergence=Convergence(learning_rate=1e-2),
+    ),
+    Row(
+        name="ldadam",
+        factory=lro.ldadam,
+        kwargs={"learning_rate": 1e-2, "rank": 2, "weight_decay": 1e-3},
+        static_args=static_args_of(lro.ldadam),
+        convergence=Convergence(learning_rate=1e-2, overrides={"weight_decay": 0.0}),
+        basis="basis",
+    ),
+    Row(
+        name="limit_norm_growth",
+        factory=limited_sgd,
+        kwargs={"gamma": 1.01, "learning_rate": 1e-2},
+        static_args=("weight_dimension_numbers",),
+        convergence=Convergence(learning_rate=1e-3, steps=20000),
+        exceptions={
+            "inject_hyperparams_in_bfloat16": "optax.scale_by_learning_rate promotes to float32",
+        },
     ),
 ]
 

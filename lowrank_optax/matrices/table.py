@@ -177,7 +177,9 @@ def _state_of(
         elif leaf.size:  # optax's galore keeps an empty projector for what it leaves alone
             own = kept[name]
             is_basis = any(field in _BASES for field in names[: len(names) - len(name)])
-            rank = leaf.shape[-1] if is_basis else own.rank
+            # A rule may keep more than its basis, which then comes first.
+            first = is_basis and own.rank is None and leaf.ndim
+            rank = leaf.shape[-1] if first else own.rank
             kept[name] = _Kept(own.bytes + _bytes(leaf), own.methods | method, rank)
     return kept, other
 

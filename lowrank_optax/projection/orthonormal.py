@@ -1,8 +1,8 @@
-"""Orthonormal bases by matrix products and small QRs: what subspace rules share.
+"""Orthonormal bases: what subspace rules share.
 
-On a TPU a QR of more than a few hundred columns compiles for a minute, an eigendecomposition or
-SVD of more than 128 for several; on a CPU LAPACK does either in milliseconds. So what runs is
-chosen for the platform the program is lowered to.
+On a TPU a batch of QRs compiles for a minute, an eigendecomposition or SVD of more than 128 columns
+for several; on a CPU LAPACK does either in milliseconds. So what runs is chosen for the platform
+the program is lowered to.
 """
 
 import jax
@@ -12,18 +12,16 @@ from jax.sharding import PartitionSpec
 from lowrank_optax.matrices import explicit_sharding
 from lowrank_optax.matrices.explicit_sharding import product
 
-QR_COLUMNS = 320
+BLOCK_COLUMNS = 32
 EIGH_COLUMNS = 128
 
 
 def orthonormalize(y: jax.Array) -> jax.Array:
     """An orthonormal basis ``[*batch, d, k]`` of the columns of ``y [*batch, d, k]``, ``d >= k``.
 
-    QR on a CPU, and elsewhere up to 320 columns; Newton–Schulz beyond.
+    LAPACK's or cuSOLVER's QR where there is one, `gram_schmidt` on a TPU.
     """
-    if y.shape[-1] <= QR_COLUMNS:
-        return _qr(y)
-    return jax.lax.platform_dependent(y, cpu=_qr, default=newton_schulz)
+    return jax.lax.platform_dependent(y, cpu=_qr, cuda=_qr, default=gram_schmidt)
 
 
 def _qr(y: jax.Array) -> jax.Array:
@@ -60,40 +58,54 @@ def orthogonal_iteration(gram: jax.Array, count: int) -> jax.Array:
     return jax.lax.fori_loop(0, 4, step, start)
 
 
-def newton_schulz(y: jax.Array) -> jax.Array:
-    """The orthonormal polar factor of ``y [*batch, d, k]``, ``d >= k``, by matrix products alone.
+def gram_schmidt(y: jax.Array) -> jax.Array:
+    """As a QR of ``y [*batch, d, k]``, by products alone: Gram–Schmidt by blocks and columns.
 
-    Directions that ``y`` does not have, to working precision, are filled with random ones: a first
-    pass leaves their singular values near zero, where ``I - XᵀX`` finds them, and a second pass
-    makes the filled matrix orthonormal. Thus rank-deficient gradients still get a full basis.
-
-    Source: Björck and Bowie, SIAM J. Numer. Anal. 8 (1971), for the convergent polynomial; Jordan
-    et al., Muon (2024), for the fast one that comes before it.
+    A TPU's compiler takes a minute for a batch of QRs, and a second for these loops. Blocks are
+    made orthogonal to those before them by products of matrices, their columns by products with
+    vectors, all of it twice: once is not enough for what lies almost in the span of what came
+    before (Giraud et al., Rounding error analysis of the classical Gram-Schmidt orthogonalization
+    process, 2005). Directions that ``y`` lacks are filled in.
     """
-    norm = jnp.linalg.norm(y, axis=(-2, -1), keepdims=True)
-    start = y / jnp.where(norm == 0, 1, norm)
-    # A loop, though of two passes, so that compilers meet the polynomial once.
-    both = lambda _, carry: (polar := _polar(carry[1]), _fill_missing(polar) / 2)
-    return jax.lax.fori_loop(0, 2, both, (start, start))[0]
+    columns = y.shape[-1]
+    blocks = -(-columns // BLOCK_COLUMNS)
+    width = -(-columns // blocks)
+    padding = [(0, 0)] * (y.ndim - 1) + [(0, blocks * width - columns)]
+
+    def step(i: jax.Array, done: jax.Array) -> jax.Array:
+        take = lambda x: jax.lax.dynamic_slice_in_dim(x, i * width, width, axis=-1)
+        block = take(padded)
+        scale = jnp.max(jnp.abs(block), axis=(-2, -1), keepdims=True)
+        # Below rounding, but it gives directions to blocks that have none.
+        block = block / jnp.where(scale == 0, 1, scale) + jnp.finfo(y.dtype).eps * take(noise)
+        again = lambda _, x: _orthonormal_columns(_without(done, x))
+        block = jax.lax.fori_loop(0, 2, again, block)
+        return jax.lax.dynamic_update_slice_in_dim(done, block, i * width, axis=-1)
+
+    padded = jnp.pad(y, padding)
+    noise = jax.random.normal(jax.random.key(0), padded.shape[-2:], y.dtype)
+    return jax.lax.fori_loop(0, blocks, step, jnp.zeros_like(padded))[..., :columns]
 
 
-def _fill_missing(x: jax.Array) -> jax.Array:
-    """``x`` plus random directions outside its span, where singular values are not one but zero."""
-    missing = jnp.eye(x.shape[-1], dtype=x.dtype) - product("...dk,...dl->...kl", x, x)
-    noise = jax.random.normal(jax.random.key(0), x.shape[-2:], x.dtype) / x.shape[-2] ** 0.5
-    inside = product("...dk,...dl->...kl", x, jnp.broadcast_to(noise, x.shape))
-    outside = noise - product("...dk,...kl->...dl", x, inside)
-    return x + product("...dk,...kl->...dl", outside, missing)
+def _orthonormal_columns(x: jax.Array) -> jax.Array:
+    """Gram–Schmidt of the columns of a narrow ``x [*batch, d, w]``, one after the other."""
+    place = jnp.arange(x.shape[-1])
+
+    def step(j: jax.Array, x: jax.Array) -> jax.Array:
+        column = jax.lax.dynamic_slice_in_dim(x, j, 1, axis=-1)
+        done = jnp.where(place < j, x, 0)
+        column = jax.lax.fori_loop(0, 2, lambda _, v: _unit(_without(done, v)), column)
+        return jax.lax.dynamic_update_slice_in_dim(x, column, j, axis=-1)
+
+    return jax.lax.fori_loop(0, x.shape[-1], step, x)
 
 
-def _polar(x: jax.Array) -> jax.Array:
-    """Takes singular values in (about 1e-6, 1] to 1: twelve fast steps, then five convergent."""
-    fast, convergent = (3.4445, -4.7750, 2.0315), (15 / 8, -10 / 8, 3 / 8)
-    coefficients = jnp.array([fast] * 12 + [convergent] * 5, x.dtype)
+def _without(done: jax.Array, x: jax.Array) -> jax.Array:
+    """``x [*batch, d, w]`` less its part in the span of the orthonormal ``done [*batch, d, k]``."""
+    inside = product("...dk,...dw->...kw", done, x)
+    return x - product("...dk,...kw->...dw", done, inside)
 
-    def step(x: jax.Array, abc: jax.Array) -> tuple[jax.Array, None]:
-        gram = product("...dk,...dl->...kl", x, x)
-        polynomial = abc[1] * gram + abc[2] * product("...kl,...lj->...kj", gram, gram)
-        return abc[0] * x + product("...dk,...kl->...dl", x, polynomial), None
 
-    return jax.lax.scan(step, x, coefficients)[0]
+def _unit(x: jax.Array) -> jax.Array:
+    norm = jnp.sqrt(jnp.sum(jnp.square(x), axis=-2, keepdims=True))
+    return x / jnp.where(norm == 0, 1, norm)

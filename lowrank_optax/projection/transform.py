@@ -2,14 +2,12 @@
 
 For a gradient matrix ``G [m, n]`` with ``m <= n`` and an orthonormal basis ``P [m, r]``, the inner
 transformation sees ``R = Pᵀ G [r, n]`` instead of ``G``, keeps its state in that shape, and its
-answer ``N`` is lifted back to ``P N``. The basis follows the gradients: every ``refresh_every``
-steps it is found anew from the gradient of that step. Leaves that are not matrices go to the same
-inner transformation as they are.
+answer ``N`` is lifted back to ``P N``. How the basis is found, when, what becomes of the inner
+state when it turns, and what of the part of the gradient outside it, are independent choices.
 """
 
-from collections.abc import Iterable
-import functools
-from typing import Any, Literal, NamedTuple, TypeAlias
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,75 +15,81 @@ import optax
 
 from lowrank_optax.matrices import (
     DimensionNumbersRule,
-    WeightDimensionNumbers,
-    explicit_sharding,
-    from_matrix,
     matrix_partition,
-    matrix_shape,
     resolve_dimension_numbers,
     to_matrix,
 )
-from lowrank_optax.projection.subspaces import Subspace
-
-Side: TypeAlias = Literal["shorter", "longer", "rows", "columns"]
-
-
-class ScaleByProjectionState(NamedTuple):
-    """State of `scale_by_projection`: parallel trees, one array for each matrix leaf.
-
-    Attributes:
-      count: Number of updates so far. shape=(), dtype=int32.
-      basis: The subspace rule's basis, ``[*batch, d, r]`` in float32; ``MaskedNode`` where a leaf
-        is not a matrix. Zero until the first gradient that is finite and not zero.
-      next_refresh: The count at which the basis is due to be found anew, ``[*batch]`` int32;
-        ``MaskedNode`` where a leaf is not a matrix.
-      inner: State of the inner transformation, on the tree of projected gradients.
-    """
-
-    count: jax.typing.ArrayLike
-    basis: Any
-    next_refresh: Any
-    inner: optax.OptState
-
-
-class _View(NamedTuple):
-    """How one leaf is projected: its dimension numbers, and the matrix axis that is compressed."""
-
-    spec: WeightDimensionNumbers
-    axis: int
+from lowrank_optax.matrices.paths import path_string
+from lowrank_optax.projection.inner import InnerRunner
+from lowrank_optax.projection.leaf import (
+    Advanced,
+    LeafState,
+    Parts,
+    finish_leaf,
+    init_leaf,
+    prepare_leaf,
+    project_leaf,
+)
+from lowrank_optax.projection.rank import RankSpec
+from lowrank_optax.projection.refresh import RefreshRule, refresh_rule
+from lowrank_optax.projection.refreshing import When, refreshed
+from lowrank_optax.projection.residuals import ResidualSpec, residual_rule
+from lowrank_optax.projection.state import ScaleByProjectionState, pack, unpack
+from lowrank_optax.projection.subspaces import Subspace, both_sides
+from lowrank_optax.projection.transfer import OnRefresh, check_on_refresh
+from lowrank_optax.projection.view import LeafView, Side, compute_dtype, leaf_view
 
 
 def scale_by_projection(
     inner: optax.GradientTransformation,
     subspace: Subspace,
     *,
-    refresh_every: int = 200,
+    residual: ResidualSpec = "drop",
+    on_refresh: OnRefresh = "keep",
+    refresh_every: int | RefreshRule | None = 200,
     scale: float = 1.0,
     side: Side = "shorter",
+    accumulate_steps: int | None = None,
+    others: optax.GradientTransformation | None = None,
     seed: int = 0,
     weight_dimension_numbers: DimensionNumbersRule = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Runs ``inner`` in a low-rank subspace of each gradient matrix.
 
-    One update, for a matrix leaf: the basis is refreshed if it is due; the gradient is projected;
-    ``inner`` updates the projected tree; its answer is scaled and lifted back. The refresh is a
-    ``lax.cond`` on a scalar outside all batch axes. A gradient that is zero or not finite never
-    enters a basis: the last one stays, and the refresh is tried again at the next step. The
-    gradient itself is passed on as it is, as everywhere in optax. When a refreshed basis replaces
-    another, the sign of each vector is chosen to agree with its predecessor, and ``inner`` keeps
-    its state (the rule of the paper).
+    One update, for a matrix leaf: the residual rule adds what it kept; the basis is refreshed if it
+    is due, and the inner state moved along; the gradient is projected; ``inner`` updates the
+    projected tree; the residual rule makes the update of the lifted, scaled answer and the rest.
+    The refresh is a ``lax.cond`` on a scalar outside all batch axes. A gradient that is zero or not
+    finite never enters a basis: the last one stays, and the refresh is tried again at the next
+    step. The gradient itself is passed on as it is, as everywhere in optax.
 
     Arithmetic is float32 (float64 for float64 gradients) whatever the gradients' dtype; so is the
     inner state, of matrices and other leaves alike. Updates have the gradients' dtype.
 
+    A gradient may arrive projected already, in the shape ``[*batch, r, n]`` or ``[*batch, m, r]``,
+    if ``params`` are given, which tell the shape of the update: a layer that projects in its
+    backward pass reads the basis in ``state.basis``, through ``subspace.project`` and ``lift``.
+
     Args:
       inner: Any optax transformation. If it needs parameters, it is given the projected ones.
       subspace: How the basis is found: one of ``lowrank_optax.subspaces``.
-      refresh_every: Steps from one refresh to the next; the first is at the first step.
+      residual: What becomes of the part outside the subspace: ``"drop"``, ``"raw"``, ``"sign"``,
+        ``"fira"``, ``"gradient_scaling"`` or ``"error_feedback"``, or one of
+        ``lowrank_optax.residuals`` with its options.
+      on_refresh: What becomes of ``inner``'s state when the basis turns: ``"keep"`` (the paper;
+        signs of singular vectors are chosen to agree), ``"reset"``, ``"rotate"`` for first moments,
+        or ``"rotate_moments"`` for second ones too, by LDAdam's rule. Unless kept, ``inner`` is run
+        on each matrix alone, with a count of its own.
+      refresh_every: Steps from one refresh to the next, the first being at the first step; one of
+        ``lowrank_optax.refresh``; or None for never again.
       scale: Factor of the lifted updates (not of leaves that are not matrices).
       side: Which side of a matrix is compressed to the rank: the ``"shorter"`` (the paper's rule)
         or ``"longer"`` one (less state; optax's rule), or ``"rows"`` (inputs) or ``"columns"``
-        always. Of a square matrix, the rows.
+        always, of a square matrix the rows; or ``"both"``.
+      accumulate_steps: Micro-batches to an optimizer step (None for one): projected gradients are
+        averaged over so many calls, between which updates are zero. ``refresh_every`` then counts
+        optimizer steps, and a basis is found from the first micro-batch of one.
+      others: The transformation of leaves that are not matrices; ``inner`` itself if None.
       seed: Seed of the random numbers that subspace rules use; the step count is folded in.
       weight_dimension_numbers: Which leaves are matrices, and how: see
         ``lowrank_optax.matrices.resolve_dimension_numbers``. By default leaves of two axes, but for
@@ -95,7 +99,8 @@ def scale_by_projection(
       A transformation with the state `ScaleByProjectionState`.
 
     Raises:
-      ValueError: If ``side`` is unknown, ``refresh_every`` below 1, or a spec does not fit.
+      ValueError: If an argument is out of range, a spec does not fit, or two choices exclude each
+        other.
       TypeError: If ``subspace`` is not a subspace rule.
 
     Example:
@@ -115,28 +120,37 @@ def scale_by_projection(
     Reference:
       Zhao et al., GaLore, 2024, https://arxiv.org/abs/2403.03507, Algorithms 1 and 2.
     """
-    _check_arguments(subspace, side, refresh_every)
-    inner = optax.with_extra_args_support(inner)
+    if not isinstance(subspace, Subspace):
+        raise TypeError(
+            f"subspace={subspace!r} must be a subspace rule such as subspaces.randomized_svd(rank)."
+        )
+    parts = Parts(
+        inner=optax.with_extra_args_support(inner),
+        subspace=both_sides(subspace) if side == "both" else subspace,
+        residual=residual_rule(residual),
+        refresh=refresh_rule(refresh_every),
+        on_refresh=on_refresh,
+        scale=scale,
+    )
+    _check(parts, side, accumulate_steps)
+    micro_steps = accumulate_steps or 1
+    other = None if others is None else optax.with_extra_args_support(others)
 
-    def views(tree: Any) -> list[_View | None]:
-        specs = resolve_dimension_numbers(weight_dimension_numbers, tree)
-        return [
-            _view(leaf, spec, side) for leaf, spec in zip(jax.tree.leaves(tree), specs, strict=True)
-        ]
+    def views_of(tree: Any) -> list[LeafView | None]:
+        return _views(tree, weight_dimension_numbers, side, parts.subspace.rank)
 
     def init_fn(params: optax.Params) -> ScaleByProjectionState:
         leaves, treedef = jax.tree.flatten(params)
-        bases, due, gradients = _columns(
-            [
-                _init_leaf(subspace, leaf, view)
-                for leaf, view in zip(leaves, views(params), strict=True)
-            ]
-        )
+        views = views_of(params)
+        states = [None if v is None else init_leaf(parts, v.view) for v in views]
+        zeros = [_projected_zeros(parts, *pair) for pair in zip(leaves, views, states, strict=True)]
+        inner_state, others_state = InnerRunner(parts, other, treedef, views, zeros).init(zeros)
         return ScaleByProjectionState(
-            count=jnp.zeros([], jnp.int32),
-            basis=treedef.unflatten(bases),
-            next_refresh=treedef.unflatten(due),
-            inner=inner.init(treedef.unflatten(gradients)),
+            jnp.zeros([], jnp.int32),
+            *pack(parts, treedef, states),
+            treedef.unflatten(map(jnp.zeros_like, zeros)) if micro_steps > 1 else (),
+            inner_state,
+            others_state,
         )
 
     def update_fn(
@@ -146,160 +160,165 @@ def scale_by_projection(
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         leaves, treedef = jax.tree.flatten(updates)
-        leaf_views = views(updates)
-        aligned = treedef.flatten_up_to  # trees with one array, or MaskedNode, for each leaf
-        advance = functools.partial(
-            _advance_leaf,
-            subspace=subspace,
+        likes = leaves if params is None else treedef.flatten_up_to(params)
+        views = _in_dtype_of(leaves, views_of(treedef.unflatten(likes)))
+        states = unpack(parts, treedef, state)
+        views = _in_size_of(parts, states, views)
+        runner = InnerRunner(parts, other, treedef, views, leaves)
+        micro_step = state.count % micro_steps
+        when = When(
+            count=state.count // micro_steps,
+            may_refresh=True if micro_steps == 1 else micro_step == 0,
             key=jax.random.fold_in(jax.random.key(seed), state.count),
-            count=state.count,
-            refresh_every=refresh_every,
         )
-        bases, due, gradients = _columns(
-            map(advance, leaves, leaf_views, aligned(state.basis), aligned(state.next_refresh))
-        )
-        project = functools.partial(_projected, subspace)
-        if params is not None:
-            params = treedef.unflatten(map(project, aligned(params), bases, leaf_views))
-        answers, inner_state = inner.update(
-            treedef.unflatten(gradients), state.inner, params, **extra_args
-        )
-        lift = functools.partial(_lifted, subspace, scale)
-        new_updates = treedef.unflatten(map(lift, leaves, aligned(answers), bases, leaf_views))
+        inners = runner.split(state.inner)
+        matrices = {i: view for i, view in enumerate(views) if view is not None}
+        prepared = [
+            prepare_leaf(
+                parts, leaves[i], likes[i], view, states[i], inners[i], place / len(matrices)
+            )
+            for place, (i, view) in enumerate(matrices.items())
+        ]
+        turned = refreshed(parts, prepared, when)
+        ready: list[Advanced | None] = [None] * len(leaves)
+        for i, leaf, (own, inner_own) in zip(matrices, prepared, turned, strict=True):
+            ready[i] = project_leaf(parts, leaf, own, inner_own)
+        gradients = [
+            x.astype(compute_dtype(x.dtype)) if one is None else one.projected
+            for x, one in zip(leaves, ready, strict=True)
+        ]
+        inners = [own if one is None else one.inner for own, one in zip(inners, ready, strict=True)]
+
+        def step(gradients: list[jax.Array]) -> tuple[Any, ...]:
+            projected = None
+            if params is not None:
+                projected = [
+                    x if view is None else _project(parts, x, view, one)
+                    for x, view, one in zip(likes, views, ready, strict=True)
+                ]
+            answers, *inner_states = runner.update(
+                gradients, inners, state.inner, state.others, projected, extra_args
+            )
+            results = [
+                (answer.astype(leaf.dtype), None)
+                if view is None or one is None
+                else finish_leaf(parts, one, answer, view, like, leaf.dtype, when.count)
+                for answer, leaf, like, view, one in zip(
+                    answers, leaves, likes, views, ready, strict=True
+                )
+            ]
+            new = [update for update, _ in results], [own for _, own in results]
+            old = (
+                [one and one.state for one in ready],
+                runner.join(inners, state.inner),
+                state.others,
+            )
+            return jax.tree.map(_cast_like, (*new, *inner_states), (new[0], *old))
+
+        def wait(gradients: list[jax.Array]) -> tuple[Any, ...]:
+            zeros = [jnp.zeros_like(x, leaf.dtype) for x, leaf in zip(likes, leaves, strict=True)]
+            states = [None if one is None else one.state for one in ready]
+            return zeros, states, runner.join(inners, state.inner), state.others
+
+        accumulated = ()
+        if micro_steps == 1:
+            new, states, inner_state, others_state = step(gradients)
+        else:
+            sums = jax.tree.map(jnp.add, treedef.flatten_up_to(state.accumulated), gradients)
+            mean = [x / micro_steps for x in sums]
+            last = micro_step == micro_steps - 1
+            new, states, inner_state, others_state = jax.lax.cond(last, step, wait, mean)
+            accumulated = treedef.unflatten([jnp.where(last, jnp.zeros_like(x), x) for x in sums])
         new_state = ScaleByProjectionState(
-            count=optax.safe_increment(state.count),
-            basis=treedef.unflatten(bases),
-            next_refresh=treedef.unflatten(due),
-            inner=jax.tree.map(_cast_like, inner_state, state.inner),
+            optax.safe_increment(state.count),
+            *pack(parts, treedef, states),
+            accumulated,
+            inner_state,
+            others_state,
         )
-        return new_updates, new_state
+        return treedef.unflatten(new), jax.tree.map(_cast_like, new_state, state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _check_arguments(subspace: Any, side: Any, refresh_every: Any) -> None:
-    if not isinstance(subspace, Subspace):
-        raise TypeError(
-            f"subspace={subspace!r} must be a subspace rule such as subspaces.randomized_svd(rank)."
+def _check(parts: Parts, side: Any, accumulate_steps: Any) -> None:
+    if side not in ("shorter", "longer", "rows", "columns", "both"):
+        raise ValueError(f"side={side!r} must be 'shorter', 'longer', 'rows', 'columns' or 'both'.")
+    check_on_refresh(parts.on_refresh)
+    if parts.residual.needs_one_side and side == "both":
+        raise ValueError(
+            "side='both' has no columns for the residual rule to scale; take one side."
         )
-    if side not in ("shorter", "longer", "rows", "columns"):
-        raise ValueError(f"side={side!r} must be 'shorter', 'longer', 'rows' or 'columns'.")
-    if isinstance(refresh_every, int) and refresh_every < 1:
-        raise ValueError(f"refresh_every={refresh_every} must be at least 1.")
-
-
-def _columns(rows: Iterable[tuple[Any, Any, Any]]) -> tuple[list[Any], list[Any], list[Any]]:
-    """Three lists from rows of three; empty ones from no rows."""
-    table = list(rows)
-    first, second, third = ([row[i] for row in table] for i in range(3))
-    return first, second, third
-
-
-def _init_leaf(subspace: Subspace, leaf: Any, view: _View | None) -> tuple[Any, Any, jax.Array]:
-    """A leaf's basis, the count of its next refresh, and zeros like its projected gradient."""
-    if view is None:
-        zeros = jnp.zeros_like(leaf, dtype=_compute_dtype(leaf))
-        return optax.MaskedNode(), optax.MaskedNode(), zeros
-    matrix = to_matrix(leaf, view.spec)
-    basis = subspace.init(matrix, view.axis)
-    zeros = jnp.zeros_like(subspace.project(basis, matrix, view.axis))
-    return basis, _one_per_matrix(matrix), zeros
-
-
-def _advance_leaf(
-    leaf: jax.Array,
-    view: _View | None,
-    basis: Any,
-    next_refresh: Any,
-    *,
-    subspace: Subspace,
-    **refresh: Any,
-) -> tuple[Any, Any, jax.Array]:
-    """A leaf's basis, the count of its next refresh, and its projected gradient at this step."""
-    if view is not None:
-        basis, next_refresh = _refresh_if_due(
-            to_matrix(leaf, view.spec), basis, next_refresh, view.axis, subspace=subspace, **refresh
+    if accumulate_steps is None:
+        accumulate_steps = 1
+    if not isinstance(accumulate_steps, int) or accumulate_steps < 1:
+        raise ValueError(
+            f"accumulate_steps={accumulate_steps!r} must be an int of at least 1, or None; under "
+            "optax.inject_hyperparams, list it in static_args."
         )
-    return basis, next_refresh, _projected(subspace, leaf, basis, view)
+    if accumulate_steps > 1 and parts.residual.needs_gradient:
+        raise ValueError(
+            f"accumulate_steps={accumulate_steps} keeps projected gradients only, but the residual "
+            "rule needs whole ones; take residual='drop', or optax.MultiSteps around everything."
+        )
+    if parts.subspace.shared and (parts.refresh.compares or parts.refresh.observe is not None):
+        raise ValueError(
+            "refresh_every looks at gradients, but a random subspace has one basis for all leaves; "
+            "give a number of steps."
+        )
+
+
+def _views(
+    tree: Any, rule: DimensionNumbersRule, side: Side, rank: RankSpec
+) -> list[LeafView | None]:
+    """How each leaf is projected, in the order of the tree's leaves."""
+    specs = resolve_dimension_numbers(rule, tree)
+    views = []
+    for (path, leaf), spec in zip(jax.tree_util.tree_leaves_with_path(tree), specs, strict=True):
+        partition = None if spec is None else matrix_partition(leaf, spec)
+        name = path_string(path)
+        views.append(leaf_view(leaf, spec, partition, side=side, rank=rank, path=name))
+    return views
+
+
+def _in_dtype_of(
+    leaves: Sequence[jax.Array], views: Sequence[LeafView | None]
+) -> list[LeafView | None]:
+    """The views with the arithmetic of the gradients' dtypes: parameters may have others."""
+    return [
+        v if v is None else v._replace(view=v.view._replace(dtype=compute_dtype(x.dtype)))
+        for x, v in zip(leaves, views, strict=True)
+    ]
+
+
+def _in_size_of(
+    parts: Parts, states: Sequence[LeafState], views: Sequence[LeafView | None]
+) -> list[LeafView | None]:
+    """The views with the ranks the state has, which may have been made smaller between steps."""
+    size = parts.subspace.size
+    if size is None:
+        return list(views)
+    return [
+        v if v is None else v._replace(view=v.view._replace(rank=size(own.basis)))
+        for own, v in zip(states, views, strict=True)
+    ]
+
+
+def _project(parts: Parts, param: jax.Array, leaf_view: LeafView, one: Any) -> jax.Array:
+    matrix = to_matrix(param, leaf_view.spec)
+    return parts.subspace.project(one.state.basis, matrix, leaf_view.view)
+
+
+def _projected_zeros(
+    parts: Parts, leaf: jax.Array, leaf_view: LeafView | None, own: LeafState | None
+) -> jax.Array:
+    """Zeros like the leaf's projected gradient, sharded like it."""
+    if leaf_view is None or own is None:
+        return jnp.zeros_like(leaf, dtype=compute_dtype(leaf.dtype))
+    matrix = to_matrix(leaf, leaf_view.spec)
+    return jnp.zeros_like(parts.subspace.project(own.basis, matrix, leaf_view.view))
 
 
 def _cast_like(new: jax.Array, old: jax.Array) -> jax.Array:
     """``new`` in the dtype of ``old`` (a key array, which has no cast, is in it already)."""
     return new if new.dtype == old.dtype else new.astype(old.dtype)
-
-
-def _compute_dtype(leaf: Any) -> Any:
-    """Float32 at least for floating leaves; other leaves stay as they are."""
-    floating = jnp.issubdtype(leaf.dtype, jnp.inexact)
-    return jnp.promote_types(leaf.dtype, jnp.float32) if floating else leaf.dtype
-
-
-def _one_per_matrix(matrix: jax.Array) -> jax.Array:
-    """Zeros ``[*batch]`` int32, with the batch axes' own sharding."""
-    partition = explicit_sharding.partition_of_batch(matrix)
-    return explicit_sharding.zeros(matrix.shape[:-2], jnp.int32, partition)
-
-
-def _view(leaf: Any, spec: WeightDimensionNumbers | None, side: Side) -> _View | None:
-    """How the leaf is projected; None for leaves that are no real matrices, or empty."""
-    if spec is None or leaf.size == 0 or not jnp.issubdtype(leaf.dtype, jnp.floating):
-        return None
-    rows, columns = matrix_shape(leaf.shape, spec)[-2:]
-    compress_rows = {
-        "shorter": rows <= columns,
-        "longer": rows >= columns,
-        "rows": True,
-        "columns": False,
-    }[side]
-    return _View(spec, -2 if compress_rows else -1)
-
-
-def _refresh_if_due(
-    matrix: jax.Array,
-    basis: jax.Array,
-    next_refresh: jax.Array,
-    axis: int,
-    *,
-    subspace: Subspace,
-    key: jax.Array,
-    count: jax.Array,
-    refresh_every: int,
-) -> tuple[jax.Array, jax.Array]:
-    """The basis, found anew for those of the batch that are due, and when it is due again."""
-    due = count >= next_refresh
-
-    def refresh() -> tuple[jax.Array, jax.Array]:
-        new = subspace.refresh(key, matrix, basis, axis)
-        agreement = jnp.sum(new * basis, axis=-2, keepdims=True)
-        new = jnp.where(agreement < 0, -new, new).astype(basis.dtype)
-        every = lambda x: jnp.all(x, axis=(-2, -1))
-        usable = every(jnp.isfinite(new)) & every(jnp.isfinite(matrix)) & ~every(matrix == 0)
-        taken = due & usable
-        following = (count // refresh_every + 1) * refresh_every
-        return (
-            jnp.where(taken[..., None, None], new, basis),
-            jnp.where(taken, following, next_refresh).astype(next_refresh.dtype),
-        )
-
-    return jax.lax.cond(jnp.any(due), refresh, lambda: (basis, next_refresh))
-
-
-def _projected(subspace: Subspace, leaf: jax.Array, basis: Any, view: _View | None) -> jax.Array:
-    if view is None:
-        return leaf.astype(_compute_dtype(leaf))
-    return subspace.project(basis, to_matrix(leaf, view.spec), view.axis)
-
-
-def _lifted(
-    subspace: Subspace,
-    scale: float,
-    leaf: jax.Array,
-    answer: jax.Array,
-    basis: Any,
-    view: _View | None,
-) -> jax.Array:
-    if view is None:
-        return answer.astype(leaf.dtype)
-    partition = matrix_partition(leaf, view.spec)
-    matrix = subspace.lift(basis, scale * answer, view.axis, partition)
-    return from_matrix(matrix.astype(leaf.dtype), view.spec, leaf)

@@ -75,6 +75,17 @@ def test_refresh_period_is_the_option_or_the_default() -> None:
     assert (adamw.refresh_every, galore.refresh_every, contrib.refresh_every) == (None, 9, 200)
 
 
+def test_refreshes_that_follow_the_gradients_have_no_period() -> None:
+    (adarankgrad,) = choose(["adarankgrad"], ["refresh_every=9"], None)
+    assert adarankgrad.refresh_every is None
+
+
+@pytest.mark.parametrize("name", TUNED)
+def test_every_option_that_suits_the_main_job_is_one_of_the_optimizer(name: str) -> None:
+    options = {**choose([name], [], None)[0].options, "learning_rate": TUNED[name]["learning_rate"]}
+    assert find_factory(name)(**options).init({"kernel": np.ones((8, 16), np.float32)})
+
+
 @pytest.mark.parametrize(
     ("kind", "middle", "end"), [("constant", 1, 1), ("cosine", 0.55, 0.1), ("linear", 0.5, 0)]
 )

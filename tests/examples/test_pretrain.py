@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 import shutil
 
+from _optimizers import TUNED, choose
 from flax import nnx
 import jax
 import orbax.checkpoint as ocp
@@ -117,6 +118,26 @@ def test_optimizers_of_optax_train(name: str, flags: list[str], tmp_path: Path) 
     losses = read_losses(tmp_path / "run" / name / "log.jsonl")
     assert losses[1]["loss"] != losses[0]["loss"]
     assert losses[1]["loss"] < 6
+
+
+@pytest.mark.parametrize("name", TUNED)
+def test_every_tuned_optimizer_fits_the_model_by_shapes_alone(
+    name: str, flags: list[str], text: Path
+) -> None:
+    settings = pretrain.Settings(**pretrain.parse(flags)[0])
+    corpus = pretrain.load_corpus(str(text), None, settings.sequence_length)
+    job = pretrain.prepare(choose([name], [], None)[0], corpus, settings, None)
+    assert job.optimizer.name == name
+
+
+@pytest.mark.slow
+def test_every_projected_optimizer_trains_by_name(flags: list[str], tmp_path: Path) -> None:
+    names = ["fira", "online_subspace_descent", "dct_adamw", "apollo", "apollo_mini", "ldadam"]
+    arguments = ["--compare", *names, "--steps", "3", "--output", str(tmp_path / "run")]
+    assert pretrain.main([*flags, *arguments, "--set", "rank=4", "refresh_every=2"]) == 0
+    for name in names:
+        losses = read_losses(tmp_path / "run" / name / "log.jsonl")
+        assert losses[-1]["held_out_loss"] < losses[0]["loss"] < 6
 
 
 def test_bfloat16_and_remat_train_what_float32_does(

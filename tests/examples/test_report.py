@@ -31,12 +31,16 @@ def test_summary_tells_refresh_steps_from_the_others(log: Path) -> None:
     assert result["held_out_loss"] == 0.5
     assert result["perplexity"] == math.exp(0.5)
     assert result["tokens_per_second"] == 4 * 20 / 8.0  # all but the first step
-    assert summarize(log, SETTINGS, None)["refresh_step_seconds"] is None
+    for regular in (None, 1):  # no refreshes, or nothing else
+        result = summarize(log, SETTINGS, refresh_every=regular)
+        assert result["refresh_step_seconds"] is None
+        assert result["step_seconds"] == 2.0
 
 
 def _result(loss: float, size: int) -> dict:
     names = ("perplexity", "compiled_peak_bytes", "tokens_per_second", "step_seconds")
-    result = dict.fromkeys((*names, "compile_seconds"), 1.0) | {"refresh_step_seconds": None}
+    result = dict.fromkeys((*names, "compile_seconds"), 1.0)
+    result |= dict.fromkeys(("refresh_step_seconds", "first_optimizer_state_bytes"))
     return result | {"held_out_loss": loss, "optimizer_state_bytes": size}
 
 

@@ -187,3 +187,13 @@ def test_a_narrow_rich_console_folds_and_loses_nothing() -> None:
     text = console.file.getvalue()
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= 40
+
+
+def test_ranks_are_found_in_the_state_of_every_kind_of_rule():
+    params = {"kernel": jnp.zeros((16, 64))}
+    for tx in (lro.adarankgrad(0.1, 4), lro.online_subspace_descent(0.1, 4), lro.dct_adamw(0.1, 4)):
+        (row,) = lro.selection_table(params, transformation=tx).rows
+        assert row.rank == 4
+    (row,) = lro.selection_table(params, transformation=lro.apollo(0.1, 4)).rows
+    assert row.rank is None  # nothing of a random basis is kept for a leaf
+    assert row.bytes == 4 * (2 * 4 * 64 + 1)

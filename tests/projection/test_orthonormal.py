@@ -21,10 +21,10 @@ def _gram_error(q):
     return np.abs(q.swapaxes(-1, -2) @ q - np.eye(q.shape[-1])).max()
 
 
-def test_newton_schulz_is_the_polar_factor():
-    y, polar = _matrix(48, np.linspace(1, 50, 12))
-    got = jax.jit(orthonormal.newton_schulz)(jnp.asarray(y, jnp.float32))
-    np.testing.assert_allclose(got, polar, atol=2e-5)
+@pytest.fixture
+def few_columns(monkeypatch):
+    """Blocks of seven columns, so that small matrices have several and the last is padded."""
+    monkeypatch.setattr(orthonormal, "BLOCK_COLUMNS", 7)
 
 
 @pytest.mark.parametrize(
@@ -38,26 +38,27 @@ def test_newton_schulz_is_the_polar_factor():
     ids=["ill-conditioned", "rank-deficient", "one huge", "zero"],
 )
 @pytest.mark.parametrize("rows", [24, 40])
-def test_newton_schulz_is_orthonormal_whatever_the_spectrum(rows, singular_values):
+def test_gram_schmidt_is_orthonormal_whatever_the_spectrum(few_columns, rows, singular_values):
     y, _ = _matrix(rows, singular_values)
-    assert _gram_error(jax.jit(orthonormal.newton_schulz)(jnp.asarray(y, jnp.float32))) < 2e-5
+    q = jax.jit(orthonormal.gram_schmidt)(jnp.asarray(y, jnp.float32))
+    assert _gram_error(q) < 2e-6
 
 
-def test_newton_schulz_keeps_the_span_of_a_deficient_matrix():
+def test_gram_schmidt_keeps_the_span_of_a_deficient_matrix(few_columns):
     y, _ = _matrix(40, np.r_[np.ones(10), np.zeros(14)])
-    q = np.asarray(jax.jit(orthonormal.newton_schulz)(jnp.asarray(y, jnp.float32)), np.float64)
+    q = np.asarray(jax.jit(orthonormal.gram_schmidt)(jnp.asarray(y, jnp.float32)), np.float64)
     np.testing.assert_allclose(q @ (q.T @ y), y, atol=1e-5)
 
 
-def test_newton_schulz_on_a_stack_equals_each():
+def test_gram_schmidt_on_a_stack_equals_each(few_columns):
     stack = jax.random.normal(jax.random.key(0), (3, 20, 6))
-    newton_schulz = jax.jit(orthonormal.newton_schulz)
-    whole, each = newton_schulz(stack), jnp.stack([newton_schulz(y) for y in stack])
+    gram_schmidt = jax.jit(orthonormal.gram_schmidt)
+    whole, each = gram_schmidt(stack), jnp.stack([gram_schmidt(y) for y in stack])
     np.testing.assert_allclose(whole, each, atol=1e-5)
 
 
 def test_wide_sketches_are_orthonormal_on_the_cpu():
-    y = jax.random.normal(jax.random.key(0), (400, orthonormal.QR_COLUMNS + 1))
+    y = jax.random.normal(jax.random.key(0), (400, 321))
     assert _gram_error(jax.jit(orthonormal.orthonormalize)(y)) < 1e-5
 
 

@@ -1,76 +1,98 @@
-"""Recipes: what each adds to `scale_by_projection`."""
+"""What holds of every recipe: bytes of state, arguments, decay. Each has a file in `recipes/`."""
+
+from collections.abc import Callable
+from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 
 import lowrank_optax as lro
+from tests.projection.runs import state_bytes
 
 PARAMS = {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6)}
+RECIPES: dict[str, Callable[..., Any]] = {
+    "galore": lro.galore,
+    "fira": lro.fira,
+    "adarankgrad": lro.adarankgrad,
+    "online_subspace_descent": lro.online_subspace_descent,
+    "dct_adamw": lro.dct_adamw,
+    "apollo": lro.apollo,
+    "apollo_mini": lro.apollo_mini,
+    "ldadam": lro.ldadam,
+}
+EVERY_RECIPE = pytest.mark.parametrize("name", RECIPES)
+
+M, N, R = 512, 1376, 128  # of a weight [m, n], m <= n
+MOMENTS, BASIS = 2 * R * N, R * M
+# Words of 4 bytes that scale with the matrix; then counters and floats for each matrix: the count,
+# Adam's count, and when the basis is next due are three.
+WORDS: dict[str, tuple[Any, int, int]] = {
+    "galore": (lro.galore(0.1, R), BASIS + MOMENTS, 3),
+    "fira": (lro.fira(0.1, R), BASIS + MOMENTS, 3 + 1),
+    "adarankgrad": (lro.adarankgrad(0.1, R), BASIS + MOMENTS, 3 + 1 + 4),
+    "online_subspace_descent": (lro.online_subspace_descent(0.1, R), 3 * BASIS + MOMENTS, 3 + 1),
+    "online_subspace_descent_sgd": (
+        lro.online_subspace_descent(0.1, R, subspace_optimizer=optax.sgd(0.1)),
+        BASIS + MOMENTS,
+        3,
+    ),
+    "dct_adamw": (lro.dct_adamw(0.1, R), R + MOMENTS, 3),
+    "dct_adamw_32": (lro.dct_adamw(0.1, R, error_feedback=32), R + MOMENTS + M * N, 3),
+    "dct_adamw_8": (
+        lro.dct_adamw(0.1, R, error_feedback=8),
+        R + MOMENTS + M * N // 4,
+        3 + 2 * M,  # the least entry and the step of each row
+    ),
+    "apollo": (lro.apollo(0.1, R), MOMENTS, 3 + 1 + 1),
+    "apollo_mini": (lro.apollo_mini(0.1), 2 * N, 3 + 1 + 1),
+    "ldadam": (lro.ldadam(0.1, R), BASIS + MOMENTS + M * N, 3),
+    "ldadam_without_feedback": (lro.ldadam(0.1, R, error_feedback=None), BASIS + MOMENTS, 3),
+}
 
 
-def _bytes(tree):
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+@pytest.mark.parametrize("case", WORDS)
+def test_the_state_has_the_bytes_of_the_formula(case: str) -> None:
+    tx, words, scalars = WORDS[case]
+    state = jax.eval_shape(tx.init, {"kernel": jnp.zeros((M, N))})
+    assert state_bytes(state) == 4 * (words + scalars)
 
 
-def test_galore_state_is_what_the_formula_says():
-    params = {"kernel": jnp.zeros((512, 1376))}
-    state = jax.eval_shape(lro.galore(1e-2, rank=128).init, params)
-    floats = 128 * 512 + 2 * 128 * 1376
-    counters = 3 * 4  # the count, Adam's, and when the basis is next due
-    assert sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)) == 4 * floats + counters
+@EVERY_RECIPE
+def test_a_decay_is_of_the_full_weights(name: str) -> None:
+    make = RECIPES[name]
+    updates = [
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS)[0]
+        for tx in (make(0.1, 2), make(0.1, 2, weight_decay=0.5))
+    ]
+    expected = jax.tree.map(lambda u, p: u - 0.1 * 0.5 * p, updates[0], PARAMS)
+    chex.assert_trees_all_close(updates[1], expected, rtol=1e-5)
 
 
-def test_galore_at_full_rank_and_scale_one_moves_unprojected_leaves_as_adam():
-    ours, theirs = lro.galore(0.1, rank=4, eps=1e-8), optax.adam(0.1)
-    update = lambda tx: tx.update(PARAMS, tx.init(PARAMS), PARAMS)[0]["bias"]
-    np.testing.assert_array_equal(update(ours), update(theirs))
+@EVERY_RECIPE
+def test_a_decay_goes_by_its_mask(name: str) -> None:
+    mask = {"kernel": False, "bias": True}
+    tx = RECIPES[name](0.1, 2, weight_decay=0.5, weight_decay_mask=mask)
+    zeros = jax.tree.map(jnp.zeros_like, PARAMS)
+    updates, _ = tx.update(zeros, tx.init(PARAMS), PARAMS)
+    assert (updates["kernel"] == 0).all()
+    assert jnp.allclose(updates["bias"], -0.05)
 
 
-def test_galore_decays_the_full_weights():
-    plain, decayed = lro.galore(0.1, 2), lro.galore(0.1, 2, weight_decay=0.5)
-    one, other = (tx.update(PARAMS, tx.init(PARAMS), PARAMS)[0] for tx in (plain, decayed))
-    expected = jax.tree.map(lambda u, p: u - 0.1 * 0.5 * p, one, PARAMS)
-    chex.assert_trees_all_close(other, expected, rtol=1e-6)
+@EVERY_RECIPE
+def test_other_leaves_get_plain_adam_and_need_no_parameters(name: str) -> None:
+    b1, b2 = (0.908, 0.99) if name == "ldadam" else (0.9, 0.999)
+    gradients = {"kernel": PARAMS["kernel"], "bias": jnp.arange(6.0)}
+    ours, adam = RECIPES[name](0.1, 2, eps=1e-8), optax.adam(0.1, b1, b2)
+    updates = [tx.update(gradients, tx.init(PARAMS))[0]["bias"] for tx in (ours, adam)]
+    chex.assert_trees_all_close(updates[0], updates[1], rtol=1e-6)
 
 
-def test_galore_decays_only_what_the_mask_says():
-    tx = lro.galore(0.1, 2, weight_decay=0.5, weight_decay_mask={"kernel": True, "bias": False})
-    plain = lro.galore(0.1, 2)
-    one, other = (t.update(PARAMS, t.init(PARAMS), PARAMS)[0] for t in (plain, tx))
-    np.testing.assert_array_equal(one["bias"], other["bias"])
-    assert (one["kernel"] != other["kernel"]).all()
-
-
-def test_galore_without_decay_needs_no_parameters():
-    tx = lro.galore(0.1, rank=2)
-    updates, _ = tx.update(PARAMS, tx.init(PARAMS))
-    chex.assert_tree_all_finite(updates)
-
-
-def test_galore_finds_the_answer_of_a_low_rank_regression():
-    key = jax.random.key(0)
-    left, right, inputs = (
-        jax.random.normal(k, shape)
-        for k, shape in zip(jax.random.split(key, 3), [(12, 2), (2, 10), (64, 12)], strict=True)
-    )
-    target = left @ right
-    loss = lambda p: jnp.mean((inputs @ (p["kernel"] - target)) ** 2)
-    tx = lro.galore(optax.cosine_decay_schedule(0.5, 600), rank=4, refresh_every=20)
-
-    def step(carry, _):
-        params, state = carry
-        updates, state = tx.update(jax.grad(loss)(params), state)
-        return (optax.apply_updates(params, updates), state), None
-
-    start = {"kernel": jnp.zeros((12, 10))}
-    (params, _), _ = jax.lax.scan(step, (start, tx.init(start)), length=600)
-    np.testing.assert_allclose(params["kernel"], target, atol=0.02)
-
-
-def test_a_traced_rank_is_refused_under_inject_hyperparams():
+@EVERY_RECIPE
+def test_a_traced_rank_is_refused_under_inject_hyperparams(name: str) -> None:
+    static = ("scale",) if name.startswith("apollo") else ()
+    traced = optax.inject_hyperparams(RECIPES[name], static_args=static)
     with pytest.raises(TypeError, match="static_args"):
-        optax.inject_hyperparams(lro.galore)(learning_rate=0.1, rank=2).init(PARAMS)
+        traced(learning_rate=0.1, rank=2).init(PARAMS)

@@ -1,41 +1,60 @@
-"""What a subspace rule is, and the parts that rules with an orthonormal basis share.
+"""What a subspace rule is, and the parts that rules share.
 
-Letters: a gradient matrix is ``[*batch, m, n]``. ``axis`` names the axis that is compressed to the
-rank ``r``: -2 (rows, ``d = m``) or -1 (columns, ``d = n``). A basis is ``[*batch, d, r]``, a
-projected gradient ``[*batch, r, n]`` or ``[*batch, m, r]``: the other axis stays where it was, so
-that neither product needs a transpose.
+Letters: a gradient matrix is ``[*batch, m, n]``; its compressed axis has size ``d``, and the rank
+is ``r``. A basis is ``[*batch, d, r]``, a projected gradient ``[*batch, r, n]`` or
+``[*batch, m, r]``: the other axis stays where it was, so that neither product needs a transpose.
 """
 
 from collections.abc import Callable
-import operator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from lowrank_optax.matrices import explicit_sharding
 from lowrank_optax.matrices.explicit_sharding import product
+from lowrank_optax.projection.rank import RankSpec, check_rank
+from lowrank_optax.projection.subspaces.lockstep import Steps, as_steps, in_lockstep
+from lowrank_optax.projection.view import View
 
 
 class Subspace(NamedTuple):
-    """A rule for finding and using a subspace of gradient matrices: four pure functions.
+    """A rule for finding and using a subspace of gradient matrices: pure functions.
+
+    What a rule keeps for a leaf is called its basis, though it may be less than one: column
+    indices, or a seed. It is an array, or a NamedTuple of arrays; each has the batch axes first, or
+    is a scalar that belongs to the whole leaf. All functions take the leaf's `View` last. Make one
+    with `from_basis`, which derives projection and lifting from the basis as a matrix.
 
     Attributes:
-      init: ``init(matrix, axis) -> basis``: what stands for the basis before the first refresh,
-        float32 (float64 for a float64 matrix), all zeros. Only the matrix's shape, dtype and
-        sharding are used.
-      refresh: ``refresh(key, matrix, basis, axis) -> basis``: the basis for this gradient;
-        ``basis`` is the last one. The result may be anything at all for a zero or non-finite
-        matrix: the caller then keeps the last one.
-      project: ``project(basis, matrix, axis) -> projected``.
-      lift: ``lift(basis, projected, axis, partition=None) -> matrix``, the adjoint of project.
+      rank: The rank, as `resolve_rank` reads it.
+      init: ``init(view) -> basis``: what stands for the basis before the first refresh.
+      steps: ``steps(key, matrix, basis, momentum, view)``: a generator that returns the basis for
+        this gradient, and yields what it needs decomposed: see `lockstep`. ``basis`` is the last
+        one, ``momentum`` the bias-corrected first moment in it for rules that ``follow_momentum``,
+        otherwise None. The result may be anything at all for a zero or non-finite matrix: the
+        caller then keeps the last one.
+      project: ``project(basis, matrix, view) -> projected``.
+      lift: ``lift(basis, projected, view) -> matrix``, the adjoint of project.
+      turn: ``turn(old, new, projected, view, squared=False)``: an array of the projected shape,
+        from one basis into another: ``C x`` with ``C = new·old``, or ``(C∘C) x`` for a variance.
+      track: ``track(basis, matrix, projected, view) -> basis``: moves the basis a little after
+        every step; None for rules that only refresh.
+      shared: Whether one basis serves all leaves and needs no gradient. Its refresh is given
+        ``matrix=None`` and ``view=None``.
+      orthonormal: Whether ``PᵀP = I``.
+      follow_momentum: Whether ``refresh`` wants the first moment.
+      kept: An example of what is kept for a leaf, of which only the structure counts.
+      size: ``size(basis)``: the rank its arrays have, where it may have been cut by
+        `lowrank_optax.compact`; None where it is the view's.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro
-      >>> rule = lro.subspaces.randomized_svd(rank=1)
-      >>> gradient = jnp.outer(jnp.ones(4), jnp.arange(3.0))
-      >>> basis = rule.refresh(jax.random.key(0), gradient, rule.init(gradient, -1), -1)
-      >>> lifted = rule.lift(basis, rule.project(basis, gradient, -1), -1)
+      >>> rule, gradient = lro.subspaces.svd(rank=1), jnp.outer(jnp.ones(4), jnp.arange(3.0))
+      >>> view = lro.View.of(gradient, axis=-1, rank=rule.rank)
+      >>> basis = rule.refresh(jax.random.key(0), gradient, rule.init(view), None, view)
+      >>> lifted = rule.lift(basis, rule.project(basis, gradient, view), view)
       >>> bool(jnp.allclose(lifted, gradient, atol=1e-5))  # a matrix of rank one is kept whole
       True
 
@@ -43,75 +62,154 @@ class Subspace(NamedTuple):
       Zhao et al., GaLore, 2024, https://arxiv.org/abs/2403.03507, section 4.
     """
 
-    init: Callable[[jax.Array, int], jax.Array]
-    refresh: Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]
-    project: Callable[[jax.Array, jax.Array, int], jax.Array]
-    lift: Callable[..., jax.Array]
+    rank: RankSpec
+    init: Callable[[View], Any]
+    steps: Callable[[jax.Array, Any, Any, jax.Array | None, Any], Steps]
+    project: Callable[[Any, jax.Array, View], jax.Array]
+    lift: Callable[[Any, jax.Array, View], jax.Array]
+    turn: Callable[..., jax.Array]
+    track: Callable[[Any, jax.Array, jax.Array, View], Any] | None = None
+    shared: bool = False
+    orthonormal: bool = True
+    follow_momentum: bool = False
+    kept: Any = 0
+    size: Callable[[Any], int] | None = None
+
+    def refresh(
+        self, key: jax.Array, matrix: Any, basis: Any, momentum: jax.Array | None, view: Any
+    ) -> Any:
+        """The basis for this gradient: the result of ``steps``, for one leaf alone."""
+        return in_lockstep([self.steps(key, matrix, basis, momentum, view)])[0]
 
 
-def check_rank(rank: Any) -> int:
-    """The rank as an int of at least one; an error that names the usual mistakes otherwise."""
-    if isinstance(rank, jax.Array):
-        raise TypeError(
-            f"rank={rank} is an array, but it fixes shapes and must be a Python int; under "
-            "optax.inject_hyperparams, list it in static_args."
-        )
-    try:
-        value = operator.index(rank)
-    except TypeError:
-        raise TypeError(f"rank={rank!r} must be an int.") from None
-    if isinstance(rank, bool) or value < 1:
-        raise ValueError(f"rank={rank!r} must be an int of at least 1.")
-    return value
+def from_basis(
+    rank: RankSpec,
+    refresh: Callable[[jax.Array, Any, Any, jax.Array | None, Any], Any],
+    *,
+    init: Callable[[View], Any] | None = None,
+    matrix_of: Callable[[Any, View], jax.Array] | None = None,
+    turn: Callable[..., jax.Array] | None = None,
+    **attributes: Any,
+) -> Subspace:
+    """A rule from how its basis is found, and how the basis is read as a matrix ``[*batch, d, r]``.
+
+    Args:
+      rank: The rank.
+      refresh: ``refresh(key, matrix, basis, momentum, view)``, a function that returns the basis,
+        or a generator function as `Subspace` says of ``steps``.
+      init: As `Subspace` says; zeros ``[*batch, d, r]`` if None.
+      matrix_of: ``matrix_of(basis, view)``; the basis itself if None.
+      turn: As `Subspace` says; products with ``newᵀ old`` if None.
+      **attributes: The other attributes of `Subspace`.
+    """
+    dense = (lambda basis, view: basis) if matrix_of is None else matrix_of
+
+    def turn_dense(
+        old: Any, new: Any, projected: jax.Array, view: View, squared: bool = False
+    ) -> jax.Array:
+        return turned(dense(old, view), dense(new, view), projected, view, squared)
+
+    return Subspace(
+        rank=check_rank(rank),
+        init=zero_basis if init is None else init,
+        steps=as_steps(refresh),
+        project=lambda basis, matrix, view: project(dense(basis, view), matrix, view),
+        lift=lambda basis, projected, view: lift(dense(basis, view), projected, view),
+        turn=turn_dense if turn is None else turn,
+        **attributes,
+    )
 
 
-def clipped_rank(rank: int, matrix: Any) -> int:
-    """No matrix has more than ``min(m, n)`` directions."""
-    return min(rank, *matrix.shape[-2:])
-
-
-def replicated(matrix: jax.Array) -> PartitionSpec | None:
-    """Partition of a small factor of ``matrix`` on an explicit mesh: its batch axes' alone."""
-    return explicit_sharding.partition_of_batch(matrix, None, None)
-
-
-def times(
-    matrix: jax.Array, x: jax.Array, axis: int, partition: PartitionSpec | None = None
-) -> jax.Array:
-    """``G x`` for rows (``[m, n], [n, k] -> [m, k]``), ``Gᵀ x`` for columns: lands on ``axis``."""
-    letters = "...mn,...nk->...mk" if axis == -2 else "...mn,...mk->...nk"
-    return product(letters, matrix, x, partition)
-
-
-def other(axis: int) -> int:
-    """The matrix axis that is not ``axis``."""
-    return -3 - axis
-
-
-def init_basis(rank: int) -> Callable[[jax.Array, int], jax.Array]:
+def zero_basis(view: View) -> jax.Array:
     """Zeros ``[*batch, d, r]``: a basis that projects everything to nothing."""
-
-    def init(matrix: jax.Array, axis: int) -> jax.Array:
-        dtype = jax.numpy.promote_types(matrix.dtype, jax.numpy.float32)
-        shape = (*matrix.shape[:-2], matrix.shape[axis], clipped_rank(rank, matrix))
-        return explicit_sharding.zeros(shape, dtype, replicated(matrix))
-
-    return init
+    shape = (*view.batch, view.length, view.rank)
+    return explicit_sharding.zeros(shape, view.dtype, view.small_partition)
 
 
-def project(basis: jax.Array, matrix: jax.Array, axis: int) -> jax.Array:
+def project(basis: jax.Array, matrix: jax.Array, view: View) -> jax.Array:
     """``Pᵀ G`` or ``G P``, accumulated in the basis' dtype."""
-    letters = "...mr,...mn->...rn" if axis == -2 else "...nr,...mn->...mr"
-    partition = explicit_sharding.partition_of(matrix)
-    if partition is not None:
-        kept = (None, partition[-1]) if axis == -2 else (partition[-2], None)
-        partition = explicit_sharding.partition_of_batch(matrix, *kept)
-    return product(letters, basis, matrix.astype(basis.dtype), partition)
+    letters = "...mr,...mn->...rn" if view.axis == -2 else "...nr,...mn->...mr"
+    thin = _cut_as(matrix, view.axis, basis)
+    return product(letters, thin, matrix.astype(basis.dtype), view.projected_partition)
 
 
-def lift(
-    basis: jax.Array, projected: jax.Array, axis: int, partition: PartitionSpec | None = None
+def lift(basis: jax.Array, projected: jax.Array, view: View) -> jax.Array:
+    """``P R`` or ``R Pᵀ``, the adjoint of `project`."""
+    letters = "...mr,...rn->...mn" if view.axis == -2 else "...nr,...mr->...mn"
+    return product(letters, basis, projected.astype(basis.dtype), view.partition)
+
+
+def turned(
+    old: jax.Array, new: jax.Array, projected: jax.Array, view: View, squared: bool
 ) -> jax.Array:
-    """``P R`` or ``R Pᵀ``, the adjoint of `project`, partitioned as told on an explicit mesh."""
-    letters = "...mr,...rn->...mn" if axis == -2 else "...nr,...mr->...mn"
-    return product(letters, basis, projected.astype(basis.dtype), partition)
+    """``C x`` (or ``x Cᵀ`` for columns) with ``C = newᵀ old``, or with its entries squared."""
+    between = product("...ds,...dr->...sr", new, old, view.small_partition)
+    between = between**2 if squared else between
+    letters = "...sr,...rn->...sn" if view.axis == -2 else "...sr,...mr->...ms"
+    return product(letters, between, projected, view.projected_partition)
+
+
+def times(matrix: jax.Array, x: jax.Array, view: View, across: bool = False) -> jax.Array:
+    """The matrix and a thin one: the result ``[*batch, d, k]`` lies on the compressed axis.
+
+    ``G x`` if rows are compressed, ``Gᵀ x`` if columns are; with ``across`` the other way round, on
+    the kept axis.
+    """
+    lands_on_rows = (view.axis == -2) != across
+    letters = "...mn,...nk->...mk" if lands_on_rows else "...mn,...mk->...nk"
+    meets, lands = (-1, -2) if lands_on_rows else (-2, -1)
+    thin = _cut_as(matrix, meets, jax.lax.optimization_barrier(x))
+    result = product(letters, matrix, thin, _cut_of(matrix, lands))
+    return explicit_sharding.constrain(result, view.small_partition)
+
+
+def _cut_as(matrix: jax.Array, axis: int, thin: jax.Array) -> jax.Array:
+    """``thin [*batch, k, r]``, on explicit axes cut as the axis of the matrix that it meets.
+
+    For a product with a replicated factor, or result, the partitioner gathers the whole matrix. On
+    automatic axes it does so with arguments of the program alone, and a barrier is enough.
+    """
+    return explicit_sharding.constrain(thin, _cut_of(matrix, axis))
+
+
+def _cut_of(matrix: jax.Array, axis: int) -> PartitionSpec | None:
+    """Partition of an array ``[*batch, k, r]`` whose ``k`` is this axis of the matrix."""
+    partition = explicit_sharding.partition_of(matrix)
+    return None if partition is None else PartitionSpec(*partition[:-2], partition[axis], None)
+
+
+def agreeing(new: jax.Array, old: jax.Array) -> jax.Array:
+    """``new`` with the sign of each vector chosen to agree with its predecessor's.
+
+    Signs of singular vectors are arbitrary; so chosen, moments that are kept keep their meaning.
+    """
+    agreement = jnp.sum(new * old, axis=-2, keepdims=True)
+    return jnp.where(agreement < 0, -new, new).astype(old.dtype)
+
+
+def scaled(x: jax.Array) -> jax.Array:
+    """``x`` with largest entry one, so that no product of gradients over- or underflows."""
+    largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True, initial=0.0)
+    return x / jnp.where(largest == 0, 1, largest)
+
+
+def select(taken: jax.Array, new: Any, old: Any) -> Any:
+    """``new`` for those of the batch that are ``taken [*batch]``, ``old`` for the others."""
+
+    def one(x: jax.Array, y: jax.Array) -> jax.Array:
+        if jnp.ndim(y) == 0:
+            return jnp.where(jnp.any(taken), x, y).astype(y.dtype)
+        flags = taken.reshape(taken.shape + (1,) * (y.ndim - taken.ndim))
+        return jnp.where(flags, x, y).astype(y.dtype)
+
+    return jax.tree.map(one, new, old)
+
+
+def all_finite(tree: Any, batch_ndim: int) -> jax.Array:
+    """Whether all floats are finite, for each matrix of the batch (scalars count for all)."""
+    finite: jax.Array = jnp.array(True)
+    for x in jax.tree.leaves(tree):
+        if jnp.issubdtype(x.dtype, jnp.inexact):
+            axes = tuple(range(min(batch_ndim, x.ndim), x.ndim))
+            finite = finite & jnp.all(jnp.isfinite(x), axis=axes)
+    return finite

@@ -1,4 +1,4 @@
-"""The methods by name, each a recipe over `scale_by_projection` without numerics of its own."""
+"""GaLore: Adam in the leading singular subspace of each gradient."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,14 +6,19 @@ from typing import Any
 import optax
 
 from lowrank_optax.matrices import DimensionNumbersRule
+from lowrank_optax.projection.rank import RankSpec
+from lowrank_optax.projection.recipes.assemble import optimizer
+from lowrank_optax.projection.refresh import RefreshRule
 from lowrank_optax.projection.subspaces import Subspace, randomized_svd
-from lowrank_optax.projection.transform import Side, scale_by_projection
+from lowrank_optax.projection.transfer import OnRefresh
+from lowrank_optax.projection.transform import scale_by_projection
+from lowrank_optax.projection.view import Side
 
 
 def galore(
     learning_rate: optax.ScalarOrSchedule,
-    rank: int = 128,
-    refresh_every: int = 200,
+    rank: RankSpec = 128,
+    refresh_every: int | RefreshRule | None = 200,
     scale: float = 0.25,
     b1: float = 0.9,
     b2: float = 0.999,
@@ -22,7 +27,10 @@ def galore(
     *,
     weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
     subspace: Subspace | None = None,
+    inner: optax.GradientTransformation | None = None,
+    on_refresh: OnRefresh = "keep",
     side: Side = "shorter",
+    accumulate_steps: int | None = None,
     seed: int = 0,
     weight_dimension_numbers: DimensionNumbersRule = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -43,8 +51,10 @@ def galore(
       learning_rate: A float or an optax schedule. The paper takes 0.01 for models up to 1B
         parameters and 0.005 for 7B, with ``scale=0.25``: ten times an Adam rate, since the
         product of both is what counts.
-      rank: Number of directions kept; the paper takes a quarter to a half of the model's width.
-      refresh_every: Steps from one basis to the next (50 to 1000 all work in the paper).
+      rank: Number of directions kept: an int, a fraction, ``{pattern: rank}`` or a function of path
+        and shape. The paper takes a quarter to a half of the model's width.
+      refresh_every: Steps from one basis to the next (50 to 1000 all work in the paper), or one of
+        ``lowrank_optax.refresh``.
       scale: The paper's :math:`\alpha`, of projected leaves alone.
       b1: Decay of the first moment.
       b2: Decay of the second moment.
@@ -54,7 +64,10 @@ def galore(
       weight_decay_mask: Which leaves decay: as ``mask`` of ``optax.adamw``.
       subspace: How the basis is found, if not by ``subspaces.randomized_svd(rank)``; ``rank`` is
         then ignored.
+      inner: The optimizer in the subspace, if not Adam (``b1``, ``b2``, ``eps`` are then ignored).
+      on_refresh: What becomes of the moments when the basis turns: see `scale_by_projection`.
       side: Which side of a matrix is compressed: see `scale_by_projection`.
+      accumulate_steps: Micro-batches to a step: see `scale_by_projection`.
       seed: Seed of the randomized range finder.
       weight_dimension_numbers: Which leaves are matrices, and how: see `scale_by_projection`.
 
@@ -62,7 +75,7 @@ def galore(
       The optimizer.
 
     Raises:
-      TypeError: If ``rank`` is not an int.
+      TypeError: If ``rank`` is none.
       ValueError: If ``rank`` or ``refresh_every`` is below 1, or ``side`` unknown.
 
     Example:
@@ -84,39 +97,15 @@ def galore(
       https://arxiv.org/abs/2403.03507. The basis by randomized SVD: Su et al., GaLore 2, 2025,
       https://arxiv.org/abs/2504.20437.
     """
-    no_decay = isinstance(weight_decay, int | float) and weight_decay == 0
-    chained = optax.chain(
-        scale_by_projection(
-            optax.scale_by_adam(b1, b2, eps),
-            randomized_svd(rank) if subspace is None else subspace,
-            refresh_every=refresh_every,
-            scale=scale,
-            side=side,
-            seed=seed,
-            weight_dimension_numbers=weight_dimension_numbers,
-        ),
-        # An absent decay must not ask for parameters, and leaves the same (empty) state.
-        optax.identity()
-        if no_decay
-        else optax.add_decayed_weights(weight_decay, weight_decay_mask),
-        optax.scale_by_learning_rate(learning_rate),
+    projected = scale_by_projection(
+        optax.scale_by_adam(b1, b2, eps) if inner is None else inner,
+        randomized_svd(rank) if subspace is None else subspace,
+        on_refresh=on_refresh,
+        refresh_every=refresh_every,
+        scale=scale,
+        side=side,
+        accumulate_steps=accumulate_steps,
+        seed=seed,
+        weight_dimension_numbers=weight_dimension_numbers,
     )
-    return _keep_dtypes(chained)
-
-
-def _keep_dtypes(
-    tx: optax.GradientTransformationExtraArgs,
-) -> optax.GradientTransformationExtraArgs:
-    """``tx`` with updates of the gradients' dtype, also where a traced float32 rate promotes them.
-
-    Under ``optax.inject_hyperparams(..., hyperparam_dtype=jnp.float32)`` it would, for bfloat16
-    parameters, in every part of optax that multiplies by a hyper-parameter.
-    """
-
-    def update_fn(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
-    ) -> tuple[optax.Updates, optax.OptState]:
-        new, state = tx.update(updates, state, params, **extra_args)
-        return optax.tree.cast_like(new, updates), state
-
-    return optax.GradientTransformationExtraArgs(tx.init, update_fn)
+    return optimizer(projected, learning_rate, weight_decay, weight_decay_mask, accumulate_steps)

@@ -1,0 +1,178 @@
+"""One leaf's part of a projected update: its basis before the inner update, its result after it."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_optax.matrices import from_matrix, to_matrix
+from lowrank_optax.projection import transfer
+from lowrank_optax.projection.refresh import Energies, RefreshRule
+from lowrank_optax.projection.residuals import Residual, Step
+from lowrank_optax.projection.subspaces import Subspace
+from lowrank_optax.projection.subspaces.base import select
+from lowrank_optax.projection.view import LeafView, View, zeros_per_matrix
+
+
+class Parts(NamedTuple):
+    """What a projected optimizer is made of."""
+
+    inner: optax.GradientTransformationExtraArgs
+    subspace: Subspace
+    residual: Residual
+    refresh: RefreshRule
+    on_refresh: transfer.OnRefresh
+    scale: Any
+
+    @property
+    def each_alone(self) -> bool:
+        """Whether the inner optimizer is run on each leaf alone."""
+        return (
+            self.on_refresh != "keep"
+            or self.subspace.follow_momentum
+            or self.residual.needs_moments
+        )
+
+
+class LeafState(NamedTuple):
+    """What is kept for a matrix leaf besides its inner state."""
+
+    basis: Any
+    next_refresh: Any
+    statistics: Any
+    residual: Any
+
+
+class Prepared(NamedTuple):
+    """A matrix leaf before its basis is looked at.
+
+    Attributes:
+      matrix: The gradient with what the residual rule added, ``[*batch, m, n]``; None if it arrived
+        projected.
+      leaf: The gradient as it arrived.
+      state: What is kept for the leaf.
+      inner: Its own inner state; None if the inner optimizer runs on the whole tree.
+      view: How it is projected.
+      phase: Its place among all, from 0 to below 1.
+    """
+
+    matrix: jax.Array | None
+    leaf: jax.Array
+    state: LeafState
+    inner: Any
+    view: View
+    phase: float
+
+
+class Advanced(NamedTuple):
+    """A matrix leaf ready for the inner update."""
+
+    state: LeafState
+    inner: Any
+    matrix: jax.Array | None
+    projected: jax.Array
+    last_basis: Any
+    refreshed: jax.Array
+    moments: transfer.Moments | None
+
+
+def init_leaf(parts: Parts, view: View) -> LeafState:
+    """The state before the first gradient."""
+    shared = parts.subspace.shared
+    due = jnp.zeros((), jnp.int32) if shared else zeros_per_matrix(view, jnp.int32)
+    return LeafState(
+        parts.subspace.init(view), due, parts.refresh.init(view), parts.residual.init(view)
+    )
+
+
+def prepare_leaf(
+    parts: Parts,
+    leaf: jax.Array,
+    like: Any,
+    leaf_view: LeafView,
+    state: LeafState,
+    inner: Any,
+    phase: float,
+) -> Prepared:
+    """The leaf as a batch of matrices, with what the residual rule adds to it.
+
+    A leaf that has the projected shape already (as a layer gives it that projects in its backward
+    pass) is taken as it is. Its basis, though due, then waits for the next whole gradient.
+    """
+    spec, view = leaf_view
+    matrix = None
+    if leaf.shape == like.shape:
+        matrix = to_matrix(leaf, spec)
+        if parts.residual.before is not None:
+            matrix = parts.residual.before(state.residual, matrix)
+    else:
+        _check_projected(parts, leaf, view)
+    return Prepared(matrix, leaf, state, inner, view, phase)
+
+
+def project_leaf(parts: Parts, prepared: Prepared, state: LeafState, inner: Any) -> Advanced:
+    """The leaf with its basis as it is to be used, and its inner state moved along."""
+    matrix, leaf, last, inner_before, view, _ = prepared
+    if matrix is None:
+        projected = leaf.astype(view.dtype)
+    else:
+        projected = parts.subspace.project(state.basis, matrix, view)
+    moments = None
+    if parts.residual.needs_moments:
+        around = (transfer.first_moment(x, view) for x in (inner_before, inner))
+        moments = transfer.Moments.of(*around)
+    refreshed = state.next_refresh != last.next_refresh
+    return Advanced(state, inner, matrix, projected, last.basis, refreshed, moments)
+
+
+def finish_leaf(
+    parts: Parts,
+    advanced: Advanced,
+    answer: jax.Array,
+    leaf_view: LeafView,
+    like: Any,
+    dtype: Any,
+    count: jax.Array,
+) -> tuple[jax.Array, LeafState]:
+    """The leaf's update, of the shape of ``like``, and its new state."""
+    spec, view = leaf_view
+    state, matrix, projected = advanced.state, advanced.matrix, advanced.projected
+    step = Step(
+        matrix=matrix,
+        projected=projected,
+        answer=answer.astype(view.dtype),
+        scale=parts.scale,
+        count=count,
+        basis=state.basis,
+        last_basis=advanced.last_basis,
+        moments=advanced.moments,
+        subspace=parts.subspace,
+        view=view,
+    )
+    update, residual = parts.residual.update(state.residual, step)
+    basis, due, statistics = state.basis, state.next_refresh, state.statistics
+    if matrix is not None:
+        if parts.refresh.observe is not None:
+            squares = lambda x: jnp.sum(jnp.square(x.astype(jnp.float32)), axis=(-2, -1))
+            energies = Energies(squares(projected), squares(matrix))
+            due, statistics = parts.refresh.observe(statistics, count, due, energies)
+        if parts.subspace.track is not None:
+            # A basis just found is the best for this gradient: what is left to follow is noise.
+            tracked = parts.subspace.track(basis, matrix, projected, view)
+            basis = select(~advanced.refreshed, tracked, basis)
+    new = LeafState(basis, due, statistics, residual)
+    return from_matrix(update.astype(dtype), spec, like), new
+
+
+def _check_projected(parts: Parts, leaf: jax.Array, view: View) -> None:
+    if leaf.shape != view.projected_shape:
+        raise ValueError(
+            f"the gradient of {view.path!r} has the shape {leaf.shape}: neither that of its "
+            f"parameter nor {view.projected_shape}, that of its projection."
+        )
+    if parts.residual.needs_gradient:
+        raise ValueError(
+            f"the gradient of {view.path!r} arrived projected, as {leaf.shape}, but the residual "
+            "rule needs it whole; take residual='drop'."
+        )

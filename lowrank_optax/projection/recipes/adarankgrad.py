@@ -1,0 +1,104 @@
+"""AdaRankGrad: GaLore with a rank that falls, and subspaces left when they are done."""
+
+from collections.abc import Callable
+from typing import Any
+
+import optax
+
+from lowrank_optax.matrices import DimensionNumbersRule
+from lowrank_optax.projection.rank import RankSpec
+from lowrank_optax.projection.recipes.assemble import optimizer
+from lowrank_optax.projection.refresh import RefreshRule, when_converged
+from lowrank_optax.projection.subspaces import Subspace, adaptive_rank, randomized_svd
+from lowrank_optax.projection.transfer import OnRefresh
+from lowrank_optax.projection.transform import scale_by_projection
+from lowrank_optax.projection.view import Side
+
+
+def adarankgrad(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: RankSpec = 128,
+    refresh_every: int | RefreshRule | None = 200,
+    scale: float = 0.25,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-6,
+    weight_decay: float = 0.0,
+    *,
+    min_rank: int = 1,
+    rank_step: int = 1,
+    threshold: float = 0.2,
+    monotone: bool = False,
+    weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
+    subspace: Subspace | None = None,
+    on_refresh: OnRefresh = "rotate_moments",
+    side: Side = "shorter",
+    accumulate_steps: int | None = None,
+    seed: int = 0,
+    weight_dimension_numbers: DimensionNumbersRule = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""AdaRankGrad: the rank of each matrix is the least that loses a share ``threshold`` of it.
+
+    At a refresh the least rank is taken for which
+    :math:`\lVert G - P P^\top G \rVert_F \le \xi \lVert G \rVert_F`; moments are carried to the new
+    subspace, with LDAdam's rule for second moments (the paper's ``C V`` can be negative). A
+    subspace is left when its gradient has converged: see `refresh.when_converged`, the default with
+    an int, which is then its longest stay. Between steps, ``lowrank_optax.compact`` gives back the
+    memory of directions no longer used.
+
+    Args:
+      learning_rate: A float or an optax schedule; GaLore's values.
+      rank: The largest rank: see `galore`.
+      refresh_every: Longest stay in a subspace; or one of ``lowrank_optax.refresh``.
+      scale: GaLore's :math:`\alpha`.
+      b1: Decay of the first moment.
+      b2: Decay of the second moment. New directions start without one: their first steps are up to
+        ``(1 - b1) / sqrt(1 - b2)`` times as large, 3.2 for these defaults, 1.0 for 0.99.
+      eps: Added to the root of the second moment, after bias correction.
+      weight_decay: Decoupled decay of the full weights.
+      min_rank: The least rank.
+      rank_step: Distance from one rank considered to the next.
+      threshold: The share :math:`\xi` of a gradient's norm that may be lost.
+      monotone: Let ranks only fall.
+      weight_decay_mask: Which leaves decay: as ``mask`` of ``optax.adamw``.
+      subspace: How the basis is found, if not by ``subspaces.randomized_svd(rank)``.
+      on_refresh: What becomes of the moments when the basis turns: see `scale_by_projection`.
+      side: Which side of a matrix is compressed: see `scale_by_projection`.
+      accumulate_steps: Micro-batches to a step: see `scale_by_projection`.
+      seed: Seed of the randomized range finder.
+      weight_dimension_numbers: Which leaves are matrices, and how: see `scale_by_projection`.
+
+    Returns:
+      The optimizer.
+
+    Raises:
+      ValueError: If an argument is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> tx = lro.adarankgrad(0.01, rank=4)
+      >>> gradient = {"kernel": jnp.diag(jnp.array([4.0, 2.0, 1.0, 0.5]))}
+      >>> _, state = tx.update(gradient, tx.init(gradient))
+      >>> state[0].basis.rank["kernel"].item()
+      3
+
+    Reference:
+      Refael et al., AdaRankGrad: Adaptive Gradient-Rank and Moments for Memory-Efficient LLMs
+      Training and Fine-Tuning, 2024, https://arxiv.org/abs/2410.17881, Algorithms 1 and 2. No
+      official code was published.
+    """
+    if isinstance(refresh_every, int):
+        refresh_every = when_converged(shortest=max(1, refresh_every // 4), longest=refresh_every)
+    found = randomized_svd(rank) if subspace is None else subspace
+    projected = scale_by_projection(
+        optax.scale_by_adam(b1, b2, eps),
+        adaptive_rank(found, min_rank, rank_step, threshold, monotone),
+        on_refresh=on_refresh,
+        refresh_every=refresh_every,
+        scale=scale,
+        side=side,
+        accumulate_steps=accumulate_steps,
+        seed=seed,
+        weight_dimension_numbers=weight_dimension_numbers,
+    )
+    return optimizer(projected, learning_rate, weight_decay, weight_decay_mask, accumulate_steps)

@@ -1,0 +1,161 @@
+"""APOLLO: the gradient itself, scaled as Adam scales a random projection of it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import optax
+
+from lowrank_optax.matrices import DimensionNumbersRule
+from lowrank_optax.projection import residuals
+from lowrank_optax.projection.rank import RankSpec
+from lowrank_optax.projection.recipes.assemble import optimizer
+from lowrank_optax.projection.subspaces import Subspace, random
+from lowrank_optax.projection.transform import scale_by_projection
+from lowrank_optax.projection.view import Side
+
+
+def apollo(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: RankSpec = 0.25,
+    refresh_every: int | None = 200,
+    scale: float = 1.0,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-6,
+    weight_decay: float = 0.0,
+    gamma: float = 1.01,
+    *,
+    granularity: residuals.Granularity = "channel",
+    weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
+    subspace: Subspace | None = None,
+    side: Side = "shorter",
+    seed: int = 0,
+    weight_dimension_numbers: DimensionNumbersRule = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""APOLLO: learning rates of columns estimated in a random subspace, of which a seed is kept.
+
+    With a Gaussian :math:`P`, drawn anew every ``refresh_every`` steps, :math:`R = P^\top G` and
+    :math:`N = \mathrm{Adam}(R)`, the update is
+
+    .. math::
+      \sqrt{\alpha} \; G \, \mathrm{diag}(\lVert N_j \rVert / \lVert R_j \rVert),
+
+    the growth of its norm being limited to ``gamma`` a step. For a weight ``[m, n]`` the state is
+    ``2·r·n`` floats (``m <= n``), one float, and one seed for all. Leaves that are not matrices get
+    plain Adam. Moments are kept when the basis changes, as in the official code.
+
+    Args:
+      learning_rate: A float or an optax schedule; 0.01 in the paper's pre-training.
+      rank: Size of the projection; a quarter of the smaller side in the paper, see also `galore`.
+      refresh_every: Steps from one random basis to the next.
+      scale: :math:`\alpha`, of which the root is taken (official code): 1; the width over the rank
+        in fine-tuning.
+      b1: Decay of the first moment.
+      b2: Decay of the second moment.
+      eps: Added to the root of the second moment, after bias correction.
+      weight_decay: Decoupled decay of the full weights.
+      gamma: Largest growth of the update's norm from step to step.
+      granularity: A factor for each column (``"channel"``) or one for each matrix (``"tensor"``).
+      weight_decay_mask: Which leaves decay: as ``mask`` of ``optax.adamw``.
+      subspace: The subspace rule, if not ``subspaces.random(rank)``.
+      side: Which side of a matrix is compressed: see `scale_by_projection`.
+      seed: Seed of the random bases.
+      weight_dimension_numbers: Which leaves are matrices, and how: see `scale_by_projection`.
+
+    Returns:
+      The optimizer.
+
+    Raises:
+      ValueError: If an argument is out of range.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
+      >>> state = lro.apollo(0.01).init({"kernel": jnp.zeros((16, 64))})[0]
+      >>> state.basis.shape, state.inner.mu["kernel"].shape
+      ((), (4, 64))
+
+    Reference:
+      Zhu et al., APOLLO: SGD-like Memory, AdamW-level Performance, 2024,
+      https://arxiv.org/abs/2412.05270, Algorithm 1.
+    """
+    if isinstance(scale, int | float) and scale <= 0:
+        raise ValueError(f"scale={scale!r} must be a positive number.")
+    projected = scale_by_projection(
+        optax.scale_by_adam(b1, b2, eps),
+        random(rank) if subspace is None else subspace,
+        residual=residuals.gradient_scaling(gamma, (b1, b2), granularity),
+        refresh_every=refresh_every,
+        scale=scale**0.5,
+        side=side,
+        seed=seed,
+        weight_dimension_numbers=weight_dimension_numbers,
+    )
+    return optimizer(projected, learning_rate, weight_decay, weight_decay_mask)
+
+
+def apollo_mini(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: RankSpec = 1,
+    refresh_every: int | None = 200,
+    scale: float = 128.0,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-6,
+    weight_decay: float = 0.0,
+    gamma: float = 1.01,
+    *,
+    weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
+    side: Side = "shorter",
+    seed: int = 0,
+    weight_dimension_numbers: DimensionNumbersRule = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""APOLLO-Mini: `apollo` of rank one, with one factor for each matrix.
+
+    The state of a matrix is two rows: less than plain momentum keeps for its bias.
+
+    Args:
+      learning_rate: A float or an optax schedule; 0.01 in the paper's pre-training.
+      rank: Size of the projection.
+      refresh_every: Steps from one random basis to the next.
+      scale: :math:`\alpha`, of which the root is taken: 128 in the paper.
+      b1: As of `apollo`, and so are all that follow.
+      b2: Decay of the second moment.
+      eps: Added to the root of the second moment, after bias correction.
+      weight_decay: Decoupled decay of the full weights.
+      gamma: Largest growth of the update's norm from step to step.
+      weight_decay_mask: Which leaves decay: as ``mask`` of ``optax.adamw``.
+      side: Which side of a matrix is compressed: see `scale_by_projection`.
+      seed: Seed of the random bases.
+      weight_dimension_numbers: Which leaves are matrices, and how: see `scale_by_projection`.
+
+    Returns:
+      The optimizer.
+
+    Raises:
+      ValueError: If an argument is out of range.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
+      >>> state = lro.apollo_mini(0.01).init({"kernel": jnp.zeros((16, 64))})[0]
+      >>> state.inner.mu["kernel"].shape
+      (1, 64)
+
+    Reference:
+      Zhu et al., APOLLO, 2024, https://arxiv.org/abs/2412.05270, section 4.2.
+    """
+    return apollo(
+        learning_rate,
+        rank,
+        refresh_every,
+        scale,
+        b1,
+        b2,
+        eps,
+        weight_decay,
+        gamma,
+        granularity="tensor",
+        weight_decay_mask=weight_decay_mask,
+        side=side,
+        seed=seed,
+        weight_dimension_numbers=weight_dimension_numbers,
+    )

@@ -1,0 +1,94 @@
+"""DCT-AdamW: AdamW on the cosines on which most of each gradient lies."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import optax
+
+from lowrank_optax.matrices import DimensionNumbersRule
+from lowrank_optax.projection import residuals
+from lowrank_optax.projection.rank import RankSpec
+from lowrank_optax.projection.recipes.assemble import optimizer
+from lowrank_optax.projection.refresh import RefreshRule
+from lowrank_optax.projection.subspaces import dct
+from lowrank_optax.projection.transfer import OnRefresh
+from lowrank_optax.projection.transform import scale_by_projection
+from lowrank_optax.projection.view import Side
+
+
+def dct_adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: RankSpec = 128,
+    refresh_every: int | RefreshRule | None = 1,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    *,
+    error_feedback: Literal[32, 8] | None = None,
+    order: int = 1,
+    transform: Literal["products", "fft"] = "products",
+    weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
+    on_refresh: OnRefresh = "rotate_moments",
+    side: Side = "shorter",
+    seed: int = 0,
+    weight_dimension_numbers: DimensionNumbersRule = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""DCT-AdamW: the basis is ``rank`` columns of one cosine matrix, chosen anew at every step.
+
+    With the indices :math:`I` of the largest rows of :math:`B^\top G`, :math:`P = B_{:, I}`, and
+    the update is :math:`P \, \mathrm{Adam}(P^\top G)`. Moments of indices that stay are kept, those
+    of new ones start at zero (``"rotate_moments"``, here a permutation). For a weight ``[m, n]``
+    the state is ``r`` integers and ``2·r·n`` floats (``m <= n``); error feedback adds ``m·n``
+    floats, or bytes. Leaves that are not matrices get plain AdamW.
+
+    Args:
+      learning_rate: A float or an optax schedule.
+      rank: Number of columns: see `galore`.
+      refresh_every: Steps from one choice to the next: see `galore`.
+      b1: Decay of the first moment.
+      b2: Decay of the second moment. New indices start without one: their first steps are up to
+        ``(1 - b1) / sqrt(1 - b2)`` times as large, 3.2 for these defaults (the code's), 1.0 for
+        0.99.
+      eps: Added to the root of the second moment, after bias correction.
+      weight_decay: Decoupled decay of the full weights, before the update (as AdamW).
+      error_feedback: Keep what was not projected and add it to the next gradient, in 32 or 8 bits.
+      order: Norm of the scores, 1 (the code) or 2.
+      transform: How coefficients are found: see `subspaces.dct`.
+      weight_decay_mask: Which leaves decay: as ``mask`` of ``optax.adamw``.
+      on_refresh: What becomes of the moments when the choice changes: see `scale_by_projection`.
+        ``"keep"`` is the code's default, in which indices inherit moments of others.
+      side: Which side of a matrix is compressed: see `scale_by_projection`.
+      seed: Not used by this rule.
+      weight_dimension_numbers: Which leaves are matrices, and how: see `scale_by_projection`.
+
+    Returns:
+      The optimizer.
+
+    Raises:
+      ValueError: If an argument is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> tx = lro.dct_adamw(0.01, rank=2)
+      >>> rows = [[1, 2, 3, 4], [4, 3, 2, 1], [1, 1, 1, 1], [0, 1, 0, 1], [2, 2, 0, 0]]
+      >>> gradient = {"kernel": jnp.array(rows, jnp.float32)}
+      >>> _, state = tx.update(gradient, tx.init(gradient))
+      >>> state[0].basis["kernel"].tolist()
+      [0, 1]
+
+    Reference:
+      Modoranu et al., SVD-Free Low-Rank Adaptive Gradient Optimization for Large Language Models,
+      2025, https://arxiv.org/abs/2505.17967, Algorithm 1.
+    """
+    projected = scale_by_projection(
+        optax.scale_by_adam(b1, b2, eps),
+        dct(rank, order, transform),
+        residual="drop" if error_feedback is None else residuals.error_feedback(error_feedback),
+        on_refresh=on_refresh,
+        refresh_every=refresh_every,
+        side=side,
+        seed=seed,
+        weight_dimension_numbers=weight_dimension_numbers,
+    )
+    return optimizer(projected, learning_rate, weight_decay, weight_decay_mask)

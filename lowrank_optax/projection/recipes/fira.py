@@ -1,0 +1,101 @@
+"""Fira: GaLore, and the rest of the gradient scaled column by column."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import optax
+
+from lowrank_optax.matrices import DimensionNumbersRule
+from lowrank_optax.projection import residuals
+from lowrank_optax.projection.rank import RankSpec
+from lowrank_optax.projection.recipes.assemble import optimizer
+from lowrank_optax.projection.refresh import RefreshRule
+from lowrank_optax.projection.subspaces import Subspace, randomized_svd
+from lowrank_optax.projection.transfer import OnRefresh
+from lowrank_optax.projection.transform import scale_by_projection
+from lowrank_optax.projection.view import Side
+
+
+def fira(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: RankSpec = 128,
+    refresh_every: int | RefreshRule | None = 200,
+    scale: float = 0.25,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-6,
+    weight_decay: float = 0.0,
+    gamma: float = 1.01,
+    *,
+    residual_form: Literal["code", "paper"] = "code",
+    weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
+    subspace: Subspace | None = None,
+    on_refresh: OnRefresh = "keep",
+    side: Side = "shorter",
+    seed: int = 0,
+    weight_dimension_numbers: DimensionNumbersRule = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Fira: GaLore's state, and the part of the gradient outside the subspace applied as well.
+
+    With :math:`R = P^\top G`, :math:`N = \mathrm{Adam}(R)` and
+    :math:`\phi_j = \lVert N_j \rVert / \lVert R_j \rVert` for each column, the update is (official
+    code)
+
+    .. math::
+      \alpha P N + (G - \alpha P R) \, \mathrm{diag}(\phi),
+
+    the growth of the second term's norm being limited to ``gamma`` a step. The paper's form has
+    :math:`\alpha` before both terms and :math:`G - P R`. The state is GaLore's and one float for
+    each matrix. Leaves that are not matrices get plain Adam.
+
+    Args:
+      learning_rate: A float or an optax schedule; 0.01 in the paper's pre-training.
+      rank: Number of directions kept: see `galore`.
+      refresh_every: Steps from one basis to the next: see `galore`.
+      scale: :math:`\alpha`: 0.25 below 1B parameters, 0.0625 from there on.
+      b1: Decay of the first moment.
+      b2: Decay of the second moment.
+      eps: Added to the root of the second moment, after bias correction.
+      weight_decay: Decoupled decay of the full weights.
+      gamma: Largest growth of the residual's norm from step to step.
+      residual_form: ``"code"``, which made the paper's numbers, or ``"paper"``.
+      weight_decay_mask: Which leaves decay: as ``mask`` of ``optax.adamw``.
+      subspace: How the basis is found, if not by ``subspaces.randomized_svd(rank)``.
+      on_refresh: What becomes of the moments when the basis turns: see `scale_by_projection`.
+      side: Which side of a matrix is compressed: see `scale_by_projection`.
+      seed: Seed of the randomized range finder.
+      weight_dimension_numbers: Which leaves are matrices, and how: see `scale_by_projection`.
+
+    Returns:
+      The optimizer.
+
+    Raises:
+      ValueError: If an argument is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> tx = lro.fira(0.01, rank=1)
+      >>> gradient = {"kernel": jnp.array([[3.0, 4.0, 0.0], [1.0, 2.0, 2.0]])}
+      >>> updates, _ = tx.update(gradient, tx.init(gradient))
+      >>> print(abs(updates["kernel"]).round(4))
+      [[0.0096 0.0089 0.    ]
+       [0.0032 0.0045 0.022 ]]
+
+    Reference:
+      Chen et al., Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?, 2024,
+      https://arxiv.org/abs/2410.01623, Algorithm 1.
+    """
+    projected = scale_by_projection(
+        optax.scale_by_adam(b1, b2, eps),
+        randomized_svd(rank) if subspace is None else subspace,
+        residual=residuals.fira(
+            gamma, residual_form, decays=(b1, b2) if residual_form == "code" else None
+        ),
+        on_refresh=on_refresh,
+        refresh_every=refresh_every,
+        scale=scale,
+        side=side,
+        seed=seed,
+        weight_dimension_numbers=weight_dimension_numbers,
+    )
+    return optimizer(projected, learning_rate, weight_decay, weight_decay_mask)

@@ -1,0 +1,93 @@
+"""LDAdam: Adam in a subspace that follows gradient and momentum at every step."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import optax
+
+from lowrank_optax.matrices import DimensionNumbersRule
+from lowrank_optax.projection import residuals
+from lowrank_optax.projection.rank import RankSpec
+from lowrank_optax.projection.recipes.assemble import optimizer
+from lowrank_optax.projection.refresh import RefreshRule
+from lowrank_optax.projection.subspaces import Subspace, power_iteration, randomized_svd
+from lowrank_optax.projection.transform import scale_by_projection
+from lowrank_optax.projection.view import Side
+
+
+def ldadam(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: RankSpec = 128,
+    refresh_every: int | RefreshRule | None = 1,
+    b1: float = 0.908,
+    b2: float = 0.99,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    rho: float = 0.908,
+    *,
+    error_feedback: Literal[32, 8] | None = 32,
+    weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
+    subspace: Subspace | None = None,
+    side: Side = "shorter",
+    seed: int = 0,
+    weight_dimension_numbers: DimensionNumbersRule = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""LDAdam: one warm power iteration a step, moments rotated along, errors fed back.
+
+    With :math:`A = G + E` and :math:`B = \rho P_{t-1} \hat M + (1 - \rho) A`,
+
+    .. math::
+      P_t = \mathrm{orth}(B B^\top P_{t-1}), \quad R = P_t^\top A, \quad
+      E \leftarrow A - P_t R + \tfrac{b_1}{1 - b_1} (P_{t-1} M - P_t C M),
+
+    with :math:`C = P_t^\top P_{t-1}`, and the update is :math:`P_t \, \mathrm{Adam}(R)` with
+    moments rotated from the last subspace. The error has the size of the weight, so with 32 bits
+    the state is no smaller than Adam's (the official code keeps it in the gradient's buffer);
+    8 bits or None make it so. Leaves that are not matrices get plain AdamW.
+
+    Args:
+      learning_rate: A float or an optax schedule.
+      rank: Number of directions: see `galore`.
+      refresh_every: Steps from one power iteration to the next: see `galore`.
+      b1: Decay of the first moment.
+      b2: Decay of the second moment.
+      eps: Added to the root of the second moment, after bias correction.
+      weight_decay: Decoupled decay of the full weights.
+      rho: Weight :math:`\rho` of the momentum in what the subspace follows.
+      error_feedback: Bits of the error, 32 or 8; None for no feedback.
+      weight_decay_mask: Which leaves decay: as ``mask`` of ``optax.adamw``.
+      subspace: The subspace rule, if not ``subspaces.power_iteration(rank, rho)``.
+      side: Which side of a matrix is compressed: see `scale_by_projection`.
+      seed: Seed of the first basis, by a randomized range finder (in the code, an SVD).
+      weight_dimension_numbers: Which leaves are matrices, and how: see `scale_by_projection`.
+
+    Returns:
+      The optimizer.
+
+    Raises:
+      ValueError: If an argument is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> tx = lro.ldadam(0.01, rank=1)
+      >>> gradient = {"kernel": jnp.diag(jnp.array([3.0, 1.0]))}
+      >>> _, state = tx.update(gradient, tx.init(gradient))
+      >>> print(abs(jnp.diag(state[0].residual["kernel"])).round(3))  # what was not sent
+      [0. 1.]
+
+    Reference:
+      Robert et al., LDAdam: Adaptive Optimization from Low-Dimensional Gradient Statistics, 2024,
+      https://arxiv.org/abs/2410.16103, Algorithm 1.
+    """
+    keeps_error = error_feedback is not None
+    projected = scale_by_projection(
+        optax.scale_by_adam(b1, b2, eps),
+        power_iteration(rank, rho, initial=randomized_svd(rank)) if subspace is None else subspace,
+        residual=residuals.error_feedback(error_feedback, b1) if keeps_error else "drop",
+        on_refresh="rotate_moments",
+        refresh_every=refresh_every,
+        side=side,
+        seed=seed,
+        weight_dimension_numbers=weight_dimension_numbers,
+    )
+    return optimizer(projected, learning_rate, weight_decay, weight_decay_mask)

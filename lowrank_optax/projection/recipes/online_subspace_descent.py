@@ -1,0 +1,92 @@
+"""Online Subspace Descent: GaLore whose basis is trained along, without decompositions."""
+
+from collections.abc import Callable
+from typing import Any
+
+import optax
+
+from lowrank_optax.matrices import DimensionNumbersRule
+from lowrank_optax.projection.rank import RankSpec
+from lowrank_optax.projection.recipes.assemble import optimizer
+from lowrank_optax.projection.subspaces import online_pca
+from lowrank_optax.projection.transform import scale_by_projection
+from lowrank_optax.projection.view import Side
+
+
+def online_subspace_descent(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: RankSpec = 128,
+    subspace_learning_rate: optax.ScalarOrSchedule = 0.005,
+    scale: float = 0.25,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-6,
+    weight_decay: float = 0.0,
+    penalty: float = 0.1,
+    *,
+    subspace_optimizer: optax.GradientTransformation | None = None,
+    weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
+    inner: optax.GradientTransformation | None = None,
+    side: Side = "shorter",
+    seed: int = 0,
+    weight_dimension_numbers: DimensionNumbersRule = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Online Subspace Descent: each basis follows its gradients by a step of online PCA a step.
+
+    The update is GaLore's, :math:`\alpha P \, \mathrm{Adam}(P^\top G)`; then :math:`P` takes one
+    step down :math:`\lVert P P^\top A - A \rVert^2 + \lambda \lVert P^\top P - I \rVert^2` with
+    :math:`A = G / \lVert G \rVert`. After the first step nothing is decomposed, and all steps cost
+    the same: GaLore's two products and one more. For a weight ``[m, n]`` the state is
+    ``3·r·m + 2·r·n`` floats (``m <= n``), or ``r·m + 2·r·n`` with plain gradient descent on the
+    basis. Leaves that are not matrices get plain Adam.
+
+    Args:
+      learning_rate: A float or an optax schedule: 0.01 at 60M parameters, 0.001 at 350M and 1B.
+      rank: Number of directions: see `galore`.
+      subspace_learning_rate: Rate of the basis' Adam: 1/200 in the code, which multiplies it by the
+        schedule of the learning rate; give a schedule to do so.
+      scale: GaLore's :math:`\alpha`.
+      b1: Decay of the first moment.
+      b2: Decay of the second moment.
+      eps: Added to the root of the second moment, after bias correction.
+      weight_decay: Decoupled decay of the full weights (never of the bases; the code's AdamW decays
+        them by 0.01).
+      penalty: :math:`\lambda`; 0.1 in the paper, absent (0) in the code.
+      subspace_optimizer: Optimizer of the bases, if not Adam; ``optax.sgd`` keeps no state and is
+        what the paper trains 7B with.
+      weight_decay_mask: Which leaves decay: as ``mask`` of ``optax.adamw``.
+      inner: The optimizer in the subspace, if not Adam.
+      side: Which side of a matrix is compressed: see `scale_by_projection`.
+      seed: Seed of the first basis, by a randomized range finder (in the code, an SVD).
+      weight_dimension_numbers: Which leaves are matrices, and how: see `scale_by_projection`.
+
+    Returns:
+      The optimizer.
+
+    Raises:
+      ValueError: If an argument is out of range.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
+      >>> tx = lro.online_subspace_descent(0.01, rank=2)
+      >>> gradient = {"kernel": jax.random.normal(jax.random.key(0), (4, 6))}
+      >>> _, state = tx.update(gradient, tx.init(gradient))
+      >>> _, moved = tx.update(gradient, state)
+      >>> bool((state[0].basis.basis["kernel"] == moved[0].basis.basis["kernel"]).all())
+      False
+
+    Reference:
+      Liang et al., Memory-Efficient LLM Training with Online Subspace Descent, 2024,
+      https://arxiv.org/abs/2408.12857, Algorithm 1.
+    """
+    moves = optax.adam(subspace_learning_rate) if subspace_optimizer is None else subspace_optimizer
+    projected = scale_by_projection(
+        optax.scale_by_adam(b1, b2, eps) if inner is None else inner,
+        online_pca(rank, moves, penalty),
+        refresh_every=None,
+        scale=scale,
+        side=side,
+        seed=seed,
+        weight_dimension_numbers=weight_dimension_numbers,
+    )
+    return optimizer(projected, learning_rate, weight_decay, weight_decay_mask)

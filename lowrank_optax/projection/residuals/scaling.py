@@ -1,0 +1,193 @@
+"""Residual rules that scale the gradient by what the inner optimizer did to its projection.
+
+Both take a factor for each column (each row, where columns are compressed): the norm of the inner
+optimizer's answer over that of the projected gradient. Fira scales the part outside the subspace
+with it, APOLLO the whole gradient. Both limit how fast the norm of the result may grow.
+"""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_optax.projection.limiter import growth_factor
+from lowrank_optax.projection.residuals.base import Residual, Step
+from lowrank_optax.projection.view import View, zeros_per_matrix
+
+_TINY = 1e-8
+
+Granularity = Literal["channel", "tensor"]
+
+
+def fira(
+    gamma: float = 1.01,
+    form: Literal["code", "paper"] = "paper",
+    decays: tuple[float, float] | None = None,
+    granularity: Granularity = "channel",
+    floor: float = 0.0,
+) -> Residual:
+    r"""Fira: the residual, column by column scaled as the inner optimizer scaled the projection.
+
+    .. math::
+      \phi_j = \lVert N_j \rVert / \lVert R_j \rVert, \qquad S = (G - P R) \, \mathrm{diag}(\phi)
+
+    and the update is :math:`\alpha (P N + S)` after the growth of :math:`\lVert S \rVert_F` is
+    limited. The official code differs: the residual is :math:`G - \alpha P R`, and ``S`` is not
+    multiplied by :math:`\alpha`, so that outside the subspace it is :math:`1/\alpha` times larger;
+    the paper's numbers were made with it. One float is kept for each matrix, and no full-size
+    temporary is made.
+
+    Args:
+      gamma: Largest growth of the residual's norm from step to step; ``inf`` for no limit.
+      form: ``"paper"`` or ``"code"``.
+      decays: ``(b1, b2)`` of an inner Adam: the limiter then sees norms without bias correction, as
+        in the official code; None limits what is applied.
+      granularity: A factor for each column, ``"channel"``, or one for the matrix, ``"tensor"``.
+      floor: Take a column's projected norm to be at least this share of its whole norm: against
+        huge factors where a gradient lies outside the subspace; 0 is parity, 1e-3 a safe value.
+
+    Raises:
+      ValueError: If an argument is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro, numpy as np, optax
+      >>> tx = lro.scale_by_projection(
+      ...     optax.scale(0.5), lro.subspaces.svd(1), residual=lro.residuals.fira()
+      ... )
+      >>> gradient = {"kernel": jnp.array([[3.0, 4.0, 0.0], [1.0, 2.0, 2.0]])}
+      >>> print(np.asarray(tx.update(gradient, tx.init(gradient))[0]["kernel"]).round(3) + 0)
+      [[1.5 2.  0. ]
+       [0.5 1.  1. ]]
+
+    Reference:
+      Chen et al., Fira, 2024, https://arxiv.org/abs/2410.01623, Algorithm 1 and Appendix B.
+    """
+    _check(gamma, granularity)
+    if form not in ("code", "paper"):
+        raise ValueError(f"form={form!r} must be 'code' or 'paper'.")
+    if not 0 <= floor < 1:
+        raise ValueError(f"floor={floor!r} must be at least 0 and below 1.")
+
+    def update(previous: jax.Array, step: Step) -> tuple[jax.Array, jax.Array]:
+        matrix = _gradient(step)
+        whole = _norms(matrix, step.view, granularity)
+        factors = _factors(step, granularity, floor * whole)
+        inside = step.scale if form == "code" else 1.0
+        lost = (
+            whole**2
+            + (inside**2 * _lifted_squares(step, granularity))
+            - (2 * inside * _norms(step.projected, step.view, granularity) ** 2)
+        )
+        norm = jnp.sqrt(jnp.sum(factors**2 * jnp.maximum(lost, 0), axis=(-2, -1)))
+        limit, previous = _limited(norm, previous, gamma, decays, step.count)
+        factors = factors * limit[..., None, None]
+        outside = factors if form == "code" else step.scale * factors
+        # One product lifts both: P (α N - α R φ) + G φ.
+        lifted = step.lift(step.scale * (step.answer - step.projected * factors))
+        return lifted + matrix * outside, previous
+
+    return _with_norms(update)
+
+
+def gradient_scaling(
+    gamma: float = 1.01,
+    decays: tuple[float, float] | None = None,
+    granularity: Granularity = "channel",
+) -> Residual:
+    r"""APOLLO: the whole gradient, column by column scaled as the inner optimizer scaled it.
+
+    .. math::
+      s_j = \lVert N_j \rVert / \lVert R_j \rVert, \qquad S = G \, \mathrm{diag}(s)
+
+    with the growth of :math:`\lVert S \rVert_F` limited, times the transformation's ``scale``.
+    Nothing is lifted: one product a step, and the update has full rank. It keeps one float for each
+    matrix.
+
+    Args:
+      gamma: Largest growth of the update's norm from step to step; ``inf`` for no limit.
+      decays: ``(b1, b2)`` of an inner Adam: the limiter then sees norms without bias correction, as
+        in the official code; None limits what is applied.
+      granularity: A factor for each column, ``"channel"``, or one for the matrix, ``"tensor"``
+        (APOLLO-Mini).
+
+    Raises:
+      ValueError: If an argument is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro, optax
+      >>> tx = lro.scale_by_projection(
+      ...     optax.scale(0.5),
+      ...     lro.subspaces.random(2),
+      ...     residual=lro.residuals.gradient_scaling(),
+      ... )
+      >>> gradient = {"kernel": jnp.ones((4, 6))}
+      >>> tx.update(gradient, tx.init(gradient))[0]["kernel"][0, 0].round(3).item()
+      0.5
+
+    Reference:
+      Zhu et al., APOLLO: SGD-like Memory, AdamW-level Performance, 2024,
+      https://arxiv.org/abs/2412.05270, Algorithm 1.
+    """
+    _check(gamma, granularity)
+
+    def update(previous: jax.Array, step: Step) -> tuple[jax.Array, jax.Array]:
+        matrix = _gradient(step)
+        factors = _factors(step, granularity, 0.0)
+        whole = _norms(matrix, step.view, granularity)
+        norm = jnp.sqrt(jnp.sum((factors * whole) ** 2, axis=(-2, -1)))
+        limit, previous = _limited(norm, previous, gamma, decays, step.count)
+        return matrix * (step.scale * factors * limit[..., None, None]), previous
+
+    return _with_norms(update)
+
+
+def _with_norms(update: Any) -> Residual:
+    init = lambda view: zeros_per_matrix(view, jnp.float32)
+    return Residual(update, init, needs_one_side=True)
+
+
+def _check(gamma: Any, granularity: Any) -> None:
+    if isinstance(gamma, int | float) and gamma <= 0:
+        raise ValueError(f"gamma={gamma!r} must be positive.")
+    if granularity not in ("channel", "tensor"):
+        raise ValueError(f"granularity={granularity!r} must be 'channel' or 'tensor'.")
+
+
+def _gradient(step: Step) -> jax.Array:
+    assert step.matrix is not None
+    return step.matrix.astype(step.view.dtype)
+
+
+def _norms(x: jax.Array, view: View, granularity: Granularity) -> jax.Array:
+    """Norms over the compressed axis, or over both, which stay with size one."""
+    axes = view.axis if granularity == "channel" else (-2, -1)
+    return jnp.sqrt(jnp.sum(jnp.square(x), axis=axes, keepdims=True))
+
+
+def _factors(step: Step, granularity: Granularity, least: jax.Array | float) -> jax.Array:
+    answer = _norms(step.answer, step.view, granularity)
+    projected = _norms(step.projected, step.view, granularity)
+    return answer / (jnp.maximum(projected, least) + _TINY)
+
+
+def _lifted_squares(step: Step, granularity: Granularity) -> jax.Array:
+    """``‖P R_j‖²`` without lifting: it is ``‖R_j‖²`` where the basis is orthonormal."""
+    if step.subspace.orthonormal:
+        return _norms(step.projected, step.view, granularity) ** 2
+    again = step.subspace.turn(step.basis, step.basis, step.projected, step.view)  # PᵀP R
+    axes = step.view.axis if granularity == "channel" else (-2, -1)
+    return jnp.sum(step.projected * again, axis=axes, keepdims=True)
+
+
+def _limited(
+    norm: jax.Array,
+    previous: jax.Array,
+    gamma: float,
+    decays: tuple[float, float] | None,
+    count: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    if decays is not None:
+        b1, b2 = decays
+        norm = norm * (1 - b1 ** (count + 1)) / jnp.sqrt(1 - b2 ** (count + 1))
+    factor, previous = growth_factor(norm.astype(jnp.float32), previous, gamma)
+    return factor.astype(norm.dtype), previous

@@ -1,0 +1,75 @@
+"""LDAdam against an independent float64 reference."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import lowrank_optax as lro
+from tests.projection.runs import Adam, float64, moved, normal_gradients
+
+RHO, B1, B2, EPS = 0.908, 0.908, 0.99, 1e-8
+SHAPE, RANK, STEPS = (6, 9), 2, 8
+
+
+def _reference(
+    gradients: list[np.ndarray], learning_rate: float, decay: float, feedback: bool
+) -> np.ndarray:
+    """The weight after all gradients, from zeros."""
+    adam, weight = Adam(B1, B2, EPS), np.zeros(SHAPE)
+    error, basis = np.zeros(SHAPE), np.zeros((SHAPE[0], RANK))
+    for t, g in enumerate(gradients):
+        a = g + error
+        if t == 0:
+            new = np.linalg.svd(a)[0][:, :RANK]
+            before = after = np.zeros(SHAPE)
+        else:
+            blend = RHO * basis @ (adam.first / adam.corrections[0]) + (1 - RHO) * a
+            new = np.linalg.qr(blend @ (blend.T @ basis))[0]
+            new = new * np.where((new * basis).sum(0) < 0, -1, 1)
+            before = basis @ adam.first
+            adam.turn(new.T @ basis)
+            after = new @ adam.first
+        if feedback:
+            error = a - new @ (new.T @ a) + B1 / (1 - B1) * (before - after)
+        basis = new
+        direction = adam.update(basis.T @ a)
+        weight = weight - learning_rate * (basis @ direction + decay * weight)
+    return weight
+
+
+@pytest.mark.parametrize("feedback", [True, False])
+@pytest.mark.parametrize("decay", [0.0, 0.2])
+def test_agrees_with_a_float64_reference(decay: float, feedback: bool) -> None:
+    gradients = normal_gradients(SHAPE, STEPS)
+    first = lro.subspaces.svd(RANK)
+    tx = lro.ldadam(
+        0.1,
+        RANK,
+        weight_decay=decay,
+        error_feedback=32 if feedback else None,
+        subspace=lro.subspaces.power_iteration(RANK, RHO, initial=first),
+    )
+    expected = _reference(float64(gradients), 0.1, decay, feedback)
+    np.testing.assert_allclose(moved(tx, SHAPE, gradients), expected, atol=2e-4)
+
+
+def test_8_bits_of_feedback_stay_close_to_32() -> None:
+    gradients = normal_gradients(SHAPE, 4)
+    rule = lro.subspaces.power_iteration(RANK, RHO, initial=lro.subspaces.svd(RANK))
+    exact, rounded, none = (
+        moved(lro.ldadam(0.1, RANK, error_feedback=bits, subspace=rule), SHAPE, gradients)
+        for bits in (32, 8, None)
+    )
+    assert np.abs(rounded - exact).max() < 0.02
+    assert np.abs(none - exact).max() > 0.05
+
+
+def test_with_one_basis_and_no_momentum_weight_it_is_adam_in_the_subspace() -> None:
+    gradients, basis = normal_gradients(SHAPE, 4), lro.subspaces.svd(RANK)
+    options: dict[str, Any] = {"subspace": basis, "refresh_every": None}
+    ldadam = lro.ldadam(0.1, RANK, error_feedback=None, **options)
+    galore = lro.galore(0.1, RANK, None, 1.0, B1, B2, EPS, subspace=basis)
+    np.testing.assert_allclose(
+        moved(ldadam, SHAPE, gradients), moved(galore, SHAPE, gradients), atol=1e-5
+    )

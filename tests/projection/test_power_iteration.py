@@ -1,0 +1,59 @@
+"""One warm power iteration a refresh: LDAdam's formula, and where it leads."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lowrank_optax as lro
+from tests.projection.rules import AXES, Case, decaying, gram_error, normal
+
+WEIGHT = 0.908
+
+
+def _case(shape: tuple[int, ...], axis: int = -2, rank: int = 3) -> Case:
+    rule = lro.subspaces.power_iteration(rank, WEIGHT)
+    return Case(rule, lro.View.of(jnp.zeros(shape), axis, rank))
+
+
+def _expected(gradient: np.ndarray, basis: np.ndarray, moment: np.ndarray | None) -> np.ndarray:
+    """``qr(b (bᵀ P))`` of rows in float64, with ``b = ρ P M + (1 - ρ) G`` formed in full."""
+    g, p = np.asarray(gradient, np.float64), np.asarray(basis, np.float64)
+    b = g if moment is None else WEIGHT * p @ np.asarray(moment, np.float64) + (1 - WEIGHT) * g
+    q = np.linalg.qr(b @ (b.T @ p))[0]
+    return q * np.where((q * p).sum(0) < 0, -1, 1)
+
+
+@AXES
+@pytest.mark.parametrize("with_momentum", [True, False])
+@pytest.mark.parametrize("size", [1.0, 1e-25])
+def test_a_refresh_is_the_formula_of_the_paper(axis: int, with_momentum: bool, size: float) -> None:
+    gradient, basis = normal(7, 9), np.linalg.qr(np.asarray(normal(7, 3, seed=1)))[0]
+    moment = normal(3, 9, seed=2) if with_momentum else None
+    expected = _expected(gradient, basis, moment)
+    gradient, moment = (x if x is None else x * size for x in (gradient, moment))
+    if axis == -1:
+        gradient, moment = gradient.T, None if moment is None else moment.T
+    one = _case(gradient.shape, axis)
+    new = one.rule.refresh(jax.random.key(0), gradient, jnp.asarray(basis), moment, one.view)
+    np.testing.assert_allclose(new, expected, atol=1e-5)
+
+
+def test_it_converges_to_the_leading_subspace_of_a_constant_gradient() -> None:
+    gradient = decaying(8, 12, 1.5)
+    one = _case((8, 12))
+    basis = jnp.asarray(np.linalg.qr(np.asarray(normal(8, 3)))[0])
+    top = np.linalg.svd(np.asarray(gradient))[0][:, :3]
+    for step in range(30):
+        basis = one.refresh(jax.random.key(step), gradient, basis)
+        assert gram_error(basis) < 1e-5
+    np.testing.assert_allclose(basis @ basis.T, top @ top.T, atol=1e-4)
+
+
+def test_the_layers_of_a_stack_begin_one_by_one() -> None:
+    stack = jnp.stack([decaying(6, 8, 2.0), decaying(6, 8, 2.0, seed=1)])
+    many, one = _case((2, 6, 8)), _case((6, 8))
+    old = jnp.asarray(np.linalg.qr(np.asarray(normal(6, 3)))[0])
+    new = many.refresh(jax.random.key(0), stack, jnp.stack([jnp.zeros((6, 3)), old]))
+    np.testing.assert_allclose(new[0], one.found(stack[0]), atol=1e-4)
+    np.testing.assert_allclose(new[1], _expected(stack[1], old, None), atol=1e-4)

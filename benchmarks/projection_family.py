@@ -189,14 +189,14 @@ def columns(names: list[str], results: Results, rates: dict[str, float], steps: 
     times = results.content.get("milliseconds", {})
     return rows, [
         Column("method", lambda row: row[0]),
-        Column("held-out loss", lambda row: f"{np.mean(row[1]):.4f}"),
+        Column("loss", lambda row: f"{np.mean(row[1]):.4f}"),
         Column("to AdamW", lambda row: f"{100 * (np.mean(row[1]) / first - 1):+.1f}%"),
-        Column("most – least", lambda row: f"{max(row[1]) - min(row[1]):.4f}"),
+        Column("range", lambda row: f"{max(row[1]) - min(row[1]):.4f}"),
         Column("seeds", lambda row: str(len(row[1]))),
-        Column("state MB", lambda row: f"{row[2]['state_bytes'] / 1e6:.3f}"),
-        Column("weights MB", lambda row: f"{row[2]['weight_bytes'] / 1e6:.3f}"),
-        Column("ms / step", lambda row: f"{times[row[0]]:.1f}" if row[0] in times else "–"),
-        Column("learning rate", lambda row: f"{row[3]:g}"),
+        Column("state", lambda row: f"{row[2]['state_bytes'] / 1e6:.3f}"),
+        Column("weights", lambda row: f"{row[2]['weight_bytes'] / 1e6:.3f}"),
+        Column("ms", lambda row: f"{times[row[0]]:.1f}" if row[0] in times else "–"),
+        Column("rate", lambda row: f"{row[3]:g}"),
     ]
 
 
@@ -236,7 +236,7 @@ def main() -> None:
         results.once(("milliseconds",), lambda: time_all(family, args.methods, args.rounds))
     title = (
         f"{settings.model}, {steps} steps of {settings.batch_size} × {settings.sequence_length} "
-        f"tokens, rank {RANK}"
+        f"tokens, rank {RANK}: held-out loss, MB of state and of weights, ms a step"
     )
     print_columns(title, *columns(args.methods, results, rates, steps), args.markdown)
 

@@ -53,7 +53,7 @@ class Prepared(NamedTuple):
       leaf: The gradient as it arrived.
       state: What is kept for the leaf.
       inner: Its own inner state; None if the inner optimizer runs on the whole tree.
-      view: How it is projected.
+      leaf_view: How it is projected.
       phase: Its place among all, from 0 to below 1.
     """
 
@@ -61,8 +61,12 @@ class Prepared(NamedTuple):
     leaf: jax.Array
     state: LeafState
     inner: Any
-    view: View
+    leaf_view: LeafView
     phase: float
+
+    @property
+    def view(self) -> View:
+        return self.leaf_view.view
 
 
 class Advanced(NamedTuple):
@@ -73,6 +77,7 @@ class Advanced(NamedTuple):
     matrix: jax.Array | None
     projected: jax.Array
     last_basis: Any
+    leaf_view: LeafView
     refreshed: jax.Array
     moments: transfer.Moments | None
 
@@ -108,35 +113,43 @@ def prepare_leaf(
             matrix = parts.residual.before(state.residual, matrix)
     else:
         _check_projected(parts, leaf, view)
-    return Prepared(matrix, leaf, state, inner, view, phase)
+    return Prepared(matrix, leaf, state, inner, leaf_view, phase)
 
 
 def project_leaf(parts: Parts, prepared: Prepared, state: LeafState, inner: Any) -> Advanced:
     """The leaf with its basis as it is to be used, and its inner state moved along."""
-    matrix, leaf, last, inner_before, view, _ = prepared
+    matrix, view, last = prepared.matrix, prepared.view, prepared.state
     if matrix is None:
-        projected = leaf.astype(view.dtype)
+        projected = prepared.leaf.astype(view.dtype)
     else:
         projected = parts.subspace.project(state.basis, matrix, view)
     moments = None
     if parts.residual.needs_moments:
-        around = (transfer.first_moment(x, view) for x in (inner_before, inner))
+        around = (transfer.first_moment(x, view) for x in (prepared.inner, inner))
         moments = transfer.Moments.of(*around)
     refreshed = state.next_refresh != last.next_refresh
-    return Advanced(state, inner, matrix, projected, last.basis, refreshed, moments)
+    return Advanced(
+        state=state,
+        inner=inner,
+        matrix=matrix,
+        projected=projected,
+        last_basis=last.basis,
+        leaf_view=prepared.leaf_view,
+        refreshed=refreshed,
+        moments=moments,
+    )
 
 
 def finish_leaf(
     parts: Parts,
     advanced: Advanced,
     answer: jax.Array,
-    leaf_view: LeafView,
     like: Any,
     dtype: Any,
     count: jax.Array,
 ) -> tuple[jax.Array, LeafState]:
     """The leaf's update, of the shape of ``like``, and its new state."""
-    spec, view = leaf_view
+    spec, view = advanced.leaf_view
     state, matrix, projected = advanced.state, advanced.matrix, advanced.projected
     step = Step(
         matrix=matrix,

@@ -35,6 +35,8 @@ class When(NamedTuple):
 def refreshed(parts: Parts, leaves: Sequence[Prepared], when: When) -> list[tuple[LeafState, Any]]:
     """The states of the leaves, and their own inner states, after the refresh of those due."""
     results = [(leaf.state, leaf.inner) for leaf in leaves]
+    if not parts.subspace.turns:
+        return results
     able = [i for i, x in enumerate(leaves) if x.matrix is not None]
     if parts.subspace.shared and len(able) < len(leaves):
         able = []  # gradients that arrived projected belong to the basis that is shared so far

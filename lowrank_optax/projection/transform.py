@@ -171,70 +171,39 @@ def scale_by_projection(
             may_refresh=True if micro_steps == 1 else micro_step == 0,
             key=jax.random.fold_in(jax.random.key(seed), state.count),
         )
-        inners = runner.split(state.inner)
-        matrices = {i: view for i, view in enumerate(views) if view is not None}
-        prepared = [
-            prepare_leaf(
-                parts, leaves[i], likes[i], view, states[i], inners[i], place / len(matrices)
-            )
-            for place, (i, view) in enumerate(matrices.items())
-        ]
-        turned = refreshed(parts, prepared, when)
-        ready: list[Advanced | None] = [None] * len(leaves)
-        for i, leaf, (own, inner_own) in zip(matrices, prepared, turned, strict=True):
-            ready[i] = project_leaf(parts, leaf, own, inner_own)
+        ready, inners = _advance(runner, likes, states, state.inner, when)
         gradients = [
             x.astype(compute_dtype(x.dtype)) if one is None else one.projected
             for x, one in zip(leaves, ready, strict=True)
         ]
-        inners = [own if one is None else one.inner for own, one in zip(inners, ready, strict=True)]
+        kept = [one and one.state for one in ready], runner.join(inners, state.inner), state.others
 
         def step(gradients: list[jax.Array]) -> tuple[Any, ...]:
-            projected = None
-            if params is not None:
-                projected = [
-                    x if view is None else _project(parts, x, view, one)
-                    for x, view, one in zip(likes, views, ready, strict=True)
-                ]
+            given = None if params is None else _project_params(parts, likes, ready)
             answers, *inner_states = runner.update(
-                gradients, inners, state.inner, state.others, projected, extra_args
+                gradients, inners, state.inner, state.others, given, extra_args
             )
-            results = [
-                (answer.astype(leaf.dtype), None)
-                if view is None or one is None
-                else finish_leaf(parts, one, answer, view, like, leaf.dtype, when.count)
-                for answer, leaf, like, view, one in zip(
-                    answers, leaves, likes, views, ready, strict=True
-                )
-            ]
-            new = [update for update, _ in results], [own for _, own in results]
-            old = (
-                [one and one.state for one in ready],
-                runner.join(inners, state.inner),
-                state.others,
-            )
-            return jax.tree.map(_cast_like, (*new, *inner_states), (new[0], *old))
+            new, states = _finish(parts, leaves, likes, answers, ready, when.count)
+            return new, *jax.tree.map(_cast_like, (states, *inner_states), kept)
 
         def wait(gradients: list[jax.Array]) -> tuple[Any, ...]:
             zeros = [jnp.zeros_like(x, leaf.dtype) for x, leaf in zip(likes, leaves, strict=True)]
-            states = [None if one is None else one.state for one in ready]
-            return zeros, states, runner.join(inners, state.inner), state.others
+            return zeros, *kept
 
         accumulated = ()
         if micro_steps == 1:
-            new, states, inner_state, others_state = step(gradients)
+            new, states, *inner_states = step(gradients)
         else:
             sums = jax.tree.map(jnp.add, treedef.flatten_up_to(state.accumulated), gradients)
-            mean = [x / micro_steps for x in sums]
             last = micro_step == micro_steps - 1
-            new, states, inner_state, others_state = jax.lax.cond(last, step, wait, mean)
+            mean = [x / micro_steps for x in sums]
+            new, states, *inner_states = jax.lax.cond(last, step, wait, mean)
             accumulated = treedef.unflatten([jnp.where(last, jnp.zeros_like(x), x) for x in sums])
         new_state = ScaleByProjectionState(
             optax.safe_increment(state.count),
             *pack(parts, treedef, states),
             accumulated,
-            inner_state,
-            others_state,
+            *inner_states,
         )
         return treedef.unflatten(new), jax.tree.map(_cast_like, new_state, state)
 
@@ -304,9 +273,55 @@ def _in_size_of(
     ]
 
 
-def _project(parts: Parts, param: jax.Array, leaf_view: LeafView, one: Any) -> jax.Array:
-    matrix = to_matrix(param, leaf_view.spec)
-    return parts.subspace.project(one.state.basis, matrix, leaf_view.view)
+def _advance(
+    runner: InnerRunner,
+    likes: Sequence[Any],
+    states: Sequence[LeafState],
+    inner_state: Any,
+    when: When,
+) -> tuple[list[Advanced | None], list[Any]]:
+    """Every matrix leaf with its basis as it is to be used; and all leaves' inner states."""
+    parts, inners = runner.parts, runner.split(inner_state)
+    matrices = {i: view for i, view in enumerate(runner.views) if view is not None}
+    prepared = [
+        prepare_leaf(
+            parts, runner.leaves[i], likes[i], view, states[i], inners[i], place / len(matrices)
+        )
+        for place, (i, view) in enumerate(matrices.items())
+    ]
+    ready: list[Advanced | None] = [None] * len(likes)
+    turned = refreshed(parts, prepared, when)
+    for i, leaf, (own, inners[i]) in zip(matrices, prepared, turned, strict=True):
+        ready[i] = project_leaf(parts, leaf, own, inners[i])
+    return ready, inners
+
+
+def _finish(
+    parts: Parts,
+    leaves: Sequence[jax.Array],
+    likes: Sequence[Any],
+    answers: Sequence[jax.Array],
+    ready: Sequence[Advanced | None],
+    count: jax.Array,
+) -> tuple[list[jax.Array], list[LeafState | None]]:
+    """The updates of all leaves, and what is kept for the matrices."""
+    results = [
+        (answer.astype(leaf.dtype), None)
+        if one is None
+        else finish_leaf(parts, one, answer, like, leaf.dtype, count)
+        for answer, leaf, like, one in zip(answers, leaves, likes, ready, strict=True)
+    ]
+    return [update for update, _ in results], [own for _, own in results]
+
+
+def _project_params(
+    parts: Parts, params: Sequence[jax.Array], ready: Sequence[Advanced | None]
+) -> list[jax.Array]:
+    """The parameters as the inner optimizer is given them."""
+    project = lambda x, one: parts.subspace.project(
+        one.state.basis, to_matrix(x, one.leaf_view.spec), one.leaf_view.view
+    )
+    return [x if one is None else project(x, one) for x, one in zip(params, ready, strict=True)]
 
 
 def _projected_zeros(

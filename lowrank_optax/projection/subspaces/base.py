@@ -44,6 +44,7 @@ class Subspace(NamedTuple):
       shared: Whether one basis serves all leaves and needs no gradient. Its refresh is given
         ``matrix=None`` and ``view=None``.
       orthonormal: Whether ``PᵀP = I``.
+      turns: Whether there is anything to refresh.
       follow_momentum: Whether ``refresh`` wants the first moment.
       kept: An example of what is kept for a leaf, of which only the structure counts.
       size: ``size(basis)``: the rank its arrays have, where it may have been cut by
@@ -71,6 +72,7 @@ class Subspace(NamedTuple):
     track: Callable[[Any, jax.Array, jax.Array, View], Any] | None = None
     shared: bool = False
     orthonormal: bool = True
+    turns: bool = True
     follow_momentum: bool = False
     kept: Any = 0
     size: Callable[[Any], int] | None = None

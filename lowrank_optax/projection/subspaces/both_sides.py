@@ -84,6 +84,7 @@ def both_sides(rule: base.Subspace) -> base.Subspace:
         track=None if rule.track is None else track,
         shared=rule.shared,
         orthonormal=rule.orthonormal,
+        turns=rule.turns,
         kept=TwoBases(rule.kept, rule.kept),
     )
 

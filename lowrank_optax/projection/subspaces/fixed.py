@@ -73,4 +73,4 @@ def fixed(basis: BasisSource, orthonormal: bool = True) -> base.Subspace:
         return last
 
     rank = lambda path, shape: jnp.shape(basis_for(path, shape))[-1]
-    return base.from_basis(rank, refresh, init=init, orthonormal=orthonormal)
+    return base.from_basis(rank, refresh, init=init, orthonormal=orthonormal, turns=False)

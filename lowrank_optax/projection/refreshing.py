@@ -35,7 +35,7 @@ class When(NamedTuple):
 def refreshed(parts: Parts, leaves: Sequence[Prepared], when: When) -> list[tuple[LeafState, Any]]:
     """The states of the leaves, and their own inner states, after the refresh of those due."""
     results = [(leaf.state, leaf.inner) for leaf in leaves]
-    if not parts.subspace.turns:
+    if not parts.subspace.turns and parts.on_refresh == "keep":
         return results
     able = [i for i, x in enumerate(leaves) if x.matrix is not None]
     if parts.subspace.shared and len(able) < len(leaves):

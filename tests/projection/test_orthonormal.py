@@ -41,7 +41,7 @@ def few_columns(monkeypatch):
 def test_gram_schmidt_is_orthonormal_whatever_the_spectrum(few_columns, rows, singular_values):
     y, _ = _matrix(rows, singular_values)
     q = jax.jit(orthonormal.gram_schmidt)(jnp.asarray(y, jnp.float32))
-    assert _gram_error(q) < 2e-6
+    assert _gram_error(q) < 1e-5
 
 
 def test_gram_schmidt_keeps_the_span_of_a_deficient_matrix(few_columns):

@@ -59,11 +59,11 @@ def _llama_1b():
     return loss, params, lro.weight_dimension_numbers(model)
 
 
-@pytest.mark.parametrize("name", ["galore", "apollo"])
-def test_a_whole_step_of_llama_1b_compiles_with_its_refresh(compile_for, name):
-    """At the paper's rank; state as the formulas say: 24 layers of seven weights, and Adam."""
+@pytest.mark.parametrize(("name", "rank"), [("galore", 128), ("apollo", 512)])
+def test_a_whole_step_of_llama_1b_compiles_with_its_refresh(compile_for, name, rank):
+    """State as the formulas say: 24 layers of seven weights, and Adam for the rest."""
     loss, params, rule = _llama_1b()
-    tx = getattr(lro, name)(1e-2, 512, weight_dimension_numbers=rule)
+    tx = getattr(lro, name)(1e-2, rank, weight_dimension_numbers=rule)
     state = jax.eval_shape(tx.init, params)
     tokens = jax.ShapeDtypeStruct((4, 257), jnp.int32)
 
@@ -76,12 +76,12 @@ def test_a_whole_step_of_llama_1b_compiles_with_its_refresh(compile_for, name):
     seconds, memory = time.perf_counter() - start, compiled.memory_analysis()
     sizes = f"state {_nbytes(state) / 1e9:.2f}, peak {_peak(memory) / 1e9:.2f} GB"
     print(f"{name}: compiled in {seconds:.0f} s; {sizes}")
-    moments = 24 * 2 * 512 * (4 * 2048 + 3 * 5461)
-    bases = 24 * 512 * 7 * 2048 if name == "galore" else 0
+    moments = 24 * 2 * rank * (4 * 2048 + 3 * 5461)
+    bases = 24 * rank * 7 * 2048 if name == "galore" else 0
     others = 2 * (2 * 32000 + 24 * 2 + 1) * 2048
     assert abs(_nbytes(state) / (4 * (moments + bases + others)) - 1) < 1e-5
     assert memory.alias_size_in_bytes >= _nbytes((params, state))
-    assert seconds < 180  # 90 on an idle machine
+    assert seconds < 400  # with Adam's step alone it is 50 on two idle cores
 
 
 @pytest.mark.parametrize(

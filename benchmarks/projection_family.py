@@ -154,6 +154,12 @@ def tune(results: Results, family: Family, name: str, steps: int) -> float:
     return min(rates, key=loss)
 
 
+def settle(results: Results, family: Family, name: str, rate: float, steps: int) -> float:
+    """The better of a rate that is best in short runs and its half, which long ones may prefer."""
+    loss = lambda peak: run_once(results, family, name, peak, 0, steps)["held_out_loss"] or math.inf
+    return min((rate, rate / 2), key=loss)
+
+
 def time_all(family: Family, names: list[str], rounds: int) -> dict[str, float]:
     """Median milliseconds of a step, refreshes included, all methods taking turns."""
 
@@ -228,6 +234,7 @@ def main() -> None:
         family_grid.show(results, steps, args.markdown)
         return
     rates = {name: tune(results, family, name, min(steps, TUNING_STEPS)) for name in args.methods}
+    rates = {name: settle(results, family, name, rates[name], steps) for name in args.methods}
     for seed in range(args.seeds):
         for name in args.methods:
             run_once(results, family, name, rates[name], seed, steps)

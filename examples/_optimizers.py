@@ -19,13 +19,13 @@ _PROJECTED = {"b2": 0.95, "rank": 32, "refresh_every": 50}
 TUNED: dict[str, dict[str, Any]] = {
     "adamw": {"learning_rate": 3e-3, "b2": 0.95},
     "galore": {"learning_rate": 2e-2, **_PROJECTED, "scale": 0.25},
-    "fira": {"learning_rate": 2e-2, **_PROJECTED, "scale": 0.25},
+    "fira": {"learning_rate": 1e-2, **_PROJECTED, "scale": 0.25},
     "adarankgrad": {"learning_rate": 2e-2, **_PROJECTED, "scale": 0.25},
-    "online_subspace_descent": {"learning_rate": 2e-2, "b2": 0.95, "rank": 32, "scale": 0.25},
-    "dct_adamw": {"learning_rate": 1e-2, "b2": 0.95, "rank": 32},
+    "online_subspace_descent": {"learning_rate": 1e-2, "b2": 0.95, "rank": 32, "scale": 0.25},
+    "dct_adamw": {"learning_rate": 5e-3, "b2": 0.95, "rank": 32},
     "apollo": {"learning_rate": 2e-2, **_PROJECTED},
     "apollo_mini": {"learning_rate": 1e-2, "b2": 0.95, "refresh_every": 50},
-    "ldadam": {"learning_rate": 8e-3, "rank": 32},
+    "ldadam": {"learning_rate": 4e-3, "rank": 32},
 }
 LEARNING_RATE = 1e-3  # where neither the user, nor TUNED, nor the optimizer names one
 _PERIODS = ("refresh_every", "update_proj_gap")  # optax's galore calls it by the second

@@ -1,5 +1,6 @@
 """Names of leaves: the same name for the same parameter, whatever tree it is met in."""
 
+from collections.abc import Container
 from typing import Any
 
 import jax
@@ -18,3 +19,15 @@ def normalised_path(path: tuple[Any, ...]) -> tuple[str, ...]:
 def path_string(path: tuple[Any, ...]) -> str:
     """Key path as ``layers/attention/query/kernel``."""
     return "/".join(normalised_path(path))
+
+
+def owner_of(path: Any, parameters: Container[tuple[str, ...]]) -> tuple[str, ...] | None:
+    """The parameter an array of a state belongs to: the longest one whose path ends the array's.
+
+    Args:
+      path: The array's path.
+      parameters: Normalised paths of the parameters.
+    """
+    names = normalised_path(path)
+    endings = (names[start:] for start in range(len(names) + 1))
+    return next((ending for ending in endings if ending in parameters), None)

@@ -9,7 +9,7 @@ import jax
 import optax
 
 from lowrank_optax.matrices.flax_layers import is_linen_module, is_nnx_module
-from lowrank_optax.matrices.paths import normalised_path, path_string
+from lowrank_optax.matrices.paths import normalised_path, owner_of, path_string
 from lowrank_optax.matrices.rules import DimensionNumbersRule, resolve_dimension_numbers
 from lowrank_optax.matrices.views import WeightDimensionNumbers, matrix_shape
 
@@ -170,8 +170,7 @@ def _state_of(
     other = 0
     for path, leaf, method in _state_leaves((state,)):
         names = normalised_path(path)
-        endings = (names[start:] for start in range(len(names) + 1))
-        name = next((ending for ending in endings if ending in kept), None)
+        name = owner_of(path, kept)
         if name is None:
             other += _bytes(leaf)
         elif leaf.size:  # optax's galore keeps an empty projector for what it leaves alone

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_optax.matrices.paths import normalised_path, path_string
+from lowrank_optax.matrices.paths import normalised_path, owner_of, path_string
 from lowrank_optax.projection.state import ScaleByProjectionState
 from lowrank_optax.projection.subspaces import AdaptiveBasis
 
@@ -86,7 +86,7 @@ def _compacted(
     }
     shrinkable = (state.inner, state.accumulated)
     for path, x in jax.tree_util.tree_leaves_with_path(shrinkable):
-        owner = _owner(path, ranks)
+        owner = owner_of(path, ranks)
         if owner is not None and _axis(x, *ranks[owner]) is None:
             ranks[owner] = (*ranks[owner][:2], ranks[owner][1])  # left as it is
     for path, _ in jax.tree_util.tree_leaves_with_path(state.basis.basis):
@@ -95,7 +95,7 @@ def _compacted(
             changes[path_string(path)] = (old, new)
 
     def cut(path: Any, x: jax.Array) -> jax.Array:
-        owner = _owner(path, ranks)
+        owner = owner_of(path, ranks)
         if owner is None or ranks[owner][1] == ranks[owner][2]:
             return x
         axis = _axis(x, *ranks[owner])
@@ -116,12 +116,6 @@ def _needed(basis: jax.Array, rank: jax.Array) -> int:
     """The size for the largest active rank of the leaf; all of it before the first refresh."""
     largest = int(np.max(jax.device_get(rank), initial=0))
     return min(rounded_rank(largest), basis.shape[-1]) if largest else basis.shape[-1]
-
-
-def _owner(path: Any, ranks: dict[tuple[str, ...], Any]) -> tuple[str, ...] | None:
-    """The parameter an array of the state belongs to: whose path ends the array's."""
-    names = normalised_path(path)
-    return next((names[i:] for i in range(len(names) + 1) if names[i:] in ranks), None)
 
 
 def _axis(x: jax.Array, batch_ndim: int, old: int, new: int) -> int | None:

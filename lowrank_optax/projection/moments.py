@@ -1,5 +1,6 @@
 """The inner optimizer on one leaf alone, and where in its state the moments are."""
 
+import math
 from typing import Any
 
 import jax
@@ -65,7 +66,7 @@ def moment_paths(state: Any, shape: tuple[int, ...], batch_ndim: int) -> dict[st
         kind = "first" if name in FIRST_MOMENTS else "second" if name in SECOND_MOMENTS else None
         if x.shape == shape and kind is not None:
             found[kind].append(path)
-        elif name not in CONSTANTS and x.size > max(1, _product(x.shape[:batch_ndim])):
+        elif name not in CONSTANTS and x.size > max(1, math.prod(x.shape[:batch_ndim])):
             raise ValueError(
                 f"on_refresh cannot rotate the inner state's {jax.tree_util.keystr(path)} of shape "
                 f"{x.shape}: it knows moments of the projected gradient's shape {shape} by the "
@@ -101,10 +102,3 @@ def decay_weights(inner: optax.GradientTransformationExtraArgs) -> Any:
 def field(path: Any) -> str:
     last = path[-1] if path else None
     return getattr(last, "name", None) or str(getattr(last, "key", ""))
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total

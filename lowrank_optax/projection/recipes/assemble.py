@@ -27,7 +27,6 @@ def optimizer(
     if accumulate_steps is not None and accumulate_steps > 1:
         emits = lambda step, **_: (step + 1) % accumulate_steps == 0
         tail = optax.transforms.conditionally_mask(tail, emits)
-        return keep_dtypes(optax.chain(projected, tail))
     return keep_dtypes(optax.chain(projected, tail))
 
 

@@ -38,6 +38,11 @@ class Step(NamedTuple):
     subspace: Subspace
     view: View
 
+    def gradient(self) -> jax.Array:
+        """The whole gradient, in the dtype of the arithmetic; for rules that need it."""
+        assert self.matrix is not None
+        return self.matrix.astype(self.view.dtype)
+
     def lift(self, projected: jax.Array) -> jax.Array:
         """From the subspace to the matrix."""
         return self.subspace.lift(self.basis, projected, self.view)

@@ -69,7 +69,7 @@ def fira(
         raise ValueError(f"floor={floor!r} must be at least 0 and below 1.")
 
     def update(previous: jax.Array, step: Step) -> tuple[jax.Array, jax.Array]:
-        matrix = _gradient(step)
+        matrix = step.gradient()
         whole = _norms(matrix, step.view, granularity)
         factors = _factors(step, granularity, floor * whole)
         inside = step.scale if form == "code" else 1.0
@@ -131,7 +131,7 @@ def gradient_scaling(
     _check(gamma, granularity)
 
     def update(previous: jax.Array, step: Step) -> tuple[jax.Array, jax.Array]:
-        matrix = _gradient(step)
+        matrix = step.gradient()
         factors = _factors(step, granularity, 0.0)
         whole = _norms(matrix, step.view, granularity)
         norm = jnp.sqrt(jnp.sum((factors * whole) ** 2, axis=(-2, -1)))
@@ -151,11 +151,6 @@ def _check(gamma: Any, granularity: Any) -> None:
         raise ValueError(f"gamma={gamma!r} must be positive.")
     if granularity not in ("channel", "tensor"):
         raise ValueError(f"granularity={granularity!r} must be 'channel' or 'tensor'.")
-
-
-def _gradient(step: Step) -> jax.Array:
-    assert step.matrix is not None
-    return step.matrix.astype(step.view.dtype)
 
 
 def _norms(x: jax.Array, view: View, granularity: Granularity) -> jax.Array:

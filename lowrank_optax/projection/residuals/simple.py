@@ -44,7 +44,7 @@ def raw(factor: float = 1.0) -> Residual:
 
     def update(state: object, step: Step) -> tuple[jax.Array, object]:
         inside = step.lift(step.scale * step.answer - factor * step.projected)
-        return inside + factor * _gradient(step), state
+        return inside + factor * step.gradient(), state
 
     return Residual(update)
 
@@ -66,12 +66,7 @@ def sign(factor: float = 1.0) -> Residual:
     """
 
     def update(state: object, step: Step) -> tuple[jax.Array, object]:
-        outside = jnp.sign(_gradient(step) - step.lift(step.projected))
+        outside = jnp.sign(step.gradient() - step.lift(step.projected))
         return step.lift(step.scale * step.answer) + factor * outside, state
 
     return Residual(update)
-
-
-def _gradient(step: Step) -> jax.Array:
-    assert step.matrix is not None
-    return step.matrix.astype(step.view.dtype)

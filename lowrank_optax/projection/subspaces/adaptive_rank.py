@@ -113,8 +113,7 @@ def adaptive_rank(
 
 def _energies(basis: jax.Array, matrix: jax.Array, view: View) -> tuple[jax.Array, jax.Array]:
     """Energy on each direction ``[*batch, r]``, and of the whole, in units of the largest entry."""
-    largest = jnp.max(jnp.abs(matrix), axis=(-2, -1), keepdims=True, initial=0.0)
-    unit = jnp.where(largest == 0, 1, largest).astype(basis.dtype)
+    unit = base.largest_entry(matrix).astype(basis.dtype)
     projected = base.project(basis, matrix, view) / unit
     energy = jnp.sum(jnp.square(projected), axis=view.across)
     total = jnp.sum(jnp.square(matrix / unit), axis=(-2, -1))

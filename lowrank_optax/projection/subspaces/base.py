@@ -191,8 +191,13 @@ def agreeing(new: jax.Array, old: jax.Array) -> jax.Array:
 
 def scaled(x: jax.Array) -> jax.Array:
     """``x`` with largest entry one, so that no product of gradients over- or underflows."""
+    return x / largest_entry(x)
+
+
+def largest_entry(x: jax.Array) -> jax.Array:
+    """The largest size of an entry of each matrix ``[*batch, 1, 1]``; one for a zero matrix."""
     largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True, initial=0.0)
-    return x / jnp.where(largest == 0, 1, largest)
+    return jnp.where(largest == 0, 1, largest)
 
 
 def select(taken: jax.Array, new: Any, old: Any) -> Any:

@@ -124,10 +124,7 @@ def scores_by_products(matrix: jax.Array, size: Callable[[jax.Array], jax.Array]
     Even cosines are symmetric and odd ones antisymmetric, so each half needs only half the rows,
     and the even half is a cosine transform of half the length: ``d²/3`` instead of ``d²``.
     """
-    scores = _sums_by_products(matrix, size)
-    length = matrix.shape[-2]
-    first = size(jnp.asarray(math.sqrt(1 / 2), scores.dtype))
-    return jnp.where(jnp.arange(length) == 0, first * scores, scores)
+    return _first_scaled(_sums_by_products(matrix, size), size)
 
 
 def _sums_by_products(matrix: jax.Array, size: Callable[[jax.Array], jax.Array]) -> jax.Array:
@@ -169,9 +166,13 @@ def scores_by_fft(matrix: jax.Array, size: Callable[[jax.Array], jax.Array]) -> 
     turned = spectrum * jax.lax.complex(jnp.cos(angle), jnp.sin(angle))
     low = jnp.sum(size(turned.real), axis=-2)
     high = jnp.sum(size(turned.imag), axis=-2)[..., 1 : length - count + 1][..., ::-1]
-    scores = jnp.concatenate([low, high], axis=-1)
+    return _first_scaled(jnp.concatenate([low, high], axis=-1), size)
+
+
+def _first_scaled(scores: jax.Array, size: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """The scores with that of the constant, whose scale is less by a root of two, as small."""
     first = size(jnp.asarray(math.sqrt(1 / 2), scores.dtype))
-    return jnp.where(jnp.arange(length) == 0, first * scores, scores)
+    return jnp.where(jnp.arange(scores.shape[-1]) == 0, first * scores, scores)
 
 
 def _modular_product(a: jax.Array, b: jax.Array, period: int) -> jax.Array:

@@ -77,8 +77,7 @@ def _iterated(
         return base.times(g, base.scaled(back), view)
     moment = moment.mT if view.axis == -2 else moment  # [*batch, kept, r]
     # Scaled, or squares of tiny gradients would underflow.
-    largest = jnp.max(jnp.abs(back), axis=(-2, -1), keepdims=True, initial=0.0)
-    back = (weight * moment + (1 - weight) * back) / jnp.where(largest == 0, 1, largest)
+    back = (weight * moment + (1 - weight) * back) / base.largest_entry(back)
     inside = base.product("...kr,...ks->...rs", moment, back, small)
     lifted = base.product("...dr,...rs->...ds", basis, inside, small)
     return weight * lifted + (1 - weight) * base.times(g, back, view)

@@ -32,6 +32,18 @@ def _qr(y: jax.Array) -> jax.Array:
     return explicit_sharding.constrain(q, partition)
 
 
+def gram_matrix(b: jax.Array) -> jax.Array:
+    """``bᵀ b [*batch, k, k]`` of ``b [*batch, n, k]``."""
+    small = explicit_sharding.partition_of_batch(b, None, None)
+    return product("...nk,...nl->...kl", b, b, small)
+
+
+def leading_directions(q: jax.Array, gram: jax.Array, count: int) -> jax.Array:
+    """``q [*batch, d, k]`` times the `leading_eigenvectors` of ``gram [*batch, k, k]``."""
+    small = explicit_sharding.partition_of_batch(q, None, None)
+    return product("...dk,...kr->...dr", q, leading_eigenvectors(gram, count), small)
+
+
 def leading_eigenvectors(gram: jax.Array, count: int) -> jax.Array:
     """Eigenvectors ``[*batch, k, count]`` of the largest eigenvalues of ``gram [*batch, k, k]``.
 

@@ -71,17 +71,19 @@ def test_a_whole_step_of_llama_1b_compiles_with_its_refresh(compile_for, name, r
         value, gradients = jax.value_and_grad(loss)(params, tokens)
         return value, *_apply(tx)(params, state, gradients)
 
-    start = time.perf_counter()
+    start, busy = time.perf_counter(), time.process_time()
     compiled = compile_for("v5e", step, params, state, tokens, donate_argnums=(0, 1))
-    seconds, memory = time.perf_counter() - start, compiled.memory_analysis()
+    seconds, busy = time.perf_counter() - start, time.process_time() - busy
+    memory = compiled.memory_analysis()
     sizes = f"state {_nbytes(state) / 1e9:.2f}, peak {_peak(memory) / 1e9:.2f} GB"
-    print(f"{name}: compiled in {seconds:.0f} s; {sizes}")
+    print(f"{name}: compiled in {seconds:.0f} s, {busy:.0f} s of processor time; {sizes}")
     moments = 24 * 2 * rank * (4 * 2048 + 3 * 5461)
     bases = 24 * rank * 7 * 2048 if name == "galore" else 0
     others = 2 * (2 * 32000 + 24 * 2 + 1) * 2048
     assert abs(_nbytes(state) / (4 * (moments + bases + others)) - 1) < 1e-5
     assert memory.alias_size_in_bytes >= _nbytes((params, state))
-    assert seconds < 400  # with Adam's step alone it is 50 on two idle cores
+    # 148 for GaLore, 87 of them the model's and Adam's; a busy machine takes more wall time.
+    assert busy < 220
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from lowrank_optax.matrices import explicit_sharding
+from lowrank_optax.matrices.bfloat16 import product_with_bfloat16
 from lowrank_optax.matrices.explicit_sharding import product
 from lowrank_optax.projection.rank import RankSpec, check_rank
 from lowrank_optax.projection.subspaces.lockstep import Steps, as_steps, in_lockstep
@@ -155,13 +156,14 @@ def times(matrix: jax.Array, x: jax.Array, view: View, across: bool = False) -> 
     """The matrix and a thin one: the result ``[*batch, d, k]`` lies on the compressed axis.
 
     ``G x`` if rows are compressed, ``Gᵀ x`` if columns are; with ``across`` the other way round, on
-    the kept axis.
+    the kept axis. Pass a bfloat16 gradient as it is: see `product_with_bfloat16`.
     """
     lands_on_rows = (view.axis == -2) != across
     letters = "...mn,...nk->...mk" if lands_on_rows else "...mn,...mk->...nk"
     meets, lands = (-1, -2) if lands_on_rows else (-2, -1)
     thin = _cut_as(matrix, meets, jax.lax.optimization_barrier(x))
-    result = product(letters, matrix, thin, _cut_of(matrix, lands))
+    multiply = product_with_bfloat16 if matrix.dtype == jnp.bfloat16 else product
+    result = multiply(letters, matrix, thin, _cut_of(matrix, lands))
     return explicit_sharding.constrain(result, view.small_partition)
 
 

@@ -1,8 +1,9 @@
 """Refreshes of many leaves in step, so that what they have in common is one program.
 
-A QR takes a TPU's compiler seconds, whatever it is a QR of, and a model has a dozen projected
-leaves. So a rule's refresh is a generator: where it needs a decomposition it yields a `Request`,
-and is sent the result. Requests of one kind and shape are then run by one loop over the leaves.
+A QR takes a TPU's compiler seconds, whatever it is a QR of, and so does a product of thin matrices;
+a model has a dozen projected leaves. So a rule's refresh is a generator: where it needs either it
+yields a `Request`, and is sent the result. Requests of one kind and shape are then run by one loop
+over the leaves.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -15,16 +16,16 @@ import jax.numpy as jnp
 
 
 class Request(NamedTuple):
-    """A function of one array, to be run for several leaves at once.
+    """A function of thin arrays, to be run for several leaves at once.
 
     Attributes:
-      function: A module-level function ``function(array, *static)``.
-      array: Its array.
+      function: A module-level function ``function(*arrays, *static)``.
+      arrays: Its arrays.
       static: Its other arguments, hashable.
     """
 
     function: Callable[..., jax.Array]
-    array: jax.Array
+    arrays: tuple[jax.Array, ...]
     static: tuple[Any, ...] = ()
 
 
@@ -70,16 +71,16 @@ def in_lockstep(refreshes: Sequence[Steps]) -> list[Any]:
 def _alike(pending: dict[int, Request]) -> list[list[int]]:
     groups: dict[Any, list[int]] = {}
     for i, request in pending.items():
-        kind = (request.function, request.static, jax.typeof(request.array))
+        kind = (request.function, request.static, tuple(map(jax.typeof, request.arrays)))
         groups.setdefault(kind, []).append(i)
     return list(groups.values())
 
 
 def _run(requests: dict[int, Request]) -> dict[int, jax.Array]:
-    function, array, static = next(iter(requests.values()))
+    function, arrays, static = next(iter(requests.values()))
     if len(requests) == 1:
-        return dict.fromkeys(requests, function(array, *static))
-    stacked = jnp.stack([request.array for request in requests.values()])
+        return dict.fromkeys(requests, function(*arrays, *static))
+    stacked = [jnp.stack(x) for x in zip(*(r.arrays for r in requests.values()), strict=True)]
     # A loop over the leaves, not one batch: the decompositions of one leaf at a time take memory.
-    answers = jax.lax.map(lambda x: function(x, *static), stacked)
+    answers = jax.lax.map(lambda x: function(*x, *static), stacked)
     return {i: answers[place] for place, i in enumerate(requests)}

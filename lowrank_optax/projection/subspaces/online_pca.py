@@ -113,11 +113,11 @@ def pca_gradient(
     ``K = PᵀP`` and ``s = ‖G‖²``: no product with a full-size result.
     """
     small = view.small_partition
-    g = matrix.astype(basis.dtype)
-    norm = jnp.sqrt(jnp.sum(jnp.square(g), axis=(-2, -1), keepdims=True))
+    squares = jnp.square(matrix.astype(basis.dtype))
+    norm = jnp.sqrt(jnp.sum(squares, axis=(-2, -1), keepdims=True))
     norm = jnp.where(norm == 0, 1, norm)
     right = (projected.mT if view.axis == -2 else projected) / norm  # [*batch, kept, r]
-    y = base.times(g, right, view) / norm
+    y = base.times(matrix, right, view) / norm
     c = base.product("...kr,...ks->...rs", right, right, small)
     k = base.product("...dr,...ds->...rs", basis, basis, small)
     thin = lambda a, b: base.product("...dr,...rs->...ds", a, b, small)

@@ -56,7 +56,8 @@ def power_iteration(
         first = jnp.all(basis == 0, axis=(-2, -1))
         start = jax.random.normal(key, (view.length, basis.shape[-1]), basis.dtype)
         start = jnp.where(first[..., None, None], start, basis)
-        found = yield Request(orthonormalize, _iterated(matrix, start, moment, momentum, view))
+        y = _iterated(matrix, start, moment, momentum, view)
+        found = yield Request(orthonormalize, (y,))
         if initial is not None:
             begin = lambda: initial.refresh(key, matrix, basis, None, view)
             found = jax.lax.cond(
@@ -71,13 +72,13 @@ def _iterated(
     matrix: jax.Array, basis: jax.Array, moment: jax.Array | None, weight: float, view: View
 ) -> jax.Array:
     """``B Bᵀ P`` for the blend ``B`` of momentum and gradient, from its two factors."""
-    g, small = matrix.astype(basis.dtype), view.small_partition
-    back = base.times(g, basis, view, across=True)
+    small = view.small_partition
+    back = base.times(matrix, basis, view, across=True)
     if moment is None:
-        return base.times(g, base.scaled(back), view)
+        return base.times(matrix, base.scaled(back), view)
     moment = moment.mT if view.axis == -2 else moment  # [*batch, kept, r]
     # Scaled, or squares of tiny gradients would underflow.
     back = (weight * moment + (1 - weight) * back) / base.largest_entry(back)
     inside = base.product("...kr,...ks->...rs", moment, back, small)
     lifted = base.product("...dr,...rs->...ds", basis, inside, small)
-    return weight * lifted + (1 - weight) * base.times(g, back, view)
+    return weight * lifted + (1 - weight) * base.times(matrix, back, view)

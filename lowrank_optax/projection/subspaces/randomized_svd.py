@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.projection.orthonormal import leading_eigenvectors, orthonormalize
+from lowrank_optax.projection.orthonormal import gram_matrix, leading_directions, orthonormalize
 from lowrank_optax.projection.rank import RankSpec
 from lowrank_optax.projection.subspaces import base
 from lowrank_optax.projection.subspaces.lockstep import Request, Steps
@@ -65,24 +65,23 @@ def randomized_svd(
         key: jax.Array, matrix: jax.Array, basis: jax.Array, momentum: Any, view: View
     ) -> Steps:
         del momentum
-        g, small = matrix.astype(basis.dtype), view.small_partition
         columns = min(basis.shape[-1] + oversample, *view.shape[-2:])
-        drawn = jax.random.normal(key, (view.shape[view.across], columns), g.dtype)
+        drawn = jax.random.normal(key, (view.shape[view.across], columns), basis.dtype)
         sketch = jnp.broadcast_to(drawn, (*view.batch, *drawn.shape))
         if warm_start:
-            sketch = _warmed(sketch, base.times(g, basis, view, across=True))
+            sketch = _warmed(sketch, base.times(matrix, basis, view, across=True))
 
         # Not a lax loop: it would carry a copy of the gradient.
-        y = base.times(g, sketch, view)
+        y = base.times(matrix, sketch, view)
         for _ in range(power_iterations):
-            q = yield Request(orthonormalize, y)
-            back = base.times(g, q, view, across=True)
-            y = base.times(g, base.scaled(back), view)
-        q = yield Request(orthonormalize, y)
-        b = base.scaled(base.times(g, q, view, across=True))
-        gram = base.product("...nk,...nl->...kl", b, b, small)
-        vectors = yield Request(leading_eigenvectors, gram, (basis.shape[-1],))
-        return base.agreeing(base.product("...dk,...kr->...dr", q, vectors, small), basis)
+            q = yield Request(orthonormalize, (y,))
+            back = base.times(matrix, q, view, across=True)
+            y = base.times(matrix, base.scaled(back), view)
+        q = yield Request(orthonormalize, (y,))
+        b = base.scaled(base.times(matrix, q, view, across=True))
+        gram = yield Request(gram_matrix, (b,))
+        found = yield Request(leading_directions, (q, gram), (basis.shape[-1],))
+        return base.agreeing(found, basis)
 
     return base.from_basis(rank, refresh)
 

@@ -5,6 +5,7 @@ cannot be derived. Elsewhere (one device, or a mesh of automatic axes) partition
 these functions are the plain jax.numpy ones.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -58,3 +59,36 @@ def product(
     orthonormality, so every product with a basis is asked for at the highest.
     """
     return jnp.einsum(expression, a, b, precision=jax.lax.Precision.HIGHEST, out_sharding=partition)
+
+
+def in_whole_runs(x: jax.Array, axis: int, run: int) -> jax.Array:
+    """``x`` with an axis gathered, on explicit axes, unless each device has whole runs of it."""
+    partition = partition_of(x)
+    if partition is None or partition[axis] is None:
+        return x
+    names = partition[axis] if isinstance(partition[axis], tuple) else (partition[axis],)
+    devices = math.prod(jax.typeof(x).sharding.mesh.shape[name] for name in names)
+    if x.shape[axis] % (run * devices) == 0:
+        return x
+    return constrain(x, PartitionSpec(*partition[:axis], None, *partition[axis + 1 :]))
+
+
+def split_axis(x: jax.Array, axis: int, inner: tuple[int, ...]) -> jax.Array:
+    """``[..., n, ...]`` as ``[..., k, *inner, ...]``, of which ``k`` keeps the sharding."""
+    partition = partition_of(x)
+    if partition is not None:
+        whole = [None] * len(inner)
+        partition = PartitionSpec(*partition[: axis + 1], *whole, *partition[axis + 1 :])
+    size = x.shape[axis] // math.prod(inner)
+    return reshape(x, (*x.shape[:axis], size, *inner, *x.shape[axis + 1 :]), partition)
+
+
+def merge_axes(x: jax.Array, axis: int, count: int) -> jax.Array:
+    """The inverse of `split_axis`: ``count`` axes as one, with the sharding of the first."""
+    partition, end = partition_of(x), axis + count
+    if partition is not None:
+        whole = PartitionSpec(*partition[: axis + 1], *[None] * (count - 1), *partition[end:])
+        x = constrain(x, whole)
+        partition = PartitionSpec(*partition[: axis + 1], *partition[end:])
+    size = math.prod(x.shape[axis:end])
+    return reshape(x, (*x.shape[:axis], size, *x.shape[end:]), partition)

@@ -1,0 +1,39 @@
+"""Arrays in codes of 8 or 4 bits, with a scale for each block: what low-bit states are made of."""
+
+from lowrank_optax.quantization.affine import Affine, affine_dequantize, affine_quantize
+from lowrank_optax.quantization.blocks import (
+    BlockFormat,
+    Layout,
+    Quantized,
+    decode_blocks,
+    dequantize,
+    encode_blocks,
+    layout_of,
+    over_blocks,
+    quantize,
+)
+from lowrank_optax.quantization.maps import Bits, CodeMap, MapName, code_map
+from lowrank_optax.quantization.packing import Packing, pack, packing_of, unpack
+
+__all__ = [
+    "Affine",
+    "Bits",
+    "BlockFormat",
+    "CodeMap",
+    "Layout",
+    "MapName",
+    "Packing",
+    "Quantized",
+    "affine_dequantize",
+    "affine_quantize",
+    "code_map",
+    "decode_blocks",
+    "dequantize",
+    "encode_blocks",
+    "layout_of",
+    "over_blocks",
+    "pack",
+    "packing_of",
+    "quantize",
+    "unpack",
+]

@@ -1,0 +1,52 @@
+"""The numbers of each code map in float64, from their definitions and not from closed forms."""
+
+import itertools
+
+import ml_dtypes
+import numpy as np
+
+# Every map there is: name, bits, signed.
+MAPS = [
+    *itertools.product(["dynamic", "linear", "log"], [8, 4], [True, False]),
+    ("fp8", 8, True),
+]
+
+
+def table(name: str, bits: int, signed: bool) -> np.ndarray:
+    """The numbers in ascending order, so that an index is a code (but for fp8)."""
+    make = {"dynamic": _dynamic, "linear": _linear, "log": _log, "fp8": _float8}[name]
+    return make(bits, signed)
+
+
+def _dynamic(bits: int, signed: bool) -> np.ndarray:
+    """Middles of even bins in every decade (Dettmers et al., 2021), and zero and one."""
+    exponents = bits - 1
+    values = [0.0, 1.0]
+    for i in range(exponents):
+        edges = np.linspace(0.1, 1.0, 2 ** (i if signed else i + 1) + 1)
+        middles = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (i - exponents + 1)
+        values += [*middles, *(-middles if signed else [])]
+    return np.sort(values)
+
+
+def _linear(bits: int, signed: bool) -> np.ndarray:
+    if signed:
+        return np.linspace(-1, 1, 2**bits - 1)
+    return np.arange(1, 2**bits + 1) / 2**bits
+
+
+def _log(bits: int, signed: bool) -> np.ndarray:
+    levels = 2 ** (bits - 1) - 1 if signed else 2**bits
+    sizes = np.logspace(-7 if bits == 8 else -3, 0, levels)
+    return np.concatenate([-sizes[::-1], [0.0], sizes]) if signed else sizes
+
+
+def _float8(bits: int, signed: bool) -> np.ndarray:
+    values = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64) / 448
+    return np.unique(values[np.isfinite(values)])
+
+
+def half_gap(values: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Half the distance of the two numbers of a map around each ``x``."""
+    gaps = np.diff(values)
+    return gaps[np.clip(np.searchsorted(values, x, side="right") - 1, 0, len(gaps) - 1)] / 2

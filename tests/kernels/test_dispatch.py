@@ -1,0 +1,138 @@
+"""Which implementation runs: by name, by support, by platform, by devices."""
+
+import re
+
+import jax
+from jax import export
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from kernels.steps import SCALARS, formats_of, step_of
+import numpy as np
+import pytest
+
+from lowrank_optax.kernels import low_bit_adam, projected_adam
+
+FORMATS = formats_of(8, 128)
+
+
+def step(*arguments, implementation=None, **options):
+    return low_bit_adam(
+        *arguments, SCALARS, formats=FORMATS, implementation=implementation, **options
+    )
+
+
+@pytest.fixture(name="arguments")
+def fixture_arguments():
+    return step_of((64, 256), FORMATS).arguments
+
+
+def assert_same(found, wanted) -> None:
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6)
+
+
+def on_mesh(arguments, axis_type: AxisType):
+    mesh = jax.make_mesh((4,), ("x",), devices=jax.devices()[:4], axis_types=(axis_type,))
+    return mesh, jax.device_put(arguments, NamedSharding(mesh, P("x")))
+
+
+@pytest.mark.parametrize("implementation", ["mosaic", "gpu", ("xla", "pallas"), ()])
+def test_an_unknown_name_is_refused(arguments, implementation) -> None:
+    with pytest.raises(ValueError, match=r"must be None, or one or some of xla, mosaic_tpu, tri"):
+        step(*arguments, implementation=implementation)
+
+
+def test_a_kernel_that_there_is_not_is_refused() -> None:
+    arguments = step_of((16, 32), None, 4).arguments
+    with pytest.raises(NotImplementedError, match="triton: projected_adam has no such kernel"):
+        projected_adam(*arguments, SCALARS, implementation="triton")
+
+
+def test_interpret_is_for_one_kernel(arguments) -> None:
+    for implementation in (None, "xla", ("mosaic_tpu", "xla")):
+        with pytest.raises(ValueError, match="is for one kernel"):
+            step(*arguments, implementation=implementation, interpret=True)
+
+
+def test_none_is_the_reference_on_a_cpu(arguments) -> None:
+    wanted = step(*arguments, implementation="xla")
+    assert_same(step(*arguments), wanted)
+    assert_same(jax.jit(step)(*arguments), wanted)
+    assert_same(step(*arguments, implementation=("mosaic_tpu", "xla")), wanted)
+
+
+def test_under_vmap_none_is_the_reference_on_a_cpu(arguments) -> None:
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x]), arguments)
+    wanted = step(*arguments, implementation="xla")
+    assert_same(jax.tree.map(lambda x: x[1], jax.vmap(step)(*stacked)), wanted)
+
+
+def test_a_kernel_named_alone_does_not_run_elsewhere(arguments) -> None:
+    with pytest.raises(ValueError, match="interpret"):
+        step(*arguments, implementation="mosaic_tpu")
+
+
+def test_names_without_the_reference_raise_with_all_reasons() -> None:
+    arguments = step_of((1000,), FORMATS).arguments
+    with pytest.raises(NotImplementedError, match=r"mosaic_tpu: .*; triton: "):
+        step(*arguments, implementation=("mosaic_tpu", "triton"))
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_sharded_arguments_get_the_reference(arguments, axis_type, transform) -> None:
+    wanted = step(*arguments, implementation="xla")
+    mesh, sharded = on_mesh(arguments, axis_type)
+    with jax.set_mesh(mesh):
+        assert_same(transform(step)(*sharded), wanted)
+        with pytest.raises(NotImplementedError, match="cannot be partitioned"):
+            step(*sharded, implementation="mosaic_tpu", interpret=True)
+
+
+def test_sharding_that_only_the_compiler_sees_gets_the_reference(arguments) -> None:
+    """No mesh is set, so that nothing tells while the step is traced."""
+    mesh, _ = on_mesh(arguments, AxisType.Auto)
+    where = NamedSharding(mesh, P("x"))
+    structs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in jax.tree.leaves(arguments)]
+    rebuild = jax.tree.structure(arguments).unflatten
+    sharded = jax.jit(lambda *x: step(*rebuild(x)), in_shardings=where)
+    assert (
+        "tpu_custom_call" not in export.export(sharded, platforms=["tpu"])(*structs).mlir_module()
+    )
+    alone = jax.jit(lambda *x: step(*rebuild(x)))
+    assert "tpu_custom_call" in export.export(alone, platforms=["tpu"])(*structs).mlir_module()
+
+
+def test_inside_shard_map_the_kernel_runs_on_what_a_device_has(arguments) -> None:
+    wanted = step(*arguments, implementation="xla")
+    mesh, sharded = on_mesh(arguments, AxisType.Auto)
+
+    def local(*x):
+        assert x[0].shape == (16, 256)
+        return step(*x, implementation="mosaic_tpu", interpret=True)
+
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=P("x"), out_specs=P("x"), check_vma=False)
+    assert_same(jax.jit(mapped)(*sharded), wanted)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_inside_shard_map_none_is_the_kernel_on_a_tpu(arguments, check_vma: bool) -> None:
+    mesh, _ = on_mesh(arguments, AxisType.Auto)
+    specs = {"mesh": mesh, "in_specs": P("x"), "out_specs": P("x"), "check_vma": check_vma}
+    mapped = jax.jit(jax.shard_map(step, **specs))
+    exported = export.export(mapped, platforms=["tpu"])(*arguments)
+    assert "tpu_custom_call" in exported.mlir_module()
+
+
+def test_the_compiled_step_is_written_over_its_donated_arguments(arguments) -> None:
+    options = {"implementation": "mosaic_tpu", "interpret": True}
+    donating = jax.jit(lambda *x: step(*x, **options), donate_argnums=(1, 2, 3))
+    text = donating.lower(*arguments).compile().as_text()
+    aliases = re.search(r"input_output_alias=\{(.*?)\}, entry", text)
+    assert aliases is not None
+    assert aliases.group(1).count("alias") == 5
+    given = [x.copy() for x in jax.tree.leaves(arguments)]
+    rebuilt = jax.tree.structure(arguments).unflatten(given)
+    donating(*rebuilt)
+    assert all(x.is_deleted() for x in given[1:])

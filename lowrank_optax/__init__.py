@@ -23,6 +23,15 @@ from lowrank_optax.projection import (
     scale_by_projection,
     subspaces,
 )
+from lowrank_optax.states import (
+    from_int8_weights,
+    fused_adamw,
+    in_float32,
+    low_bit,
+    round_updates,
+    to_int8_weights,
+    update_int8_weights,
+)
 
 __version__ = "0.1.0"
 
@@ -47,6 +56,14 @@ __all__ = [
     "residuals",
     "scale_by_projection",
     "subspaces",
+    # Fewer bits
+    "from_int8_weights",
+    "fused_adamw",
+    "in_float32",
+    "low_bit",
+    "round_updates",
+    "to_int8_weights",
+    "update_int8_weights",
     # State on many devices
     "sharding",
 ]

@@ -9,10 +9,14 @@ import pytest
 
 import lowrank_optax as lro
 from lowrank_optax.matrices import DimensionNumbersRule
+from lowrank_optax.quantization import Bits
+from lowrank_optax.states.rounding import Rounding
 
 # Arguments that are no numbers, or fix shapes or the program: never traced.
 STATIC = {
     "error_feedback",
+    "basis_bits",
+    "bits",
     "granularity",
     "inner",
     "min_rank",
@@ -24,6 +28,7 @@ STATIC = {
     "refresh_every",
     "residual_form",
     "side",
+    "state_bits",
     "subspace",
     "subspace_optimizer",
     "transform",
@@ -43,6 +48,45 @@ def limited_sgd(
     limited = lro.limit_norm_growth(gamma, weight_dimension_numbers)
     return optax.chain(limited, optax.scale_by_learning_rate(learning_rate))
 
+
+def low_bit_adamw(
+    learning_rate: optax.ScalarOrSchedule, bits: Bits, weight_decay: float = 0.0
+) -> optax.GradientTransformation:
+    """AdamW with all of its moments in few bits, the smallest too."""
+    return lro.low_bit(
+        optax.adamw(learning_rate, weight_decay=weight_decay), bits, block_size=4, min_size=1
+    )
+
+
+def low_bit_galore(
+    learning_rate: optax.ScalarOrSchedule,
+    weight_dimension_numbers: DimensionNumbersRule = None,
+) -> optax.GradientTransformation:
+    """GaLore with moments in 8 bits that turn with the basis, and that in bfloat16."""
+    galore = lro.galore(
+        learning_rate,
+        rank=2,
+        refresh_every=3,
+        basis_bits=16,
+        on_refresh="rotate",
+        weight_dimension_numbers=weight_dimension_numbers,
+    )
+    return lro.low_bit(galore, block_size=4, min_size=1)
+
+
+def rounded_adamw(
+    learning_rate: optax.ScalarOrSchedule, rounding: Rounding
+) -> optax.GradientTransformation:
+    """AdamW in float32 for parameters of any dtype."""
+    return optax.chain(lro.in_float32(optax.adamw(learning_rate)), lro.round_updates(rounding))
+
+
+TYPES_OF_UPDATES = (
+    "updates_keep_dtype",
+    "mixed_dtypes_in_one_tree",
+    "multi_steps",
+    "inject_hyperparams_in_bfloat16",
+)
 
 ROWS = [
     Row(
@@ -152,6 +196,43 @@ ROWS = [
         basis="basis",
     ),
     Row(
+        name="low_bit_adamw",
+        factory=low_bit_adamw,
+        kwargs={"learning_rate": 1e-2, "bits": 8, "weight_decay": 1e-3},
+        static_args=("bits",),
+        convergence=Convergence(learning_rate=1e-2, overrides={"weight_decay": 0.0}),
+    ),
+    Row(
+        name="four_bit_adamw",
+        factory=low_bit_adamw,
+        kwargs={"learning_rate": 1e-2, "bits": 4},
+        static_args=("bits",),
+        convergence=Convergence(learning_rate=1e-2),
+    ),
+    Row(
+        name="low_bit_galore",
+        factory=low_bit_galore,
+        kwargs={"learning_rate": 1e-2},
+        static_args=("weight_dimension_numbers",),
+        convergence=Convergence(learning_rate=2e-2),
+    ),
+    Row(
+        name="round_updates_stochastically",
+        factory=rounded_adamw,
+        kwargs={"learning_rate": 1e-2, "rounding": "stochastic"},
+        static_args=("rounding",),
+        convergence=Convergence(learning_rate=1e-2),
+        exceptions=dict.fromkeys(TYPES_OF_UPDATES, "its updates are float32: see round_updates"),
+    ),
+    Row(
+        name="round_updates_with_compensation",
+        factory=rounded_adamw,
+        kwargs={"learning_rate": 1e-2, "rounding": "compensated"},
+        static_args=("rounding",),
+        convergence=Convergence(learning_rate=1e-2),
+        exceptions=dict.fromkeys(TYPES_OF_UPDATES, "its updates are float32: see round_updates"),
+    ),
+    Row(
         name="limit_norm_growth",
         factory=limited_sgd,
         kwargs={"gamma": 1.01, "learning_rate": 1e-2},
@@ -164,6 +245,22 @@ ROWS = [
 ]
 
 
+# Checks that take a second or more; the quick part makes them of few rows, all others of every row.
+LONG = {
+    "cond_between_old_and_new_state",
+    "inject_hyperparams",
+    "inject_hyperparams_in_bfloat16",
+    "jit_equals_eager",
+    "leaves_of_any_size",
+    "masked",
+    "multi_steps",
+    "nnx_optimizer",
+    "sharded_on_an_auto_mesh",
+    "vmap_equals_a_loop",
+}
+QUICK_ROWS = ("optax_adamw", "galore", "apollo")
+
+
 def cases() -> list[object]:
     """All pairs of a check and a row; a row's exceptions must fail."""
     params = []
@@ -171,6 +268,8 @@ def cases() -> list[object]:
         for check in checks_for(row):
             reason = row.exceptions.get(name_of(check))
             marks = [] if reason is None else [pytest.mark.xfail(reason=reason, strict=True)]
+            if name_of(check) in LONG and row.name not in QUICK_ROWS:
+                marks.append(pytest.mark.slow)
             params.append(pytest.param(check, row, id=f"{row.name}-{name_of(check)}", marks=marks))
     return params
 
@@ -178,6 +277,11 @@ def cases() -> list[object]:
 @pytest.mark.parametrize(("check", "row"), cases())
 def test_transformation(check: Check, row: Row) -> None:
     check(row)
+
+
+def test_the_long_checks_and_quick_rows_exist() -> None:
+    assert {name_of(check) for row in ROWS for check in checks_for(row)} >= LONG
+    assert {row.name for row in ROWS} >= set(QUICK_ROWS)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)

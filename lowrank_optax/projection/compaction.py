@@ -11,6 +11,7 @@ import numpy as np
 from lowrank_optax.matrices.paths import normalised_path, owner_of, path_string
 from lowrank_optax.projection.state import ScaleByProjectionState
 from lowrank_optax.projection.subspaces import AdaptiveBasis
+from lowrank_optax.states import LowBitState
 
 
 def compact(state: Any, report: Callable[[str], Any] | None = None) -> Any:
@@ -31,7 +32,8 @@ def compact(state: Any, report: Callable[[str], Any] | None = None) -> Any:
       The smaller state, of the same structure.
 
     Raises:
-      ValueError: If there is no rank in the state that could have fallen.
+      ValueError: If there is no rank in the state that could have fallen, or moments are in 8 or 4
+        bits.
       jax.errors.ConcretizationTypeError: Under ``jit``: shapes can not change there.
 
     Example:
@@ -50,6 +52,12 @@ def compact(state: Any, report: Callable[[str], Any] | None = None) -> Any:
     """
     is_projection = lambda x: isinstance(x, ScaleByProjectionState)
     changes: dict[str, tuple[int, int]] = {}
+    is_low_bit = lambda x: isinstance(x, LowBitState)
+    if any(map(is_low_bit, jax.tree.leaves(state, is_leaf=is_low_bit))):
+        raise ValueError(
+            "compact cannot cut moments that are stored in codes (low_bit, or state_bits=): their "
+            "blocks and scales would no longer fit."
+        )
     found = [s for s in jax.tree.leaves(state, is_leaf=is_projection) if is_projection(s)]
     if not any(isinstance(s.basis, AdaptiveBasis) for s in found):
         raise ValueError(

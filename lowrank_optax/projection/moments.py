@@ -9,10 +9,8 @@ from jax.sharding import PartitionSpec
 import optax
 
 from lowrank_optax.matrices import explicit_sharding
+from lowrank_optax.states.moments import FIRST_MOMENTS, SECOND_MOMENTS, field
 
-# Names of moments in the states of optax and its kin.
-FIRST_MOMENTS = ("mu", "m", "m1", "m2", "trace", "ema", "exp_avg", "momentum")
-SECOND_MOMENTS = ("nu", "v", "exp_avg_sq", "sum_of_squares")
 # Names of arrays that a basis has no part in: the coefficients of Muon's iteration.
 CONSTANTS = ("ns_coeffs",)
 
@@ -97,8 +95,3 @@ def decay_weights(inner: optax.GradientTransformationExtraArgs) -> Any:
     one = jnp.ones((1, 1))
     state = inner.update(one, inner.init(one), one)[1]
     return jax.tree.map(lambda x: x.reshape(-1)[0] if x.size else x, state)
-
-
-def field(path: Any) -> str:
-    last = path[-1] if path else None
-    return getattr(last, "name", None) or str(getattr(last, "key", ""))

@@ -10,6 +10,7 @@ import optax
 from lowrank_optax.projection import moments
 from lowrank_optax.projection.subspaces import base
 from lowrank_optax.projection.view import View
+from lowrank_optax.states.moments import FIRST_MOMENTS, field
 
 OnRefresh: TypeAlias = Literal["keep", "reset", "rotate", "rotate_moments"]
 CHOICES = ("keep", "reset", "rotate", "rotate_moments")
@@ -98,7 +99,7 @@ def _first_paths(state: Any, view: View) -> list[Any]:
     return [
         path
         for path, x in jax.tree_util.tree_leaves_with_path(state)
-        if x.shape == view.projected_shape and moments.field(path) in moments.FIRST_MOMENTS
+        if x.shape == view.projected_shape and field(path) in FIRST_MOMENTS
     ]
 
 

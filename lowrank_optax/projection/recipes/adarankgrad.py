@@ -13,6 +13,7 @@ from lowrank_optax.projection.subspaces import Subspace, adaptive_rank, randomiz
 from lowrank_optax.projection.transfer import OnRefresh
 from lowrank_optax.projection.transform import scale_by_projection
 from lowrank_optax.projection.view import Side
+from lowrank_optax.quantization import Bits
 
 
 def adarankgrad(
@@ -34,6 +35,7 @@ def adarankgrad(
     on_refresh: OnRefresh = "rotate_moments",
     side: Side = "shorter",
     accumulate_steps: int | None = None,
+    state_bits: Bits | None = None,
     seed: int = 0,
     weight_dimension_numbers: DimensionNumbersRule = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -65,6 +67,7 @@ def adarankgrad(
       on_refresh: What becomes of the moments when the basis turns: see `scale_by_projection`.
       side: Which side of a matrix is compressed: see `scale_by_projection`.
       accumulate_steps: Micro-batches to a step: see `scale_by_projection`.
+      state_bits: Bits of the moments between steps, 8 or 4: see `low_bit`; None for float32.
       seed: Seed of the randomized range finder.
       weight_dimension_numbers: Which leaves are matrices, and how: see `scale_by_projection`.
 
@@ -101,4 +104,6 @@ def adarankgrad(
         seed=seed,
         weight_dimension_numbers=weight_dimension_numbers,
     )
-    return optimizer(projected, learning_rate, weight_decay, weight_decay_mask, accumulate_steps)
+    return optimizer(
+        projected, learning_rate, weight_decay, weight_decay_mask, accumulate_steps, state_bits
+    )

@@ -12,6 +12,7 @@ from lowrank_optax.projection.recipes.assemble import optimizer
 from lowrank_optax.projection.subspaces import Subspace, random
 from lowrank_optax.projection.transform import scale_by_projection
 from lowrank_optax.projection.view import Side
+from lowrank_optax.quantization import Bits
 
 
 def apollo(
@@ -29,6 +30,7 @@ def apollo(
     weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
     subspace: Subspace | None = None,
     side: Side = "shorter",
+    state_bits: Bits | None = None,
     seed: int = 0,
     weight_dimension_numbers: DimensionNumbersRule = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -59,6 +61,7 @@ def apollo(
       weight_decay_mask: Which leaves decay: as ``mask`` of ``optax.adamw``.
       subspace: The subspace rule, if not ``subspaces.random(rank)``.
       side: Which side of a matrix is compressed: see `scale_by_projection`.
+      state_bits: Bits of the moments between steps, 8 or 4: see `low_bit`; None for float32.
       seed: Seed of the random bases.
       weight_dimension_numbers: Which leaves are matrices, and how: see `scale_by_projection`.
 
@@ -90,7 +93,9 @@ def apollo(
         seed=seed,
         weight_dimension_numbers=weight_dimension_numbers,
     )
-    return optimizer(projected, learning_rate, weight_decay, weight_decay_mask)
+    return optimizer(
+        projected, learning_rate, weight_decay, weight_decay_mask, state_bits=state_bits
+    )
 
 
 def apollo_mini(
@@ -106,6 +111,7 @@ def apollo_mini(
     *,
     weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
     side: Side = "shorter",
+    state_bits: Bits | None = None,
     seed: int = 0,
     weight_dimension_numbers: DimensionNumbersRule = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -125,6 +131,7 @@ def apollo_mini(
       gamma: Largest growth of the update's norm from step to step.
       weight_decay_mask: Which leaves decay: as ``mask`` of ``optax.adamw``.
       side: Which side of a matrix is compressed: see `scale_by_projection`.
+      state_bits: Bits of the moments between steps, 8 or 4: see `low_bit`; None for float32.
       seed: Seed of the random bases.
       weight_dimension_numbers: Which leaves are matrices, and how: see `scale_by_projection`.
 
@@ -156,6 +163,7 @@ def apollo_mini(
         granularity="tensor",
         weight_decay_mask=weight_decay_mask,
         side=side,
+        state_bits=state_bits,
         seed=seed,
         weight_dimension_numbers=weight_dimension_numbers,
     )

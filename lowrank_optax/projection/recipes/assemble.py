@@ -4,6 +4,9 @@ from typing import Any
 
 import optax
 
+from lowrank_optax.quantization import Bits
+from lowrank_optax.states import low_bit
+
 
 def optimizer(
     projected: optax.GradientTransformationExtraArgs,
@@ -11,11 +14,15 @@ def optimizer(
     weight_decay: Any = 0.0,
     weight_decay_mask: Any = None,
     accumulate_steps: int | None = None,
+    state_bits: Bits | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """An optimizer from a projected transformation: decoupled decay, then the learning rate.
 
-    While gradients accumulate, neither acts, and schedules count optimizer steps.
+    While gradients accumulate, neither acts, and schedules count optimizer steps. With
+    ``state_bits``, the moments of projected and other leaves alike are stored in so many.
     """
+    if state_bits is not None and state_bits != 32:
+        projected = low_bit(projected, state_bits)
     no_decay = isinstance(weight_decay, int | float) and weight_decay == 0
     tail = optax.chain(
         # An absent decay must not ask for parameters, and leaves the same (empty) state.

@@ -14,6 +14,7 @@ from lowrank_optax.projection.subspaces import dct
 from lowrank_optax.projection.transfer import OnRefresh
 from lowrank_optax.projection.transform import scale_by_projection
 from lowrank_optax.projection.view import Side
+from lowrank_optax.quantization import Bits
 
 
 def dct_adamw(
@@ -31,6 +32,7 @@ def dct_adamw(
     weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
     on_refresh: OnRefresh = "rotate_moments",
     side: Side = "shorter",
+    state_bits: Bits | None = None,
     seed: int = 0,
     weight_dimension_numbers: DimensionNumbersRule = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -91,4 +93,6 @@ def dct_adamw(
         seed=seed,
         weight_dimension_numbers=weight_dimension_numbers,
     )
-    return optimizer(projected, learning_rate, weight_decay, weight_decay_mask)
+    return optimizer(
+        projected, learning_rate, weight_decay, weight_decay_mask, state_bits=state_bits
+    )

@@ -14,6 +14,7 @@ from lowrank_optax.projection.subspaces import Subspace, randomized_svd
 from lowrank_optax.projection.transfer import OnRefresh
 from lowrank_optax.projection.transform import scale_by_projection
 from lowrank_optax.projection.view import Side
+from lowrank_optax.quantization import Bits
 
 
 def fira(
@@ -32,6 +33,7 @@ def fira(
     subspace: Subspace | None = None,
     on_refresh: OnRefresh = "keep",
     side: Side = "shorter",
+    state_bits: Bits | None = None,
     seed: int = 0,
     weight_dimension_numbers: DimensionNumbersRule = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -63,6 +65,7 @@ def fira(
       subspace: How the basis is found, if not by ``subspaces.randomized_svd(rank)``.
       on_refresh: What becomes of the moments when the basis turns: see `scale_by_projection`.
       side: Which side of a matrix is compressed: see `scale_by_projection`.
+      state_bits: Bits of the moments between steps, 8 or 4: see `low_bit`; None for float32.
       seed: Seed of the randomized range finder.
       weight_dimension_numbers: Which leaves are matrices, and how: see `scale_by_projection`.
 
@@ -98,4 +101,6 @@ def fira(
         seed=seed,
         weight_dimension_numbers=weight_dimension_numbers,
     )
-    return optimizer(projected, learning_rate, weight_decay, weight_decay_mask)
+    return optimizer(
+        projected, learning_rate, weight_decay, weight_decay_mask, state_bits=state_bits
+    )

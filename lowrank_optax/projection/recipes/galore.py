@@ -9,10 +9,12 @@ from lowrank_optax.matrices import DimensionNumbersRule
 from lowrank_optax.projection.rank import RankSpec
 from lowrank_optax.projection.recipes.assemble import optimizer
 from lowrank_optax.projection.refresh import RefreshRule
-from lowrank_optax.projection.subspaces import Subspace, randomized_svd
+from lowrank_optax.projection.subspaces import Subspace, quantized, randomized_svd
+from lowrank_optax.projection.subspaces.quantized import BasisBits
 from lowrank_optax.projection.transfer import OnRefresh
 from lowrank_optax.projection.transform import scale_by_projection
 from lowrank_optax.projection.view import Side
+from lowrank_optax.quantization import Bits
 
 
 def galore(
@@ -27,10 +29,12 @@ def galore(
     *,
     weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
     subspace: Subspace | None = None,
+    basis_bits: BasisBits | None = None,
     inner: optax.GradientTransformation | None = None,
     on_refresh: OnRefresh = "keep",
     side: Side = "shorter",
     accumulate_steps: int | None = None,
+    state_bits: Bits | None = None,
     seed: int = 0,
     weight_dimension_numbers: DimensionNumbersRule = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -64,10 +68,13 @@ def galore(
       weight_decay_mask: Which leaves decay: as ``mask`` of ``optax.adamw``.
       subspace: How the basis is found, if not by ``subspaces.randomized_svd(rank)``; ``rank`` is
         then ignored.
+      basis_bits: Bits of a basis between refreshes, 16 (bfloat16), 8 or 4 (Q-GaLore): see
+        ``subspaces.quantized``; None for float32.
       inner: The optimizer in the subspace, if not Adam (``b1``, ``b2``, ``eps`` are then ignored).
       on_refresh: What becomes of the moments when the basis turns: see `scale_by_projection`.
       side: Which side of a matrix is compressed: see `scale_by_projection`.
       accumulate_steps: Micro-batches to a step: see `scale_by_projection`.
+      state_bits: Bits of the moments between steps, 8 or 4: see `low_bit`; None for float32.
       seed: Seed of the randomized range finder.
       weight_dimension_numbers: Which leaves are matrices, and how: see `scale_by_projection`.
 
@@ -97,9 +104,10 @@ def galore(
       https://arxiv.org/abs/2403.03507. The basis by randomized SVD: Su et al., GaLore 2, 2025,
       https://arxiv.org/abs/2504.20437.
     """
+    rule = randomized_svd(rank) if subspace is None else subspace
     projected = scale_by_projection(
         optax.scale_by_adam(b1, b2, eps) if inner is None else inner,
-        randomized_svd(rank) if subspace is None else subspace,
+        rule if basis_bits is None else quantized(rule, basis_bits),
         on_refresh=on_refresh,
         refresh_every=refresh_every,
         scale=scale,
@@ -108,4 +116,6 @@ def galore(
         seed=seed,
         weight_dimension_numbers=weight_dimension_numbers,
     )
-    return optimizer(projected, learning_rate, weight_decay, weight_decay_mask, accumulate_steps)
+    return optimizer(
+        projected, learning_rate, weight_decay, weight_decay_mask, accumulate_steps, state_bits
+    )

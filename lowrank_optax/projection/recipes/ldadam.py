@@ -13,6 +13,7 @@ from lowrank_optax.projection.refresh import RefreshRule
 from lowrank_optax.projection.subspaces import Subspace, power_iteration, randomized_svd
 from lowrank_optax.projection.transform import scale_by_projection
 from lowrank_optax.projection.view import Side
+from lowrank_optax.quantization import Bits
 
 
 def ldadam(
@@ -29,6 +30,7 @@ def ldadam(
     weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
     subspace: Subspace | None = None,
     side: Side = "shorter",
+    state_bits: Bits | None = None,
     seed: int = 0,
     weight_dimension_numbers: DimensionNumbersRule = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -58,6 +60,7 @@ def ldadam(
       weight_decay_mask: Which leaves decay: as ``mask`` of ``optax.adamw``.
       subspace: The subspace rule, if not ``subspaces.power_iteration(rank, rho)``.
       side: Which side of a matrix is compressed: see `scale_by_projection`.
+      state_bits: Bits of the moments between steps, 8 or 4: see `low_bit`; None for float32.
       seed: Seed of the first basis, by a randomized range finder (in the code, an SVD).
       weight_dimension_numbers: Which leaves are matrices, and how: see `scale_by_projection`.
 
@@ -90,4 +93,6 @@ def ldadam(
         seed=seed,
         weight_dimension_numbers=weight_dimension_numbers,
     )
-    return optimizer(projected, learning_rate, weight_decay, weight_decay_mask)
+    return optimizer(
+        projected, learning_rate, weight_decay, weight_decay_mask, state_bits=state_bits
+    )

@@ -11,6 +11,7 @@ from lowrank_optax.projection.recipes.assemble import optimizer
 from lowrank_optax.projection.subspaces import online_pca
 from lowrank_optax.projection.transform import scale_by_projection
 from lowrank_optax.projection.view import Side
+from lowrank_optax.quantization import Bits
 
 
 def online_subspace_descent(
@@ -28,6 +29,7 @@ def online_subspace_descent(
     weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
     inner: optax.GradientTransformation | None = None,
     side: Side = "shorter",
+    state_bits: Bits | None = None,
     seed: int = 0,
     weight_dimension_numbers: DimensionNumbersRule = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -57,6 +59,7 @@ def online_subspace_descent(
       weight_decay_mask: Which leaves decay: as ``mask`` of ``optax.adamw``.
       inner: The optimizer in the subspace, if not Adam.
       side: Which side of a matrix is compressed: see `scale_by_projection`.
+      state_bits: Bits of the moments between steps, 8 or 4: see `low_bit`; None for float32.
       seed: Seed of the first basis, by a randomized range finder (in the code, an SVD).
       weight_dimension_numbers: Which leaves are matrices, and how: see `scale_by_projection`.
 
@@ -89,4 +92,6 @@ def online_subspace_descent(
         seed=seed,
         weight_dimension_numbers=weight_dimension_numbers,
     )
-    return optimizer(projected, learning_rate, weight_decay, weight_decay_mask)
+    return optimizer(
+        projected, learning_rate, weight_decay, weight_decay_mask, state_bits=state_bits
+    )

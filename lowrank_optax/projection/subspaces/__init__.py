@@ -7,6 +7,7 @@ from lowrank_optax.projection.subspaces.dct import dct
 from lowrank_optax.projection.subspaces.fixed import fixed
 from lowrank_optax.projection.subspaces.online_pca import TrackedBasis, online_pca
 from lowrank_optax.projection.subspaces.power_iteration import power_iteration
+from lowrank_optax.projection.subspaces.quantized import quantized
 from lowrank_optax.projection.subspaces.random import random
 from lowrank_optax.projection.subspaces.randomized_svd import randomized_svd
 from lowrank_optax.projection.subspaces.svd import svd
@@ -23,6 +24,7 @@ __all__ = [
     "from_basis",
     "online_pca",
     "power_iteration",
+    "quantized",
     "random",
     "randomized_svd",
     "svd",

@@ -1,0 +1,251 @@
+"""Optimizer state in 8 or 4 bits, around any optax transformation.
+
+Between steps, moments are codes, and a scale for each block; within a step, one leaf after the
+other is decoded, updated by the transformation as it is, and encoded again. What a step does comes
+from the moments before they are rounded.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+import optax
+
+from lowrank_optax.matrices import explicit_sharding
+from lowrank_optax.matrices.paths import path_string
+from lowrank_optax.quantization import (
+    Bits,
+    BlockFormat,
+    MapName,
+    Quantized,
+    code_map,
+    dequantize,
+    quantize,
+)
+from lowrank_optax.states.moments import FIRST_MOMENTS, SECOND_MOMENTS, SQUARES, Kind, moment_kinds
+from lowrank_optax.states.precision import in_float32
+
+BLOCK_SIZES: dict[int, int] = {8: 256, 4: 128}
+
+Which = Callable[[str, jax.ShapeDtypeStruct], bool | Kind | None]
+
+
+class LowBitState(NamedTuple):
+    """State of `low_bit`: three trees of the inner state's structure.
+
+    Attributes:
+      inner: The inner state, None in the place of each quantized array.
+      codes: uint8 codes of the quantized arrays, None in the place of the others; 4-bit codes two
+        to a byte, ``[*, rows / 2, n]``.
+      scales: float32 scales of their blocks, ``[*leading, blocks]``.
+      count: Number of updates so far, int32, if codes are rounded at random; otherwise ``()``.
+    """
+
+    inner: optax.OptState
+    codes: Any
+    scales: Any
+    count: Any
+
+
+def low_bit(
+    inner: optax.GradientTransformation,
+    bits: Bits = 8,
+    block_size: int | None = None,
+    map: MapName = "dynamic",
+    min_size: int = 4096,
+    which: Which | None = None,
+    *,
+    stochastic_rounding: bool = False,
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""``inner`` with its moments in 8 or 4 bits between steps.
+
+    A moment is cut into blocks along its last axis, and each element stored as the code of the
+    nearest number of a fixed map times the largest element of its block. First moments (signed) and
+    second ones (unsigned) have maps of their own. A second moment is never rounded to zero while
+    its block has anything else, since :math:`m / (\sqrt v + \epsilon)` would explode.
+
+    Arithmetic, and what stays of the state unquantized, is float32 (float64 for float64
+    parameters). Updates have the gradients' dtype: with float32 gradients (as under `in_float32`)
+    they are float32. Elements that are not finite are stored as zero. ``init`` makes the float32
+    state first: under ``jax.jit`` it takes no more memory than the result.
+
+    For parameters of n elements Adam's state takes 8·n bytes, in 8 bits 2.03·n, in 4 bits 1.06·n.
+
+    Args:
+      inner: Any optax transformation, also `scale_by_projection` (its moments are quantized, its
+        basis is not), ``optax.chain``, ``optax.masked`` or ``optax.partition``.
+      bits: 8 or 4.
+      block_size: Elements to a scale; 256 in 8 bits and 128 in 4 if None.
+      map: ``"dynamic"``, ``"linear"``, ``"log"`` or ``"fp8"``: see ``quantization.code_map``.
+      min_size: Smaller arrays stay as they are. The size is the whole array's, on however many
+        devices it is.
+      which: ``which(path, array)`` decides otherwise, given the path in the inner state, as
+        ``0/mu/layers/kernel``, and shape and dtype: ``"signed"`` or ``"unsigned"`` quantizes,
+        False does not, None leaves it to the rule (the names of the moments in optax's states). For
+        embeddings kept in float32:
+        ``lambda path, _: False if "embed" in path else None``.
+      stochastic_rounding: Round codes up or down at random, with the value as expectation.
+      seed: Of the random numbers; the number of the step is folded in.
+
+    Returns:
+      A transformation with the state `LowBitState`.
+
+    Raises:
+      ValueError: If an argument is out of range; in ``init``, if arrays are large enough, but none
+        of them is known as a moment.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro, optax
+      >>> tx = optax.chain(lro.low_bit(optax.scale_by_adam()), optax.scale_by_learning_rate(1e-3))
+      >>> params = {"kernel": jnp.ones((64, 256)), "bias": jnp.ones(256)}
+      >>> state = tx.init(params)[0]
+      >>> print(state.codes.mu["kernel"].dtype, state.scales.mu["kernel"].shape)
+      uint8 (64, 1)
+      >>> print(state.inner.mu["kernel"], state.inner.mu["bias"].dtype)  # small: as it was
+      None float32
+
+    References:
+      Dettmers et al., 8-bit Optimizers via Block-wise Quantization, 2021,
+      https://arxiv.org/abs/2110.02861. Li et al., Memory Efficient Optimizers with 4-bit States,
+      2023, https://arxiv.org/abs/2309.01507: the second moment without zero, section 4.1.
+    """
+    formats = moment_formats(bits, block_size, map)
+    if isinstance(min_size, bool) or not isinstance(min_size, int) or min_size < 0:
+        raise ValueError(f"min_size={min_size!r} must be an int of at least 0.")
+    wide = in_float32(inner)
+
+    def chosen(state: Any) -> list[BlockFormat | None]:
+        kinds = _kinds(state, min_size, which)
+        return [None if kind is None else formats[kind] for kind in kinds]
+
+    def init_fn(params: optax.Params) -> LowBitState:
+        # Behind a barrier: for minutes the compiler would encode constants, one by one.
+        state = jax.lax.optimization_barrier(wide.init(params))
+        _check_found(state, chosen(state), min_size)
+        count = jnp.zeros([], jnp.int32) if stochastic_rounding else ()
+        return _encoded(state, chosen(state), count, None)
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, LowBitState]:
+        like = jax.eval_shape(wide.init, updates if params is None else params)
+        plan = chosen(like)
+        new, full = wide.update(updates, _decoded(state, like, plan), params, **extra_args)
+        if not stochastic_rounding:
+            return optax.tree.cast_like(new, updates), _encoded(full, plan, (), None, state)
+        key = jax.random.fold_in(jax.random.key(seed), state.count)
+        count = optax.safe_increment(state.count)
+        return optax.tree.cast_like(new, updates), _encoded(full, plan, count, key, state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def moment_formats(
+    bits: Bits, block_size: int | None = None, map: MapName = "dynamic"
+) -> dict[Kind, BlockFormat]:
+    """How first moments are stored, ``"signed"``, and second ones, ``"unsigned"``.
+
+    Raises:
+      ValueError: If an argument is out of range.
+    """
+    signed = code_map(map, bits, signed=True)
+    size = BLOCK_SIZES[bits] if block_size is None else block_size
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ValueError(f"block_size={block_size!r} must be an int of at least 1, or None.")
+    return {
+        "signed": BlockFormat(signed, size),
+        "unsigned": BlockFormat(code_map(map, bits, signed=False), size, positive=True),
+    }
+
+
+def _kinds(state: Any, min_size: int, which: Which | None) -> list[Kind | None]:
+    """What each leaf of the state is quantized as."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return [
+        _kind(path, leaf, kind, which) if _large(leaf, min_size) else None
+        for (path, leaf), kind in zip(leaves, moment_kinds(state), strict=True)
+    ]
+
+
+def _kind(path: Any, leaf: Any, by_name: Kind | None, which: Which | None) -> Kind | None:
+    if which is None:
+        return by_name
+    answer = which(path_string(path), jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+    if answer is None:
+        return by_name
+    if answer is False or answer in ("signed", "unsigned"):
+        return answer or None
+    raise ValueError(
+        f"which returned {answer!r} for {path_string(path)!r}: it must return 'signed', "
+        "'unsigned', False, or None for the default."
+    )
+
+
+def _large(leaf: Any, min_size: int) -> bool:
+    floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+    return floating and leaf.ndim > 0 and leaf.size > 0 and leaf.size >= min_size
+
+
+def _check_found(state: Any, plan: list[Any], min_size: int) -> None:
+    large = [
+        path_string(path)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+        if _large(leaf, min_size)
+    ]
+    if large and not any(plan):
+        names = ", ".join(FIRST_MOMENTS + SECOND_MOMENTS + SQUARES)
+        raise ValueError(
+            f"low_bit knows none of the arrays of inner's state as a moment: {', '.join(large)}. "
+            f"It goes by the names {names}; for others give which=."
+        )
+
+
+def _decoded(state: LowBitState, like: Any, plan: list[BlockFormat | None]) -> Any:
+    """The inner state, with the quantized arrays in float32."""
+    leaves, treedef = jax.tree.flatten(like)
+    parts = (treedef.flatten_up_to(tree) for tree in (state.inner, state.codes, state.scales))
+    return treedef.unflatten(
+        [
+            kept if fmt is None else _decoded_like(leaf, Quantized(codes, scales), fmt)
+            for leaf, fmt, kept, codes, scales in zip(leaves, plan, *parts, strict=True)
+        ]
+    )
+
+
+def _decoded_like(leaf: jax.ShapeDtypeStruct, quantized: Quantized, fmt: BlockFormat) -> jax.Array:
+    """The array, sharded as it was, also where its shards are no whole blocks."""
+    x = dequantize(quantized, fmt, leaf.shape)
+    sharded = explicit_sharding.partition_of(x) is not None and leaf.sharding is not None
+    if not sharded:
+        return x
+    spec = leaf.sharding.spec
+    return explicit_sharding.constrain(x, PartitionSpec(*spec, *[None] * (x.ndim - len(spec))))
+
+
+def _encoded(
+    state: Any,
+    plan: list[BlockFormat | None],
+    count: Any,
+    key: jax.Array | None,
+    last: LowBitState | None = None,
+) -> LowBitState:
+    leaves, treedef = jax.tree.flatten(state)
+    keys = [None] * len(leaves) if key is None else list(jax.random.split(key, len(leaves)))
+    scales = [None] * len(leaves) if last is None else treedef.flatten_up_to(last.scales)
+    coded = [
+        Quantized(None, None) if fmt is None else quantize(leaf, fmt, one, old)
+        for leaf, fmt, one, old in zip(leaves, plan, keys, scales, strict=True)
+    ]
+    kept = [leaf if fmt is None else None for leaf, fmt in zip(leaves, plan, strict=True)]
+    return LowBitState(
+        treedef.unflatten(kept),
+        treedef.unflatten([q.codes for q in coded]),
+        treedef.unflatten([q.scales for q in coded]),
+        count,
+    )

@@ -1,0 +1,51 @@
+"""Arithmetic in float32 around transformations of gradients and parameters of any dtype."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def in_float32(
+    inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """``inner`` run in float32, its state too, whatever the dtype of gradients and parameters.
+
+    Updates are float32: ``optax.apply_updates`` rounds their sum with the parameters once, and
+    `round_updates` at random. In bfloat16, by contrast, ``optax.adam`` keeps moments to three
+    digits, and a second moment that changes by a thousandth at a step does not change at all.
+    Arrays of float64 or integers stay as they are.
+
+    Args:
+      inner: Any optax transformation.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro, optax
+      >>> params = {"kernel": jnp.ones((2, 2), jnp.bfloat16)}
+      >>> tx = lro.in_float32(optax.adamw(1e-3))
+      >>> updates, state = tx.update(params, tx.init(params), params)
+      >>> print(updates["kernel"].dtype, state[0].mu["kernel"].dtype)
+      float32 float32
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def init_fn(params: optax.Params) -> Any:
+        return inner.init(widened(params))
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, Any]:
+        return inner.update(widened(updates), state, widened(params), **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def widened(tree: Any) -> Any:
+    """The tree with its narrower floats in float32."""
+
+    def widen(x: Any) -> Any:
+        narrow = jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits < 32
+        return x.astype(jnp.float32) if narrow else x
+
+    return jax.tree.map(widen, tree)

@@ -1,0 +1,138 @@
+"""Parameters in bfloat16 that keep small updates: rounded at random, or with what rounding lost.
+
+A bfloat16 has eight significant bits: an update below a 256th of its parameter, rounded to the
+nearest, is lost, at every step anew. Weight decay always is.
+"""
+
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Rounding = Literal["stochastic", "compensated"]
+
+
+class RoundUpdatesState(NamedTuple):
+    """State of `round_updates`.
+
+    Attributes:
+      count: Number of updates so far, int32, for random numbers; otherwise ``()``.
+      compensation: Of "compensated": what is to be added to the bits of a parameter, as those of a
+        float32, int16 in the parameters' shapes (``MaskedNode`` where one is not bfloat16);
+        otherwise ``()``.
+    """
+
+    count: Any
+    compensation: Any
+
+
+def round_updates(
+    rounding: Rounding = "stochastic", seed: int = 0
+) -> optax.GradientTransformationExtraArgs:
+    r"""The last part of a chain: what ``optax.apply_updates`` does to bfloat16 parameters is exact.
+
+    ``"stochastic"``: the sum of parameter and update is rounded up or down at random, such that its
+    expectation is the sum: small updates act sometimes instead of never. No memory.
+    ``"compensated"``: rounded to the nearest, and what that leaves off, the lower half of a
+    float32, is kept and added before the next update: the parameters are rounded float32 ones, for
+    two more bytes each. (Kahan's compensation, in integers: one in bfloat16 itself loses updates
+    below a 256th of what it holds.)
+
+    Updates become the float32 differences of the new and the old parameter, which
+    ``optax.apply_updates`` (and ``nnx.Optimizer``) adds without error. So what comes before should
+    not round either: put it in `in_float32`. Parameters of other dtypes are left to
+    ``optax.apply_updates``.
+
+    Args:
+      rounding: Which of the two.
+      seed: Of the random numbers; the number of the step and the place of a leaf are folded in.
+
+    Returns:
+      A transformation that needs ``params``, with the state `RoundUpdatesState`.
+
+    Raises:
+      ValueError: If ``rounding`` is neither; in ``update``, without ``params``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro, optax
+      >>> tx = optax.chain(lro.in_float32(optax.sgd(1.0)), lro.round_updates("stochastic"))
+      >>> params = {"kernel": jnp.ones(10_000, jnp.bfloat16)}
+      >>> gradient = {"kernel": jnp.full(10_000, -(2.0**-9), jnp.bfloat16)}  # a quarter of a step
+      >>> updates, _ = tx.update(gradient, tx.init(params), params)
+      >>> new = optax.apply_updates(params, updates)["kernel"]
+      >>> print(new.dtype, sorted(set(new.tolist())), f"{new.astype(jnp.float32).mean():.3f}")
+      bfloat16 [1.0, 1.0078125] 1.002
+
+    Reference:
+      Zamirai et al., Revisiting BFloat16 Training, 2020, https://arxiv.org/abs/2010.06192: both
+      ways, Algorithms 2 and 3.
+    """
+    if rounding not in get_args(Rounding):
+        raise ValueError(f"rounding={rounding!r} must be 'stochastic' or 'compensated'.")
+    stochastic = rounding == "stochastic"
+
+    def init_fn(params: optax.Params) -> RoundUpdatesState:
+        if stochastic:
+            return RoundUpdatesState(jnp.zeros([], jnp.int32), ())
+        keep = lambda p: jnp.zeros_like(p, jnp.int16) if _is_bfloat16(p) else optax.MaskedNode()
+        return RoundUpdatesState((), jax.tree.map(keep, params))
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, RoundUpdatesState]:
+        del extra_args
+        if params is None:
+            raise ValueError("round_updates needs params: call tx.update(grads, state, params).")
+        leaves, treedef = jax.tree.flatten(updates)
+        olds = treedef.flatten_up_to(params)
+        if stochastic:
+            key = jax.random.fold_in(jax.random.key(seed), state.count)
+            new = [
+                _at_random(old, x, jax.random.fold_in(key, i)) if _is_bfloat16(old) else x
+                for i, (old, x) in enumerate(zip(olds, leaves, strict=True))
+            ]
+            count = optax.safe_increment(state.count)
+            return treedef.unflatten(new), RoundUpdatesState(count, ())
+        kept = treedef.flatten_up_to(state.compensation)
+        pairs = [
+            _compensated(old, x, lost) if _is_bfloat16(old) else (x, lost)
+            for old, x, lost in zip(olds, leaves, kept, strict=True)
+        ]
+        compensation = treedef.unflatten([lost for _, lost in pairs])
+        return treedef.unflatten([x for x, _ in pairs]), RoundUpdatesState((), compensation)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:
+    """float32 rounded to a neighbouring bfloat16 at random, with ``x`` as its expectation.
+
+    The result is float32 still, of numbers that bfloat16 holds exactly. NaN and infinities stay.
+    """
+    raw = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    rounded = jax.lax.bitcast_convert_type(((raw + noise) >> 16) << 16, jnp.float32)
+    return jnp.where(jnp.isfinite(x), rounded, x)
+
+
+def _at_random(old: jax.Array, update: jax.Array, key: jax.Array) -> jax.Array:
+    wide = old.astype(jnp.float32)
+    return stochastic_round(wide + update.astype(jnp.float32), key) - wide
+
+
+def _compensated(old: jax.Array, update: jax.Array, rest: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The change of a parameter, and what the new one leaves off of the float32 it stands for."""
+    wide = old.astype(jnp.float32)
+    raw = jax.lax.bitcast_convert_type(wide, jnp.int32) + rest.astype(jnp.int32)
+    new = jax.lax.bitcast_convert_type(raw, jnp.float32) + update.astype(jnp.float32)
+    raw = jax.lax.bitcast_convert_type(new, jnp.int32)
+    upper = ((raw + 0x8000) >> 16) << 16  # to the nearest
+    rounded = jax.lax.bitcast_convert_type(upper, jnp.float32)
+    finite = jnp.isfinite(new) & jnp.isfinite(rounded)
+    rest = jnp.where(finite, raw - upper, 0).astype(jnp.int16)
+    return jnp.where(finite, rounded, new) - wide, rest
+
+
+def _is_bfloat16(x: Any) -> bool:
+    return x.dtype == jnp.bfloat16

@@ -1,0 +1,41 @@
+"""What the tests of low-bit states run, and on what."""
+
+from typing import Any
+
+from harness.row import jit
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import lowrank_optax as lro
+
+SHAPE = (16, 64)
+
+
+def normal(shape: tuple[int, ...], seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
+
+
+def kernel(shape: tuple[int, ...] = SHAPE, seed: int = 0) -> dict[str, jax.Array]:
+    return {"kernel": normal(shape, seed)}
+
+
+def low_bit(inner: Any, bits: Any = 8, **options: Any) -> Any:
+    return lro.low_bit(inner, bits, **{"min_size": 0, **options})
+
+
+def run(tx: Any, params: Any, steps: int) -> tuple[Any, Any]:
+    """Parameters and state after normal gradients."""
+
+    def step(carry: Any, key: jax.Array) -> tuple[Any, None]:
+        params, state = carry
+        gradient = jax.tree.map(lambda p: jax.random.normal(key, p.shape).astype(p.dtype), params)
+        updates, state = tx.update(gradient, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    def whole(params: Any) -> Any:
+        keys = jax.random.split(jax.random.key(1), steps)
+        return jax.lax.scan(step, (params, tx.init(params)), keys)[0]
+
+    return jit(whole)(params)

@@ -24,13 +24,13 @@ from lowrank_optax.projection.subspaces import AdaptiveBasis
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from _corpus import Corpus, held_out_windows, load_corpus, training_batches
-from _optimizers import TUNED, choose, make_optimizer, make_schedule
+from _optimizers import TUNED, choose, in_few_bits, make_optimizer, make_schedule
 from _run_folder import read_json, write_json
 from _settings import Settings
 from pretrain import held_out_loss, make_model, mean_loss
 
 __all__ = ["CHUNK", "MakeOptimizer", "Settings", "Text", "Trainer", "Weights"]
-__all__ += ["TUNED", "choose", "make_optimizer", "read_json", "write_json"]
+__all__ += ["TUNED", "choose", "in_few_bits", "make_optimizer", "read_json", "write_json"]
 
 CHUNK = 50  # steps in one call of a compiled program
 
@@ -101,8 +101,12 @@ class Trainer:
 
     def start(self, seed: int) -> tuple[Any, Any]:
         """What is trained, and the optimizer's state, before the first step."""
-        settings = dataclasses.replace(self.text.settings, seed=seed)
+        # Drawn in float32, so that weights in fewer bits start from the same ones, rounded.
+        settings = dataclasses.replace(
+            self.text.settings, seed=seed, param_dtype="float32", rounding=None
+        )
         params = nnx.as_pure(nnx.split(make_model(settings, self.text.corpus.vocab_size))[1])
+        params = optax.tree.cast_like(params, self.text.params)
         trained = self.weights.init(jax.random.key(seed), params)
         return trained, self.init_state(trained)
 

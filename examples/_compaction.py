@@ -8,12 +8,16 @@ import optax
 
 import lowrank_optax as lro
 from lowrank_optax.projection.subspaces import AdaptiveBasis
+from lowrank_optax.states import LowBitState
 
 
 def has_adaptive_rank(opt_state: optax.OptState) -> bool:
-    """Whether the state has ranks that may fall: what `lowrank_optax.compact` asks for."""
-    is_adaptive = lambda x: isinstance(x, AdaptiveBasis)
-    return any(map(is_adaptive, jax.tree.leaves(opt_state, is_leaf=is_adaptive)))
+    """Whether the state has ranks that may fall, and not in codes: what `compact` asks for."""
+    has = lambda kind: any(
+        isinstance(x, kind)
+        for x in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kind))
+    )
+    return has(AdaptiveBasis) and not has(LowBitState)
 
 
 def compacted(

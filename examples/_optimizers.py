@@ -6,7 +6,7 @@ import difflib
 import inspect
 from typing import Any, NamedTuple
 
-from _settings import InputError
+from _settings import InputError, Settings
 import jax
 import optax
 import optax.contrib
@@ -174,6 +174,21 @@ def make_optimizer(
         return optax.with_extra_args_support(chosen.factory(**options))
     except (TypeError, ValueError) as error:
         raise InputError(f"{chosen.name}: {one_line(error)}") from None
+
+
+def in_few_bits(
+    tx: optax.GradientTransformationExtraArgs, settings: Settings
+) -> optax.GradientTransformationExtraArgs:
+    """The optimizer with its state in fewer bits, and for weights in bfloat16, as settings say."""
+    bits = settings.state_bits
+    if bits != 32:
+        tx = lro.low_bit(tx, bits)
+    if settings.rounding is None:
+        return tx
+    wide = lro.in_float32(tx)
+    if settings.rounding == "nearest":
+        return wide
+    return optax.chain(wide, lro.round_updates(settings.rounding, settings.seed))
 
 
 def _takes_schedule(factory: Callable) -> bool:

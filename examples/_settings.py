@@ -4,10 +4,11 @@ import argparse
 from collections.abc import Sequence
 import dataclasses
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 SCHEDULES = ("constant", "cosine", "linear", "wsd")
 DTYPES = ("float32", "bfloat16")
+ROUNDINGS = ("nearest", "stochastic", "compensated")
 
 
 class InputError(ValueError):
@@ -32,6 +33,8 @@ class Settings:
     accumulate: int = 1
     dtype: str = "float32"
     param_dtype: str = "float32"
+    rounding: Literal["nearest", "stochastic", "compensated"] | None = None
+    state_bits: Literal[32, 8, 4] = 32
     remat: str | None = None
     initializer_range: float | None = None
     devices: int | None = None
@@ -58,6 +61,11 @@ class Settings:
             raise InputError(f"--seed must be between 0 and 2**32 - 1, not {self.seed}")
         if len(set(self.optimizers)) < len(self.optimizers):
             raise InputError("--compare needs different optimizers, not one of them twice")
+
+    @property
+    def stored_dtype(self) -> str:
+        """Dtype of the weights between steps: a way of rounding is for bfloat16."""
+        return self.param_dtype if self.rounding is None else "bfloat16"
 
 
 def flag(name: str) -> str:
@@ -129,6 +137,13 @@ def _add_training_flags(group: argparse._ArgumentGroup) -> None:
     _add(group, "accumulate", int, "micro-batches whose gradients make one step")
     _add(group, "dtype", str, "arithmetic of the model", choices=DTYPES)
     _add(group, "param_dtype", str, "storage of the weights", choices=DTYPES)
+    _add(
+        group,
+        "rounding",
+        str,
+        "weights in bfloat16, rounded so at each step, the step itself computed in float32",
+        choices=ROUNDINGS,
+    )
     group.add_argument(
         "--remat",
         metavar="POLICY",
@@ -170,6 +185,7 @@ def _add_optimizer_flags(group: argparse._ArgumentGroup) -> None:
         action="extend",
         help="options: rank=32 for all which take it, galore.rank=32 for one",
     )
+    _add(group, "state_bits", int, "bits of a moment between steps", choices=(32, 8, 4))
     _add(group, "learning_rate", float, "peak learning rate (default: each optimizer's own)")
     _add(
         group,

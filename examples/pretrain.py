@@ -26,7 +26,14 @@ try:
     from _compaction import compacted, has_adaptive_rank, state_bytes
     from _corpus import Corpus, held_out_windows, load_corpus, training_batches
     from _machine import first_interrupt, make_mesh, peak_bytes
-    from _optimizers import Chosen, choose, make_optimizer, make_schedule, one_line
+    from _optimizers import (
+        Chosen,
+        choose,
+        in_few_bits,
+        make_optimizer,
+        make_schedule,
+        one_line,
+    )
     from _report import Meter, plot, report, summarize
     from _run_folder import StepLog, load_settings, open_folder, read_json, write_json
     from _settings import InputError, Settings, parse
@@ -255,7 +262,7 @@ def make_model(settings: Settings, vocab_size: int) -> Decoder:
         dataclasses.replace(config, initializer_range=spread),
         rngs=nnx.Rngs(settings.seed),
         dtype=settings.dtype,
-        param_dtype=settings.param_dtype,
+        param_dtype=settings.stored_dtype,
         remat=settings.remat,
     )
 
@@ -273,7 +280,7 @@ def prepare(chosen: Chosen, corpus: Corpus, settings: Settings, mesh: jax.shardi
     graphdef, params = nnx.split(model)
     warmup = settings.steps // 10 if settings.warmup is None else settings.warmup
     schedule = make_schedule(settings.schedule, settings.steps, warmup)
-    tx = make_optimizer(chosen, model, params, schedule)
+    tx = in_few_bits(make_optimizer(chosen, model, params, schedule), settings)
     step = functools.partial(train_step, graphdef=graphdef, tx=tx)
     try:
         before = params, jax.eval_shape(tx.init, params)

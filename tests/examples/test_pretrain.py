@@ -159,6 +159,28 @@ def test_bfloat16_and_remat_train_what_float32_does(
     assert ratio == pytest.approx(0.5, abs=0.01)
 
 
+@pytest.mark.parametrize("rounding", [None, "stochastic"])
+def test_fewer_bits_train_what_float32_does(
+    rounding: str | None, finished: Path, flags: list[str], tmp_path: Path
+) -> None:
+    bits = ["--state-bits", "8"] + ([] if rounding is None else ["--rounding", rounding])
+    arguments = ["--optimizer", "adamw", "--output", str(tmp_path / "run")]
+    assert pretrain.main([*flags, *bits, *arguments]) == 0
+    results, full = (
+        json.loads((folder / "results.json").read_text())["adamw"]
+        for folder in (tmp_path / "run", finished)
+    )
+    assert results["held_out_loss"] == pytest.approx(full["held_out_loss"], rel=0.05)
+    assert results["optimizer_state_bytes"] < 0.9 * full["optimizer_state_bytes"]
+    # And it goes on from an earlier checkpoint, codes and all, to the last bit.
+    folder, losses = tmp_path / "run", read_losses(tmp_path / "run" / "adamw" / "log.jsonl")
+    for name in ("results.json", "curves.png", "adamw/result.json"):
+        (folder / name).unlink()
+    shutil.rmtree(folder / "adamw" / "checkpoints" / "6")
+    assert pretrain.main(["--output", str(folder), "--resume"]) == 0
+    assert read_losses(folder / "adamw" / "log.jsonl") == losses
+
+
 def test_checkpoint_gives_back_the_trained_model(finished: Path, config: Path) -> None:
     corpus = pretrain.load_corpus(
         json.loads((finished / "run.json").read_text())["settings"]["data"], None, 16

@@ -13,6 +13,7 @@ import sys
 import time
 from typing import Any
 
+from figure_codes import low_bit
 from figure_runs import (
     CONFIG,
     IS_MATRIX,
@@ -283,7 +284,16 @@ def finish(axes: Any, steps: bool = True, legend: str | tuple[float, float] = "b
 
 FIGURES = {
     draw.__name__: draw
-    for draw in (galore, fira, adarankgrad, online_subspace_descent, dct_adamw, apollo, ldadam)
+    for draw in (
+        galore,
+        fira,
+        adarankgrad,
+        online_subspace_descent,
+        dct_adamw,
+        apollo,
+        ldadam,
+        low_bit,
+    )
 }
 
 

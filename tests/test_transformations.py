@@ -258,7 +258,16 @@ LONG = {
     "sharded_on_an_auto_mesh",
     "vmap_equals_a_loop",
 }
-QUICK_ROWS = ("optax_adamw", "galore", "apollo")
+QUICK_ROWS = ("optax_adamw", "galore")
+# Of a method that has a row already: all checks are slow ones.
+VARIANTS = {
+    "galore_svd",
+    "galore_both_sides_reset",
+    "galore_lazy",
+    "apollo_mini",
+    "four_bit_adamw",
+    "round_updates_with_compensation",
+}
 
 
 def cases() -> list[object]:
@@ -268,7 +277,8 @@ def cases() -> list[object]:
         for check in checks_for(row):
             reason = row.exceptions.get(name_of(check))
             marks = [] if reason is None else [pytest.mark.xfail(reason=reason, strict=True)]
-            if name_of(check) in LONG and row.name not in QUICK_ROWS:
+            long = name_of(check) in LONG and row.name not in QUICK_ROWS
+            if long or row.name in VARIANTS:
                 marks.append(pytest.mark.slow)
             params.append(pytest.param(check, row, id=f"{row.name}-{name_of(check)}", marks=marks))
     return params
@@ -281,7 +291,7 @@ def test_transformation(check: Check, row: Row) -> None:
 
 def test_the_long_checks_and_quick_rows_exist() -> None:
     assert {name_of(check) for row in ROWS for check in checks_for(row)} >= LONG
-    assert {row.name for row in ROWS} >= set(QUICK_ROWS)
+    assert {row.name for row in ROWS} >= {*QUICK_ROWS, *VARIANTS}
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)

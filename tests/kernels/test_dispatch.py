@@ -80,7 +80,13 @@ def test_names_without_the_reference_raise_with_all_reasons() -> None:
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize(
+    "transform",
+    [
+        pytest.param(lambda f: f, id="eager", marks=pytest.mark.slow),
+        pytest.param(jax.jit, id="jit"),
+    ],
+)
 def test_sharded_arguments_get_the_reference(arguments, axis_type, transform) -> None:
     wanted = step(*arguments, implementation="xla")
     mesh, sharded = on_mesh(arguments, axis_type)

@@ -29,6 +29,7 @@ CASES = {
     "gpu: 4 bits, even rows": ("triton", (6, 128), 4, 64),
     "gpu: 4 bits by layers of layers": ("triton", (3, 2, 5, 7, 256), 4, 256),
 }
+QUICK = ("xla: whole blocks", "tpu: stacked", "tpu: 4 bits by rows", "gpu: whole blocks")
 # Kernel, shape, bits, block, map, and why not.
 UNSUPPORTED = [
     ("mosaic_tpu", (1000,), 8, 256, "dynamic", "no rows and columns"),
@@ -46,7 +47,7 @@ UNSUPPORTED = [
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(x, marks=pytest.mark.slow if "beyond" in x else ()) for x in CASES],
+    [pytest.param(x, marks=() if x in QUICK else pytest.mark.slow) for x in CASES],
 )
 def test_agrees_with_float64(name: str) -> None:
     implementation, shape, bits, block = CASES[name]
@@ -79,7 +80,10 @@ def run(implementation: str, step: Step, formats: Formats, scalars: AdamScalars 
     )
 
 
-@pytest.mark.parametrize("implementation", ["xla", "mosaic_tpu", "triton"])
+SLOWER = [pytest.param(x, marks=pytest.mark.slow) for x in ("xla", "triton")]
+
+
+@pytest.mark.parametrize("implementation", ["mosaic_tpu", *SLOWER])
 class TestEveryImplementation:
     """Kernels are interpreted: this is a CPU."""
 
@@ -153,7 +157,7 @@ class TestEveryImplementation:
 @pytest.mark.parametrize(
     ("implementation", "maps"),
     [
-        ("mosaic_tpu", ("linear", "log")),
+        pytest.param("mosaic_tpu", ("linear", "log"), marks=pytest.mark.slow),
         ("mosaic_tpu", ("log", "linear")),
         ("triton", ("log", "log")),
     ],
@@ -167,6 +171,7 @@ def test_kernels_take_other_closed_forms(implementation: str, maps: tuple[str, s
     assert_moments(moments, wanted_moments, formats)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "bits"), [((32, 2048), 8), ((64, 256), 4)])
 def test_the_tpu_kernel_has_no_races_and_reads_nothing_unwritten(
     shape: tuple[int, ...], bits: int

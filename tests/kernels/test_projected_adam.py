@@ -37,7 +37,9 @@ def run(implementation: str, step: Step, axis: int, formats: Formats | None = No
     )
 
 
-@pytest.mark.parametrize("implementation", ["xla", "mosaic_tpu"])
+@pytest.mark.parametrize(
+    "implementation", ["mosaic_tpu", pytest.param("xla", marks=pytest.mark.slow)]
+)
 class TestEveryImplementation:
     """Kernels are interpreted: this is a CPU."""
 
@@ -78,6 +80,7 @@ class TestEveryImplementation:
                 np.testing.assert_allclose(x[i], y, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_tpu_kernel_has_no_races_and_reads_nothing_unwritten() -> None:
     formats = formats_of(8, 128)
     step = step_of((32, 512), formats, 32)

@@ -24,7 +24,7 @@ def tree(seed: int) -> dict[str, jax.Array]:
     }
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, pytest.param(4, marks=pytest.mark.slow)])
 def test_steps_and_state_are_those_of_low_bit_adamw(bits: Any) -> None:
     schedule = optax.linear_schedule(0.1, 0.01, 5)
     mask = {"stack": True, "kernel": False, "bias": True}

@@ -1,6 +1,9 @@
 """Eight CPU devices for every test, and compiled programs kept between runs."""
 
+from collections.abc import Iterator
+import gc
 import os
+from pathlib import Path
 
 import pytest
 
@@ -22,3 +25,17 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("jax_compilations")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.fixture(autouse=True)
+def few_programs_in_memory() -> Iterator[None]:
+    """Drops compiled programs before there are too many.
+
+    Each takes several memory maps, of which Linux allows a process 65,530; without one more the
+    compiler crashes. What is needed again comes from the cache on disk.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
+        jax.clear_caches()
+        gc.collect()

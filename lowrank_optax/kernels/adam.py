@@ -1,5 +1,6 @@
 """Adam's arithmetic, element by element: the same lines in every kernel and every reference."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -69,3 +70,17 @@ def result_like(x: jax.Array, dtype: Any = None) -> jax.ShapeDtypeStruct:
     """A kernel's result in the shape of an operand; inside `jax.shard_map` it varies as that."""
     varies = jax.typeof(x).manual_axis_type
     return jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, manual_axis_type=varies)
+
+
+def in_place(
+    values: Sequence[Any], result: Any, states: Sequence[Any], between: int = 0
+) -> dict[int, int]:
+    """Which operands of a kernel its results are written over.
+
+    Operands are the scalars, the values (a gradient, and a parameter if there is one), so many
+    ``between``, and the states; results are the first and the states. Without a parameter the
+    update may take the memory of a gradient of its dtype, which few need afterwards.
+    """
+    last = len(values)  # operand 0 is the scalars
+    aliases = {last: 0} if values[-1].dtype == result.dtype else {}
+    return aliases | {last + between + 1 + i: 1 + i for i in range(len(states))}

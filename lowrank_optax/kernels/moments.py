@@ -23,6 +23,18 @@ def check_moment(name: str, moment: Any, fmt: BlockFormat | None, shape: tuple[i
         )
 
 
+def reason_against_formats(formats: tuple[BlockFormat, BlockFormat], device: str) -> str | None:
+    """Why no kernel for this device can take moments in these codes, or None."""
+    first, second = formats
+    if first.block_size != second.block_size:
+        return "both moments must have blocks of one size"
+    if first.map.bits != second.map.bits:
+        return "both moments must have codes of as many bits"
+    if any(fmt.map.name == "fp8" for fmt in formats):  # casts to float8
+        return f"codes of the map 'fp8' cannot be made in a {device} kernel"
+    return None
+
+
 def coded_shapes(
     shape: tuple[int, ...], fmt: BlockFormat
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:

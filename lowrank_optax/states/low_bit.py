@@ -124,9 +124,10 @@ def low_bit(
     def init_fn(params: optax.Params) -> LowBitState:
         # Behind a barrier: for minutes the compiler would encode constants, one by one.
         state = jax.lax.optimization_barrier(wide.init(params))
-        _check_found(state, chosen(state), min_size)
+        plan = chosen(state)
+        _check_found(state, plan, min_size)
         count = jnp.zeros([], jnp.int32) if stochastic_rounding else ()
-        return _encoded(state, chosen(state), count, None)
+        return _encoded(state, plan, count, None)
 
     def update_fn(
         updates: optax.Updates,
@@ -137,10 +138,10 @@ def low_bit(
         like = jax.eval_shape(wide.init, updates if params is None else params)
         plan = chosen(like)
         new, full = wide.update(updates, _decoded(state, like, plan), params, **extra_args)
-        if not stochastic_rounding:
-            return optax.tree.cast_like(new, updates), _encoded(full, plan, (), None, state)
-        key = jax.random.fold_in(jax.random.key(seed), state.count)
-        count = optax.safe_increment(state.count)
+        count, key = (), None
+        if stochastic_rounding:
+            key = jax.random.fold_in(jax.random.key(seed), state.count)
+            count = optax.safe_increment(state.count)
         return optax.tree.cast_like(new, updates), _encoded(full, plan, count, key, state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

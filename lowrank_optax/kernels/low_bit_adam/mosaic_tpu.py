@@ -15,8 +15,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
-from lowrank_optax.kernels.adam import AdamScalars, applied, as_vector, from_vector, result_like
+from lowrank_optax.kernels.adam import (
+    AdamScalars,
+    applied,
+    as_vector,
+    from_vector,
+    in_place,
+    result_like,
+)
 from lowrank_optax.kernels.low_bit_adam.views import View, view_of
+from lowrank_optax.kernels.moments import reason_against_formats
 from lowrank_optax.kernels.tpu_tiles import CHUNK, LANES, CodedTile, Place, step_in_tile
 from lowrank_optax.quantization import BlockFormat, Quantized
 
@@ -62,15 +70,12 @@ def supports(
     for x in (gradient,) if param is None else (gradient, param):
         if x.dtype not in (jnp.float32, jnp.bfloat16):
             return f"{x.dtype} is neither float32 nor bfloat16"
-    if formats[0].block_size != formats[1].block_size:
-        return "both moments must have blocks of one size"
-    if formats[0].map.bits != formats[1].map.bits:
-        return "both moments must have codes of as many bits"
+    reason = reason_against_formats(formats, "TPU")
+    if reason is not None:
+        return reason
     block = formats[0].block_size
     if block % LANES:
         return f"a block of {block} is no multiple of {LANES} lanes"
-    if any(fmt.map.name == "fp8" for fmt in formats):
-        return "codes of the map 'fp8' cannot be made in a TPU kernel"
     try:
         view = view_of(gradient.shape, formats[0])
     except NotImplementedError as error:
@@ -104,10 +109,6 @@ def run(
     specs = _block_specs(view, tiles)
     result = result_like(values[0], jnp.float32 if param is None else param.dtype)
     outputs = [result, *(result_like(x) for x in states)]
-    # The update may take the memory of a gradient of its dtype, which few need afterwards.
-    last = len(values)  # operand 0 is the scalars
-    in_place = {last: 0} if values[-1].dtype == result.dtype else {}
-    in_place |= {last + 1 + i: 1 + i for i in range(4)}
     new, *states = pl.pallas_call(
         functools.partial(_kernel, tile=tile),
         grid=(view.outer, view.inner, *_tile_counts(view, tiles)),
@@ -118,7 +119,7 @@ def run(
         ],
         out_specs=[specs["values"], *[specs["codes"], specs["scales"]] * 2],
         out_shape=outputs,
-        input_output_aliases=in_place,
+        input_output_aliases=in_place(values, result, states),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
         ),

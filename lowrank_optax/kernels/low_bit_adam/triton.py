@@ -21,8 +21,10 @@ from lowrank_optax.kernels.adam import (
     applied,
     as_vector,
     from_vector,
+    in_place,
     result_like,
 )
+from lowrank_optax.kernels.moments import reason_against_formats
 from lowrank_optax.quantization import (
     BlockFormat,
     Quantized,
@@ -58,13 +60,9 @@ def supports(
     for x in (gradient,) if param is None else (gradient, param):
         if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
             return f"{x.dtype} is not a float of 32 or 16 bits"
-    if formats[0].block_size != formats[1].block_size:
-        return "both moments must have blocks of one size"
-    if formats[0].map.bits != formats[1].map.bits:
-        return "both moments must have codes of as many bits"
-    for fmt in formats:
-        if fmt.map.name == "fp8":  # casts to float8
-            return "codes of the map 'fp8' cannot be made in a Triton kernel"
+    reason = reason_against_formats(formats, "Triton")
+    if reason is not None:
+        return reason
     block, shape = formats[0].block_size, gradient.shape
     if block & (block - 1) or block < 16:
         return f"a block of {block} is no power of two of at least 16"
@@ -109,9 +107,6 @@ def run(
     codes = pl.BlockSpec((None, count, view.block), lambda o, i: (o, i, 0))
     scales = pl.BlockSpec((None, view.halves, count), lambda o, i: (o, 0, i))
     result = result_like(values[0], jnp.float32 if param is None else param.dtype)
-    last = len(values)
-    in_place = {last: 0} if values[-1].dtype == result.dtype else {}
-    in_place |= {last + 1 + i: 1 + i for i in range(4)}
     new, *states = pl.pallas_call(
         functools.partial(_kernel, formats=formats),
         grid=(view.outer, view.inner // count),
@@ -122,7 +117,7 @@ def run(
         ],
         out_specs=[full, *[codes, scales] * 2],
         out_shape=[result, *(result_like(x) for x in states)],
-        input_output_aliases=in_place,
+        input_output_aliases=in_place(values, result, states),
         compiler_params=pltriton.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name=f"low_bit_adam_{formats[0].map.bits}",

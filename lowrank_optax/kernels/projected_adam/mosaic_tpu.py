@@ -21,6 +21,7 @@ from lowrank_optax.kernels.adam import (
     applied,
     as_vector,
     from_vector,
+    in_place,
     result_like,
 )
 from lowrank_optax.kernels.projected_adam.tiles import (
@@ -113,10 +114,6 @@ def _run(
     value_spec, basis_spec, moment_specs = _specs(shape, tile, formats)
     dtype = jnp.float32 if param is None else param.dtype
     result = result_like(values[0], dtype)
-    # The update may take the memory of a gradient of its dtype, which few need afterwards.
-    last = len(values)  # operand 0 is the scalars
-    in_place = {last: 0} if values[-1].dtype == dtype else {}
-    in_place |= {last + 2 + i: 1 + i for i in range(len(moments))}
     coded = None if formats is None else shape.coded_tile(tile, formats)
     small = pltpu.VMEM((1, *shape.along(tile, shape.rank)), jnp.float32)
     new, *moments = pl.pallas_call(
@@ -133,7 +130,7 @@ def _run(
         out_specs=[value_spec, *moment_specs],
         out_shape=[result, *(result_like(x) for x in moments)],
         scratch_shapes=[small, small],
-        input_output_aliases=in_place,
+        input_output_aliases=in_place(values, result, moments, between=1),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
         ),

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from lowrank_optax.kernels.moments import reason_against_formats
 from lowrank_optax.kernels.tpu_tiles import CHUNK, LANES, CodedTile
 from lowrank_optax.quantization import BlockFormat, layout_of, packing_of
 from lowrank_optax.quantization.packing import ROWS_APART
@@ -120,13 +121,12 @@ def piece_of(shape: Shape) -> int:
 
 def reason_against_codes(shape: Shape, formats: tuple[BlockFormat, BlockFormat]) -> str | None:
     """Why moments in these codes cannot be cut into tiles, or None."""
-    first, second = formats
-    if first.block_size != second.block_size or first.map.bits != second.map.bits:
-        return "both moments must have blocks of one size and codes of as many bits"
+    reason = reason_against_formats(formats, "TPU")
+    if reason is not None:
+        return reason
+    first = formats[0]
     if first.block_size % LANES:
         return f"a block of {first.block_size} is no multiple of {LANES} lanes"
-    if any(fmt.map.name == "fp8" for fmt in formats):
-        return "codes of the map 'fp8' cannot be made in a TPU kernel"
     moment = shape.moment if shape.batch > 1 else shape.moment[1:]
     if moment[-1] < first.block_size:
         return f"the last axis of moments {moment} is shorter than a block"

@@ -12,8 +12,6 @@ from lowrank_optax.quantization import Affine, affine_dequantize, affine_quantiz
 
 BasisBits = Literal[16, 8, 4]
 
-GROUP_SIZE = 256
-
 
 def quantized(rule: base.Subspace, bits: BasisBits = 16) -> base.Subspace:
     """``rule`` with its basis stored in 16, 8 or 4 bits.
@@ -96,7 +94,7 @@ def _coder(bits: Any) -> Any:
         _check_floats(basis)
 
         def one(matrix: jax.Array) -> Affine:
-            codes = affine_quantize(matrix, bits, min(GROUP_SIZE, max(1, matrix.size)))
+            codes = affine_quantize(matrix, bits)
             # Codes can not tell that a basis is no good; scales can.
             bad = jnp.where(jnp.all(jnp.isfinite(matrix)), 0.0, jnp.nan)
             return codes._replace(scales=codes.scales + bad)
@@ -109,8 +107,7 @@ def _coder(bits: Any) -> Any:
 def _decoder(bits: Any) -> Any:
     def decode(basis: Affine, view: View) -> jax.Array:
         shape = (view.length, view.rank)
-        size = min(GROUP_SIZE, max(1, view.length * view.rank))
-        one = lambda codes: affine_dequantize(codes, shape, bits, size)
+        one = lambda codes: affine_dequantize(codes, shape, bits)
         return _for_each(one, view)(basis).astype(view.dtype)
 
     return decode

@@ -41,6 +41,24 @@ def in_float32(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def keep_dtypes(
+    tx: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+    """``tx`` with updates of the gradients' dtype, also where a traced float32 rate promotes them.
+
+    Under ``optax.inject_hyperparams(..., hyperparam_dtype=jnp.float32)`` it would, for bfloat16
+    parameters, in every part of optax that multiplies by a hyper-parameter.
+    """
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, optax.OptState]:
+        new, state = tx.update(updates, state, params, **extra_args)
+        return optax.tree.cast_like(new, updates), state
+
+    return optax.GradientTransformationExtraArgs(tx.init, update_fn)
+
+
 def widened(tree: Any) -> Any:
     """The tree with its narrower floats in float32."""
 

@@ -7,7 +7,7 @@ import optax
 
 from lowrank_optax.matrices import DimensionNumbersRule
 from lowrank_optax.projection.rank import RankSpec
-from lowrank_optax.projection.recipes.assemble import optimizer
+from lowrank_optax.states.assemble import optimizer
 from lowrank_optax.projection.refresh import RefreshRule
 from lowrank_optax.projection.subspaces import Subspace, quantized, randomized_svd
 from lowrank_optax.projection.subspaces.quantized import BasisBits

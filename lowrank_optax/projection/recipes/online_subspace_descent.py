@@ -7,7 +7,7 @@ import optax
 
 from lowrank_optax.matrices import DimensionNumbersRule
 from lowrank_optax.projection.rank import RankSpec
-from lowrank_optax.projection.recipes.assemble import optimizer
+from lowrank_optax.states.assemble import optimizer
 from lowrank_optax.projection.subspaces import online_pca
 from lowrank_optax.projection.transform import scale_by_projection
 from lowrank_optax.projection.view import Side

@@ -7,13 +7,13 @@ import optax
 
 from lowrank_optax.matrices import DimensionNumbersRule
 from lowrank_optax.projection.rank import RankSpec
-from lowrank_optax.states.assemble import optimizer
 from lowrank_optax.projection.refresh import RefreshRule, when_converged
 from lowrank_optax.projection.subspaces import Subspace, adaptive_rank, randomized_svd
 from lowrank_optax.projection.transfer import OnRefresh
 from lowrank_optax.projection.transform import scale_by_projection
 from lowrank_optax.projection.view import Side
 from lowrank_optax.quantization import Bits
+from lowrank_optax.states.assemble import optimizer
 
 
 def adarankgrad(

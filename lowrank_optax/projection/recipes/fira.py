@@ -8,13 +8,13 @@ import optax
 from lowrank_optax.matrices import DimensionNumbersRule
 from lowrank_optax.projection import residuals
 from lowrank_optax.projection.rank import RankSpec
-from lowrank_optax.states.assemble import optimizer
 from lowrank_optax.projection.refresh import RefreshRule
 from lowrank_optax.projection.subspaces import Subspace, randomized_svd
 from lowrank_optax.projection.transfer import OnRefresh
 from lowrank_optax.projection.transform import scale_by_projection
 from lowrank_optax.projection.view import Side
 from lowrank_optax.quantization import Bits
+from lowrank_optax.states.assemble import optimizer
 
 
 def fira(

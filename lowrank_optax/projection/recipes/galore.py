@@ -7,7 +7,6 @@ import optax
 
 from lowrank_optax.matrices import DimensionNumbersRule
 from lowrank_optax.projection.rank import RankSpec
-from lowrank_optax.states.assemble import optimizer
 from lowrank_optax.projection.refresh import RefreshRule
 from lowrank_optax.projection.subspaces import Subspace, quantized, randomized_svd
 from lowrank_optax.projection.subspaces.quantized import BasisBits
@@ -15,6 +14,7 @@ from lowrank_optax.projection.transfer import OnRefresh
 from lowrank_optax.projection.transform import scale_by_projection
 from lowrank_optax.projection.view import Side
 from lowrank_optax.quantization import Bits
+from lowrank_optax.states.assemble import optimizer
 
 
 def galore(

@@ -1,0 +1,255 @@
+"""NAG-GS: momentum as a semi-implicit Gauss-Seidel step of an accelerated gradient flow.
+
+The paper's x and v are the parameters and a point that they are drawn to. Kept is v - x alone: in
+the gradients' own scale, it may be stored in few bits, and needs no parameters.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_optax.optimizers.nag_gs_quadratic import to_heavy_ball
+from lowrank_optax.quantization import Bits
+from lowrank_optax.states import LowBitState, in_float32, low_bit
+from lowrank_optax.states.precision import keep_dtypes, widened
+
+
+class ScaleByNagGsState(NamedTuple):
+    """State of `scale_by_nag_gs`.
+
+    Attributes:
+      count: Number of updates so far, int32.
+      gamma: The damping of the next update, a float32 scalar; ``()`` if it is constant.
+      momentum: The paper's v - x, in the parameters' shapes, in float32 (float64 of float64
+        parameters) or in ``state_dtype``.
+    """
+
+    count: Any
+    gamma: Any
+    momentum: Any
+
+
+def scale_by_nag_gs(
+    learning_rate: optax.ScalarOrSchedule,
+    mu: float = 1.0,
+    gamma: float = 1.0,
+    constant_gamma: bool = False,
+    *,
+    paper_start: bool = False,
+    state_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""The update of NAG-GS, with its sign and its learning rate: nothing has to follow.
+
+    The learning rate :math:`\alpha` is part of the method and enters it non-linearly, so no
+    ``optax.scale_by_learning_rate`` may scale the result. With the momentum :math:`m` (zero at
+    first), for a gradient :math:`g`
+
+    .. math::
+      m \leftarrow \frac{\gamma m - \alpha g}{(1 + \alpha)(\gamma + \alpha\mu)}, \qquad
+      \gamma \leftarrow \frac{\gamma + \alpha\mu}{1 + \alpha}, \qquad
+      x \leftarrow x + \alpha m.
+
+    Arithmetic is float32 at least; updates have the gradients' dtype. Parameters are not needed.
+
+    Args:
+      learning_rate: The step :math:`\alpha` of the integrator, a float or an optax schedule. It is
+        no rate of gradient descent: see `to_heavy_ball`.
+      mu: The strong convexity assumed, above 0, and what gamma tends to. With ``constant_gamma``
+        it may be 0.
+      gamma: The first :math:`\gamma`, above 0: the inertia of the flow.
+      constant_gamma: Keep gamma as it is (NAG4, and what the official PyTorch code does): the
+        method is then gradient descent with the learning rate and momentum of `to_heavy_ball`.
+      paper_start: Let the first update move gamma alone, as Algorithm 1 and the official JAX code,
+        instead of taking a gradient step.
+      state_dtype: Dtype of the momentum; None for the parameters', but float32 at least.
+        bfloat16 is safe. List it in the ``static_args`` of ``optax.inject_hyperparams``.
+
+    Returns:
+      A transformation with the state `ScaleByNagGsState`.
+
+    Raises:
+      ValueError: If ``learning_rate`` is negative, ``gamma`` not positive, or ``mu`` not positive
+        (with ``constant_gamma``: negative).
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> tx = lro.scale_by_nag_gs(1.0)
+      >>> state = tx.init(jnp.zeros(2))
+      >>> updates, state = tx.update(jnp.array([1.0, -2.0]), state)
+      >>> print(updates)  # heavy ball with learning rate and momentum 1/4
+      [-0.25  0.5 ]
+
+    Reference:
+      Leplat et al., NAG-GS: Semi-Implicit, Accelerated and Robust Stochastic Optimizer, 2022,
+      https://arxiv.org/abs/2209.14937, Algorithm 1.
+    """
+    _check(learning_rate, mu, gamma, constant_gamma)
+
+    def init_fn(params: optax.Params) -> ScaleByNagGsState:
+        dtype_of = lambda p: jnp.promote_types(p.dtype, jnp.float32)
+        zeros = jax.tree.map(
+            lambda p: jnp.zeros_like(p, dtype_of(p) if state_dtype is None else state_dtype), params
+        )
+        own_gamma = () if constant_gamma else jnp.array(gamma, jnp.float32)
+        return ScaleByNagGsState(jnp.zeros([], jnp.int32), own_gamma, zeros)
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ScaleByNagGsState]:
+        del params, extra_args
+        alpha = _rate_at(learning_rate, state.count)
+        damping, convexity = _float32(gamma if constant_gamma else state.gamma), _float32(mu)
+        scale = 1 / ((1 + alpha) * (damping + alpha * convexity))
+        moved = jax.tree.map(
+            lambda m, g: (scale * damping) * m - (scale * alpha) * g,
+            widened(state.momentum),
+            widened(updates),
+        )
+        if paper_start:  # v is x still
+            moved = jax.tree.map(lambda m: jnp.where(state.count == 0, 0, m), moved)
+        new = jax.tree.map(lambda m, g: (alpha * m).astype(g.dtype), moved, updates)
+        # As a difference: it comes to rest at mu.
+        next_gamma = damping + alpha / (1 + alpha) * (convexity - damping)
+        return new, ScaleByNagGsState(
+            optax.safe_increment(state.count),
+            () if constant_gamma else next_gamma,
+            optax.tree.cast_like(moved, state.momentum),
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def nag_gs(
+    learning_rate: optax.ScalarOrSchedule,
+    mu: float = 1.0,
+    gamma: float = 1.0,
+    constant_gamma: bool = False,
+    *,
+    paper_start: bool = False,
+    weight_decay: float = 0.0,
+    weight_decay_mask: Any = None,
+    state_dtype: Any = None,
+    state_bits: Bits | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""NAG-GS: momentum whose best step on quadratics has a closed form; half the state of Adam.
+
+    One semi-implicit Gauss-Seidel step of size :math:`\alpha` of a damped accelerated flow:
+
+    .. math::
+      v \leftarrow \frac{\gamma v + \alpha\mu x - \alpha g(x)}{\gamma + \alpha\mu}, \qquad
+      \gamma \leftarrow \frac{\gamma + \alpha\mu}{1 + \alpha}, \qquad
+      x \leftarrow \frac{x + \alpha v}{1 + \alpha}.
+
+    Kept is v - x: one tensor for each parameter. The method is gradient descent with momentum in
+    other coordinates, with a rate and a momentum that `to_heavy_ball` tells: compare at those.
+
+    Args:
+      learning_rate: The step :math:`\alpha`, a float or an optax schedule. The official code takes
+        0.05 (JAX) or 0.01 (PyTorch), the official experiments 0.05 to 0.5.
+      mu: As in `scale_by_nag_gs`; the default is the official code's.
+      gamma: As in `scale_by_nag_gs`; the official code takes 1.5 (JAX) or 1.0 (PyTorch).
+      constant_gamma: As in `scale_by_nag_gs`.
+      paper_start: As in `scale_by_nag_gs`.
+      weight_decay: Decoupled decay: each update takes off so much of the weights, times the
+        learning rate of the heavy ball that the update is, as in SGD with that rate.
+      weight_decay_mask: Which leaves decay: as ``mask`` of ``optax.adamw``.
+      state_dtype: As in `scale_by_nag_gs`.
+      state_bits: Bits of the momentum between steps, 8 or 4: see `low_bit`; None for
+        ``state_dtype``.
+
+    Returns:
+      The optimizer. Parameters are needed for weight decay only.
+
+    Raises:
+      ValueError: As `scale_by_nag_gs`, and if ``state_bits`` is none of 8, 4, 32 and None.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro, optax
+      >>> best = lro.nag_gs_quadratic(mu=1.0, L=9.0, gamma=1.0)
+      >>> tx = lro.nag_gs(best.learning_rate, mu=1.0, gamma=1.0)
+      >>> params = jnp.array([1.0, 1.0])
+      >>> state = tx.init(params)
+      >>> for _ in range(30):
+      ...     updates, state = tx.update(jnp.array([1.0, 9.0]) * params, state)
+      ...     params = optax.apply_updates(params, updates)
+      >>> print(f"{jnp.abs(params).max():.6f}")
+      0.000000
+
+    Reference:
+      Leplat et al., NAG-GS: Semi-Implicit, Accelerated and Robust Stochastic Optimizer, 2022,
+      https://arxiv.org/abs/2209.14937, Algorithm 1.
+    """
+    tx = scale_by_nag_gs(
+        learning_rate,
+        mu,
+        gamma,
+        constant_gamma,
+        paper_start=paper_start,
+        state_dtype=state_dtype,
+    )
+    if state_bits is not None and state_bits != 32:
+        tx = low_bit(tx, state_bits)
+    if isinstance(weight_decay, int | float) and weight_decay == 0:
+        return tx
+
+    def decay_of(state: ScaleByNagGsState) -> jax.Array:
+        alpha = _rate_at(learning_rate, state.count)
+        rate = to_heavy_ball(alpha, mu, gamma if constant_gamma else state.gamma).learning_rate
+        if paper_start:
+            rate = jnp.where(state.count == 0, 0, rate)
+        return weight_decay * _float32(rate)
+
+    return _with_decay(tx, decay_of, weight_decay_mask)
+
+
+def _with_decay(tx: Any, decay_of: Any, mask: Any) -> optax.GradientTransformationExtraArgs:
+    """``tx``, and the weights made smaller by a share that depends on its state before it."""
+    wide = in_float32(tx)  # one rounding of the sum
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, Any]:
+        if params is None:
+            raise ValueError(
+                "nag_gs with weight_decay needs params: call tx.update(grads, state, params)."
+            )
+        new, after = wide.update(updates, state, params, **extra_args)
+        own = state.inner if isinstance(state, LowBitState) else state
+        decay = optax.add_decayed_weights(-decay_of(own), mask)
+        params = widened(params)
+        return decay.update(new, decay.init(params), params)[0], after
+
+    return keep_dtypes(optax.GradientTransformationExtraArgs(wide.init, update_fn))
+
+
+def _rate_at(learning_rate: optax.ScalarOrSchedule, count: jax.Array) -> jax.Array:
+    return _float32(learning_rate(count) if callable(learning_rate) else learning_rate)
+
+
+def _float32(x: Any) -> jax.Array:
+    return jnp.asarray(x, jnp.float32)
+
+
+def _check(learning_rate: Any, mu: Any, gamma: Any, constant_gamma: bool) -> None:
+    """Refuses numbers out of range; what is traced is left alone."""
+    if _is_number(learning_rate) and not 0 <= learning_rate < math.inf:
+        raise ValueError(f"learning_rate={learning_rate!r} must be a number of at least 0.")
+    if _is_number(gamma) and not 0 < gamma < math.inf:
+        raise ValueError(f"gamma={gamma!r} must be a number above 0.")
+    if _is_number(mu) and constant_gamma and not 0 <= mu < math.inf:
+        raise ValueError(f"mu={mu!r} must be a number of at least 0.")
+    if _is_number(mu) and not constant_gamma and not 0 < mu < math.inf:
+        raise ValueError(
+            f"mu={mu!r} must be a number above 0, since gamma tends to it; with "
+            "constant_gamma=True it may be 0."
+        )
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, int | float)

@@ -1,0 +1,196 @@
+"""Grams and cautious AdamW: Adam's steps, with directions that the current gradient agrees with."""
+
+from collections.abc import Callable
+import numbers
+from typing import Any, Literal, get_args
+
+import jax.numpy as jnp
+import optax
+
+from lowrank_optax.matrices import DimensionNumbersRule
+from lowrank_optax.optimizers.gradient_direction import (
+    MaskScale,
+    direct,
+    with_gradient_direction,
+)
+from lowrank_optax.quantization import Bits
+from lowrank_optax.states.assemble import optimizer
+from lowrank_optax.states.precision import in_float32
+
+EpsPlacement = Literal["before_bias_correction", "after_bias_correction"]
+
+
+def grams(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-6,
+    weight_decay: float = 0.0,
+    *,
+    eps_placement: EpsPlacement = "before_bias_correction",
+    bias_correction: bool = True,
+    weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
+    mu_dtype: Any | None = None,
+    state_bits: Bits | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Grams: steps of the size of Adam's, in the direction of the current gradient's sign.
+
+    .. math::
+      m \leftarrow \beta_1 m + (1 - \beta_1) g, \qquad v \leftarrow \beta_2 v + (1 - \beta_2) g^2,
+      \qquad
+      p \leftarrow p - \eta \left( \mathrm{sign}(g)
+        \frac{\sqrt{1 - \beta_2^t}}{1 - \beta_1^t} \frac{|m|}{\sqrt v + \epsilon} + \lambda p
+      \right).
+
+    Where the gradient is zero, nothing but decay moves a parameter. State and arithmetic are
+    float32 (float64 for float64 parameters): two floats a parameter, as Adam's.
+
+    Args:
+      learning_rate: A float or an optax schedule. The paper takes that of AdamW; the official
+        default is 1e-3.
+      b1: Decay of the first moment.
+      b2: Decay of the second moment.
+      eps: Added to the root of the second moment.
+      weight_decay: Decoupled decay :math:`\lambda`.
+      eps_placement: Whether ``eps`` is added before the second moment is corrected for its start at
+        zero, as in the official code and the formula above, or after, as in the paper and in
+        ``optax.adam``: before, it acts as :math:`\epsilon / \sqrt{1 - \beta_2^t}` would after, 32
+        times as much at the first step.
+      bias_correction: False leaves out the factor of both square root and :math:`1 - \beta_1^t`.
+      weight_decay_mask: Which leaves decay: as ``mask`` of ``optax.adamw``.
+      mu_dtype: Of the first moment; float32 if None.
+      state_bits: Bits of the moments between steps, 8 or 4: see `low_bit`; None for float32.
+
+    Returns:
+      The optimizer. It needs ``params`` only to decay them.
+
+    Raises:
+      ValueError: If ``eps_placement`` is unknown, or ``b1`` or ``b2`` not in [0, 1).
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro, numpy as np, optax
+      >>> params, tx = jnp.array([1.0, -1.0, 0.5]), lro.grams(0.1)
+      >>> state = tx.init(params)
+      >>> for gradient in ([1.0, -2.0, 0.5], [-1.0, -2.0, 0.0], [-1.0, 1.0, 1e-5]):
+      ...     updates, state = tx.update(jnp.array(gradient), state, params)
+      ...     params = optax.apply_updates(params, updates)
+      ...     print(np.asarray(params).round(4))
+      [ 0.9 -0.9  0.4]
+      [ 0.9053 -0.8     0.4   ]
+      [ 0.9455 -0.8516  0.3482]
+
+    Reference:
+      Cao et al., Grams: Gradient Descent with Adaptive Momentum Scaling, 2024,
+      https://arxiv.org/abs/2412.17107; the official code, https://github.com/Gunale0926/Grams.
+    """
+    adam = _scale_by_adam(b1, b2, eps, eps_placement, bias_correction, mu_dtype)
+    scaled = with_gradient_direction(adam, "grams", along_gradient=True)
+    return optimizer(
+        in_float32(scaled), learning_rate, weight_decay, weight_decay_mask, state_bits=state_bits
+    )
+
+
+def cautious_adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-6,
+    weight_decay: float = 0.0,
+    *,
+    scale: MaskScale = "mean_clamped",
+    eps_placement: EpsPlacement = "before_bias_correction",
+    bias_correction: bool = True,
+    weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
+    mu_dtype: Any | None = None,
+    state_bits: Bits | None = None,
+    weight_dimension_numbers: DimensionNumbersRule = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Cautious AdamW: Adam's steps without the elements that point up the current gradient.
+
+    .. math::
+      p \leftarrow p - \eta \left( s \, \phi \, u + \lambda p \right), \qquad
+      \phi = 1[u g > 0],
+
+    with Adam's :math:`u` (that of `grams` with the sign of :math:`m`), and the scale :math:`s` of
+    `with_gradient_direction`. State and arithmetic are float32 (float64 for float64 parameters):
+    two floats a parameter, as Adam's.
+
+    Args:
+      learning_rate: A float or an optax schedule.
+      b1: Decay of the first moment.
+      b2: Decay of the second moment.
+      eps: Added to the root of the second moment.
+      weight_decay: Decoupled decay :math:`\lambda`, which is not masked.
+      scale: What the kept elements of a weight are multiplied by: ``"mean_clamped"``,
+        ``"count_plus_one"`` (the paper) or ``"none"``: see `with_gradient_direction`.
+      eps_placement: Before or after bias correction: see `grams`; the official code's is before.
+      bias_correction: See `grams`.
+      weight_decay_mask: Which leaves decay: as ``mask`` of ``optax.adamw``.
+      mu_dtype: Of the first moment; float32 if None.
+      state_bits: Bits of the moments between steps, 8 or 4: see `low_bit`; None for float32.
+      weight_dimension_numbers: Which axes are those of stacked layers, each with a scale of its
+        own: see `with_gradient_direction`.
+
+    Returns:
+      The optimizer. It needs ``params`` only to decay them.
+
+    Raises:
+      ValueError: If ``scale`` or ``eps_placement`` is unknown, or ``b1`` or ``b2`` not in [0, 1).
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro, numpy as np
+      >>> tx = lro.cautious_adamw(0.1)
+      >>> state = tx.init(jnp.zeros(2))
+      >>> for gradient in ([1.0, 1.0], [1.0, -0.5]):
+      ...     updates, state = tx.update(jnp.array(gradient), state)
+      ...     print(np.asarray(updates).round(3))
+      [-0.1 -0.1]
+      [-0.2  0. ]
+
+    Reference:
+      Liang et al., Cautious Optimizers: Improving Training with One Line of Code, 2024,
+      https://arxiv.org/abs/2411.16085, Algorithm 1; the official code,
+      https://github.com/kyleliang919/C-Optim.
+    """
+    adam = _scale_by_adam(b1, b2, eps, eps_placement, bias_correction, mu_dtype)
+    first_moment = lambda state: state.mu
+    scaled = direct(adam, "cautious", scale, True, weight_dimension_numbers, first_moment)
+    return optimizer(
+        in_float32(scaled), learning_rate, weight_decay, weight_decay_mask, state_bits=state_bits
+    )
+
+
+def _scale_by_adam(
+    b1: float,
+    b2: float,
+    eps: float,
+    eps_placement: EpsPlacement,
+    bias_correction: bool,
+    mu_dtype: Any,
+) -> optax.GradientTransformation:
+    """``optax.scale_by_adam``, with its ``eps`` and bias correction as in the official codes."""
+    if eps_placement not in get_args(EpsPlacement):
+        raise ValueError(
+            f"eps_placement={eps_placement!r} must be 'before_bias_correction' or "
+            "'after_bias_correction'."
+        )
+    for name, decay in {"b1": b1, "b2": b2}.items():
+        if isinstance(decay, numbers.Real) and not 0 <= decay < 1:
+            raise ValueError(f"{name}={decay!r} must be at least 0 and below 1.")
+    adam = optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype)
+    if bias_correction and eps_placement == "after_bias_correction":
+        return adam
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        count = optax.safe_increment(state.count)
+        root = jnp.sqrt(1 - b2**count)
+        # sqrt(v) + eps, over the root, is the corrected second moment's root plus this eps.
+        step = optax.scale_by_adam(b1, b2, eps / root, mu_dtype=mu_dtype)
+        new, state = step.update(updates, state, params)
+        if not bias_correction:
+            new = optax.tree.scale((1 - b1**count) / root, new)
+        return new, state
+
+    return optax.GradientTransformation(adam.init, update_fn)

@@ -1,0 +1,81 @@
+"""Which leaves of a parameter tree are reparameterised or pruned."""
+
+from collections.abc import Callable
+import re
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_optax.matrices import (
+    DimensionNumbersRule,
+    WeightDimensionNumbers,
+    resolve_dimension_numbers,
+)
+from lowrank_optax.matrices.paths import path_string
+from lowrank_optax.matrices.rules import default_rule
+
+Where: TypeAlias = str | Callable[[str, tuple[int, ...]], bool] | None
+"""Leaves by a regular expression that is found in their path (``re.search``), by a function of path
+and shape, or (None) all matrices and convolutions, output layers included."""
+
+# Output layers count as layers here; the rule by names leaves them out otherwise.
+_WITH_HEADS = (
+    r"(?i)^(?!.*(embed|norm|lora_|(^|[/_])((bias|scale|gamma|beta)$|(ln|rms|wte|wpe)([/_\d]|$)))).*"
+)
+
+
+def selected(params: Any, where: Where, rule: DimensionNumbersRule = None) -> list[bool]:
+    """Whether each leaf is one of them, in the order of ``jax.tree.leaves``.
+
+    Only leaves of real numbers are. For None, matrices are those of the rule.
+
+    Raises:
+      ValueError: If ``where`` is no regular expression, or found in no path.
+      TypeError: If it is none of the kinds allowed.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    floating = [jnp.issubdtype(leaf.dtype, jnp.floating) for _, leaf in leaves]
+    if where is None:
+        chosen = [spec is not None for spec in layer_matrices(params, rule)]
+    elif isinstance(where, str):
+        pattern = _compiled(where)
+        chosen = [pattern.search(path_string(path)) is not None for path, _ in leaves]
+        if leaves and not any(chosen):
+            known = ", ".join(path_string(path) for path, _ in leaves[:5])
+            raise ValueError(f"where={where!r} is found in no path; the first ones are: {known}.")
+    elif callable(where):
+        chosen = [bool(where(path_string(path), tuple(leaf.shape))) for path, leaf in leaves]
+    else:
+        raise TypeError(
+            f"where={where!r} must be a regular expression, a function of path and shape, or None."
+        )
+    return [a and b for a, b in zip(chosen, floating, strict=True)]
+
+
+def layer_matrices(
+    params: Any, rule: DimensionNumbersRule = None
+) -> list[WeightDimensionNumbers | None]:
+    """How each leaf is a batch of matrices; None for one that is not. By default, by names."""
+    if rule is None:
+        rule = lambda tree: default_rule(tree, _WITH_HEADS)
+    return resolve_dimension_numbers(rule, params)
+
+
+def _compiled(where: str) -> re.Pattern[str]:
+    try:
+        return re.compile(where)
+    except re.error as error:
+        raise ValueError(f"where={where!r} is no regular expression: {error}.") from error
+
+
+def map_selected(function: Callable[..., Any], where: Where, params: Any, *others: Any) -> Any:
+    """``params`` with the function of each selected leaf, and of those of the other trees there."""
+    leaves, treedef = jax.tree.flatten(params)
+    rest = [treedef.flatten_up_to(other) for other in others]
+    return treedef.unflatten(
+        [
+            function(leaf, *more) if chosen else leaf
+            for chosen, leaf, *more in zip(selected(params, where), leaves, *rest, strict=True)
+        ]
+    )

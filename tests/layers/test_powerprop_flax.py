@@ -1,0 +1,232 @@
+"""The Flax layers start as the plain ones, and train as the map of trees does."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+pytest.importorskip("flax")
+
+from flax import linen as nn
+from flax import nnx
+
+import lowrank_optax as lro
+
+X = jnp.asarray(np.random.default_rng(0).normal(size=(5, 3)), jnp.float32)
+ALPHAS = (1.0, 1.3, 2.0, 4.0)
+
+
+class Network(nnx.Module):
+    """A convolution with statistics and dropout behind it."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.conv = nnx.Conv(2, 3, (3,), rngs=rngs)
+        self.norm = nnx.BatchNorm(3, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.head = nnx.Linear(3, 4, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.head(self.dropout(self.norm(self.conv(x))))
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_nnx_linear_starts_as_the_plain_layer_and_has_the_gradients_of_the_formula(
+    alpha: float,
+) -> None:
+    plain = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+    layer = lro.layers.PowerpropLinear(3, 4, alpha=alpha, rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(layer(X), plain(X), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(layer.effective_kernel(), plain.kernel[...], rtol=1e-5)
+    loss = lambda layer: jnp.sum(layer(X) ** 2)
+    gradient, reference = nnx.jit(nnx.grad(loss))(layer), nnx.grad(loss)(plain)
+    theta = np.asarray(layer.kernel[...], np.float64)
+    expected = alpha * np.abs(theta) ** (alpha - 1) * reference["kernel"][...]
+    np.testing.assert_allclose(gradient["kernel"][...], expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(gradient["bias"][...], reference["bias"][...], rtol=1e-4, atol=1e-5)
+
+
+def train(layer: Any, steps: int = 5) -> Any:
+    optimizer = nnx.Optimizer(layer, optax.adamw(1e-2), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(layer: Any, optimizer: nnx.Optimizer) -> None:
+        optimizer.update(layer, nnx.grad(lambda layer: jnp.mean((layer(X) - 1) ** 2))(layer))
+
+    for _ in range(steps):
+        step(layer, optimizer)
+    return nnx.to_pure_dict(nnx.state(layer, nnx.Param))
+
+
+def test_nnx_linear_with_exponent_one_is_the_plain_layer_to_the_last_bit() -> None:
+    layer = lro.layers.PowerpropLinear(3, 4, alpha=1.0, rngs=nnx.Rngs(0))
+    plain = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(layer(X), plain(X))
+    jax.tree.map(np.testing.assert_array_equal, train(layer), train(plain))
+
+
+def test_nnx_linear_takes_the_options_of_linear_and_changes_its_exponent() -> None:
+    layer = lro.layers.PowerpropLinear(
+        3, 4, alpha=1.5, use_bias=False, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)
+    )
+    before, kernel = layer.effective_kernel(), layer.kernel[...]
+    assert layer(X).dtype == jnp.bfloat16
+    assert layer.bias is None
+    layer.change_alpha(3.0)
+    assert layer.alpha == 3.0
+    assert not np.allclose(layer.kernel[...], kernel)
+    np.testing.assert_allclose(layer.effective_kernel(), before, rtol=1e-5)
+    specs = lro.weight_dimension_numbers(nnx.Sequential(layer))
+    assert jax.tree.leaves(specs, is_leaf=lambda s: hasattr(s, "reduction_axis"))[0] is not None
+
+
+def test_nnx_layers_refuse_zeros_and_small_exponents() -> None:
+    zeros = nnx.initializers.zeros_init()
+    with pytest.raises(ValueError, match="kernel: all weights are zero"):
+        lro.layers.PowerpropLinear(3, 4, alpha=2.0, kernel_init=zeros, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"alpha=0\.5"):
+        lro.layers.PowerpropLinear(3, 4, alpha=0.5, rngs=nnx.Rngs(0))
+
+
+def test_stacked_nnx_layers_run_in_a_scan() -> None:
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def create(rngs: nnx.Rngs) -> Any:
+        return lro.layers.PowerpropLinear(3, 3, alpha=1.7, rngs=rngs)
+
+    layers = create(nnx.Rngs(0).split(2))
+
+    @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+    def run(x: jax.Array, layer: Any) -> jax.Array:
+        return layer(x)
+
+    weights = lro.layers.powerprop(nnx.to_pure_dict(nnx.state(layers)), 1.7, "kernel")["kernel"]
+    assert weights.shape == (2, 3, 3)
+    np.testing.assert_allclose(run(X, layers), X @ weights[0] @ weights[1], rtol=1e-4, atol=1e-6)
+
+
+def test_any_nnx_module_is_wrapped_and_its_other_variables_change_as_ever() -> None:
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(4, 6, 2)), jnp.float32)
+    plain, inside = Network(nnx.Rngs(0)), Network(nnx.Rngs(0))
+    wrapped = lro.layers.PowerpropModule(inside, 2.0)
+    call = nnx.jit(lambda module, x: module(x))
+    for _ in range(2):  # dropout moves on, statistics gather
+        np.testing.assert_allclose(call(wrapped, x), call(plain, x), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(inside.norm.mean[...], plain.norm.mean[...], rtol=1e-4, atol=1e-6)
+    assert inside.norm.mean[...].any()
+    kernel = plain.conv.kernel[...]
+    theta = np.sign(kernel) * np.sqrt(np.abs(kernel))
+    np.testing.assert_allclose(inside.conv.kernel[...], theta, rtol=1e-5)
+    np.testing.assert_array_equal(inside.norm.scale[...], plain.norm.scale[...])
+    gradients = nnx.grad(lambda module: jnp.sum(module(x) ** 2))(wrapped)
+    assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(gradients))
+
+
+def test_a_wrapped_nnx_module_changes_its_exponent_and_is_exported() -> None:
+    plain = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+    outputs = plain(X)
+    wrapped = lro.layers.PowerpropModule(plain, 1.5)
+    wrapped.change_alpha(3.0)
+    np.testing.assert_allclose(wrapped(X), outputs, rtol=1e-4, atol=1e-6)
+    exported = wrapped.export()
+    assert type(exported) is nnx.Linear
+    np.testing.assert_allclose(exported(X), outputs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_linen_dense_starts_as_the_plain_layer_and_has_the_gradients_of_the_formula(
+    alpha: float,
+) -> None:
+    layer, plain = lro.layers.linen.PowerpropDense(4, alpha=alpha), nn.Dense(4)
+    variables, reference = (m.init(jax.random.key(0), X) for m in (layer, plain))
+    outputs = layer.apply(variables, X)
+    np.testing.assert_allclose(outputs, plain.apply(reference, X), rtol=1e-5, atol=1e-6)
+    if alpha == 1:
+        np.testing.assert_array_equal(outputs, plain.apply(reference, X))
+    loss = lambda variables, module: jnp.sum(module.apply(variables, X) ** 2)
+    gradient = jax.jit(jax.grad(loss), static_argnums=1)(variables, layer)["params"]
+    theta = np.asarray(variables["params"]["kernel"], np.float64)
+    slope = alpha * np.abs(theta) ** (alpha - 1)
+    plain_gradient = jax.grad(loss)(reference, plain)["params"]["kernel"]
+    np.testing.assert_allclose(gradient["kernel"], slope * plain_gradient, rtol=1e-4, atol=1e-6)
+
+
+class Block(nn.Module):
+    """A layer as `nn.scan` takes it."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+        return lro.layers.linen.PowerpropDense(3, alpha=1.7, use_bias=False)(x), None
+
+
+def test_stacked_linen_layers_run_in_a_scan() -> None:
+    split = {"params": True}
+    stack = nn.scan(Block, variable_axes={"params": 0}, split_rngs=split, length=2)()
+    variables = stack.init(jax.random.key(0), X, None)
+    theta = variables["params"]["PowerpropDense_0"]["kernel"]
+    weights = lro.layers.powerprop({"kernel": theta}, 1.7, "kernel")["kernel"]
+    outputs, _ = stack.apply(variables, X, None)
+    np.testing.assert_allclose(outputs, X @ weights[0] @ weights[1], rtol=1e-4, atol=1e-6)
+
+
+class LinenNetwork(nn.Module):
+    """A convolution with statistics behind it."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nn.BatchNorm(use_running_average=False)(nn.Conv(3, (3,))(x))
+        return nn.Dense(4)(x)
+
+
+def test_any_linen_module_is_wrapped_and_its_statistics_change_as_ever() -> None:
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(4, 6, 2)), jnp.float32)
+    plain = LinenNetwork()
+    wrapped = lro.layers.linen.PowerpropModule(LinenNetwork(), 2.0)
+    reference = plain.init(jax.random.key(0), x)
+    theta = lro.layers.powerprop_inverse(reference["params"], 2.0)
+    drawn = wrapped.init(jax.random.key(0), x)
+    assert jax.tree.map(jnp.shape, drawn["params"]) == {"module": jax.tree.map(jnp.shape, theta)}
+    variables = {
+        "params": {"module": theta},
+        "batch_stats": {"module": reference["batch_stats"]},
+    }
+    outputs, after = wrapped.apply(variables, x, mutable="batch_stats")
+    expected, expected_after = plain.apply(reference, x, mutable="batch_stats")
+    np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+        after["batch_stats"]["module"],
+        expected_after["batch_stats"],
+    )
+
+
+def test_a_wrapped_linen_module_starts_as_the_plain_one_would() -> None:
+    wrapped = lro.layers.linen.PowerpropModule(nn.Dense(4), 2.0)
+    variables = wrapped.init(jax.random.key(0), X)
+    weights = lro.layers.powerprop(variables["params"]["module"], 2.0)
+    np.testing.assert_allclose(
+        wrapped.apply(variables, X), nn.Dense(4).apply({"params": weights}, X), rtol=1e-5
+    )
+    # As large as lecun_normal draws them, not as their roots would be.
+    assert 0.2 < float(jnp.std(weights["kernel"])) < 1.2
+
+
+def test_pruned_weights_and_powerprop_work_in_an_nnx_optimizer() -> None:
+    model = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+    masks = lro.layers.magnitude_masks(nnx.state(model, nnx.Param), 0.5)
+    nnx.update(model, lro.layers.apply_masks(nnx.state(model, nnx.Param), masks))
+    pruned = model.kernel[...] == 0
+    inner = lro.layers.powerprop_updates(optax.adam(0.05), 1.5)
+    optimizer = nnx.Optimizer(model, lro.layers.mask_updates(inner, masks), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model: Any, optimizer: nnx.Optimizer) -> jax.Array:
+        loss, gradients = nnx.value_and_grad(lambda m: jnp.mean((m(X) - 1) ** 2))(model)
+        optimizer.update(model, gradients)
+        return loss
+
+    losses = [step(model, optimizer) for _ in range(30)]
+    assert losses[-1] < losses[0] / 2
+    np.testing.assert_array_equal(model.kernel[...] == 0, pruned)
+    assert int(pruned.sum()) == 6

@@ -176,14 +176,19 @@ class _Windows:
         return self.tokens[start : start + self.length + 1].astype(np.int32)
 
 
-def training_batches(corpus: Corpus, settings: Settings) -> grain.DatasetIterator:
-    """Iterates without end over batches [batch_size, sequence_length + 1] int32.
+def training_batches(
+    corpus: Corpus, settings: Settings, size: int | None = None
+) -> grain.DatasetIterator:
+    """Iterates without end over batches [size, sequence_length + 1] int32.
 
-    Every epoch sees every window once, in an order of its own which the seed fixes. The iterator's
-    `get_state()` is a small dict; `set_state` goes on from there.
+    Without a size they are of the first batch size. Every epoch sees every window once, in an order
+    of its own which the seed fixes. The iterator's `get_state()` is a small dict; `set_state` goes
+    on from there.
     """
+    size = settings.first_batch_size if size is None else size
     windows = grain.MapDataset.source(_Windows(corpus.train, settings.sequence_length))
-    batches = windows.seed(settings.seed).shuffle().repeat().batch(settings.batch_size)
+    # Without end, but for grain, whose count of single windows would overflow.
+    batches = windows.seed(settings.seed).shuffle().repeat(2**32).batch(size)
     threads = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
     return iter(batches.to_iter_dataset(threads))
 
@@ -193,7 +198,7 @@ def held_out_windows(corpus: Corpus, settings: Settings) -> np.ndarray:
 
     Their shape is [batches, batch, sequence_length + 1], int32, a batch being a micro-batch.
     """
-    batch, length = settings.batch_size // settings.accumulate, settings.sequence_length
+    batch, length = settings.micro_batch_size, settings.sequence_length
     batches = -(-settings.eval_sequences // batch)
     starts = np.linspace(0, len(corpus.held_out) - length - 1, batches * batch).astype(int)
     windows = np.stack([corpus.held_out[s : s + length + 1] for s in starts])

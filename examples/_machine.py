@@ -20,11 +20,13 @@ def make_mesh(settings: Settings) -> jax.sharding.Mesh:
     count = settings.devices or jax.device_count()
     if not 1 <= count <= jax.device_count():
         raise InputError(f"--devices {count}: this machine has {jax.device_count()}")
-    if settings.batch_size % (count * settings.accumulate):
+    parts = count * settings.first_accumulate
+    if settings.first_batch_size % parts:
+        name = "--initial-batch-size" if settings.batch_size == "adaptive" else "--batch-size"
         raise InputError(
-            f"--batch-size {settings.batch_size} does not divide into {settings.accumulate} "
-            f"micro-batch(es) on {count} device(s): make it a multiple of "
-            f"{count * settings.accumulate}"
+            f"{name} {settings.first_batch_size} does not divide into "
+            f"{settings.first_accumulate} micro-batch(es) on {count} device(s): make it a multiple "
+            f"of {parts}"
         )
     devices = jax.devices()[:count]
     return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=devices)

@@ -114,27 +114,31 @@ class StepLog:
         kept = [record for record in read_log(path) if record["step"] <= last_step]
         write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = path.open("a")
-        self._pending: tuple[int, jax.Array] | None = None
+        self._pending: tuple[int, dict[str, Any]] | None = None
         self._clock = time.perf_counter()
         self.loss = self.held_out_loss = math.nan  # the latest ones
-        self.recent: deque[float] = deque(maxlen=20)  # seconds of the latest steps
+        # Seconds and batch size of the latest steps; no size where it is fixed.
+        self.recent: deque[tuple[float, int | None]] = deque(maxlen=20)
+        self.batch_size: int | None = None
         for record in kept:
             self._remember(record)
 
-    def add(self, step: int, loss: jax.Array) -> None:
-        """Notes a step's loss, and writes the one before."""
+    def add(self, step: int, loss: jax.Array, figures: dict[str, Any] | None = None) -> None:
+        """Notes a step's loss and other figures, and writes those of the step before."""
         self.flush()
-        self._pending = step, loss
+        self._pending = step, {"loss": loss} | (figures or {})
 
     def flush(self) -> None:
         """Waits for the last loss and writes it."""
         if self._pending is None:
             return
-        step, loss = self._pending
+        step, figures = self._pending
         self._pending = None
-        value = float(loss)
+        figures = {k: x.item() if isinstance(x, jax.Array) else x for k, x in figures.items()}
+        if math.isinf(figures.get("noise_scale", 0.0)):
+            figures["noise_scale"] = None  # JSON knows no infinity
         now = time.perf_counter()
-        self._write({"step": step, "loss": value, "seconds": now - self._clock})
+        self._write({"step": step, **figures, "seconds": now - self._clock})
         self._clock = now
 
     def add_held_out(self, step: int, loss: jax.Array) -> None:
@@ -159,7 +163,8 @@ class StepLog:
         self.loss = record.get("loss", self.loss)
         self.held_out_loss = record.get("held_out_loss", self.held_out_loss)
         if "seconds" in record:
-            self.recent.append(record["seconds"])
+            self.batch_size = record.get("batch_size")
+            self.recent.append((record["seconds"], self.batch_size))
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

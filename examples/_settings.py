@@ -1,7 +1,7 @@
 """The settings of `pretrain.py`: one field each, its flag, and what is refused at once."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 from pathlib import Path
 from typing import Literal, NoReturn
@@ -28,7 +28,10 @@ class Settings:
     schedule: str = "cosine"
     warmup: int | None = None
     steps: int = 1000
-    batch_size: int = 8
+    batch_size: int | Literal["adaptive"] = 8
+    initial_batch_size: int = 8
+    max_batch_size: int = 128
+    eta: float = 0.5
     sequence_length: int = 128
     accumulate: int = 1
     dtype: str = "float32"
@@ -46,11 +49,21 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Check the numbers which need nothing but themselves."""
-        positive = ("steps", "batch_size", "sequence_length", "accumulate")
+        positive = ("steps", "batch_size", "initial_batch_size", "sequence_length", "accumulate")
         positive += ("eval_every", "eval_sequences", "checkpoint_every", "compact_every")
         for name in positive:
-            if getattr(self, name) < 1:
-                raise InputError(f"{flag(name)} must be at least 1, not {getattr(self, name)}")
+            value = getattr(self, name)
+            if value != "adaptive" and value < 1:
+                raise InputError(f"{flag(name)} must be at least 1, not {value}")
+        if self.max_batch_size < self.initial_batch_size:
+            raise InputError(
+                f"--max-batch-size {self.max_batch_size} is below --initial-batch-size "
+                f"{self.initial_batch_size}"
+            )
+        if not 0 < self.eta < 1:
+            raise InputError(
+                f"--eta must be between 0 and 1, not {self.eta}: from 1 on, none grows"
+            )
         if self.warmup is not None and not 0 <= self.warmup <= self.steps:
             raise InputError(f"--warmup must be between 0 and --steps, not {self.warmup}")
         if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
@@ -66,6 +79,21 @@ class Settings:
     def stored_dtype(self) -> str:
         """Dtype of the weights between steps: a way of rounding is for bfloat16."""
         return self.param_dtype if self.rounding is None else "bfloat16"
+
+    @property
+    def first_batch_size(self) -> int:
+        """Sequences in the first step, and with a fixed batch size in every other."""
+        return self.initial_batch_size if self.batch_size == "adaptive" else self.batch_size
+
+    @property
+    def first_accumulate(self) -> int:
+        """Micro-batches in the first step: noise cannot be measured on a single one."""
+        return max(self.accumulate, 2) if self.batch_size == "adaptive" else self.accumulate
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences whose gradient is computed at once, the same at every step."""
+        return self.first_batch_size // self.first_accumulate
 
 
 def flag(name: str) -> str:
@@ -120,19 +148,42 @@ def parse(argv: Sequence[str] | None) -> tuple[dict[str, object], Path, bool]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}, folder, resume
 
 
-def _add(group: argparse._ArgumentGroup, name: str, kind: type, text: str, **options) -> None:
+def _batch_size(text: str) -> int | str:
+    """What `--batch-size` takes; an error names this function, so its name says what is right."""
+    return text if text == "adaptive" else int(text)
+
+
+_batch_size.__name__ = "number or 'adaptive'"
+
+
+def _add(group: argparse._ArgumentGroup, name: str, kind: Callable, text: str, **options) -> None:
     """Adds the flag of one field, with the field's default in its help."""
     default = getattr(Settings, name)
     suffix = "" if default is None else f" (default: {default})"
     if kind is not str:
-        options["metavar"] = "N" if kind is int else "X"
+        options.setdefault("metavar", "N" if kind is int else "X")
     group.add_argument(flag(name), type=kind, help=text + suffix, **options)
 
 
 def _add_training_flags(group: argparse._ArgumentGroup) -> None:
     _add(group, "model", str, "a preset such as llama-60m, or a path to a config.json")
-    _add(group, "steps", int, "optimizer steps")
-    _add(group, "batch_size", int, "sequences in a step, over all devices")
+    _add(group, "steps", int, "optimizer steps; with --batch-size adaptive, of the first size")
+    _add(
+        group,
+        "batch_size",
+        _batch_size,
+        "sequences in a step, over all devices; or `adaptive`: as many as the noise of the "
+        "gradient asks for",
+        metavar="N",
+    )
+    _add(group, "initial_batch_size", int, "of an adaptive batch size")
+    _add(group, "max_batch_size", int, "of an adaptive batch size")
+    _add(
+        group,
+        "eta",
+        float,
+        "largest standard deviation of an adaptive batch's gradient, over its norm",
+    )
     _add(group, "sequence_length", int, "tokens predicted in a sequence")
     _add(group, "accumulate", int, "micro-batches whose gradients make one step")
     _add(group, "dtype", str, "arithmetic of the model", choices=DTYPES)

@@ -7,7 +7,7 @@
 Plain Flax NNX, optax, grain and Orbax: the functions down to `train` are meant to be copied.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 import dataclasses
 import functools
@@ -23,8 +23,10 @@ from typing import Any, NamedTuple
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 try:
+    from _batch_size import Feed
     from _compaction import compacted, has_adaptive_rank, state_bytes
-    from _corpus import Corpus, held_out_windows, load_corpus, training_batches
+    from _corpus import Corpus, held_out_windows, load_corpus
+    from _curves import plot
     from _machine import first_interrupt, make_mesh, peak_bytes
     from _optimizers import (
         Chosen,
@@ -34,7 +36,7 @@ try:
         make_schedule,
         one_line,
     )
-    from _report import Meter, plot, report, summarize
+    from _report import Meter, report, summarize
     from _run_folder import StepLog, load_settings, open_folder, read_json, write_json
     from _settings import InputError, Settings, parse
     from flax import nnx
@@ -46,6 +48,7 @@ try:
     from rich.console import Console
 
     from lowrank_optax.models import Decoder, decoder_config, generate
+    from lowrank_optax.schedules import GradientNoise, accumulate_with_noise
 except ModuleNotFoundError as error:
     print(
         f"pretrain.py: error: {error.name} is missing; it comes with the extra `examples`: "
@@ -63,19 +66,15 @@ def mean_loss(params: optax.Params, graphdef: nnx.GraphDef, tokens: jax.Array) -
 
 def loss_and_gradient(
     params: optax.Params, graphdef: nnx.GraphDef, tokens: jax.Array
-) -> tuple[jax.Array, optax.Updates]:
-    """Averages over the micro-batches of tokens [accumulate, batch, length + 1]."""
-    value_and_grad = jax.value_and_grad(mean_loss)
+) -> tuple[jax.Array, optax.Updates, GradientNoise | None]:
+    """Averages over the micro-batches of tokens [accumulate, batch, length + 1].
+
+    Where there are several, their gradients also tell how noisy the average is.
+    """
+    loss_fn = lambda params, tokens: mean_loss(params, graphdef, tokens)
     if len(tokens) == 1:
-        return value_and_grad(params, graphdef, tokens[0])
-
-    def add(total: Any, micro_batch: jax.Array) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, value_and_grad(params, graphdef, micro_batch)), None
-
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), (jnp.zeros([]), params))
-    (loss, gradient), _ = jax.lax.scan(add, zeros, tokens)
-    gradient = jax.tree.map(lambda g, p: (g / len(tokens)).astype(p.dtype), gradient, params)
-    return loss / len(tokens), gradient
+        return *jax.value_and_grad(loss_fn)(params, tokens[0]), None
+    return accumulate_with_noise(loss_fn, params, tokens)
 
 
 def train_step(
@@ -85,9 +84,9 @@ def train_step(
     *,
     graphdef: nnx.GraphDef,
     tx: optax.GradientTransformationExtraArgs,
-) -> tuple[optax.Params, optax.OptState, jax.Array]:
+) -> tuple[optax.Params, optax.OptState, jax.Array, GradientNoise | None]:
     """One step of the optimizer on tokens [accumulate, batch, length + 1]."""
-    loss, gradient = loss_and_gradient(params, graphdef, tokens)
+    loss, gradient, noise = loss_and_gradient(params, graphdef, tokens)
     updates, opt_state = tx.update(
         gradient,
         opt_state,
@@ -96,7 +95,7 @@ def train_step(
         grad=gradient,
         value_fn=lambda p: loss_and_gradient(p, graphdef, tokens)[0],
     )
-    return optax.apply_updates(params, updates), opt_state, loss
+    return optax.apply_updates(params, updates), opt_state, loss, noise
 
 
 def held_out_loss(params: optax.Params, windows: jax.Array, *, graphdef: nnx.GraphDef) -> jax.Array:
@@ -153,7 +152,8 @@ class Job(NamedTuple):
     """What it takes to train with one optimizer."""
 
     optimizer: Chosen
-    tx: optax.GradientTransformationExtraArgs
+    make_tx: Callable[[optax.Schedule], optax.GradientTransformationExtraArgs]
+    schedule: optax.Schedule  # of the learning rate, by steps of the first batch size
     corpus: Corpus
     settings: Settings
     mesh: jax.sharding.Mesh
@@ -169,9 +169,9 @@ def train(job: Job, folder: Path, console: Console, stop: threading.Event) -> di
     shared_out = NamedSharding(job.mesh, PartitionSpec(None, "data"))  # a part of each batch
     graphdef, params = nnx.split(make_model(settings, corpus.vocab_size))
     params = jax.device_put(params, on_all)
-    opt_state = jax.jit(job.tx.init, out_shardings=on_all)(params)
+    opt_state = jax.jit(job.make_tx(job.schedule).init, out_shardings=on_all)(params)
     first_bytes, shrinks = state_bytes(opt_state), has_adaptive_rank(opt_state)
-    batches = training_batches(corpus, settings)
+    feed = Feed(corpus, settings)
     windows = jax.device_put(held_out_windows(corpus, settings), shared_out)
     evaluate = jax.jit(functools.partial(held_out_loss, graphdef=graphdef))
 
@@ -179,71 +179,77 @@ def train(job: Job, folder: Path, console: Console, stop: threading.Event) -> di
     keep = ocp.CheckpointManagerOptions(max_to_keep=2)
     meter = Meter(console, job.optimizer.name, settings)
     with ocp.CheckpointManager(checkpoints, options=keep) as manager:
-        done = manager.latest_step() or 0
-        if done:
+        step = manager.latest_step() or 0
+        if step:
             params, opt_state, position = restore(manager, params, opt_state)
-            batches.set_state(position)
-        step_function, compile_seconds = compile_step(job, graphdef, params, opt_state, shared_out)
-        with closing(StepLog(folder / "log.jsonl", done)) as log, meter.running(done):
-            for step in range(done + 1, settings.steps + 1):
-                tokens = next(batches).reshape(settings.accumulate, -1, windows.shape[-1])
-                tokens = jax.device_put(tokens, shared_out)
-                params, opt_state, loss = step_function(params, opt_state, tokens)
-                log.add(step, loss)
-                last, stopped = step == settings.steps, stop.is_set()
-                if last or step % settings.eval_every == 0:
+            feed.go_to(position)
+        compiled, compile_seconds = {}, 0.0  # by the number of micro-batches
+        with closing(StepLog(folder / "log.jsonl", step)) as log, meter.running(feed.done):
+            while not feed.finished:
+                tokens = jax.device_put(feed.next(), shared_out)
+                arguments = params, opt_state, tokens, *feed.clock()
+                if len(tokens) not in compiled:
+                    log.flush()
+                    compiled[len(tokens)], seconds = compile_step(job, graphdef, *arguments)
+                    compile_seconds += seconds
+                    log.restart_clock()
+                params, opt_state, loss, noise = compiled[len(tokens)](*arguments)
+                step += 1
+                feed.take(noise)
+                log.add(step, loss, feed.figures())
+                last, stopped = feed.finished, stop.is_set()
+                if last or feed.passed(settings.eval_every):
                     log.add_held_out(step, evaluate(params, windows))
-                    meter.line(step, log)
-                if shrinks and step % settings.compact_every == 0 and not last:
+                    meter.line(feed.done, log)
+                if shrinks and feed.passed(settings.compact_every) and not last:
                     log.flush()
                     smaller = compacted(opt_state, on_all, console.print)
                     if smaller is not None:
-                        opt_state = smaller
-                        step_function, seconds = compile_step(
-                            job, graphdef, params, opt_state, shared_out
-                        )
-                        compile_seconds += seconds
+                        opt_state, compiled = smaller, {}
                     log.restart_clock()
-                if last or step % settings.checkpoint_every == 0 or stopped:
+                if last or feed.passed(settings.checkpoint_every) or stopped:
                     log.flush()
-                    save(manager, step, params, opt_state, batches.get_state())
+                    save(manager, step, params, opt_state, feed.position())
                     log.restart_clock()
-                meter.update(step, log)
+                meter.update(feed.done, log)
                 if stopped and not last:
                     return None
 
     return summarize(folder / "log.jsonl", settings, job.optimizer.refresh_every) | {
         "optimizer_state_bytes": state_bytes(opt_state),
         "first_optimizer_state_bytes": first_bytes if shrinks else None,
-        "compiled_peak_bytes": peak_bytes(step_function),
+        "compiled_peak_bytes": max(filter(None, map(peak_bytes, compiled.values())), default=None),
         "compile_seconds": compile_seconds,
         "sample": sample(nnx.merge(graphdef, params), corpus, settings.seed),
     }
 
 
 def compile_step(
-    job: Job,
-    graphdef: nnx.GraphDef,
-    params: optax.Params,
-    opt_state: optax.OptState,
-    shared_out: NamedSharding,
+    job: Job, graphdef: nnx.GraphDef, *arguments: Any
 ) -> tuple[jax.stages.Compiled, float]:
-    """Compiles `train_step` ahead of its first call; returns it and the seconds this took."""
+    """Compiles `train_step` for these arguments; returns it and the seconds this took.
+
+    The fourth argument, if there is one, is where the schedule is: steps do not tell it where they
+    have different sizes.
+    """
+
+    def step(params: Any, opt_state: Any, tokens: jax.Array, *done: jax.Array) -> Any:
+        tx = job.make_tx((lambda count: job.schedule(*done)) if done else job.schedule)
+        return train_step(params, opt_state, tokens, graphdef=graphdef, tx=tx)
+
     began = time.perf_counter()
-    step = jax.jit(
-        functools.partial(train_step, graphdef=graphdef, tx=job.tx),
+    jitted = jax.jit(
+        step,
         donate_argnums=(0, 1),  # the new weights and state take the place of the old
         out_shardings=NamedSharding(job.mesh, PartitionSpec()),
     )
-    tokens = tokens_shape(job.settings, shared_out)
-    return step.lower(params, opt_state, tokens).compile(), time.perf_counter() - began
+    return jitted.lower(*arguments).compile(), time.perf_counter() - began
 
 
-def tokens_shape(settings: Settings, sharding: NamedSharding | None) -> jax.ShapeDtypeStruct:
-    """Shape of the tokens of one step, [accumulate, batch, length + 1]."""
-    batch = settings.batch_size // settings.accumulate
-    shape = (settings.accumulate, batch, settings.sequence_length + 1)
-    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
+def tokens_shape(settings: Settings) -> jax.ShapeDtypeStruct:
+    """Shape of the tokens of the first step, [accumulate, batch, length + 1]."""
+    shape = settings.first_accumulate, settings.micro_batch_size, settings.sequence_length + 1
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
 def sample(model: Decoder, corpus: Corpus, seed: int) -> tuple[str, str]:
@@ -280,17 +286,20 @@ def prepare(chosen: Chosen, corpus: Corpus, settings: Settings, mesh: jax.shardi
     graphdef, params = nnx.split(model)
     warmup = settings.steps // 10 if settings.warmup is None else settings.warmup
     schedule = make_schedule(settings.schedule, settings.steps, warmup)
-    tx = in_few_bits(make_optimizer(chosen, model, params, schedule), settings)
+    make_tx = lambda schedule: in_few_bits(
+        make_optimizer(chosen, model, params, schedule), settings
+    )
+    tx = make_tx(schedule)
     step = functools.partial(train_step, graphdef=graphdef, tx=tx)
     try:
         before = params, jax.eval_shape(tx.init, params)
-        *after, _ = jax.eval_shape(step, *before, tokens_shape(settings, None))
+        after = jax.eval_shape(step, *before, tokens_shape(settings))[:2]
     except Exception as error:  # whatever the optimizer raises, it is the user's choice
         raise InputError(f"{chosen.name} cannot train this model: {one_line(error)}") from None
     types = [[(x.shape, x.dtype) for x in jax.tree.leaves(tree)] for tree in (before, after)]
     if types[0] != types[1]:
         raise InputError(f"{chosen.name} cannot train this model: its state changes shape or dtype")
-    return Job(chosen, tx, corpus, settings, mesh)
+    return Job(chosen, make_tx, schedule, corpus, settings, mesh)
 
 
 def run(argv: Sequence[str] | None) -> int:

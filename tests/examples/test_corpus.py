@@ -104,6 +104,14 @@ def test_batches_depend_on_the_seed_alone_and_go_on_from_a_saved_position(text: 
     assert not np.array_equal(other, expected[0])
 
 
+def test_single_windows_come_in_the_same_order(text: Path) -> None:
+    corpus = load_corpus(str(text), None, SETTINGS.sequence_length)
+    batches, single = training_batches(corpus, SETTINGS), training_batches(corpus, SETTINGS, 1)
+    for _ in range(40):  # some epochs
+        rows = [next(single) for _ in range(SETTINGS.batch_size)]
+        np.testing.assert_array_equal(next(batches), np.concatenate(rows))
+
+
 def test_held_out_windows_fill_whole_batches(text: Path) -> None:
     corpus = load_corpus(str(text), None, 16)
     windows = held_out_windows(corpus, SETTINGS)

@@ -108,6 +108,7 @@ def test_eight_devices_make_the_same_step_as_one(
 def _assert_close(one: Path, other: Path) -> None:
     """Sums in another order differ in the last bits, which Adam's first steps enlarge."""
     for a, b in zip(read_losses(one / "log.jsonl"), read_losses(other / "log.jsonl"), strict=True):
+        b.pop("noise_scale", None)  # what only micro-batches tell
         assert a == pytest.approx(b, rel=2e-4)
 
 

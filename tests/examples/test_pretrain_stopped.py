@@ -21,9 +21,14 @@ def _wait_for_step(log: Path, step: int, process: subprocess.Popen) -> None:
         time.sleep(0.01)
 
 
-@pytest.fixture
-def long_run(flags: list[str]) -> list[str]:
-    return [*flags, "--optimizer", "adamw", "--steps", "60", "--checkpoint-every", "25"]
+ADAPTIVE = ["--batch-size", "adaptive", "--initial-batch-size", "2", "--max-batch-size", "8"]
+ADAPTIVE += ["--eta", "0.6"]
+
+
+@pytest.fixture(params=[[], ADAPTIVE], ids=["fixed", "adaptive"])
+def long_run(request: pytest.FixtureRequest, flags: list[str]) -> list[str]:
+    steps = ["--steps", "240" if request.param else "60", "--checkpoint-every", "25"]
+    return [*flags, "--optimizer", "adamw", *steps, *request.param]
 
 
 @pytest.mark.slow

@@ -5,7 +5,8 @@ import json
 import math
 from pathlib import Path
 
-from _report import Meter, _printable, plot, summarize, table
+from _curves import plot
+from _report import Meter, _printable, summarize, table
 from _run_folder import StepLog, read_log
 from _settings import Settings
 import jax.numpy as jnp

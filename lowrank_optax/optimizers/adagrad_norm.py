@@ -1,0 +1,175 @@
+"""AdaGrad-Norm: gradient descent divided by the root of all squared norms so far.
+
+Ward, Wu and Bottou, 2019, https://arxiv.org/abs/1806.01811. One number where AdaGrad keeps one for
+each parameter; `optax.adagrad` is AdaGrad itself.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_optax.quantization import Bits
+from lowrank_optax.states.assemble import optimizer
+from lowrank_optax.states.precision import widened
+
+
+class ScaleByAdagradNormState(NamedTuple):
+    """State of `scale_by_adagrad_norm`.
+
+    Attributes:
+      sum_of_squares: Of all gradients so far: a float32 scalar; with ``axis``, an array for each
+        parameter, with 1 in the place of every axis that is summed over.
+    """
+
+    sum_of_squares: Any
+
+
+def scale_by_adagrad_norm(
+    initial_accumulator_value: jax.typing.ArrayLike = 0.1,
+    eps: jax.typing.ArrayLike = 1e-7,
+    axis: int | tuple[int, ...] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Divides gradients by the root of the sum of their squared norms.
+
+    .. math::
+      s_t = s_{t-1} + \lVert g_t \rVert^2, \qquad u_t = g_t / \sqrt{s_t + \epsilon},
+
+    the norm being that of the whole gradient, or of each slice along ``axis``. Zero where
+    :math:`s_t` is zero.
+
+    Args:
+      initial_accumulator_value: :math:`s_0`, not negative; this and ``eps`` as in
+        ``optax.adagrad``. The official code's are 1e-2 and 1e-10.
+      eps: Added to the sum under the root.
+      axis: An axis, or several, of each parameter whose slices have a sum of their own: -1 for the
+        columns of kernels ``[d_in, d_out]`` and filters of convolutions, (0, -1) for those of
+        stacked layers. An axis that a parameter lacks is left out; a bias, with -1, has a sum for
+        each entry, as in AdaGrad. None for one sum of everything.
+
+    Returns:
+      A transformation with the state `ScaleByAdagradNormState`.
+
+    Raises:
+      TypeError: If ``axis`` is no int, tuple or None.
+      ValueError: If ``initial_accumulator_value`` or ``eps`` is negative.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> gradient = {"kernel": jnp.array([[3.0, 0.0], [4.0, 2.0]])}
+      >>> tx = lro.scale_by_adagrad_norm(initial_accumulator_value=0.0, axis=-1)
+      >>> updates, state = tx.update(gradient, tx.init(gradient))
+      >>> print([f"{x:.1f}" for x in updates["kernel"].ravel()], state.sum_of_squares["kernel"])
+      ['0.6', '0.0', '0.8', '1.0'] [[25.  4.]]
+
+    Reference:
+      Ward et al., AdaGrad stepsizes, 2019, https://arxiv.org/abs/1806.01811, Algorithm 1. ``axis``:
+      the official code of https://arxiv.org/abs/2402.11215.
+    """
+    for name, value in (("initial_accumulator_value", initial_accumulator_value), ("eps", eps)):
+        if isinstance(value, int | float) and not value >= 0:
+            raise ValueError(f"{name}={value} must not be negative.")
+    if not (axis is None or isinstance(axis, int | tuple)):
+        raise TypeError(
+            f"axis={axis!r} must be an int, a tuple of them or None (name it in the static_args of "
+            "optax.inject_hyperparams)."
+        )
+
+    def init_fn(params: optax.Params) -> ScaleByAdagradNormState:
+        first = jnp.asarray(initial_accumulator_value, jnp.float32)
+        if axis is None:
+            return ScaleByAdagradNormState(first)
+        # Made from the parameter, so that it has its sharding on an explicit mesh.
+        zeros = lambda p: jnp.zeros_like(p, jnp.float32)
+        start = lambda p: first + _sum_of_squares(zeros(p), _kept_shape(p.shape, axis))
+        return ScaleByAdagradNormState(jax.tree.map(start, params))
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, ScaleByAdagradNormState]:
+        del params, extra_args
+        wide = widened(updates)
+        if axis is None:
+            sums = state.sum_of_squares + optax.tree.norm(wide, squared=True)
+            sums = sums.astype(jnp.float32)
+            scaled = jax.tree.map(lambda g: g * _inverse_root(sums, eps), wide)
+        else:
+            add = lambda s, g: (s + _sum_of_squares(g, s.shape)).astype(jnp.float32)
+            sums = jax.tree.map(add, state.sum_of_squares, wide)
+            scaled = jax.tree.map(lambda g, s: g * _inverse_root(s, eps), wide, sums)
+        return optax.tree.cast_like(scaled, updates), ScaleByAdagradNormState(sums)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def adagrad_norm(
+    learning_rate: optax.ScalarOrSchedule,
+    initial_accumulator_value: jax.typing.ArrayLike = 0.1,
+    eps: jax.typing.ArrayLike = 1e-7,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    *,
+    axis: int | tuple[int, ...] | None = None,
+    weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
+    state_bits: Bits | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""AdaGrad-Norm: gradient descent whose step sizes find themselves, in one number of state.
+
+    .. math::
+      s_t = s_{t-1} + \lVert g_t \rVert^2, \qquad
+      x_{t+1} = x_t - \eta \, (g_t / \sqrt{s_t + \epsilon} + \lambda x_t).
+
+    It converges for any :math:`\eta`; ``optax.adagrad`` has a sum for each parameter instead.
+
+    Args:
+      learning_rate: A float or an optax schedule; the distance that may be gone, rather than a
+        rate.
+      initial_accumulator_value: :math:`s_0`: see `scale_by_adagrad_norm`.
+      eps: Added to the sum under the root.
+      weight_decay: Decoupled decay :math:`\lambda`.
+      axis: Axes whose slices have sums of their own: see `scale_by_adagrad_norm`.
+      weight_decay_mask: Which leaves decay: as ``mask`` of ``optax.adamw``.
+      state_bits: Bits of the sums between steps, 8 or 4: see `low_bit`; None for float32.
+
+    Returns:
+      The optimizer.
+
+    Raises:
+      TypeError: If ``axis`` is no int, tuple or None.
+      ValueError: If ``initial_accumulator_value`` or ``eps`` is negative.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro, optax
+      >>> tx = lro.adagrad_norm(1.0)
+      >>> params = jnp.array([3.0, -4.0])
+      >>> state = tx.init(params)
+      >>> for _ in range(50):
+      ...     updates, state = tx.update(params, state)  # the gradient of ‖x‖² / 2
+      ...     params = optax.apply_updates(params, updates)
+      >>> print(f"{jnp.linalg.norm(params):.3f}")
+      0.014
+
+    Reference:
+      Ward et al., AdaGrad stepsizes, 2019, https://arxiv.org/abs/1806.01811, Algorithm 1; with
+      growing batches, Lau et al., 2024, https://arxiv.org/abs/2402.11215.
+    """
+    scaled = scale_by_adagrad_norm(initial_accumulator_value, eps, axis)
+    return optimizer(scaled, learning_rate, weight_decay, weight_decay_mask, state_bits=state_bits)
+
+
+def _kept_shape(shape: tuple[int, ...], axis: int | tuple[int, ...]) -> tuple[int, ...]:
+    """The shape with 1 in the place of all axes but these."""
+    axes = (axis,) if isinstance(axis, int) else axis
+    kept = {a % len(shape) for a in axes if -len(shape) <= a < len(shape)}
+    return tuple(d if i in kept else 1 for i, d in enumerate(shape))
+
+
+def _sum_of_squares(gradient: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The sum of squares over the axes that have 1 in ``shape``."""
+    axes = [i for i, d in enumerate(shape) if d == 1]
+    return jnp.sum(jnp.square(gradient), axes, keepdims=True)
+
+
+def _inverse_root(sums: jax.Array, eps: jax.typing.ArrayLike) -> jax.Array:
+    return jnp.where(sums == 0, 0.0, jax.lax.rsqrt(sums + eps))

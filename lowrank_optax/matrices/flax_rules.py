@@ -94,7 +94,7 @@ def weight_dimension_numbers(
 
     def one_layer(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
         names = normalised_path(path)
-        stack = () if names in specs else _stack_around(names, tuple(leaf.shape), stacks)
+        stack = () if names in specs else stack_around(names, tuple(leaf.shape), stacks)
         return jax.ShapeDtypeStruct(leaf.shape[len(stack) :], leaf.dtype)
 
     by_names = default_rule(jax.tree_util.tree_map_with_path(one_layer, params), include)
@@ -179,7 +179,7 @@ def _read_layers(
     return specs, stacks
 
 
-def _stack_around(
+def stack_around(
     names: _Path, shape: tuple[int, ...], stacks: dict[_Path, tuple[int, ...]]
 ) -> tuple[int, ...]:
     """Stack sizes of the nearest layers whose types are known, if they and the shape agree."""

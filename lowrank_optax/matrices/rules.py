@@ -28,7 +28,7 @@ NOT_MATRICES = re.compile(
 factors of a LoRA adapter, which have no rank to lose. A module called ``output`` is a head only at
 the top of the tree; further down it belongs to an attention."""
 
-_VECTOR_OF_NORM = re.compile(
+VECTOR_OF_NORM = re.compile(
     r"(norm|(^|[/_])(ln|rms))[^/]*(/(scale|weight|gamma|bias|beta))?$", re.IGNORECASE
 )
 _CONVOLUTION = re.compile(r"(^|_)conv(?!e)", re.IGNORECASE)
@@ -85,7 +85,7 @@ def _one_layer(shapes: _Shapes) -> _Shapes:
     """The shapes, without the first axis where norms show it to be that of stacked layers."""
     stacked = set()
     for names, shape in shapes.items():
-        if len(shape) != 2 or not _VECTOR_OF_NORM.search("/".join(names[-2:])):
+        if len(shape) != 2 or not VECTOR_OF_NORM.search("/".join(names[-2:])):
             continue
         for depth in range(len(names)):
             beneath = [s for other, s in shapes.items() if other[:depth] == names[:depth]]

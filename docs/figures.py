@@ -1,4 +1,4 @@
-"""Draws the figures of the pages on projected optimizers: a small decoder trained on real text.
+"""Draws the figures of the pages; here those on projected optimizers, a decoder on real text.
 
     python docs/figures.py               # all of them into docs/_static: some minutes on two cores
     python docs/figures.py galore fira   # some
@@ -13,7 +13,14 @@ import sys
 import time
 from typing import Any
 
+from figure_adaptive_batch_size import adaptive_batch_size
 from figure_codes import low_bit
+from figure_extrapolation import extrapolation
+from figure_grams import grams
+from figure_mirror_sinkhorn import mirror_sinkhorn
+from figure_nag_gs import nag_gs
+from figure_one_cycle import one_cycle
+from figure_powerpropagation import powerpropagation
 from figure_runs import (
     CONFIG,
     IS_MATRIX,
@@ -29,6 +36,7 @@ from figure_runs import (
     train,
     using,
 )
+from figure_weight_decay import weight_decay
 import jax
 import jax.numpy as jnp
 import matplotlib
@@ -293,6 +301,14 @@ FIGURES = {
         apollo,
         ldadam,
         low_bit,
+        nag_gs,
+        grams,
+        extrapolation,
+        powerpropagation,
+        mirror_sinkhorn,
+        one_cycle,
+        adaptive_batch_size,
+        weight_decay,
     )
 }
 

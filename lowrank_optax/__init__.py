@@ -1,10 +1,27 @@
 """Memory-efficient training for JAX, as optax transformations and Flax modules."""
 
-from lowrank_optax import sharding
+from lowrank_optax import layers, schedules, sharding
 from lowrank_optax.matrices import (
     WeightDimensionNumbers,
     selection_table,
     weight_dimension_numbers,
+)
+from lowrank_optax.optimizers import (
+    adagrad_norm,
+    cautious_adamw,
+    extrapolate,
+    extrapolated_value_and_grad,
+    extrapolation_eval_params,
+    grams,
+    mirror_sinkhorn,
+    nag_gs,
+    nag_gs_quadratic,
+    optimal_transport,
+    round_to_polytope,
+    scale_by_adagrad_norm,
+    scale_by_nag_gs,
+    to_heavy_ball,
+    with_gradient_direction,
 )
 from lowrank_optax.projection import (
     View,
@@ -56,6 +73,23 @@ __all__ = [
     "residuals",
     "scale_by_projection",
     "subspaces",
+    # Optimizers on full gradients
+    "adagrad_norm",
+    "cautious_adamw",
+    "extrapolate",
+    "extrapolated_value_and_grad",
+    "extrapolation_eval_params",
+    "grams",
+    "nag_gs",
+    "nag_gs_quadratic",
+    "scale_by_adagrad_norm",
+    "scale_by_nag_gs",
+    "to_heavy_ball",
+    "with_gradient_direction",
+    # Couplings with given row and column sums
+    "mirror_sinkhorn",
+    "optimal_transport",
+    "round_to_polytope",
     # Fewer bits
     "from_int8_weights",
     "fused_adamw",
@@ -64,6 +98,10 @@ __all__ = [
     "round_updates",
     "to_int8_weights",
     "update_int8_weights",
+    # Layers and reparameterised weights
+    "layers",
+    # From step to step
+    "schedules",
     # State on many devices
     "sharding",
 ]

@@ -48,7 +48,7 @@ def test_every_public_name_is_listed_once() -> None:
     program = """
 import lowrank_optax as lro
 assert len(set(lro.__all__)) == len(lro.__all__)
-packages = {"kernels", "matrices", "projection", "quantization", "states"}
+packages = {"kernels", "matrices", "optimizers", "projection", "quantization", "states"}
 public = {n for n in vars(lro) if not n.startswith("_")} - packages
 print(sorted(public - set(lro.__all__)), sorted(set(lro.__all__) - public))
 """

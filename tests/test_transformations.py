@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from inspect import signature
+from typing import Literal
 
 from harness import Check, Convergence, Row, checks_for, name_of
 import optax
@@ -10,10 +11,12 @@ import pytest
 import lowrank_optax as lro
 from lowrank_optax.matrices import DimensionNumbersRule
 from lowrank_optax.quantization import Bits
+from lowrank_optax.schedules.weight_decay.coupling import Coupling
 from lowrank_optax.states.rounding import Rounding
 
 # Arguments that are no numbers, or fix shapes or the program: never traced.
 STATIC = {
+    "axis",
     "error_feedback",
     "basis_bits",
     "bits",
@@ -21,6 +24,7 @@ STATIC = {
     "inner",
     "min_rank",
     "monotone",
+    "mu_dtype",
     "on_refresh",
     "order",
     "rank",
@@ -29,6 +33,7 @@ STATIC = {
     "residual_form",
     "side",
     "state_bits",
+    "state_dtype",
     "subspace",
     "subspace_optimizer",
     "transform",
@@ -81,12 +86,116 @@ def rounded_adamw(
     return optax.chain(lro.in_float32(optax.adamw(learning_rate)), lro.round_updates(rounding))
 
 
+def extrapolated_sgd(
+    learning_rate: optax.ScalarOrSchedule, inner_learning_rate: optax.ScalarOrSchedule
+) -> optax.GradientTransformation:
+    """Nesterov's momentum, with gradients taken ahead along the last one."""
+    return lro.extrapolate(optax.sgd(learning_rate, 0.9, nesterov=True), inner_learning_rate)
+
+
+def extrapolated_adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    inner_learning_rate: optax.ScalarOrSchedule,
+    weight_dimension_numbers: DimensionNumbersRule = None,
+) -> optax.GradientTransformation:
+    """AdamW in float32, looking ahead by steps of its own size."""
+    adamw = lro.in_float32(optax.adamw(learning_rate, weight_decay=1e-3))
+    return lro.extrapolate(
+        adamw,
+        inner_learning_rate,
+        direction="normalized",
+        weight_dimension_numbers=weight_dimension_numbers,
+    )
+
+
+def monitored_adamw(
+    learning_rate: optax.ScalarOrSchedule, weight_decay: float, every: int = 1
+) -> optax.GradientTransformation:
+    """AdamW and, behind it, the monitor of what its weight decay does."""
+    monitor = lro.schedules.monitor_weight_decay(
+        every=every, learning_rate=learning_rate, weight_decay=weight_decay
+    )
+    return optax.chain(optax.adamw(learning_rate, weight_decay=weight_decay), monitor)
+
+
+def separately_decayed_adam(
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: float,
+    coupling: Coupling = "adamw",
+    anchor: float | Literal["initial"] = 0.0,
+) -> optax.GradientTransformation:
+    """Adam, and weight decay behind it."""
+    decay = lro.schedules.add_weight_decay(
+        weight_decay,
+        coupling,
+        learning_rate=learning_rate,
+        peak_learning_rate=1e-2,
+        anchor=anchor,
+        mask=lro.schedules.decay_mask(),
+    )
+    return optax.chain(optax.adam(learning_rate), decay)
+
+
+def one_cycle_sgd(learning_rate: float, total_steps: int = 3000) -> optax.GradientTransformation:
+    """Gradient descent whose momentum falls while its learning rate rises."""
+    return lro.schedules.one_cycle(optax.sgd, total_steps, learning_rate)
+
+
+def one_cycle_adamw(
+    learning_rate: float, weight_decay: float = 0.0, total_steps: int = 3000
+) -> optax.GradientTransformation:
+    """AdamW whose first decay falls while its learning rate rises."""
+    return lro.schedules.one_cycle(
+        optax.adamw, total_steps, learning_rate, weight_decay=weight_decay
+    )
+
+
+def powerprop_momentum(
+    learning_rate: optax.ScalarOrSchedule,
+    alpha: float,
+    weight_dimension_numbers: DimensionNumbersRule = None,
+) -> optax.GradientTransformation:
+    """Gradient descent with momentum on what Powerpropagation trains."""
+    all_of_them = lambda path, shape: len(shape) > 1
+    where = None if weight_dimension_numbers is None else all_of_them
+    return lro.layers.powerprop_updates(optax.sgd(learning_rate, momentum=0.9), alpha, where=where)
+
+
+def powerprop_adam(
+    learning_rate: optax.ScalarOrSchedule,
+    alpha: float,
+    weight_dimension_numbers: DimensionNumbersRule = None,
+) -> optax.GradientTransformation:
+    """Adam in weight space, the update of Powerpropagation around it."""
+    all_of_them = lambda path, shape: len(shape) > 1
+    where = None if weight_dimension_numbers is None else all_of_them
+    return lro.layers.powerprop_updates(optax.adam(learning_rate), alpha, where=where)
+
+
+def half_pruned_momentum(
+    learning_rate: optax.ScalarOrSchedule, weight_dimension_numbers: DimensionNumbersRule = None
+) -> optax.GradientTransformation:
+    """Gradient descent with momentum that leaves the smaller half of each matrix as it is."""
+    specs = weight_dimension_numbers
+    masks = lambda params: lro.layers.magnitude_masks(params, 0.5, weight_dimension_numbers=specs)
+    return lro.layers.mask_updates(optax.sgd(learning_rate, momentum=0.9), masks)
+
+
 TYPES_OF_UPDATES = (
     "updates_keep_dtype",
     "mixed_dtypes_in_one_tree",
     "multi_steps",
     "inject_hyperparams_in_bfloat16",
 )
+
+MOMENTS_OF_OPTAX = {
+    "inject_hyperparams_in_bfloat16": "its moments become float32 (optax issue 1414)",
+}
+# Those of any schedule under optax.inject_hyperparams, and of one that takes no other.
+ONE_CYCLE_EXCEPTIONS = {
+    "donated_buffers": "a step writes the hyper-parameters and does not read them: jit drops them",
+    "learning_rate_schedule": "the cycle is the schedule",
+}
 
 ROWS = [
     Row(
@@ -233,6 +342,118 @@ ROWS = [
         exceptions=dict.fromkeys(TYPES_OF_UPDATES, "its updates are float32: see round_updates"),
     ),
     Row(
+        name="nag_gs",
+        factory=lro.nag_gs,
+        kwargs={"learning_rate": 0.1, "mu": 0.5, "gamma": 2.0, "weight_decay": 1e-3},
+        static_args=static_args_of(lro.nag_gs),
+        convergence=Convergence(learning_rate=0.03, overrides={"mu": 1.0, "weight_decay": 0.0}),
+    ),
+    Row(
+        name="nag_gs_constant_gamma",
+        factory=lro.nag_gs,
+        kwargs={
+            "learning_rate": 0.1,
+            "mu": 0.5,
+            "gamma": 2.0,
+            "constant_gamma": True,
+            "paper_start": True,
+        },
+        static_args=static_args_of(lro.nag_gs),
+        convergence=Convergence(learning_rate=0.03, overrides={"mu": 1.0, "gamma": 1.0}),
+    ),
+    Row(
+        name="grams",
+        factory=lro.grams,
+        kwargs={"learning_rate": 1e-2, "weight_decay": 1e-3},
+        static_args=static_args_of(lro.grams),
+        convergence=Convergence(learning_rate=1e-2, overrides={"weight_decay": 0.0}),
+    ),
+    Row(
+        name="cautious_adamw",
+        factory=lro.cautious_adamw,
+        kwargs={"learning_rate": 1e-2, "weight_decay": 1e-3},
+        static_args=static_args_of(lro.cautious_adamw),
+        convergence=Convergence(learning_rate=1e-2, overrides={"weight_decay": 0.0}),
+    ),
+    Row(
+        name="cautious_adamw_count_plus_one",
+        factory=lro.cautious_adamw,
+        kwargs={"learning_rate": 1e-2, "scale": "count_plus_one", "bias_correction": False},
+        static_args=static_args_of(lro.cautious_adamw),
+        convergence=Convergence(learning_rate=1e-2),
+    ),
+    Row(
+        name="adagrad_norm",
+        factory=lro.adagrad_norm,
+        kwargs={"learning_rate": 1e-2, "weight_decay": 1e-3},
+        static_args=static_args_of(lro.adagrad_norm),
+        convergence=Convergence(1.0, steps=20000, overrides={"weight_decay": 0.0}),
+        exceptions={
+            "non_finite_gradient_stays_in_its_leaf": "one norm for all leaves",
+            "stacked_leaves_equal_separate_leaves": "one norm for all leaves",
+        },
+    ),
+    Row(
+        name="adagrad_norm_by_columns",
+        factory=lro.adagrad_norm,
+        kwargs={"learning_rate": 1e-2, "axis": (0, -1)},
+        static_args=static_args_of(lro.adagrad_norm),
+        convergence=Convergence(1.0, steps=20000),
+        exceptions={
+            "stacked_leaves_equal_separate_leaves": "axes are counted, whatever the layer's",
+        },
+    ),
+    Row(
+        name="extrapolated_sgd",
+        factory=extrapolated_sgd,
+        kwargs={"learning_rate": 1e-2, "inner_learning_rate": 5e-3},
+        convergence=Convergence(
+            learning_rate=5e-4, steps=8000, overrides={"inner_learning_rate": 1e-4}
+        ),
+    ),
+    Row(
+        name="extrapolated_adamw",
+        factory=extrapolated_adamw,
+        static_args=("weight_dimension_numbers",),
+        kwargs={"learning_rate": 1e-2, "inner_learning_rate": 1e-2},
+        convergence=Convergence(learning_rate=1e-2, overrides={"inner_learning_rate": 1e-3}),
+    ),
+    Row(
+        name="monitor_weight_decay",
+        factory=monitored_adamw,
+        kwargs={"learning_rate": 1e-2, "weight_decay": 1e-3},
+        static_args=("every",),
+        convergence=Convergence(learning_rate=1e-2, overrides={"weight_decay": 0.0}),
+        exceptions=MOMENTS_OF_OPTAX,
+    ),
+    Row(
+        name="monitor_weight_decay_every_third_step",
+        factory=monitored_adamw,
+        kwargs={"learning_rate": 1e-2, "weight_decay": 1e-3, "every": 3},
+        static_args=("every",),
+        convergence=Convergence(learning_rate=1e-2, overrides={"weight_decay": 0.0}),
+        exceptions=MOMENTS_OF_OPTAX,
+    ),
+    Row(
+        name="add_weight_decay",
+        factory=separately_decayed_adam,
+        kwargs={"learning_rate": 1e-2, "weight_decay": 1e-3},
+        convergence=Convergence(learning_rate=1e-2, overrides={"weight_decay": 0.0}),
+        exceptions=MOMENTS_OF_OPTAX,
+    ),
+    Row(
+        name="add_weight_decay_squared_towards_the_start",
+        factory=separately_decayed_adam,
+        kwargs={
+            "learning_rate": 1e-2,
+            "weight_decay": 1e-3,
+            "coupling": "squared",
+            "anchor": "initial",
+        },
+        convergence=Convergence(learning_rate=1e-2, overrides={"weight_decay": 0.0}),
+        exceptions=MOMENTS_OF_OPTAX,
+    ),
+    Row(
         name="limit_norm_growth",
         factory=limited_sgd,
         kwargs={"gamma": 1.01, "learning_rate": 1e-2},
@@ -240,6 +461,45 @@ ROWS = [
         convergence=Convergence(learning_rate=1e-3, steps=20000),
         exceptions={
             "inject_hyperparams_in_bfloat16": "optax.scale_by_learning_rate promotes to float32",
+        },
+    ),
+    Row(
+        name="one_cycle_sgd",
+        factory=one_cycle_sgd,
+        kwargs={"learning_rate": 1e-2},
+        convergence=Convergence(learning_rate=1e-3),
+        exceptions=ONE_CYCLE_EXCEPTIONS,
+    ),
+    Row(
+        name="one_cycle_adamw",
+        factory=one_cycle_adamw,
+        kwargs={"learning_rate": 1e-2, "weight_decay": 1e-3},
+        convergence=Convergence(learning_rate=2e-2, overrides={"weight_decay": 0.0}),
+        exceptions=ONE_CYCLE_EXCEPTIONS,
+    ),
+    Row(
+        name="powerprop_momentum",
+        factory=powerprop_momentum,
+        kwargs={"learning_rate": 1e-2, "alpha": 1.5},
+        static_args=("weight_dimension_numbers",),
+        exceptions={"converges": "weights that are all zero have no gradient, and are refused"},
+    ),
+    Row(
+        name="powerprop_adam",
+        factory=powerprop_adam,
+        kwargs={"learning_rate": 1e-2, "alpha": 1.5},
+        static_args=("weight_dimension_numbers",),
+        exceptions={"converges": "weights that are all zero have no gradient, and are refused"},
+    ),
+    Row(
+        name="mask_updates",
+        factory=half_pruned_momentum,
+        kwargs={"learning_rate": 1e-2},
+        static_args=("weight_dimension_numbers",),
+        exceptions={
+            "converges": "half of the weights stay as they are",
+            "inject_hyperparams_in_bfloat16": "optax.scale_by_learning_rate promotes to float32",
+            "non_finite_gradient_stays_in_its_leaf": "nothing is seen of a pruned weight's",
         },
     ),
 ]
@@ -261,12 +521,19 @@ LONG = {
 QUICK_ROWS = ("optax_adamw", "galore")
 # Of a method that has a row already: all checks are slow ones.
 VARIANTS = {
+    "cautious_adamw_count_plus_one",
+    "one_cycle_adamw",
+    "add_weight_decay_squared_towards_the_start",
+    "monitor_weight_decay_every_third_step",
+    "extrapolated_adamw",
+    "adagrad_norm_by_columns",
     "galore_svd",
     "galore_both_sides_reset",
     "galore_lazy",
     "apollo_mini",
     "four_bit_adamw",
     "round_updates_with_compensation",
+    "nag_gs_constant_gamma",
 }
 
 

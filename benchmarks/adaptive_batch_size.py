@@ -3,8 +3,10 @@
     python benchmarks/adaptive_batch_size.py             # whatever is missing in the results file
     python benchmarks/adaptive_batch_size.py --markdown  # the table as Markdown
 
-Runs the main job itself with AdamW at one learning rate, from each seed with the smallest batch,
-the largest, and one that grows from the first to the second. A stopped run goes on where it was.
+Runs the main job itself with AdamW at one constant learning rate, from each seed with the smallest
+batch, the largest, and one that grows from the first to the second: what a falling learning rate
+does for a small batch, less noise towards the end, growing does without one. A stopped run goes on
+where it was.
 """
 
 import argparse
@@ -45,6 +47,7 @@ def run(name: str, flags: list[str], seed: int, folder: Path, args: argparse.Nam
     resume = ["--resume"] if (folder / "run.json").exists() else []
     common = ["--optimizer", "adamw", "--sequence-length", str(args.sequence_length)]
     common += ["--learning-rate", str(args.learning_rate), "--seed", str(seed), "--devices", "1"]
+    common += ["--schedule", args.schedule]
     given = [] if resume else [*common, *flags, "--eval-every", "1000000"]
     if status := pretrain.main([*given, "--output", str(folder), *resume]):
         raise SystemExit(status)
@@ -78,8 +81,9 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=4096, help="read by every run")
     parser.add_argument("--smallest", type=int, default=4)
     parser.add_argument("--largest", type=int, default=64)
-    parser.add_argument("--eta", type=float, default=0.7)
+    parser.add_argument("--eta", type=float, default=0.9)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--schedule", default="constant", help="as of the main job")
     parser.add_argument("--sequence-length", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
@@ -89,7 +93,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.sequences % args.largest or args.largest % args.smallest:
         parser.error("--sequences must be a multiple of --largest, and that of --smallest")
-    names = ("sequences", "smallest", "largest", "eta", "learning_rate", "sequence_length")
+    names = ("sequences", "smallest", "largest", "eta", "learning_rate", "schedule")
+    names += ("sequence_length",)
     results = Results(args.output, {name: getattr(args, name) for name in names}, args.log)
     for seed in range(args.seeds):
         for name, flags in batch_flags(args).items():

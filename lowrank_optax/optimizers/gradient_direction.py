@@ -142,7 +142,9 @@ def direct(
         if scale == "none":
             return new, state
         axes = weight_axes(weight_dimension_numbers, updates)
-        factors = _mask_scales(scale, new if signs is None else signs(state), directions, axes)
+        # Of gradients of their own: else a compiler keeps all directions, to have them twice.
+        again = jax.tree.map(toward, jax.lax.optimization_barrier(updates), new)
+        factors = _mask_scales(scale, new if signs is None else signs(state), again, axes)
         return jax.tree.map(lambda u, s: (u * s).astype(u.dtype), new, factors), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

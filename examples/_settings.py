@@ -31,7 +31,7 @@ class Settings:
     batch_size: int | Literal["adaptive"] = 8
     initial_batch_size: int = 8
     max_batch_size: int = 128
-    eta: float = 0.5
+    eta: float = 0.9
     sequence_length: int = 128
     accumulate: int = 1
     dtype: str = "float32"

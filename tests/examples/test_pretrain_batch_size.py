@@ -134,7 +134,12 @@ def test_learning_rate_falls_with_the_text_that_was_read(flags: list[str], tmp_p
 def test_feed_reads_the_same_text_whatever_the_sizes(text: Path) -> None:
     """And goes on from a position with the same sizes and text."""
     settings = Settings(
-        data=str(text), batch_size="adaptive", sequence_length=16, steps=40, max_batch_size=32
+        data=str(text),
+        batch_size="adaptive",
+        sequence_length=16,
+        steps=40,
+        max_batch_size=32,
+        eta=0.5,
     )
     corpus = pretrain.load_corpus(str(text), None, 16)
 

@@ -14,7 +14,7 @@ from lowrank_optax.matrices.flax_layers import (
     place,
     read_layer,
 )
-from lowrank_optax.matrices.paths import normalised_path
+from lowrank_optax.matrices.paths import compiled_pattern, normalised_path
 from lowrank_optax.matrices.rules import NOT_MATRICES, default_rule
 from lowrank_optax.matrices.views import WeightDimensionNumbers
 
@@ -194,10 +194,8 @@ def stack_around(
 def _matching(argument: str, pattern: str | None, paths: dict[_Path, Any]) -> set[_Path]:
     if pattern is None:
         return set()
-    try:
-        found = {names for names in paths if re.search(pattern, "/".join(names))}
-    except re.error as error:
-        raise ValueError(f"{argument}={pattern!r} is no regular expression: {error}.") from error
+    compiled = compiled_pattern(argument, pattern)
+    found = {names for names in paths if compiled.search("/".join(names))}
     if not found:
         plain = re.sub(r"[^\w/]+", "", pattern)
         known = sorted({name for names in paths for name in ("/".join(names), *names)})

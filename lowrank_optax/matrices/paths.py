@@ -1,6 +1,7 @@
 """Names of leaves: the same name for the same parameter, whatever tree it is met in."""
 
 from collections.abc import Container
+import re
 from typing import Any
 
 import jax
@@ -19,6 +20,14 @@ def normalised_path(path: tuple[Any, ...]) -> tuple[str, ...]:
 def path_string(path: tuple[Any, ...]) -> str:
     """Key path as ``layers/attention/query/kernel``."""
     return "/".join(normalised_path(path))
+
+
+def compiled_pattern(argument: str, pattern: str) -> re.Pattern[str]:
+    """The regular expression; raises ValueError, which names the argument, where it is none."""
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{argument}={pattern!r} is no regular expression: {error}.") from error
 
 
 def owner_of(path: Any, parameters: Container[tuple[str, ...]]) -> tuple[str, ...] | None:

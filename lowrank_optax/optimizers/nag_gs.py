@@ -13,7 +13,8 @@ import optax
 
 from lowrank_optax.optimizers.nag_gs_quadratic import to_heavy_ball
 from lowrank_optax.quantization import Bits
-from lowrank_optax.states import LowBitState, in_float32, low_bit
+from lowrank_optax.states import LowBitState, in_float32
+from lowrank_optax.states.assemble import with_state_bits
 from lowrank_optax.states.precision import keep_dtypes, widened
 
 
@@ -193,8 +194,7 @@ def nag_gs(
         paper_start=paper_start,
         state_dtype=state_dtype,
     )
-    if state_bits is not None and state_bits != 32:
-        tx = low_bit(tx, state_bits)
+    tx = with_state_bits(tx, state_bits)
     if isinstance(weight_decay, int | float) and weight_decay == 0:
         return tx
 

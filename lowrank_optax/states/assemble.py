@@ -9,6 +9,13 @@ from lowrank_optax.states.low_bit import low_bit
 from lowrank_optax.states.precision import keep_dtypes
 
 
+def with_state_bits(
+    tx: optax.GradientTransformationExtraArgs, state_bits: Bits | None
+) -> optax.GradientTransformationExtraArgs:
+    """``tx`` with its moments in so many bits between steps; None and 32 leave it as it is."""
+    return tx if state_bits is None or state_bits == 32 else low_bit(tx, state_bits)
+
+
 def optimizer(
     scaled: optax.GradientTransformationExtraArgs,
     learning_rate: optax.ScalarOrSchedule,
@@ -22,8 +29,7 @@ def optimizer(
     While gradients accumulate, neither acts, and schedules count optimizer steps. With
     ``state_bits``, moments are stored in so many.
     """
-    if state_bits is not None and state_bits != 32:
-        scaled = low_bit(scaled, state_bits)
+    scaled = with_state_bits(scaled, state_bits)
     no_decay = isinstance(weight_decay, int | float) and weight_decay == 0
     tail = optax.chain(
         # An absent decay must not ask for parameters, and leaves the same (empty) state.

@@ -1,7 +1,6 @@
 """Which leaves of a parameter tree are reparameterised or pruned."""
 
 from collections.abc import Callable
-import re
 from typing import Any, TypeAlias
 
 import jax
@@ -12,7 +11,7 @@ from lowrank_optax.matrices import (
     WeightDimensionNumbers,
     resolve_dimension_numbers,
 )
-from lowrank_optax.matrices.paths import path_string
+from lowrank_optax.matrices.paths import compiled_pattern, path_string
 from lowrank_optax.matrices.rules import default_rule
 
 Where: TypeAlias = str | Callable[[str, tuple[int, ...]], bool] | None
@@ -39,7 +38,7 @@ def selected(params: Any, where: Where, rule: DimensionNumbersRule = None) -> li
     if where is None:
         chosen = [spec is not None for spec in layer_matrices(params, rule)]
     elif isinstance(where, str):
-        pattern = _compiled(where)
+        pattern = compiled_pattern("where", where)
         chosen = [pattern.search(path_string(path)) is not None for path, _ in leaves]
         if leaves and not any(chosen):
             known = ", ".join(path_string(path) for path, _ in leaves[:5])
@@ -60,13 +59,6 @@ def layer_matrices(
     if rule is None:
         rule = lambda tree: default_rule(tree, _WITH_HEADS)
     return resolve_dimension_numbers(rule, params)
-
-
-def _compiled(where: str) -> re.Pattern[str]:
-    try:
-        return re.compile(where)
-    except re.error as error:
-        raise ValueError(f"where={where!r} is no regular expression: {error}.") from error
 
 
 def map_selected(function: Callable[..., Any], where: Where, params: Any, *others: Any) -> Any:

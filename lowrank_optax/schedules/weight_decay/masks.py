@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 import jax
 
-from lowrank_optax.matrices.paths import path_string
+from lowrank_optax.matrices.paths import compiled_pattern, path_string
 from lowrank_optax.matrices.rules import NOT_MATRICES, VECTOR_OF_NORM, default_rule
 
 ParameterKind = Literal["matrices", "embeddings", "head", "norms", "biases", "adapters", "others"]
@@ -136,7 +136,4 @@ def _kind(name: str, is_matrix: bool) -> ParameterKind:
 
 
 def _pattern(argument: str, pattern: str | None) -> re.Pattern[str] | None:
-    try:
-        return None if pattern is None else re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{argument}={pattern!r} is no regular expression: {error}.") from error
+    return None if pattern is None else compiled_pattern(argument, pattern)

@@ -156,8 +156,8 @@ def _hessian_product(loss: Callable[[Any], jax.Array], params: Any) -> Callable[
 
 
 def _dot(a: Any, b: Any) -> jax.Array:
-    product = lambda x, y: jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32))
-    return jnp.asarray(sum(map(product, jax.tree.leaves(a), jax.tree.leaves(b))), jnp.float32)
+    wide = lambda tree: optax.tree.cast(tree, jnp.float32)
+    return jnp.asarray(optax.tree.vdot(wide(a), wide(b)), jnp.float32)
 
 
 def _norm_sq(tree: Any) -> jax.Array:

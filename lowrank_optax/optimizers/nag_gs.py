@@ -15,7 +15,7 @@ from lowrank_optax.optimizers.nag_gs_quadratic import to_heavy_ball
 from lowrank_optax.quantization import Bits
 from lowrank_optax.states import LowBitState, in_float32
 from lowrank_optax.states.assemble import with_state_bits
-from lowrank_optax.states.precision import keep_dtypes, widened
+from lowrank_optax.states.precision import keep_dtypes, value_at, widened
 
 
 class ScaleByNagGsState(NamedTuple):
@@ -104,7 +104,7 @@ def scale_by_nag_gs(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByNagGsState]:
         del params, extra_args
-        alpha = _rate_at(learning_rate, state.count)
+        alpha = value_at(learning_rate, state.count)
         damping, convexity = _float32(gamma if constant_gamma else state.gamma), _float32(mu)
         scale = 1 / ((1 + alpha) * (damping + alpha * convexity))
         moved = jax.tree.map(
@@ -199,7 +199,7 @@ def nag_gs(
         return tx
 
     def decay_of(state: ScaleByNagGsState) -> jax.Array:
-        alpha = _rate_at(learning_rate, state.count)
+        alpha = value_at(learning_rate, state.count)
         rate = to_heavy_ball(alpha, mu, gamma if constant_gamma else state.gamma).learning_rate
         if paper_start:
             rate = jnp.where(state.count == 0, 0, rate)
@@ -226,10 +226,6 @@ def _with_decay(tx: Any, decay_of: Any, mask: Any) -> optax.GradientTransformati
         return decay.update(new, decay.init(params), params)[0], after
 
     return keep_dtypes(optax.GradientTransformationExtraArgs(wide.init, update_fn))
-
-
-def _rate_at(learning_rate: optax.ScalarOrSchedule, count: jax.Array) -> jax.Array:
-    return _float32(learning_rate(count) if callable(learning_rate) else learning_rate)
 
 
 def _float32(x: Any) -> jax.Array:

@@ -67,3 +67,8 @@ def widened(tree: Any) -> Any:
         return x.astype(jnp.float32) if narrow else x
 
     return jax.tree.map(widen, tree)
+
+
+def value_at(value: optax.ScalarOrSchedule, count: jax.Array) -> jax.Array:
+    """A number, or the value of a schedule at a step, in float32."""
+    return jnp.asarray(value(count) if callable(value) else value, jnp.float32)

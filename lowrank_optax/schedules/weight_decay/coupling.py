@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.schedules.weight_decay.rates import check_rate, learning_rate_at, value_at
+from lowrank_optax.schedules.weight_decay.rates import check_rate, learning_rate_at
+from lowrank_optax.states.precision import value_at
 
 Coupling = Literal["adamw", "independent", "constant", "squared", "l2"]
 

@@ -16,7 +16,8 @@ from lowrank_optax.matrices import DimensionNumbersRule
 from lowrank_optax.schedules.weight_decay.equilibrium import Optimizer, check_optimizer
 from lowrank_optax.schedules.weight_decay.groups import Groups, LabelRule, find_groups
 from lowrank_optax.schedules.weight_decay.measurements import MEASURED, NONE, leaf_sums, measure
-from lowrank_optax.schedules.weight_decay.rates import check_rate, learning_rate_at, value_at
+from lowrank_optax.schedules.weight_decay.rates import check_rate, learning_rate_at
+from lowrank_optax.states.precision import value_at
 
 
 class MonitorWeightDecayState(NamedTuple):

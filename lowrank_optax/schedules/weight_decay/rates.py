@@ -4,13 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
-
-def value_at(value: optax.ScalarOrSchedule, count: jax.Array) -> jax.Array:
-    """A number, or the value of a schedule at a step, in float32."""
-    return jnp.asarray(value(count) if callable(value) else value, jnp.float32)
+from lowrank_optax.states.precision import value_at
 
 
 def learning_rate_at(

@@ -150,14 +150,20 @@ def one_cycle_adamw(
     )
 
 
+def where_of(
+    weight_dimension_numbers: DimensionNumbersRule,
+) -> Callable[[str, tuple[int, ...]], bool] | None:
+    """What Powerpropagation is to select: all matrices, where the harness says which are some."""
+    return None if weight_dimension_numbers is None else lambda path, shape: len(shape) > 1
+
+
 def powerprop_momentum(
     learning_rate: optax.ScalarOrSchedule,
     alpha: float,
     weight_dimension_numbers: DimensionNumbersRule = None,
 ) -> optax.GradientTransformation:
     """Gradient descent with momentum on what Powerpropagation trains."""
-    all_of_them = lambda path, shape: len(shape) > 1
-    where = None if weight_dimension_numbers is None else all_of_them
+    where = where_of(weight_dimension_numbers)
     return lro.layers.powerprop_updates(optax.sgd(learning_rate, momentum=0.9), alpha, where=where)
 
 
@@ -167,8 +173,7 @@ def powerprop_adam(
     weight_dimension_numbers: DimensionNumbersRule = None,
 ) -> optax.GradientTransformation:
     """Adam in weight space, the update of Powerpropagation around it."""
-    all_of_them = lambda path, shape: len(shape) > 1
-    where = None if weight_dimension_numbers is None else all_of_them
+    where = where_of(weight_dimension_numbers)
     return lro.layers.powerprop_updates(optax.adam(learning_rate), alpha, where=where)
 
 

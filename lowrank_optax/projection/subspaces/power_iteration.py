@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.projection.orthonormal import orthonormalize
+from lowrank_optax.matrices.orthonormal import orthonormalize
 from lowrank_optax.projection.rank import RankSpec
 from lowrank_optax.projection.subspaces import base
 from lowrank_optax.projection.subspaces.lockstep import Request, Steps

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.projection.orthonormal import gram_matrix, leading_directions, orthonormalize
+from lowrank_optax.matrices.orthonormal import gram_matrix, leading_directions, orthonormalize
 from lowrank_optax.projection.rank import RankSpec
 from lowrank_optax.projection.subspaces import base
 from lowrank_optax.projection.subspaces.lockstep import Request, Steps

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank_optax.projection import orthonormal
+from lowrank_optax.matrices import orthonormal
 
 
 def _matrix(rows, singular_values, seed=0):

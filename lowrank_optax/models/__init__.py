@@ -6,7 +6,7 @@ from lowrank_optax.models.generation import generate
 from lowrank_optax.models.huggingface import load_huggingface, save_huggingface
 from lowrank_optax.models.presets import PRESETS, decoder_config
 from lowrank_optax.models.rotary import RopeScaling
-from lowrank_optax.models.safetensors_files import CheckpointMismatchError
+from lowrank_optax.storage.safetensors_files import CheckpointMismatchError
 
 __all__ = [
     "PRESETS",

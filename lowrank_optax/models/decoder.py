@@ -5,8 +5,8 @@ Pre-norm blocks of grouped-query attention with rotary positions and a SwiGLU ML
 which compiles once for all layers, or a list run one after the other.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 from flax import nnx
 import jax
@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 
 from lowrank_optax.models.attention import Attention, KeyValueCache, RMSNorm
 from lowrank_optax.models.config import DecoderConfig
+from lowrank_optax.models.huggingface_names import MODULE_NAMES
 from lowrank_optax.models.rotary import inverse_frequencies, rotary_angles
 
 # The attributes of jax.checkpoint_policies that are policies; the others make one from arguments.
@@ -111,6 +112,8 @@ class Decoder(nnx.Module):
         >>> model.blocks.mlp.gate.kernel.shape
         (4, 128, 344)
     """
+
+    huggingface_names: ClassVar[Mapping[str, str]] = MODULE_NAMES
 
     def __init__(
         self,

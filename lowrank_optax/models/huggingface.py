@@ -17,29 +17,17 @@ import numpy as np
 
 from lowrank_optax.models.config import DecoderConfig
 from lowrank_optax.models.decoder import Decoder, Remat
+from lowrank_optax.models.huggingface_names import BLOCK_MODULES, OUTER_MODULES
 from lowrank_optax.models.safetensors_files import (
+    MODEL_FOLDER,
     CheckpointReader,
-    replaced_folder,
     write_sharded,
 )
+from lowrank_optax.storage.folders import replaced_folder
 
 _OUTER_NAMES = {
-    "embed.embedding": "model.embed_tokens.weight",
-    "norm.scale": "model.norm.weight",
-    "lm_head.kernel": "lm_head.weight",
-}
-_BLOCK_MODULES = {
-    "attention_norm": "input_layernorm",
-    "attention.query": "self_attn.q_proj",
-    "attention.key": "self_attn.k_proj",
-    "attention.value": "self_attn.v_proj",
-    "attention.output": "self_attn.o_proj",
-    "attention.query_norm": "self_attn.q_norm",
-    "attention.key_norm": "self_attn.k_norm",
-    "mlp_norm": "post_attention_layernorm",
-    "mlp.gate": "mlp.gate_proj",
-    "mlp.up": "mlp.up_proj",
-    "mlp.down": "mlp.down_proj",
+    f"{module}.{parameter}": f"{OUTER_MODULES[module]}.weight"
+    for module, parameter in (("embed", "embedding"), ("norm", "scale"), ("lm_head", "kernel"))
 }
 _PARAMETERS = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 _DTYPES = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16}
@@ -143,7 +131,7 @@ def save_huggingface(
         )
     dtype = model.embed.embedding.get_value().dtype
     content = model.config.to_huggingface() | {"torch_dtype": dtype.name}
-    with replaced_folder(Path(folder)) as target:
+    with replaced_folder(Path(folder), MODEL_FOLDER) as target:
         text = json.dumps(content, indent=2, sort_keys=True)
         (target / "config.json").write_text(text + "\n", encoding="utf-8")
         write_sharded(target, _stored_tensors(parameters, model.config), max_shard_bytes)
@@ -161,7 +149,7 @@ def _names(path: Keys, config: DecoderConfig) -> list[str]:
     stacked = _is_stacked(path)
     layers = range(config.num_hidden_layers) if stacked else [path[1]]
     *module, parameter = path[1:] if stacked else path[2:]
-    module = _BLOCK_MODULES.get(".".join(map(str, module)))
+    module = BLOCK_MODULES.get(".".join(map(str, module)))
     if module is None or parameter not in _PARAMETERS:
         return []
     return [f"model.layers.{layer}.{module}.{_PARAMETERS[parameter]}" for layer in layers]

@@ -13,6 +13,7 @@ from lowrank_optax.quantization.blocks import (
     quantize,
 )
 from lowrank_optax.quantization.maps import Bits, CodeMap, MapName, code_map
+from lowrank_optax.quantization.nf4 import nf4_dequantize, nf4_quantize, nf4_round
 from lowrank_optax.quantization.packing import Packing, pack, packing_of, unpack
 
 __all__ = [
@@ -31,6 +32,9 @@ __all__ = [
     "dequantize",
     "encode_blocks",
     "layout_of",
+    "nf4_dequantize",
+    "nf4_quantize",
+    "nf4_round",
     "over_blocks",
     "pack",
     "packing_of",

@@ -8,18 +8,27 @@ of times the traffic of the codes.
 from collections.abc import Callable
 import dataclasses
 import functools
+import itertools
 import math
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
-MapName = Literal["dynamic", "linear", "log", "fp8"]
+MapName = Literal["dynamic", "linear", "log", "fp8", "nf4"]
 Bits = Literal[8, 4]
 Coder = Callable[[jax.Array], jax.Array]
 
 FLOAT8_MAX = 448.0  # the largest float8_e4m3fn
 LOG_DECADES = {8: 7.0, 4: 3.0}
+
+# Quantiles of a normal distribution, zero and both ends among them, over the largest.
+NF4_LEVELS = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+    *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
+    *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941),
+    *(0.7229568362236023, 1.0),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +65,7 @@ def code_map(name: MapName = "dynamic", bits: Bits = 8, signed: bool = True) -> 
     - ``"log"``: evenly spaced logarithms over seven decades in 8 bits and three in 4, so that the
       relative error is the same everywhere. Unsigned without zero.
     - ``"fp8"``: the numbers of ``float8_e4m3fn`` over the largest of them. 8 bits only.
+    - ``"nf4"``: NormalFloat, quantiles of a normal distribution, for weights. 4 bits, signed only.
 
     Raises:
       ValueError: If there is no such map, or none of so many bits.
@@ -72,7 +82,8 @@ def code_map(name: MapName = "dynamic", bits: Bits = 8, signed: bool = True) -> 
     References:
       Dettmers et al., 8-bit Optimizers via Block-wise Quantization, 2021,
       https://arxiv.org/abs/2110.02861, section 2. Li et al., Memory Efficient Optimizers with 4-bit
-      States, 2023, https://arxiv.org/abs/2309.01507, section 4.
+      States, 2023, https://arxiv.org/abs/2309.01507, section 4. Dettmers et al., QLoRA, 2023,
+    https://arxiv.org/abs/2305.14314, section 3.
     """
     if name not in get_args(MapName):
         raise ValueError(f"map={name!r} must be one of {', '.join(get_args(MapName))}.")
@@ -80,7 +91,10 @@ def code_map(name: MapName = "dynamic", bits: Bits = 8, signed: bool = True) -> 
         raise ValueError(f"bits={bits!r} must be 8 or 4.")
     if name == "fp8" and bits != 8:
         raise ValueError("map='fp8' has 8 bits: for bits=4 take another map.")
-    make = {"dynamic": _dynamic, "linear": _linear, "log": _log, "fp8": _float8}[name]
+    if name == "nf4" and not (bits == 4 and signed):
+        raise ValueError("map='nf4' has 4 bits and numbers of either sign: take another map.")
+    makers = {"dynamic": _dynamic, "linear": _linear, "log": _log, "fp8": _float8, "nf4": _nf4}
+    make = makers[name]
     return CodeMap(name, bits, signed, *make(bits, signed))
 
 
@@ -180,3 +194,21 @@ def _float8(bits: int, signed: bool) -> tuple[Coder, Coder, int, int]:
         return narrow.astype(jnp.float32) / FLOAT8_MAX
 
     return encode, decode, 1, 0x7E
+
+
+def _nf4(bits: int, signed: bool) -> tuple[Coder, Coder, int, int]:
+    del bits, signed
+
+    def encode(x: jax.Array) -> jax.Array:
+        codes = jnp.zeros(x.shape, jnp.int32)
+        for low, high in itertools.pairwise(NF4_LEVELS):
+            codes += (x > (low + high) / 2).astype(jnp.int32)
+        return codes
+
+    def decode(codes: jax.Array) -> jax.Array:
+        levels = jnp.full(codes.shape, NF4_LEVELS[0], jnp.float32)
+        for code, level in enumerate(NF4_LEVELS[1:], start=1):
+            levels = jnp.where(codes >= code, level, levels)
+        return levels
+
+    return encode, decode, NF4_LEVELS.index(0.0) + 1, len(NF4_LEVELS) - 1

@@ -1,6 +1,7 @@
 """The numbers of each code map in float64, from their definitions and not from closed forms."""
 
 import itertools
+import statistics
 
 import ml_dtypes
 import numpy as np
@@ -8,13 +9,14 @@ import numpy as np
 # Every map there is: name, bits, signed.
 MAPS = [
     *itertools.product(["dynamic", "linear", "log"], [8, 4], [True, False]),
+    ("nf4", 4, True),
     ("fp8", 8, True),
 ]
 
 
 def table(name: str, bits: int, signed: bool) -> np.ndarray:
     """The numbers in ascending order, so that an index is a code (but for fp8)."""
-    make = {"dynamic": _dynamic, "linear": _linear, "log": _log, "fp8": _float8}[name]
+    make = {"dynamic": _dynamic, "linear": _linear, "log": _log, "nf4": _nf4, "fp8": _float8}[name]
     return make(bits, signed)
 
 
@@ -44,6 +46,17 @@ def _log(bits: int, signed: bool) -> np.ndarray:
 def _float8(bits: int, signed: bool) -> np.ndarray:
     values = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64) / 448
     return np.unique(values[np.isfinite(values)])
+
+
+def _nf4(bits: int, signed: bool) -> np.ndarray:
+    """Normal quantiles of eight and nine even probabilities from 1/2 to 0.9677, over the largest.
+
+    The 0.9677 is the mean of 1 - 1/32 and 1 - 1/30, to seven digits in the official code.
+    """
+    normal = statistics.NormalDist().inv_cdf
+    positive = [normal(p) for p in np.linspace(0.9677083, 0.5, 9)[:-1]]
+    negative = [-normal(p) for p in np.linspace(0.9677083, 0.5, 8)[:-1]]
+    return np.sort([*negative, 0.0, *positive]) / max(positive)
 
 
 def half_gap(values: np.ndarray, x: np.ndarray) -> np.ndarray:

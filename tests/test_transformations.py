@@ -186,6 +186,30 @@ def half_pruned_momentum(
     return lro.layers.mask_updates(optax.sgd(learning_rate, momentum=0.9), masks)
 
 
+def frozen_matrices_adamw(
+    learning_rate: optax.ScalarOrSchedule, total_steps: int, final_steps: int, warmup_steps: int = 1
+) -> optax.GradientTransformation:
+    """AdamW whose matrices AFLoRA's rule freezes on the way."""
+    return lro.adapters.aflora_freezing(
+        optax.adamw(learning_rate, weight_decay=1e-3),
+        total_steps,
+        warmup_steps,
+        final_steps,
+        window=2,
+        names=FROZEN_NAMES,
+    )
+
+
+def frozen_rows_sgd(
+    learning_rate: optax.ScalarOrSchedule, total_steps: int, eta: float
+) -> optax.GradientTransformation:
+    """Momentum whose matrices LaMDA's rule freezes row by row."""
+    momentum = optax.sgd(learning_rate, momentum=0.9)
+    return lro.adapters.lamda_freezing(momentum, total_steps, eta, names=FROZEN_NAMES)
+
+
+# The matrices of the trees that the checks work on.
+FROZEN_NAMES = ("kernel", "rows", "columns", "layers")
 TYPES_OF_UPDATES = (
     "updates_keep_dtype",
     "mixed_dtypes_in_one_tree",
@@ -497,6 +521,13 @@ ROWS = [
         exceptions={"converges": "weights that are all zero have no gradient, and are refused"},
     ),
     Row(
+        name="lora_plus_adamw",
+        factory=lro.adapters.lora_plus_adamw,
+        kwargs={"learning_rate": 1e-2, "ratio": 2.0, "weight_decay": 1e-3},
+        static_args=("state_bits",),
+        convergence=Convergence(learning_rate=1e-2, overrides={"weight_decay": 0.0}),
+    ),
+    Row(
         name="mask_updates",
         factory=half_pruned_momentum,
         kwargs={"learning_rate": 1e-2},
@@ -505,6 +536,22 @@ ROWS = [
             "converges": "half of the weights stay as they are",
             "inject_hyperparams_in_bfloat16": "optax.scale_by_learning_rate promotes to float32",
             "non_finite_gradient_stays_in_its_leaf": "nothing is seen of a pruned weight's",
+        },
+    ),
+    Row(
+        name="aflora_freezing",
+        factory=frozen_matrices_adamw,
+        kwargs={"learning_rate": 1e-2, "total_steps": 6, "final_steps": 2},
+        convergence=Convergence(1e-2),
+        exceptions=MOMENTS_OF_OPTAX,
+    ),
+    Row(
+        name="lamda_freezing",
+        factory=frozen_rows_sgd,
+        kwargs={"learning_rate": 1e-2, "total_steps": 20, "eta": 0.5},
+        convergence=Convergence(1e-3),
+        exceptions={
+            "inject_hyperparams_in_bfloat16": "optax.scale_by_learning_rate promotes to float32",
         },
     ),
 ]

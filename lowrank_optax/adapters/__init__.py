@@ -1,0 +1,140 @@
+"""Small trainable changes to frozen weights: one definition, for Flax NNX, Linen and any pytree."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from lowrank_optax.adapters.aflora import AFLoRA
+from lowrank_optax.adapters.base import Adapter, AdapterParams, LowRank, Merged
+from lowrank_optax.adapters.dora import DoRA
+from lowrank_optax.adapters.freezing_matrices import (
+    AfloraFreezingState,
+    aflora_freezing,
+    aflora_schedule,
+)
+from lowrank_optax.adapters.freezing_rows import LamdaFreezingState, lamda_freezing
+from lowrank_optax.adapters.lamda import LaMDA
+from lowrank_optax.adapters.lora import LoRA
+from lowrank_optax.adapters.lora_fa import (
+    LoRAFA,
+    LoRAFAProjectionState,
+    lora_fa_factors,
+    lora_fa_projection,
+)
+from lowrank_optax.adapters.lora_plus import lora_plus_adamw, scale_lora_plus
+from lowrank_optax.adapters.lotr import LoTR
+from lowrank_optax.adapters.phases import carry_state, frozen_leaves
+from lowrank_optax.adapters.pissa import PiSSA, reduction_ratio
+from lowrank_optax.adapters.rank_allocation import allocate_ranks, energy, weight_spectra
+from lowrank_optax.adapters.svfit import SVFit, energy_rank
+from lowrank_optax.adapters.tucker import TuckerFactors, lotr_from_lora, lotr_from_updates
+
+if TYPE_CHECKING:
+    from lowrank_optax.adapters import linen, pytree
+    from lowrank_optax.adapters.attaching import attach, detach
+    from lowrank_optax.adapters.merging import MergeReport, merge, unmerge
+    from lowrank_optax.adapters.nnx import AdapterConstant, AdapterParam, AlsoTrained, trainable
+    from lowrank_optax.adapters.peft.config import UnsupportedConfigError
+    from lowrank_optax.adapters.peft.loading import load_peft
+    from lowrank_optax.adapters.peft.saving import save_peft
+    from lowrank_optax.adapters.retyping import also_train, freeze_arrays
+    from lowrank_optax.adapters.summaries import AdapterSummary, summary
+    from lowrank_optax.adapters.switching import activate, deactivate, disabled
+
+# The Flax parts: Flax is imported when one is first used.
+_FLAX = {
+    "AdapterConstant": "nnx",
+    "AdapterParam": "nnx",
+    "AdapterSummary": "summaries",
+    "AlsoTrained": "nnx",
+    "MergeReport": "merging",
+    "UnsupportedConfigError": "peft.config",
+    "activate": "switching",
+    "also_train": "retyping",
+    "attach": "attaching",
+    "deactivate": "switching",
+    "detach": "attaching",
+    "disabled": "switching",
+    "freeze_arrays": "retyping",
+    "load_peft": "peft.loading",
+    "merge": "merging",
+    "save_peft": "peft.saving",
+    "summary": "summaries",
+    "trainable": "nnx",
+    "unmerge": "merging",
+}
+
+__all__ = [
+    # What an adapter is
+    "Adapter",
+    "AdapterParams",
+    "LowRank",
+    "Merged",
+    # Methods
+    "AFLoRA",
+    "LaMDA",
+    "DoRA",
+    "LoRA",
+    "LoRAFA",
+    "LoTR",
+    "PiSSA",
+    "SVFit",
+    "energy_rank",
+    "reduction_ratio",
+    # Updates of LoRA-FA's and LoRA's second factor
+    "LoRAFAProjectionState",
+    "lora_fa_factors",
+    "lora_fa_projection",
+    "lora_plus_adamw",
+    "scale_lora_plus",
+    # LoTR's factors from other methods' updates
+    "TuckerFactors",
+    "lotr_from_lora",
+    "lotr_from_updates",
+    # Freezing on the way, and ranks from spectra
+    "AfloraFreezingState",
+    "LamdaFreezingState",
+    "aflora_freezing",
+    "aflora_schedule",
+    "allocate_ranks",
+    "carry_state",
+    "energy",
+    "frozen_leaves",
+    "lamda_freezing",
+    "weight_spectra",
+    # In a Flax NNX model
+    "AdapterConstant",
+    "AdapterParam",
+    "AdapterSummary",
+    "AlsoTrained",
+    "MergeReport",
+    "activate",
+    "also_train",
+    "attach",
+    "deactivate",
+    "detach",
+    "disabled",
+    "freeze_arrays",
+    "merge",
+    "summary",
+    "trainable",
+    "unmerge",
+    # Files of Hugging Face PEFT
+    "UnsupportedConfigError",
+    "load_peft",
+    "save_peft",
+    # In a Flax Linen model, and in any function of parameters
+    "linen",
+    "pytree",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("linen", "pytree"):
+        return import_module(f"{__name__}.{name}")
+    if name in _FLAX:
+        return getattr(import_module(f"{__name__}.{_FLAX[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

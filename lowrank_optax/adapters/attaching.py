@@ -1,0 +1,243 @@
+"""Attaching adapters to a Flax NNX model, and taking them away again."""
+
+from collections.abc import Hashable, Mapping
+import math
+from typing import Any, NamedTuple
+
+from flax import nnx
+import jax
+
+from lowrank_optax.adapters import sites
+from lowrank_optax.adapters.base import Adapter, Weights
+from lowrank_optax.adapters.groups import (
+    check_method,
+    check_patterns,
+    group_name,
+    init_group,
+    method_at,
+)
+from lowrank_optax.adapters.hosting import lending, set_class
+from lowrank_optax.adapters.nnx import (
+    LayerAdapter,
+    adaptable_layers,
+    adapted_layers,
+    check_names,
+    placed,
+    set_weight,
+    weight,
+    weight_variable,
+)
+from lowrank_optax.adapters.partitions import axes_of_arrays, matrix_sharding, variables
+from lowrank_optax.adapters.retyping import restore_types
+from lowrank_optax.adapters.selection import Where, chosen, path_string
+from lowrank_optax.matrices.views import from_matrix, matrix_shape, to_matrix
+
+
+class _Target(NamedTuple):
+    """A layer that is being adapted.
+
+    Attributes:
+      path: Its path in the model.
+      layer: The layer.
+      method: The adapter with this layer's rank and alpha.
+      shape: ``(*batch, d_in, d_out)`` of its weight.
+      stack: Sizes of the leading axes, along which scans cut it.
+    """
+
+    path: tuple[str, ...]
+    layer: Any
+    method: Adapter
+    shape: tuple[int, ...]
+    stack: tuple[int, ...]
+
+    def weights(self, values: bool) -> Weights:
+        """``[L, d_in, d_out]``, with its values only if the method reads them."""
+        shape = (math.prod(self.shape[:-2]), *self.shape[-2:])
+        if values and self.method.reads_weights:
+            return to_matrix(*weight(self.layer)).reshape(shape)
+        return jax.ShapeDtypeStruct(shape, weight_variable(self.layer).dtype)
+
+
+def attach(
+    model: nnx.Module,
+    method: Adapter,
+    where: Where = None,
+    *,
+    rngs: nnx.Rngs | int,
+    name: str = "default",
+    rank_pattern: Mapping[str, int | tuple[int, ...]] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+) -> nnx.Module:
+    """Attaches an adapter to the layers of a model, in place.
+
+    An adapted layer stays the object it is, with the paths and names of its own weights; its class
+    becomes a subclass whose calls apply the adapter. Layers stacked by ``nnx.vmap`` get stacked
+    adapters. Train the result with ``nnx.Optimizer(model, tx, wrt=lro.adapters.trainable)`` and
+    gradients of ``nnx.DiffState(0, lro.adapters.trainable)``.
+
+    Args:
+      model: Any NNX model.
+      method: What to attach, for example ``lro.adapters.LoRA(rank=8)``.
+      where: Which layers: a regular expression found in a path such as
+        ``blocks/attention/query``, a class of layers, any filter of ``flax.nnx`` or function of
+        path and module; None for all linear layers except embeddings and output heads.
+      rngs: Source of the initial values and of dropout.
+      name: The adapter's name: a model may have several.
+      rank_pattern: Other ranks for layers by regular expressions found in their paths, the first
+        that is found counting; a tuple has one for each layer of a stack.
+      alpha_pattern: Likewise other values of ``alpha``.
+
+    Returns:
+      The model itself.
+
+    Raises:
+      ValueError: If ``where`` matches no layer (the message lists near ones), a pattern matches
+        none of the layers chosen, or a layer has an adapter of this name already.
+      TypeError: If ``method`` is none.
+
+    Example:
+      >>> from flax import nnx
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> model = nnx.MultiHeadAttention(2, 8, decode=False, rngs=nnx.Rngs(0))
+      >>> x = jnp.ones((1, 3, 8))
+      >>> before = model(x)
+      >>> method = lro.adapters.LoRA(rank=2, alpha=4)
+      >>> _ = lro.adapters.attach(model, method, where="query|value", rngs=nnx.Rngs(1))
+      >>> print(bool((model(x) == before).all()))
+      True
+      >>> list(nnx.state(model, lro.adapters.trainable)["query"]["adapters"]["default"]["arrays"])
+      ['A', 'B']
+    """
+    check_method(method)
+    _check_name(name)
+    rngs = rngs if isinstance(rngs, nnx.Rngs) else nnx.Rngs(rngs)
+    targets = _targets(model, method, where, name, rank_pattern or {}, alpha_pattern or {})
+    groups: dict[Hashable, list[_Target]] = {}
+    for target in targets:
+        d_in, d_out = target.shape[-2:]
+        group = target.method.group(path_string(target.path), (d_in, d_out))
+        groups.setdefault(group, []).append(target)
+    for members in groups.values():  # what cannot be is refused before anything is changed
+        axes_of_arrays(*_of_group(members, values=False))
+    for group, members in groups.items():
+        _attach_group(model, name, group_name(group), members, rngs)
+    return model
+
+
+def _check_name(name: str) -> None:
+    if not isinstance(name, str) or not name or "/" in name or hasattr(nnx.Dict, name):
+        raise ValueError(f"name={name!r} must be a name that is no method of nnx.Dict, without /.")
+
+
+def _targets(
+    model: nnx.Module,
+    method: Adapter,
+    where: Where,
+    name: str,
+    rank_pattern: Mapping[str, Any],
+    alpha_pattern: Mapping[str, Any],
+) -> list[_Target]:
+    layers = adaptable_layers(model)
+    default = {p for p, m in layers.items() if (k := sites.weight_of(m)) and k.by_default}
+    targets = []
+    for path in chosen(layers, default, where):
+        layer, string = layers[path], path_string(path)
+        if name in getattr(layer, "adapters", {}):
+            raise ValueError(f"{string} has an adapter named {name!r} already: give another name.")
+        spec, stack = placed(layer, string)
+        shape = matrix_shape(weight_variable(layer).shape, spec)
+        own = method_at(method, string, rank_pattern, alpha_pattern)
+        targets.append(_Target(path, layer, own, shape, stack))
+    check_patterns([path_string(t.path) for t in targets], rank_pattern, alpha_pattern)
+    return targets
+
+
+def _attach_group(
+    model: Any, name: str, group: str, members: list[_Target], rngs: nnx.Rngs
+) -> None:
+    shared, own = init_group(rngs.params(), *_of_group(members))
+    axes = axes_of_arrays(*_of_group(members, values=False))
+    if shared.trainable or shared.frozen:
+        _put_shared(model, name, group, variables(shared, axes, matrix_sharding(members[0].layer)))
+    for target, params in zip(members, own, strict=True):
+        layer, batch = target.layer, target.shape[:-2]
+        params = jax.tree.map(lambda x, b=batch: x.reshape(*b, *x.shape[1:]), params)
+        if params.base is not None:
+            value, spec = weight(layer)
+            set_weight(layer, from_matrix(params.base, spec, like=value))
+        arrays = variables(params, axes, matrix_sharding(layer), len(batch))
+        lender = group if shared.trainable or shared.frozen else None
+        adapter = LayerAdapter(target.method, name, lender, arrays, _dropout_stream(target, rngs))
+        if not hasattr(layer, "adapters"):
+            layer.adapters = nnx.Dict()
+        layer.adapters[name] = adapter
+        set_class(layer)
+
+
+def _of_group(
+    members: list[_Target], values: bool = True
+) -> tuple[list[Adapter], list[Weights], list[bool]]:
+    """Methods, weights (or their shapes alone), and which layers are embeddings."""
+    weights = [target.weights(values) for target in members]
+    embeddings = [isinstance(target.layer, nnx.Embed) for target in members]
+    return [target.method for target in members], weights, embeddings
+
+
+def _put_shared(model: Any, name: str, group: str, arrays: dict[str, nnx.Variable]) -> None:
+    if not hasattr(model, "adapter_groups"):
+        model.adapter_groups = nnx.Dict()
+        set_class(model)
+    if name not in model.adapter_groups:
+        model.adapter_groups[name] = nnx.Dict()
+    model.adapter_groups[name][group] = nnx.Dict(arrays)
+
+
+def _dropout_stream(target: _Target, rngs: nnx.Rngs) -> nnx.RngStream | None:
+    if not getattr(target.method, "dropout", 0):
+        return None
+    # Layers of a stack draw from streams of their own.
+    return rngs.dropout.split(target.stack) if target.stack else rngs.dropout.fork()
+
+
+def detach(model: Any, name: str | None = None) -> nnx.Module:
+    """Takes adapters away, in place: what is left has the model's own structure and classes.
+
+    What is merged stays in the weights. A method that changed them when it was attached (PiSSA)
+    gives the original ones back, to the rounding of their dtype, unless it is merged. With the
+    last adapter, parameters of `also_train` get their own types back.
+
+    Args:
+      model: The model that `attach` was given.
+      name: Of the adapter; None for all.
+
+    Returns:
+      The model itself.
+
+    Raises:
+      ValueError: If there is no adapter of that name.
+    """
+    names = check_names(model, [name] if name else [])
+    with lending(model):
+        for _, layer in list(adapted_layers(model)):
+            for key in [k for k in layer.adapters if k in names]:
+                _restore(layer, layer.adapters[key])
+                del layer.adapters[key]
+            if not layer.adapters:
+                del layer.adapters
+            set_class(layer)
+    if hasattr(model, "adapter_groups"):
+        for key in [k for k in model.adapter_groups if k in names]:
+            del model.adapter_groups[key]
+        if not model.adapter_groups:
+            del model.adapter_groups
+        set_class(model)
+    if not any(adapted_layers(model)):
+        restore_types(model)
+    return model
+
+
+def _restore(layer: Any, adapter: LayerAdapter) -> None:
+    if adapter.method.changes_base and not adapter.merged:
+        value, spec = weight(layer)
+        original = adapter.method.original(adapter.p(), to_matrix(value, spec))
+        set_weight(layer, from_matrix(original, spec, like=value))

@@ -1,0 +1,277 @@
+"""LoRA-FA: LoRA with the first factor frozen, and the update of the second that fits best."""
+
+from collections.abc import Mapping
+import dataclasses
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+from jax.nn import initializers
+import jax.numpy as jnp
+import optax
+
+from lowrank_optax.adapters.base import AdapterParams, Arrays, Weights
+from lowrank_optax.adapters.initialisers import for_each
+from lowrank_optax.adapters.lora import LoRA
+from lowrank_optax.matrices.explicit_sharding import product
+from lowrank_optax.matrices.flax_layers import is_nnx_module
+from lowrank_optax.matrices.orthonormal import orthonormalize
+from lowrank_optax.matrices.paths import path_string
+
+Factors: TypeAlias = Mapping[str, tuple[jax.Array, Any]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoRAFA(LoRA):
+    r"""LoRA with a frozen random ``A``: :math:`y = x W + s\,(\mathrm{drop}(x) A) B`.
+
+    The gradient of ``B``, :math:`s\,(x A)^\top G`, needs ``r`` numbers of each token and not the
+    ``d_in`` of the input, and half the parameters are trained. Inputs that something else keeps (a
+    plain LoRA on one of query, key and value; a checkpointed block's) are kept as before.
+
+    Plain, this is the first version of the paper. The later one is `lora_fa_projection`, chained
+    before the optimizer.
+
+    Args:
+      orthonormal: Whether the columns of ``A`` are made orthonormal; the projection is then a
+        factor ``1/s²``.
+
+    Other options are those of `LoRA`. Of an embedding ``A`` is standard normal and ``B`` zero.
+
+    Raises:
+      TypeError: If ``rank`` is no int or tuple of them.
+      ValueError: If an option is out of its range; in ``init``, if more orthonormal columns are
+        asked for than ``A`` has rows.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
+      >>> params = lro.adapters.LoRAFA(rank=2).init(jax.random.key(0), jnp.zeros((1, 4, 3)))
+      >>> print({k: v.shape for k, v in params.trainable.items()}, params.frozen["A"].shape)
+      {'B': (1, 2, 3)} (1, 4, 2)
+
+    Reference:
+      Zhang et al., LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models
+      Fine-tuning, 2023, https://arxiv.org/abs/2308.03303.
+    """
+
+    orthonormal: bool = False
+
+    def init_layers(
+        self, key: jax.Array, weights: Weights, shared: Arrays, *, embedding: bool = False
+    ) -> AdapterParams:
+        """LoRA's arrays, ``A`` among the frozen ones."""
+        lora = super().init_layers(key, weights, shared, embedding=embedding)
+        trainable = dict(lora.trainable)
+        return AdapterParams(trainable, lora.frozen | {"A": trainable.pop("A")})
+
+    def _first(self, key: jax.Array, shape: tuple[int, int, int], embedding: bool) -> jax.Array:
+        if not embedding:
+            a = super()._first(key, shape, embedding)
+        else:  # LoRA's would be zero, and stay so
+            a = for_each(initializers.normal(1.0), key, shape, self.param_dtype)
+        if not self.orthonormal:
+            return a
+        if shape[-1] > shape[-2]:
+            raise ValueError(
+                f"orthonormal=True: {shape[-2]} inputs have no {shape[-1]} orthonormal directions; "
+                "lower the rank."
+            )
+        return orthonormalize(a.astype(jnp.float32)).astype(a.dtype)
+
+    def _second(self, key: jax.Array, shape: tuple[int, int, int], embedding: bool) -> jax.Array:
+        return super()._second(key, shape, embedding and self.initial == "random")
+
+
+class LoRAFAProjectionState(NamedTuple):
+    """State of `lora_fa_projection`.
+
+    Attributes:
+      inverse: For each ``B`` of the factors ``(s² AᵀA)⁻¹ [*batch, r, r]``, float32; ``MaskedNode``
+        for other leaves.
+    """
+
+    inverse: optax.Params
+
+
+def lora_fa_projection(
+    factors: Factors, *, damping: float = 1e-8
+) -> optax.GradientTransformationExtraArgs:
+    r"""Gradients of ``B`` whose change of the weight is closest to the weight's own gradient.
+
+    With :math:`D = \partial L / \partial W`, of which the gradient :math:`s A^\top D` of ``B`` is
+    all that is known,
+
+    .. math::
+      g_B = \arg\min_g \lVert s A g - D \rVert_F
+          = \frac{1}{s^2} (A^\top A)^{-1} \, \frac{\partial L}{\partial B}.
+
+    Chain it before an optimizer: with ``optax.sgd`` the weight changes by
+    :math:`-\eta P_A D`, :math:`P_A` projecting on the columns of ``A``, whatever ``s`` and the
+    scale of ``A``. Adam's updates do not depend on the scale of gradients, so what stays there is
+    how the inverse mixes the rows. Leaves that are no ``B`` of the factors pass unchanged.
+
+    ``A`` being constant, the inverse is computed once, into the state (``r²`` floats for each):
+    directions that ``A`` lacks (a rank above ``d_in``, columns of zeros) get no gradient, and none
+    is asked for.
+
+    Args:
+      factors: By the path of a ``B``, less its last name, the ``A [*batch, d_in, r]`` beside it and
+        its scale ``s``: a number, or one for each row, ``[*batch, r]``; `lora_fa_factors` collects
+        them. An ending of the path will do.
+      damping: Tikhonov's, relative to the mean of the diagonal of :math:`A^\top A`.
+
+    Returns:
+      A transformation with the state `LoRAFAProjectionState`. It computes in float32; gradients
+      keep their dtypes.
+
+    Raises:
+      ValueError: If ``damping`` is negative; in ``init``, if no leaf is a ``B`` of the factors, or
+        the shapes do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> tx = lro.adapters.lora_fa_projection({"query": (jnp.array([[2.0], [0.0]]), 3.0)})
+      >>> params = {"query": {"B": jnp.zeros((1, 1))}}
+      >>> g, _ = tx.update({"query": {"B": jnp.array([[6.0]])}}, tx.init(params))
+      >>> print(f"{g['query']['B'][0, 0]:.4f}")
+      0.1667
+
+    Reference:
+      The later version of Zhang et al., 2023, https://arxiv.org/abs/2308.03303, as in
+      ``LoraFAOptimizer`` of Hugging Face PEFT.
+    """
+    if isinstance(damping, int | float) and not damping >= 0:
+        raise ValueError(f"damping={damping!r} must not be negative.")
+
+    def init_fn(params: optax.Params) -> LoRAFAProjectionState:
+        found = []
+
+        def inverse(path: Any, b: jax.Array) -> Any:
+            key = _key(path_string(path), factors)
+            if key is None:
+                return optax.MaskedNode()
+            found.append(key)
+            a, scale = factors[key]
+            _check_shapes(key, a, b)
+            return _inverse(a, scale, damping)
+
+        state = LoRAFAProjectionState(jax.tree_util.tree_map_with_path(inverse, params))
+        if jax.tree.leaves(params) and not found:
+            paths = [path_string(path) for path, _ in jax.tree.leaves_with_path(params)]
+            raise ValueError(
+                f"no parameter is the B of one of the factors: these are of {list(factors)[:3]}, "
+                f"parameters are {paths[:3]}."
+            )
+        return state
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, LoRAFAProjectionState]:
+        del params, extra_args
+
+        def projected(g: jax.Array, inverse: Any) -> jax.Array:
+            if isinstance(inverse, optax.MaskedNode):
+                return g
+            return product("...rk,...kn->...rn", inverse, g.astype(jnp.float32)).astype(g.dtype)
+
+        return jax.tree.map(projected, updates, state.inverse), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def lora_fa_factors(source: Any, method: LoRAFA | None = None) -> dict[str, tuple[jax.Array, Any]]:
+    """The frozen ``A`` and the scales of all LoRA-FA adapters, for `lora_fa_projection`.
+
+    Args:
+      source: A Flax NNX model with adapters attached; or a tree of their frozen arrays, where each
+        is called ``A`` and stands where ``B`` does in the tree that is trained: in Linen
+        ``variables["adapter_constants"]["default"]``.
+      method: Of a tree, the adapter that it belongs to; other ranks than its own are seen, other
+        values of ``alpha`` are not: collect those apart, dictionaries can be joined.
+
+    Returns:
+      ``{path: (A [*batch, d_in, r], s [*batch, r])}``.
+
+    Raises:
+      ValueError: If there is none, or ``method`` is missing.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> frozen = {"query": {"A": jnp.ones((4, 2))}}
+      >>> factors = lro.adapters.lora_fa_factors(frozen, lro.adapters.LoRAFA(rank=2, alpha=6))
+      >>> print(factors["query"][1])
+      [3. 3.]
+    """
+    if is_nnx_module(source):
+        found = _of_model(source)
+    elif method is None:
+        raise ValueError("method=None: of a tree of arrays, say of which LoRAFA they are.")
+    else:
+        leaves = {path_string(p): x for p, x in jax.tree.leaves_with_path(source)}
+        found = {
+            owner: _scaled(
+                # Patterns may have given a layer another rank.
+                dataclasses.replace(method, rank=a.shape[-1]),
+                {"A": a} | _rank_scale(leaves, owner),
+            )
+            for path, a in leaves.items()
+            for owner, name in [_split(path)]
+            if name == "A"
+        }
+    if not found:
+        raise ValueError("there is no LoRA-FA adapter: attach LoRAFA(...) before.")
+    return found
+
+
+def _of_model(model: Any) -> dict[str, tuple[jax.Array, Any]]:
+    from lowrank_optax.adapters.nnx import adapted_layers
+
+    return {
+        "/".join((*path, "adapters", name, "arrays")): _scaled(adapter.method, adapter.p())
+        for path, layer in adapted_layers(model)
+        for name, adapter in layer.adapters.items()
+        if isinstance(adapter.method, LoRAFA)
+    }
+
+
+def _scaled(method: LoRAFA, p: Arrays) -> tuple[jax.Array, Any]:
+    """``A`` and the scale of each of its columns."""
+    a = p["A"]
+    return a, method.scaled(p, jnp.ones((*a.shape[:-2], a.shape[-1], 1)))[..., 0]
+
+
+def _rank_scale(leaves: Mapping[str, jax.Array], owner: str) -> dict[str, jax.Array]:
+    name = f"{owner}/rank_scale" if owner else "rank_scale"
+    return {"rank_scale": leaves[name]} if name in leaves else {}
+
+
+def _split(path: str) -> tuple[str, str]:
+    owner, _, name = path.rpartition("/")
+    return owner, name
+
+
+def _key(path: str, factors: Factors) -> str | None:
+    """Which of the factors the parameter at a path is the ``B`` of: that with the longest path."""
+    owner, name = _split(path)
+    if name != "B":
+        return None
+    names = owner.split("/") if owner else []
+    endings = ("/".join(names[start:]) for start in range(len(names) + 1))
+    return next((ending for ending in endings if ending in factors), None)
+
+
+def _check_shapes(key: str, a: jax.Array, b: jax.Array) -> None:
+    if a.ndim != b.ndim or a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-2]:
+        raise ValueError(
+            f"factors[{key!r}] has A of shape {a.shape} for a B of shape {b.shape}: "
+            "[*batch, d_in, r] and [*batch, r, d_out] must agree."
+        )
+
+
+def _inverse(a: jax.Array, scale: Any, damping: float) -> jax.Array:
+    """``(s AᵀA s + damping)⁻¹``, as a pseudo-inverse: a float32 cannot see so little damping."""
+    scale = jnp.broadcast_to(jnp.asarray(scale, jnp.float32), (*a.shape[:-2], a.shape[-1]))
+    columns = a.astype(jnp.float32) * scale[..., None, :]
+    gram = product("...dk,...dl->...kl", columns, columns)
+    mean = jnp.mean(jnp.diagonal(gram, axis1=-2, axis2=-1), axis=-1)[..., None, None]
+    damped = gram + damping * mean * jnp.eye(gram.shape[-1])
+    return jnp.linalg.pinv(damped, hermitian=True)

@@ -1,0 +1,147 @@
+"""Folding adapters into the weights they change, and taking them out again."""
+
+from typing import Any
+
+import jax
+
+from lowrank_optax.adapters.base import Arrays
+from lowrank_optax.adapters.folding import (
+    MergedLayer,
+    MergeReport,
+    Methods,
+    check_can_unmerge,
+    folded,
+    unfolded,
+)
+from lowrank_optax.adapters.hosting import lending
+from lowrank_optax.adapters.nnx import (
+    LayerAdapter,
+    adapted_layers,
+    check_names,
+    set_weight,
+    weight,
+)
+from lowrank_optax.adapters.selection import path_string
+from lowrank_optax.matrices.views import from_matrix, to_matrix
+
+
+def merge(model: Any, name: str | None = None) -> MergeReport:
+    r"""Folds active adapters into the weights, in place: :math:`W + \sum_i s_i \Delta_i`.
+
+    Sums are formed in float32, one layer of a stack at a time, and rounded once to the weight's
+    dtype. The adapters stay, inactive, until `unmerge` takes them out of the weights again or
+    `detach` takes them away.
+
+    Args:
+      model: The model that `attach` was given.
+      name: Of the adapter; None for all that are active.
+
+    Returns:
+      A report that can be printed: for each layer the largest rounding error, and how large the
+      change is beside the weight.
+
+    Raises:
+      ValueError: If there is no adapter of that name, it is merged already or inactive; if none is
+        active; or if a change that depends on the weight (DoRA's) would have to be merged together
+        with others, or at a strength other than 1, from which the weight could not be found again.
+      RuntimeError: If the adapter shares arrays with layers outside of ``model``.
+
+    Example:
+      >>> from flax import nnx
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> model, x = nnx.Linear(4, 4, rngs=nnx.Rngs(0)), jnp.ones(4)
+      >>> method = lro.adapters.LoRA(rank=2, initial="random")
+      >>> y = lro.adapters.attach(model, method, where=".*", rngs=0)(x)
+      >>> report = lro.adapters.merge(model)
+      >>> print(report.rows[0].rounding_error, bool(jnp.allclose(model(x), y, atol=1e-6)))
+      0.0 True
+    """
+    wanted = check_names(model, [name] if name else [])
+    folding = []
+    for path, layer in adapted_layers(model):
+        adapters = [a for a in layer.adapters.values() if a.name in wanted]
+        if name:
+            _check_can_merge(path_string(path), adapters)
+        adapters = [a for a in adapters if a.active]
+        if adapters:
+            _check_can_unmerge(path_string(path), layer, adapters)
+            folding.append((path_string(path), layer, adapters))
+    if not folding:
+        raise ValueError("no adapter of the model is active: there is nothing to merge.")
+    rows = []
+    with lending(model):
+        for path, layer, adapters in folding:
+            rows.append(MergedLayer(path, *_fold(layer, adapters)))
+            for adapter in adapters:
+                adapter.active, adapter.merged = False, True
+    return MergeReport(rows)
+
+
+def unmerge(model: Any, name: str | None = None) -> None:
+    """Takes merged adapters out of the weights, in place, and makes them active again.
+
+    The weights are those before `merge` to the rounding of their dtype.
+
+    Args:
+      model: The model that `merge` was given.
+      name: Of the adapter; None for all that are merged.
+
+    Raises:
+      ValueError: If there is no adapter of that name, or none is merged.
+    """
+    wanted = check_names(model, [name] if name else [])
+    any_folded = False
+    with lending(model):
+        for _, layer in adapted_layers(model):
+            adapters = [a for a in layer.adapters.values() if a.name in wanted and a.merged]
+            if adapters:
+                _unfold(layer, adapters)
+                any_folded = True
+            for adapter in adapters:
+                adapter.active, adapter.merged = True, False
+    if not any_folded:
+        raise ValueError(f"nothing to unmerge: none of {wanted} is merged.")
+
+
+def _fold(layer: Any, adapters: list[LayerAdapter]) -> tuple[jax.Array, jax.Array]:
+    value, spec = weight(layer)
+    stack, parts = _stacked(to_matrix(value, spec), adapters)
+    merged, error, size = folded(_methods(adapters), stack, *parts)
+    set_weight(layer, from_matrix(merged, spec, like=value))
+    return error, size
+
+
+def _unfold(layer: Any, adapters: list[LayerAdapter]) -> None:
+    value, spec = weight(layer)
+    stack, parts = _stacked(to_matrix(value, spec), adapters)
+    set_weight(layer, from_matrix(unfolded(_methods(adapters), stack, *parts), spec, like=value))
+
+
+def _methods(adapters: list[LayerAdapter]) -> Methods:
+    return tuple((adapter.method, adapter.strength) for adapter in adapters)
+
+
+def _stacked(
+    matrices: jax.Array, adapters: list[LayerAdapter]
+) -> tuple[jax.Array, tuple[tuple[Arrays, ...], tuple[Arrays, ...]]]:
+    """Weights ``[L, d_in, d_out]``, each adapter's own arrays ``[L, ...]``, and its shared ones."""
+    batch = matrices.ndim - 2
+    flat = lambda x: x.reshape(-1, *x.shape[batch:])
+    own = tuple({k: flat(v[...]) for k, v in a.arrays.items()} for a in adapters)
+    shared = tuple({k: v for k, v in a.p().items() if k not in a.arrays} for a in adapters)
+    return flat(matrices), (own, shared)
+
+
+def _check_can_merge(path: str, adapters: list[LayerAdapter]) -> None:
+    for adapter in adapters:
+        if adapter.merged:
+            raise ValueError(f"the adapter {adapter.name!r} of {path} is merged already.")
+        if not adapter.active:
+            raise ValueError(
+                f"the adapter {adapter.name!r} of {path} is inactive: activate it first."
+            )
+
+
+def _check_can_unmerge(path: str, layer: Any, adapters: list[LayerAdapter]) -> None:
+    together = adapters + [a for a in layer.adapters.values() if a.merged]
+    check_can_unmerge(path, [(a.name, a.method, a.strength) for a in together])

@@ -1,0 +1,95 @@
+"""The input of a layer, as an adapter sees it: something that can be multiplied by a matrix.
+
+An adapter is written once, for ``x @ A`` with ``A [d_in, k]``. What that product is, the layer
+knows: a convolution multiplies its patches, an embedding looks rows up, an attention projection
+contracts two axes. So the adapter of a convolution is a convolution of ``k`` channels followed by
+one of window 1, as in Hugging Face PEFT, and that of an embedding a table of ``k`` columns.
+"""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+
+
+class Operand(Protocol):
+    """A layer's input."""
+
+    def __matmul__(self, matrix: jax.Array) -> jax.Array:
+        """The product ``[..., k]`` with a matrix ``[d_in, k]``, in the layer's own dtype."""
+        ...
+
+    def drop(self, key: jax.Array, rate: float) -> "Operand":
+        """The input with a fraction ``rate`` of its elements zero and the others scaled up."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Activations ``[..., d_in]``; with batch axes of the matrices in front, ``[*batch, n, d_in]``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(Rows(jnp.ones((2, 3))) @ jnp.ones((3, 1)))
+      [[3.]
+       [3.]]
+    """
+
+    x: jax.Array
+
+    def __matmul__(self, matrix: jax.Array) -> jax.Array:
+        return jnp.matmul(self.x, matrix.astype(self.x.dtype))
+
+    def drop(self, key: jax.Array, rate: float) -> "Rows":
+        """Inverted dropout."""
+        return Rows(_dropout(self.x, key, rate))
+
+
+@dataclasses.dataclass(frozen=True)
+class Lookup:
+    """Row numbers ``[...]`` of a table: the product with a matrix is its rows.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(Lookup(jnp.array([2, 0])) @ jnp.array([[1.0], [2.0], [3.0]]))
+      [[3.]
+       [1.]]
+    """
+
+    index: jax.Array
+    dtype: jnp.dtype | None = None
+
+    def __matmul__(self, matrix: jax.Array) -> jax.Array:
+        rows = jnp.take(matrix, self.index, axis=0)
+        return rows if self.dtype is None else rows.astype(self.dtype)
+
+    def drop(self, key: jax.Array, rate: float) -> "Lookup":
+        """Itself: there is nothing to drop of a number of a row."""
+        return self
+
+
+@dataclasses.dataclass(frozen=True)
+class Patches:
+    """The input of a convolution, whose product with a matrix is a convolution.
+
+    Attributes:
+      x: ``[..., *spatial, channels]``.
+      convolve: ``convolve(x, matrix)``: the convolution with a kernel ``[window * channels, k]``.
+    """
+
+    x: jax.Array
+    convolve: Callable[[jax.Array, jax.Array], jax.Array]
+
+    def __matmul__(self, matrix: jax.Array) -> jax.Array:
+        return self.convolve(self.x, matrix.astype(self.x.dtype))
+
+    def drop(self, key: jax.Array, rate: float) -> "Patches":
+        """Inverted dropout of the convolution's input."""
+        return Patches(_dropout(self.x, key, rate), self.convolve)
+
+
+def _dropout(x: jax.Array, key: jax.Array, rate: float) -> jax.Array:
+    kept = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(kept, x / (1 - rate), jnp.zeros_like(x))

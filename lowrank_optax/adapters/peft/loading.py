@@ -1,0 +1,170 @@
+"""Attaching an adapter that Hugging Face PEFT (or `save_peft`) wrote to a Flax model."""
+
+from collections.abc import Mapping
+import os
+from pathlib import Path
+import re
+from typing import Any
+
+from flax import nnx
+import jax.numpy as jnp
+import numpy as np
+
+from lowrank_optax.adapters.attaching import attach
+from lowrank_optax.adapters.base import Adapter
+from lowrank_optax.adapters.peft.config import (
+    PeftConfig,
+    UnsupportedConfigError,
+    parse_config,
+    read_json,
+)
+from lowrank_optax.adapters.peft.expected import Expected, expected_tensors, read_tensors
+from lowrank_optax.adapters.peft.forms import method_of
+from lowrank_optax.adapters.peft.matching import alpha_of, rank_of, scale_of
+from lowrank_optax.adapters.peft.module_names import ModuleNames, Slot, module_slots
+from lowrank_optax.adapters.retyping import also_train
+from lowrank_optax.adapters.selection import path_string
+
+
+def load_peft(
+    model: nnx.Module,
+    path: str | os.PathLike,
+    *,
+    name: str = "default",
+    names: ModuleNames | None = None,
+    rngs: nnx.Rngs | int = 0,
+) -> nnx.Module:
+    """Attaches the adapter in a folder of Hugging Face PEFT to a model, in place.
+
+    Reads LoRA, rsLoRA, DoRA and PiSSA, with regular expressions, lists, ranks and alphas by
+    pattern, ``modules_to_save`` and trained biases (whose values the model takes over, as
+    parameters of `also_train`), of linear layers, embeddings and convolutions. Everything is
+    compared before anything is attached: the file's tensors must be those that its configuration
+    asks of this model. Layers that the model has stacked are stacked.
+
+    Args:
+      model: An NNX model with the weights of the adapter's base model.
+      path: The folder, with adapter_config.json and adapter_model.safetensors.
+      name: What the adapter is called in the model.
+      names: What PyTorch calls the modules, as for `save_peft`.
+      rngs: Source of dropout.
+
+    Returns:
+      The model itself. The adapter's arrays are float32.
+
+    Raises:
+      ImportError: safetensors is not installed.
+      FileNotFoundError: There is no such file in the folder.
+      UnsupportedConfigError: A field that changes what the adapter computes has a value that is
+        not supported; the message names them.
+      CheckpointMismatchError: The file is damaged or truncated, or tensors are missing, unknown or
+        of other shapes; all of them are listed.
+      ValueError: A file is damaged or pickled, or the configuration selects no layer of the model.
+
+    Example:
+      See `save_peft`.
+    """
+    folder = Path(path)
+    config = parse_config(read_json(folder))
+    slots = module_slots(model, names)
+    expected = expected_tensors(slots, config)
+    tensors = read_tensors(folder, expected)
+    _attach(model, name, config, expected.layers, tensors, rngs)
+    _set_parameters(model, expected, tensors)
+    return model
+
+
+def _attach(
+    model: Any,
+    name: str,
+    config: PeftConfig,
+    layers: Mapping[str, Slot],
+    tensors: Mapping[str, Mapping[str, np.ndarray]],
+    rngs: nnx.Rngs | int,
+) -> None:
+    by_path: dict[tuple[str, ...], list[str]] = {}
+    for module, slot in layers.items():
+        by_path.setdefault(slot.path, []).append(module)
+    method = method_of(config)
+    ranks, alphas, places = {}, {}, {}
+    for path, modules in by_path.items():
+        pattern = f"^{re.escape(path_string(path))}$"
+        places[path] = _Place(path, {m: layers[m] for m in modules}, config)
+        ranks[pattern] = places[path].ranks()
+        alphas[pattern] = alpha_of(modules[0], config)
+        places[path].check(method)
+    where = lambda path, layer: tuple(map(str, path)) in by_path
+    attach(model, method, where, rngs=rngs, name=name, rank_pattern=ranks, alpha_pattern=alphas)
+    for place in places.values():
+        place.fill(name, tensors)
+
+
+class _Place:
+    """A Flax layer, or stack of them, and PyTorch's modules that are adapted in it."""
+
+    def __init__(self, path: tuple[str, ...], slots: dict[str, Slot], config: PeftConfig) -> None:
+        self.path, self.slots, self.config = path, slots, config
+        self.module = next(iter(slots.values())).module
+        self.rank_of = {slot.index: rank_of(m, config) for m, slot in slots.items()}
+        self.scale_of = {slot.index: scale_of(m, config) for m, slot in slots.items()}
+
+    def batch(self) -> tuple[int, ...]:
+        axes = len(next(iter(self.rank_of)))
+        parameter = next(x for x in vars(self.module).values() if isinstance(x, nnx.Param))
+        return parameter.shape[:axes]
+
+    def ranks(self) -> int | tuple[int, ...]:
+        """One rank, or one for each layer of the stack if ranks or scales differ."""
+        indices = list(np.ndindex(self.batch()))
+        ranks, scales = set(self.rank_of.values()), set(self.scale_of.values())
+        if len(self.rank_of) == len(indices) and len(ranks) == len(scales) == 1:
+            return ranks.pop()
+        return tuple(self.rank_of.get(index, 1) for index in indices)
+
+    def check(self, method: Adapter) -> None:
+        """Layers of a stack without an adapter have one of scale zero, where that is nothing."""
+        whole = len(self.rank_of) == np.prod(self.batch(), dtype=int)
+        if not whole and (self.config.use_dora or self.config.init_lora_weights == "pissa"):
+            raise UnsupportedConfigError(
+                f"{type(method).__name__} of {len(self.rank_of)} of the {np.prod(self.batch())} "
+                f"layers stacked at {path_string(self.path)}: load it into a model whose layers "
+                "are not stacked."
+            )
+
+    def fill(self, name: str, tensors: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+        """Sets the adapter's arrays to the file's tensors."""
+        arrays = self.module.adapters[name].arrays
+        values = {k: np.zeros(v.shape, v.dtype) for k, v in arrays.items() if k in ("A", "B")}
+        for key in ("magnitude", "rank_scale"):
+            if key in arrays:
+                values[key] = np.zeros(arrays[key].shape, arrays[key].dtype)
+        for module, slot in self.slots.items():
+            layout, rank = slot.layout(), self.rank_of[slot.index]
+            assert layout is not None  # only layers are targets
+            a, b = layout.unpack(tensors[module])
+            values["A"][slot.index][:, :rank], values["B"][slot.index][:rank] = a, b
+            if "magnitude" in values:
+                magnitude = tensors[module]["lora_magnitude_vector"]
+                values["magnitude"][slot.index] = magnitude.reshape(-1)
+            if "rank_scale" in values:
+                values["rank_scale"][slot.index][:rank] = self.scale_of[slot.index]
+        for key, value in values.items():
+            arrays[key].set_value(jnp.asarray(value))
+
+
+def _set_parameters(
+    model: Any, expected: Expected, tensors: Mapping[str, Mapping[str, np.ndarray]]
+) -> None:
+    trained = set()
+    for module, slot in expected.slots.items():
+        names = slot.parameters() if module in tensors else {}
+        for parameter, value in tensors.get(module, {}).items():
+            own = parameter.removeprefix("base_layer.")
+            if own not in ("weight", "bias"):
+                continue
+            slot.write(own, value)
+            # The base of an adapted embedding comes along, and is not trained.
+            if parameter != "base_layer.weight":
+                trained.add((*slot.path, names[own]))
+    if trained:
+        also_train(model, lambda path, _: tuple(map(str, path)) in trained)

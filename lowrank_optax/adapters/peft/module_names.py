@@ -1,0 +1,179 @@
+"""The layers of a Flax model by the names they have in PyTorch."""
+
+from collections.abc import Callable, Iterator, Mapping
+import itertools
+import re
+from typing import Any, NamedTuple, TypeAlias
+
+from flax import nnx
+import jax.numpy as jnp
+import numpy as np
+
+from lowrank_optax.adapters import sites
+from lowrank_optax.adapters.nnx import AdapterParam, weight
+from lowrank_optax.adapters.peft.layouts import Layout
+from lowrank_optax.adapters.selection import path_string
+from lowrank_optax.matrices.views import from_matrix, matrix_shape, to_matrix
+
+ModuleNames: TypeAlias = Mapping[str, str] | Callable[[str], str | None]
+"""PyTorch's names of modules by their paths. In a mapping, ``{}`` in a path is the number of a
+layer, which a stack has not, and in a name where it goes: ``"blocks/{}/attention/query":
+"model.layers.{}.self_attn.q_proj"``. A function of a path returns a name, None for modules that
+PyTorch has not, and ``{}`` where the numbers of a stack go."""
+
+_WEIGHTS = ("kernel", "embedding", "scale")
+
+
+class Slot(NamedTuple):
+    """A module of PyTorch's in a Flax model.
+
+    Attributes:
+      path: Of the Flax module.
+      module: The Flax module, perhaps a stack.
+      index: Its place in the stack; empty if there is none.
+    """
+
+    path: tuple[str, ...]
+    module: Any
+    index: tuple[int, ...]
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether adapters can be attached to it."""
+        return sites.weight_of(self.module) is not None
+
+    def layout(self) -> Layout | None:
+        """How its weight lies; None if it is no layer that adapters can be attached to.
+
+        Raises:
+          ValueError: If its name has not as many ``{}`` as the weight has stack axes.
+        """
+        if not self.is_layer:
+            return None
+        value, spec = weight(self.module)
+        *batch, d_in, d_out = matrix_shape(value.shape, spec)
+        if len(batch) != len(self.index):
+            raise ValueError(
+                f"{path_string(self.path)}: its weight is a stack of {tuple(batch)} matrices, but "
+                f"its PyTorch name has {len(self.index)} number(s) left for them."
+            )
+        if isinstance(self.module, nnx.Embed):
+            return Layout("embedding", d_in, d_out)
+        if isinstance(self.module, nnx.Conv):
+            return Layout("convolution", d_in, d_out, value.shape[len(batch) : -2])
+        return Layout("linear", d_in, d_out)
+
+    def parameters(self) -> dict[str, str]:
+        """The module's own parameters: PyTorch's name (``weight``, ``bias``) to Flax's.
+
+        Raises:
+          ValueError: If one has no such name.
+        """
+        own = [
+            name
+            for name, x in vars(self.module).items()
+            if isinstance(x, nnx.Param) and not isinstance(x, AdapterParam)
+        ]
+        foreign = [name for name in own if name not in (*_WEIGHTS, "bias")]
+        if foreign:
+            raise ValueError(f"{path_string(self.path)}: {foreign} have no name in PyTorch.")
+        return {"bias" if name == "bias" else "weight": name for name in own}
+
+    def read(self, parameter: str) -> np.ndarray:
+        """A parameter in PyTorch's layout."""
+        layout = self.layout()
+        if layout is None or parameter == "bias":
+            value = np.asarray(self._variable(parameter)[...])[self.index]
+            return value.reshape(-1)
+        value, spec = weight(self.module)
+        return layout.pack_weight(np.asarray(to_matrix(value, spec))[self.index])
+
+    def write(self, parameter: str, tensor: np.ndarray) -> None:
+        """Sets a parameter from PyTorch's tensor, in the model's own dtype."""
+        layout, variable = self.layout(), self._variable(parameter)
+        if layout is None or parameter == "bias":
+            value = np.array(variable[...])
+            value[self.index] = tensor.reshape(value[self.index].shape).astype(value.dtype)
+        else:
+            old, spec = weight(self.module)
+            matrices = np.array(to_matrix(old, spec))
+            matrices[self.index] = layout.unpack_weight(tensor).astype(matrices.dtype)
+            value = from_matrix(jnp.asarray(matrices), spec, like=old)
+        variable.set_value(jnp.asarray(value))
+
+    def _variable(self, parameter: str) -> Any:
+        return getattr(self.module, self.parameters()[parameter])
+
+
+def module_slots(model: Any, names: ModuleNames | None) -> dict[str, Slot]:
+    """Every module of the model that PyTorch has, by its name there.
+
+    Args:
+      model: An NNX model.
+      names: What the modules are called; None for the model's own ``huggingface_names``.
+
+    Raises:
+      ValueError: If there are no names, or two modules of one name.
+    """
+    names = getattr(model, "huggingface_names", None) if names is None else names
+    if names is None:
+        raise ValueError(
+            f"names=None: {type(model).__name__} has no huggingface_names, so say what its modules "
+            'are called in PyTorch, for example names={"layers/{}/query": "layers.{}.q_proj"}.'
+        )
+    name_of = names if callable(names) else _by_template(names)
+    found: dict[str, Slot] = {}
+    for path, module in _modules(model):
+        template = name_of(path_string(path))
+        if template is None:
+            continue
+        for name, slot in _of_stack(template, path, module):
+            if name in found:
+                both = f"{path_string(found[name].path)} and {path_string(path)}"
+                raise ValueError(f"names: {both} are both called {name}.")
+            found[name] = slot
+    if not found:
+        paths = ", ".join(path_string(path) for path, _ in list(_modules(model))[:5])
+        raise ValueError(f"names has none of the model's modules, which are {paths}, ....")
+    return found
+
+
+def _modules(model: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Modules that have parameters of their own."""
+    for path, module in nnx.iter_modules(model):
+        path = tuple(map(str, path))
+        inside = {"adapters", "adapter_groups"} & set(path)
+        if not inside and any(isinstance(x, nnx.Param) for x in vars(module).values()):
+            yield path, module
+
+
+def _of_stack(template: str, path: tuple[str, ...], module: Any) -> Iterator[tuple[str, Slot]]:
+    """The modules of a stack, or the one that is none."""
+    axes = template.count("{}")
+    params = [x for x in vars(module).values() if isinstance(x, nnx.Param)]
+    for index in itertools.product(*map(range, params[0].shape[:axes])):
+        yield template.format(*index), Slot(path, module, index)
+
+
+def _by_template(names: Mapping[str, str]) -> Callable[[str], str | None]:
+    """A function of a path: ``{}`` stands for a number, or in a stack for none."""
+    unequal = [f"{path!r}: {name!r}" for path, name in names.items() if _holes(path, name)]
+    if unequal:
+        raise ValueError(f"names has paths with other numbers of {{}} than names: {unequal}.")
+    number = re.escape("/{}")
+    patterns = [
+        (re.compile(re.escape(path).replace(number, r"(?:/(\d+))?") + "$"), name)
+        for path, name in names.items()
+    ]
+
+    def name_of(path: str) -> str | None:
+        for pattern, name in patterns:
+            if match := pattern.match(path):
+                return name.format(*("{}" if n is None else n for n in match.groups()))
+        return None
+
+    return name_of
+
+
+def _holes(path: str, name: str) -> bool:
+    return path.count("/{}") != name.count("{}") or path.count("{}") != name.count("{}")

@@ -1,0 +1,99 @@
+"""Which of a model's adapters are applied, and how strongly."""
+
+from collections.abc import Iterator, Mapping
+import contextlib
+from typing import Any
+
+from lowrank_optax.adapters.nnx import LayerAdapter, adapted_layers, check_names
+from lowrank_optax.adapters.selection import path_string
+
+
+def activate(model: Any, *names: str, strengths: Mapping[str, float] | None = None) -> None:
+    r"""Applies these adapters and no others, in place.
+
+    With several, a layer's output is :math:`y + \sum_i s_i (y_i - y)`, where :math:`y_i` is the
+    output with adapter :math:`i` alone.
+
+    Args:
+      model: A model with adapters.
+      names: Of the adapters; none for all.
+      strengths: By name, what the change of an adapter is multiplied by; 1 for the others.
+
+    Raises:
+      ValueError: If the model has no adapter of a name, one is merged, or a strength is given for
+        an adapter that is not activated.
+
+    Example:
+      >>> from flax import nnx
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> model, x = nnx.Linear(2, 2, rngs=nnx.Rngs(0)), jnp.ones(2)
+      >>> for name in "ab":
+      ...     method = lro.adapters.LoRA(rank=1, initial="random")
+      ...     _ = lro.adapters.attach(model, method, where=".*", rngs=len(name), name=name)
+      >>> with lro.adapters.disabled(model):
+      ...     y = model(x)
+      >>> lro.adapters.activate(model, "a")
+      >>> once = model(x) - y
+      >>> lro.adapters.activate(model, "a", "b", strengths={"a": 2.0, "b": 0.0})
+      >>> print(bool(jnp.allclose(model(x) - y, 2 * once, atol=1e-6)))
+      True
+    """
+    wanted = check_names(model, names)
+    strengths = strengths or {}
+    for name in strengths:
+        if name not in wanted:
+            raise ValueError(f"strengths has {name!r}, which is not among {wanted}.")
+    for adapter in _unmerged(model):
+        adapter.active = adapter.name in wanted
+        adapter.strength = float(strengths.get(adapter.name, 1.0))
+
+
+def deactivate(model: Any, *names: str) -> None:
+    """Applies these adapters no more, in place; `activate` brings them back.
+
+    Args:
+      model: A model with adapters.
+      names: Of the adapters; none for all, which leaves the model as it was before `attach`.
+
+    Raises:
+      ValueError: If the model has no adapter of a name, or one is merged.
+    """
+    unwanted = check_names(model, names)
+    for adapter in _unmerged(model):
+        adapter.active = adapter.active and adapter.name not in unwanted
+
+
+@contextlib.contextmanager
+def disabled(model: Any, *names: str) -> Iterator[Any]:
+    """While open, these adapters (or all) are not applied: the model is as before `attach`.
+
+    Args:
+      model: A model with adapters.
+      names: Of the adapters; none for all.
+
+    Yields:
+      The model.
+
+    Raises:
+      ValueError: If the model has no adapter of a name, or one is merged.
+    """
+    before = [(adapter, adapter.active) for adapter in _unmerged(model)]
+    deactivate(model, *names)
+    try:
+        yield model
+    finally:
+        for adapter, active in before:
+            adapter.active = active
+
+
+def _unmerged(model: Any) -> list[LayerAdapter]:
+    found = []
+    for path, layer in adapted_layers(model):
+        for adapter in layer.adapters.values():
+            if adapter.merged:
+                raise ValueError(
+                    f"the adapter {adapter.name!r} of {path_string(path)} is merged into the "
+                    "weight: unmerge the model first."
+                )
+            found.append(adapter)
+    return found

@@ -1,0 +1,152 @@
+"""The command ``lowrank-optax``: what is done to files, without a program of one's own."""
+
+import argparse
+from collections.abc import Callable, Sequence, Set
+import json
+from pathlib import Path
+import shutil
+import sys
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from lowrank_optax.storage.safetensors_files import TensorReader
+
+_DESCRIPTION = "Memory-efficient training for JAX: the parts that work on files."
+_CONVERT = """\
+Convert an adapter of Hugging Face PEFT, or fold it into its base model.
+
+SOURCE is an adapter's folder (adapter_config.json and adapter_model.safetensors). TARGET is
+written beside itself and takes its place when it is complete.
+
+  another dtype:        lowrank-optax convert SOURCE TARGET --dtype bfloat16
+  scales folded in:     lowrank-optax convert SOURCE TARGET --plain-lora
+  PiSSA as a LoRA:      lowrank-optax convert SOURCE TARGET --plain-lora --base MODEL
+  a model, merged:      lowrank-optax convert SOURCE TARGET --base MODEL --merge
+
+An adapter of type BONE is renamed to MISS, as PEFT calls it now. Adapters of this library become
+PEFT's by `lowrank_optax.adapters.save_peft`, which needs the model."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+      argv: Its arguments; None for those of the program.
+
+    Returns:
+      The exit status: 0, or 1 if something was wrong with the files, which is said on stderr.
+
+    Raises:
+      SystemExit: With 2, if something is wrong with the arguments; with 0 after ``--help``.
+    """
+    options = _parser().parse_args(argv)
+    if options.merge and not options.base:
+        _parser().error("--merge needs --base: the model to fold the adapter into")
+    if options.merge and (options.dtype or options.plain_lora):
+        _parser().error("--merge keeps the base's dtype: leave out --dtype and --plain-lora")
+    try:
+        print(_merge(options) if options.merge else _convert(options))
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        print(f"lowrank-optax: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lowrank-optax", description=_DESCRIPTION)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    convert = commands.add_parser(
+        "convert",
+        help="convert an adapter of Hugging Face PEFT, or fold it into its base model",
+        description=_CONVERT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    convert.add_argument("source", metavar="SOURCE", type=Path, help="an adapter's folder")
+    convert.add_argument("target", metavar="TARGET", type=Path, help="the folder to write")
+    convert.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the tensors; as they are"
+    )
+    convert.add_argument(
+        "--plain-lora", action="store_true", help="a LoRA with alpha = r, of the same change"
+    )
+    convert.add_argument(
+        "--base", metavar="MODEL", type=Path, help="the base model's folder (safetensors)"
+    )
+    convert.add_argument("--merge", action="store_true", help="write the merged model, no adapter")
+    return parser
+
+
+def _convert(options: argparse.Namespace) -> str:
+    from lowrank_optax.adapters.peft import conversion
+
+    adapter = conversion.rename_bone(conversion.read_adapter(options.source))
+    if options.plain_lora and options.base:
+        with _open_base(options.base) as reader:
+            adapter = conversion.to_plain_lora(adapter, _weights(reader))
+    elif options.plain_lora:
+        adapter = conversion.to_plain_lora(adapter, None)
+    if options.dtype:
+        adapter = conversion.cast(adapter, options.dtype)
+    conversion.write_adapter(options.target, adapter)
+    return f"{options.target}: {adapter.content['peft_type']}, {len(adapter.tensors)} tensors"
+
+
+def _merge(options: argparse.Namespace) -> str:
+    from lowrank_optax.adapters.peft import conversion
+    from lowrank_optax.models.safetensors_files import MODEL_FOLDER, write_sharded
+    from lowrank_optax.storage.folders import replaced_folder
+
+    adapter = conversion.read_adapter(options.source)
+    with _open_base(options.base) as reader:
+        merging = conversion.Merging(adapter, _weights(reader))
+        missing = sorted(merging.names - reader.shapes.keys())
+        if missing:
+            raise ValueError(
+                f"{options.base} has no {', '.join(missing[:5])}"
+                f"{f' and {len(missing) - 5} more' if len(missing) > 5 else ''}, which the adapter "
+                "changes: it belongs to another base model."
+            )
+        _check_not_tied(options.base, merging.names)
+        tensors = ((name, merging.tensor(name)) for name in reader.shapes)
+        with replaced_folder(options.target, MODEL_FOLDER) as folder:
+            for file in options.base.iterdir():
+                if file.is_file() and not _holds_weights(file):
+                    shutil.copy2(file, folder)
+            write_sharded(folder, tensors, 5 * 2**30)
+    return f"{options.target}: {len(merging.names)} of {len(reader.shapes)} tensors changed"
+
+
+def _open_base(folder: Path) -> "TensorReader":
+    from lowrank_optax.models.safetensors_files import CheckpointReader
+
+    return CheckpointReader(folder)
+
+
+def _weights(reader: "TensorReader") -> Callable[[str], np.ndarray]:
+    def weight_of(name: str) -> np.ndarray:
+        if name not in reader.shapes:
+            raise ValueError(f"the base model has no {name}, which the adapter changes.")
+        return reader.read(name)
+
+    return weight_of
+
+
+def _check_not_tied(base: Path, changed: Set[str]) -> None:
+    file = base / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    tied = sorted(n for n in changed if n.endswith(("embed_tokens.weight", "lm_head.weight")))
+    if tied and config.get("tie_word_embeddings"):
+        raise ValueError(
+            f"{', '.join(tied)}: the base model ties its embedding and its head, and a change of "
+            "one would become a change of both. Load the adapter beside the model instead."
+        )
+
+
+def _holds_weights(file: Path) -> bool:
+    return ".safetensors" in file.name or file.suffix in (".bin", ".pt", ".pth")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

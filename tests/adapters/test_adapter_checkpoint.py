@@ -1,0 +1,38 @@
+"""An adapter's own state is an ordinary tree: Orbax saves it, and it comes back bit for bit."""
+
+from flax import nnx
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+import lowrank_optax as lro
+from tests.adapters.peft_files import Model, adapted, output
+
+OWN = nnx.Any(lro.adapters.AdapterParam, lro.adapters.AdapterConstant, lro.adapters.AlsoTrained)
+METHODS = {
+    "lora": lro.adapters.LoRA(rank=2, alpha=5),
+    "ranks": lro.adapters.LoRA(rank=(1, 3, 2), alpha=5),
+    "shared": lro.adapters.LoTR(rank=2, alpha=5),
+    "base_changed": lro.adapters.PiSSA(rank=2, alpha=5),
+}
+
+
+@pytest.mark.parametrize("case", METHODS)
+def test_orbax_keeps_adapters_and_trained_parameters(tmp_path, case):
+    model = adapted(True, METHODS[case], "query")
+    lro.adapters.also_train(model, "norm")
+    model.layers.norm.scale.set_value(model.layers.norm.scale[...] + 0.5)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "adapter", nnx.to_pure_dict(nnx.state(model, OWN)))
+    again = Model(True)
+    lro.adapters.attach(again, METHODS[case], "query", rngs=3)
+    lro.adapters.also_train(again, "norm")
+    assert np.abs(output(again) - output(model)).max() > 1e-2
+    state = nnx.state(again, OWN)
+    template = jax.tree.map(ocp.utils.to_shape_dtype_struct, nnx.to_pure_dict(state))
+    with ocp.StandardCheckpointer() as checkpointer:
+        restored = checkpointer.restore(tmp_path / "adapter", template)
+    nnx.replace_by_pure_dict(state, restored)
+    nnx.update(again, state)
+    assert (output(again) == output(model)).all()

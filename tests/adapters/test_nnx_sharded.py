@@ -1,0 +1,98 @@
+"""Adapters on sharded weights: their arrays are sharded as the weights' inputs and outputs."""
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import optax
+
+import lowrank_optax as lro
+from tests.adapters.nnx_models import loss_of, randomized
+
+WIDTH = 8
+
+
+def mesh() -> Mesh:
+    return jax.make_mesh((2, 4), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+
+class Model(nnx.Module):
+    """A stack of two layers, heads, and a layer whose weight is whole."""
+
+    def __init__(self) -> None:
+        rngs = nnx.Rngs(0)
+        make = lambda rngs: nnx.Linear(WIDTH, WIDTH, rngs=rngs)
+        self.layers = nnx.vmap(make)(rngs.split(2))
+        self.heads = nnx.LinearGeneral(WIDTH, (4, 2), rngs=rngs)
+        self.out = nnx.LinearGeneral((4, 2), WIDTH, axis=(-2, -1), rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        run = nnx.scan(lambda layer, x: layer(x), in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+        return self.out(self.heads(run(self.layers, x)))
+
+
+def sharded() -> Model:
+    model, on = Model(), mesh()
+    put = lambda variable, *spec: variable.set_value(
+        jax.device_put(variable[...], NamedSharding(on, P(*spec)))
+    )
+    put(model.layers.kernel, None, "data", "model")
+    put(model.heads.kernel, "data", "model", None)
+    put(model.out.kernel, "model", None, "data")
+    return model
+
+
+def specs(model: Model, layer: str) -> dict[str, P]:
+    arrays = getattr(model, layer).adapters["default"].arrays
+    return {name: arrays[name][...].sharding.spec for name in arrays}
+
+
+def test_a_is_sharded_as_the_inputs_and_b_as_the_outputs() -> None:
+    model = lro.adapters.attach(sharded(), lro.adapters.LoRA(rank=2), rngs=0)
+    stacked = {"A": P(None, "data", None), "B": P(None, None, "model")}
+    assert specs(model, "layers") == stacked
+    assert specs(model, "heads") == {"A": P("data", None), "B": P(None, "model")}
+    assert specs(model, "out") == {"A": P("model", None), "B": P(None, "data")}
+
+
+def test_shared_factors_are_sharded_and_cores_are_whole() -> None:
+    model = lro.adapters.attach(sharded(), lro.adapters.LoTR(rank=2), "layers", rngs=0)
+    (group,) = model.adapter_groups["default"].values()
+    assert group["A"][...].sharding.spec == P("data", None)
+    assert group["B"][...].sharding.spec == P("model", None)
+    assert specs(model, "layers") == {"core": P(None, None, None)}
+
+
+def test_metadata_of_logical_axes_is_passed_on() -> None:
+    layer = nnx.Linear(WIDTH, WIDTH, rngs=nnx.Rngs(0))
+    layer.kernel = nnx.Param(layer.kernel[...], out_sharding=("embed", "mlp"), eager_sharding=False)
+    lro.adapters.attach(layer, lro.adapters.LoRA(rank=2), ".*", rngs=0)
+    arrays = layer.adapters["default"].arrays
+    assert arrays["A"].get_metadata()["out_sharding"] == ("embed", None)
+    assert arrays["B"].get_metadata()["out_sharding"] == (None, "mlp")
+
+
+def test_a_sharded_model_trains_and_merges_as_on_one_device() -> None:
+    results = []
+    for model in (Model(), sharded()):
+        lro.adapters.attach(model, lro.adapters.LoRA(rank=2), rngs=0)
+        randomized(model)
+        optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=lro.adapters.trainable)
+
+        @nnx.jit
+        def step(model: Model, optimizer: nnx.Optimizer, x: jax.Array) -> None:
+            wrt = nnx.DiffState(0, lro.adapters.trainable)
+            optimizer.update(model, nnx.grad(loss_of, argnums=wrt)(model, x))
+
+        x = jax.random.normal(jax.random.key(0), (4, WIDTH))
+        step(model, optimizer, x)
+        before = model(x)
+        lro.adapters.merge(model)
+        results.append((before, model(x), model.layers.kernel[...]))
+    assert results[1][2].sharding.spec == P(None, "data", "model")
+    for one, eight in zip(*results, strict=True):
+        np.testing.assert_allclose(one, eight, atol=1e-5)
+    np.testing.assert_allclose(results[0][0], results[0][1], atol=1e-5)
+    assert jnp.isfinite(results[0][0]).all()

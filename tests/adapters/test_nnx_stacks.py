@@ -1,0 +1,185 @@
+"""Stacked layers: scans, rematerialisation, dropout, experts, and arrays that layers share."""
+
+from collections.abc import Callable
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lowrank_optax as lro
+from tests.adapters.nnx_models import Scanned, Unrolled, gradients, loss_of, randomized, tokens
+
+LoRA, LoTR = lro.adapters.LoRA, lro.adapters.LoTR
+
+
+def copied_from(scanned: Any, depth: int) -> Any:
+    """The unrolled model with the same weights and the same adapters."""
+    model = Unrolled(depth, nnx.Rngs(1))
+    method = scanned.blocks.up.adapters["default"].method
+    lro.adapters.attach(model, method, rngs=0)
+    pure = nnx.to_pure_dict(nnx.state(scanned, nnx.Not(nnx.RngState)))
+    layer = lambda i: jax.tree.map(lambda x: x[i], pure["blocks"])
+    blocks = {i: layer(i) for i in range(depth)}
+    state = nnx.state(model, nnx.Not(nnx.RngState))
+    nnx.replace_by_pure_dict(state, pure | {"blocks": blocks})
+    nnx.update(model, state)
+    return model
+
+
+@pytest.mark.parametrize("method", [LoRA(rank=2, alpha=3), LoTR(rank=2, alpha=3)])
+@pytest.mark.parametrize("remat", [False, True])
+def test_a_scanned_stack_is_the_unrolled_model_in_value_and_gradient(
+    method: Any, remat: bool
+) -> None:
+    scanned = Scanned(3, nnx.Rngs(0), remat=remat)
+    lro.adapters.attach(scanned, method, rngs=0)
+    unrolled = copied_from(randomized(scanned), 3)
+    np.testing.assert_allclose(scanned(tokens()), unrolled(tokens()), atol=2e-5)
+    of_scan, of_loop = (gradients(m, tokens()) for m in (scanned, unrolled))
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *of_loop.pop("blocks").values())
+    expected = of_loop | {"blocks": stacked}
+    assert jax.tree.structure(of_scan) == jax.tree.structure(expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), of_scan, expected)
+
+
+def test_nnx_jit_and_split_and_merge_see_the_same_model() -> None:
+    model = Scanned(2, nnx.Rngs(0))
+    lro.adapters.attach(model, LoTR(rank=2), rngs=0)
+    expected = randomized(model)(tokens())
+    jitted = nnx.jit(lambda model, x: model(x))(model, tokens())
+    graphdef, trained, rest = nnx.split(model, lro.adapters.trainable, ...)
+    split = jax.jit(lambda trained, rest: nnx.merge(graphdef, trained, rest)(tokens()))
+    np.testing.assert_allclose(jitted, expected, atol=1e-5)
+    np.testing.assert_allclose(split(trained, rest), expected, atol=1e-5)
+    np.testing.assert_allclose(nnx.clone(model)(tokens()), expected, atol=1e-5)
+
+
+def test_a_part_of_the_model_cannot_be_called_without_what_it_shares() -> None:
+    model = Unrolled(2, nnx.Rngs(0))
+    lro.adapters.attach(model, LoTR(rank=2), rngs=0)
+    with pytest.raises(RuntimeError, match="not of a part of it"):
+        model.blocks[0](jnp.ones((2, 6)))
+    lro.adapters.deactivate(model)
+    lro.adapters.detach(model)
+    assert model.blocks[0](jnp.ones((2, 6))).shape == (2, 6)
+
+
+@pytest.mark.parametrize("wrap", [nnx.jit, nnx.remat, None])
+def test_a_part_compiled_by_itself_is_not_taken_for_that_with_other_shared_arrays(
+    wrap: Callable[..., Any] | None,
+) -> None:
+    call = lambda layer, x: layer(x)
+    whole = nnx.scan(call, in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+    run = whole if wrap is None else wrap(call)
+
+    class Model(nnx.Module):
+        def __init__(self) -> None:
+            make = lambda rngs: nnx.Linear(4, 4, rngs=rngs)
+            stack = nnx.vmap(make)
+            self.layer = stack(nnx.Rngs(0).split(2)) if wrap is None else make(nnx.Rngs(0))
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return run(self.layer, x)
+
+    model, x = Model(), jnp.ones((2, 4))
+    base = model(x)
+    lro.adapters.attach(model, LoTR(rank=2), rngs=0)
+    first = randomized(model)(x)
+    assert not np.allclose(first, base, atol=1e-2)
+    np.testing.assert_array_equal(model(x), first)
+    shared = nnx.state(model.adapter_groups)
+    nnx.update(model.adapter_groups, jax.tree.map(jnp.zeros_like, shared))
+    np.testing.assert_allclose(model(x), base, atol=1e-6)
+    randomized(model)
+    outside = jax.jit(nnx.grad(loss_of, argnums=nnx.DiffState(0, lro.adapters.trainable)))
+    for _ in range(2):  # the second time all is compiled
+        grads = nnx.to_pure_dict(outside(model, x))
+        assert all(bool(jnp.any(g)) for g in jax.tree.leaves(grads))
+        eager = gradients(model, x)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), grads, eager)
+
+
+def test_the_models_own_methods_lend_too() -> None:
+    class Model(nnx.Module):
+        def __init__(self) -> None:
+            self.layer = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+
+        def encode(self, x: jax.Array) -> jax.Array:
+            return self.layer(x)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.encode(x)
+
+    model = Model()
+    lro.adapters.attach(model, LoTR(rank=2), rngs=0)
+    randomized(model)
+    np.testing.assert_array_equal(model.encode(jnp.ones(4)), model(jnp.ones(4)))
+    assert model.layer.adapters["default"].lent is None
+
+
+def test_a_model_that_is_one_layer_can_share_and_not_share_at_once() -> None:
+    model = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+    graphdef = nnx.graphdef(model)
+    lro.adapters.attach(model, LoTR(rank=1), ".*", rngs=0, name="a")
+    lro.adapters.attach(model, LoRA(rank=1, initial="random"), ".*", rngs=0, name="b")
+    with_b = model(jnp.ones(4))
+    lro.adapters.detach(model, "a")
+    np.testing.assert_allclose(model(jnp.ones(4)), with_b, atol=1e-6)
+    lro.adapters.detach(model, "b")
+    assert nnx.graphdef(model) == graphdef
+
+
+@pytest.mark.parametrize("model", [Scanned(2, nnx.Rngs(0)), Unrolled(2, nnx.Rngs(0))])
+def test_dropout_acts_in_training_alone_and_each_layer_draws_its_own(model: Any) -> None:
+    lro.adapters.attach(model, LoRA(rank=2, dropout=0.5, initial="random"), rngs=0)
+    call = nnx.jit(lambda model, x: model(x))
+    model.eval()
+    still = call(model, tokens())
+    np.testing.assert_array_equal(call(model, tokens()), still)
+    model.train()
+    one, two = call(model, tokens()), call(model, tokens())
+    assert not np.allclose(one, still, atol=1e-3)
+    assert not np.allclose(one, two, atol=1e-3)
+    np.testing.assert_array_equal(nnx.view(model, deterministic=True)(tokens()).shape, still.shape)
+    np.testing.assert_allclose(nnx.view(model, deterministic=True)(tokens()), still, atol=1e-5)
+    keys = jax.tree.leaves(nnx.state(model, nnx.RngKey))
+    drawn = {bytes(np.asarray(jax.random.key_data(k))) for x in keys for k in jnp.ravel(x)}
+    assert len(drawn) == 4  # two layers with two adapted weights each
+
+
+def test_experts_in_a_stack_have_adapters_of_their_own() -> None:
+    make = lambda rngs: nnx.Einsum("ebd,edf->ebf", (3, 4, 4), rngs=rngs)
+    stack = nnx.vmap(make)(nnx.Rngs(0).split(2))
+    run = nnx.scan(lambda layer, x: layer(x), in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+    model = nnx.Sequential(stack)
+    method = LoRA(rank=2, alpha=3, dropout=0.1)
+    lro.adapters.attach(model, method, rngs=0)
+    model.eval()
+    randomized(model)
+    arrays, x = stack.adapters["default"].arrays, jnp.ones((3, 2, 4))
+    assert arrays["A"].shape == (2, 3, 4, 2)
+    after = run(stack, x)
+    model.train()
+    assert not np.allclose(run(stack, x), after, atol=1e-3)
+    lro.adapters.merge(model)
+    np.testing.assert_allclose(run(stack, x), after, atol=1e-4)
+
+
+def test_a_stack_of_stacks_has_adapters_and_streams_of_its_own() -> None:
+    make = lambda rngs: nnx.Linear(4, 4, rngs=rngs)
+    stack = nnx.vmap(nnx.vmap(make))(nnx.Rngs(0).split((2, 3)))
+    over = lambda f: nnx.scan(f, in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+    run = over(over(lambda layer, x: layer(x)))
+    lro.adapters.attach(stack, LoRA(rank=2, dropout=0.5), ".*", rngs=0)
+    randomized(stack)
+    assert stack.adapters["default"].arrays["B"].shape == (2, 3, 2, 4)
+    assert stack.adapters["default"].dropout.key.shape == (2, 3)
+    x = jnp.ones((2, 4))
+    assert not np.allclose(run(stack, x), run(stack, x), atol=1e-3)
+    stack.eval()
+    after = run(stack, x)
+    lro.adapters.merge(stack)
+    np.testing.assert_allclose(run(stack, x), after, atol=1e-4)

@@ -1,0 +1,231 @@
+"""Merging, unmerging, and several adapters on one model."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lowrank_optax as lro
+from lowrank_optax.adapters.base import AdapterParams, Arrays, Weights, product
+from lowrank_optax.adapters.operands import Operand, Rows
+from tests.adapters.nnx_models import Scanned, Unrolled, randomized, tokens, weights
+
+LoRA = lro.adapters.LoRA
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Moved(lro.adapters.LowRank):
+    """A method that moves a part of the weight into its factors, as PiSSA does."""
+
+    changes_base: ClassVar[bool] = True
+
+    @property
+    def reads_weights(self) -> bool:
+        return True
+
+    def init_layers(
+        self, key: jax.Array, weights: Weights, shared: Arrays, *, embedding: bool = False
+    ) -> AdapterParams:
+        first = jnp.ones((*weights.shape[:-1], self.max_rank)) / weights.shape[-2]
+        second = jnp.ones((weights.shape[0], self.max_rank, weights.shape[-1]))
+        start = {"A0": first, "B0": second}
+        return AdapterParams(
+            {"A": first, "B": second}, start, jnp.asarray(weights) - product(first, second)
+        )
+
+    def factors(self, p: Arrays) -> tuple[jax.Array, jax.Array]:
+        return p["A"], p["B"]
+
+    def before(self, p: Arrays, x: Operand, y: jax.Array) -> jax.Array:
+        return y + Rows(x @ p["A0"]) @ p["B0"]
+
+    def original(self, p: Arrays, base: jax.Array) -> jax.Array:
+        return base + product(p["A0"], p["B0"])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scaled(lro.adapters.LowRank):
+    """A method whose change depends on the weight, as DoRA's does: ``(1 + s) W``."""
+
+    def init_layers(
+        self, key: jax.Array, weights: Weights, shared: Arrays, *, embedding: bool = False
+    ) -> AdapterParams:
+        return AdapterParams({"s": jnp.full(weights.shape[:1], 0.5)}, {})
+
+    def factors(self, p: Arrays) -> tuple[jax.Array, jax.Array]:
+        raise NotImplementedError
+
+    def apply(self, p: Arrays, x: Operand, y: jax.Array, **_: Any) -> jax.Array:
+        return y * (1 + p["s"])
+
+    def delta(self, p: Arrays, weight: jax.Array) -> jax.Array:
+        return p["s"][..., None, None] * weight
+
+    def unmerged(self, p: Arrays, merged: jax.Array) -> jax.Array:
+        return merged / (1 + p["s"][..., None, None])
+
+
+def model_of(kind: str, dtype: Any = jnp.float32) -> Any:
+    return {"unrolled": Unrolled, "scanned": Scanned}[kind](2, nnx.Rngs(0), dtype)
+
+
+METHODS = {"LoRA": LoRA(rank=2, alpha=3), "LoTR": lro.adapters.LoTR(rank=2), "moved": Moved(rank=1)}
+
+
+@pytest.mark.parametrize("kind", ["unrolled", "scanned"])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_merged_model_computes_the_same_and_unmerging_gives_the_weights_back(
+    kind: str, name: str
+) -> None:
+    model = model_of(kind)
+    lro.adapters.attach(model, METHODS[name], rngs=0)
+    randomized(model)
+    own, after = weights(model), model(tokens())
+    report = lro.adapters.merge(model)
+    np.testing.assert_allclose(model(tokens()), after, atol=2e-5)
+    assert all(float(row.rounding_error) == 0 for row in report.rows)
+    assert "relative size" in str(report)
+    merged = weights(model)
+    lro.adapters.unmerge(model)
+    for path, x in weights(model).items():
+        ulp = np.spacing(np.maximum(np.abs(own[path]), np.abs(merged[path])))
+        assert bool((np.abs(x - own[path]) <= ulp).all())
+    np.testing.assert_allclose(model(tokens()), after, atol=2e-5)
+
+
+def test_in_bfloat16_sums_are_rounded_once_and_the_report_says_by_how_much() -> None:
+    model = model_of("scanned", jnp.bfloat16)
+    lro.adapters.attach(model, LoRA(rank=2, alpha=3), "up", rngs=0)
+    randomized(model)
+    arrays = model.blocks.up.adapters["default"].arrays
+    a, b = (np.asarray(arrays[k][...], np.float64) for k in "AB")
+    before = np.asarray(model.blocks.up.kernel[...], np.float64)
+    (row,) = lro.adapters.merge(model).rows
+    exact = before + 1.5 * a @ b
+    kernel = model.blocks.up.kernel[...]
+    assert kernel.dtype == jnp.bfloat16
+    error = np.abs(np.asarray(kernel, np.float64) - exact)
+    assert bool((error <= 2.0**-8 * np.abs(exact)).all())  # half a bfloat16 ulp, relatively
+    np.testing.assert_allclose(row.rounding_error, error.max(), rtol=1e-3)
+    size = np.linalg.norm(exact - before) / np.linalg.norm(before)
+    np.testing.assert_allclose(row.relative_size, size, rtol=1e-4)
+    lro.adapters.unmerge(model)
+    back = np.asarray(model.blocks.up.kernel[...], np.float64)
+    assert bool((np.abs(back - before) <= 2.0**-8 * (np.abs(exact) + np.abs(before))).all())
+
+
+def test_merging_then_detaching_leaves_the_untouched_structure() -> None:
+    model = model_of("scanned")
+    graphdef = nnx.graphdef(model)
+    lro.adapters.attach(model, LoRA(rank=2, dropout=0.1), rngs=0)
+    model.eval()
+    after = randomized(model)(tokens())
+    lro.adapters.merge(model)
+    lro.adapters.detach(model)
+    assert nnx.graphdef(model) == graphdef
+    np.testing.assert_allclose(model(tokens()), after, atol=2e-5)
+
+
+def test_a_changed_base_is_given_back_when_detached_and_seen_through_when_switched_off() -> None:
+    model = model_of("scanned")
+    own, before = weights(model), model(tokens())
+    lro.adapters.attach(model, Moved(rank=1), rngs=0)
+    np.testing.assert_allclose(model(tokens()), before, atol=2e-5)
+    assert not np.allclose(weights(model)["blocks/up/kernel"], own["blocks/up/kernel"], atol=1e-2)
+    randomized(model)
+    with lro.adapters.disabled(model):
+        np.testing.assert_allclose(model(tokens()), before, atol=2e-5)
+    assert not np.allclose(model(tokens()), before, atol=1e-2)
+    lro.adapters.detach(model)
+    for path, x in weights(model).items():
+        np.testing.assert_allclose(x, own[path], atol=1e-6)
+
+
+def test_several_adapters_are_switched_weighted_and_merged_together() -> None:
+    model, x = nnx.Linear(4, 3, rngs=nnx.Rngs(0)), jax.random.normal(jax.random.key(0), (5, 4))
+    y = model(x)
+    alone = {}
+    for number, name in enumerate("ab"):
+        lro.adapters.attach(model, LoRA(rank=2), ".*", rngs=number, name=name)
+    randomized(model)
+    for name in "ab":
+        lro.adapters.activate(model, name)
+        alone[name] = model(x) - y
+    lro.adapters.activate(model)
+    np.testing.assert_allclose(model(x), y + alone["a"] + alone["b"], atol=2e-5)
+    lro.adapters.deactivate(model, "a")
+    np.testing.assert_allclose(model(x), y + alone["b"], atol=2e-5)
+    lro.adapters.activate(model, strengths={"a": -0.5, "b": 2.0})
+    weighted = y - 0.5 * alone["a"] + 2 * alone["b"]
+    np.testing.assert_allclose(model(x), weighted, atol=2e-5)
+    lro.adapters.merge(model)
+    np.testing.assert_allclose(model(x), weighted, atol=2e-5)
+    lro.adapters.unmerge(model, "b")
+    np.testing.assert_allclose(model(x), weighted, atol=2e-5)
+    lro.adapters.unmerge(model)
+    lro.adapters.detach(model, "a")
+    lro.adapters.activate(model)
+    np.testing.assert_allclose(model(x), y + alone["b"], atol=2e-5)
+    lro.adapters.deactivate(model)
+    np.testing.assert_allclose(model(x), y, atol=2e-5)  # it was merged in between
+
+
+def test_disabled_adapters_come_back_also_after_an_error() -> None:
+    model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    y = model(jnp.ones(4))
+    for name in "ab":
+        lro.adapters.attach(model, LoRA(rank=2, initial="random"), ".*", rngs=0, name=name)
+    lro.adapters.deactivate(model, "b")
+    after = model(jnp.ones(4))
+
+    def fail() -> None:
+        with lro.adapters.disabled(model):
+            assert bool((model(jnp.ones(4)) == y).all())
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert bool((model(jnp.ones(4)) == after).all())
+
+
+def test_what_cannot_be_switched_or_merged_is_refused() -> None:
+    model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    for name in "ab":
+        lro.adapters.attach(model, LoRA(rank=2), ".*", rngs=0, name=name)
+    with pytest.raises(ValueError, match="not among"):
+        lro.adapters.activate(model, "a", strengths={"b": 2.0})
+    with pytest.raises(ValueError, match="nothing to unmerge"):
+        lro.adapters.unmerge(model)
+    lro.adapters.merge(model, "a")
+    with pytest.raises(ValueError, match="merged already"):
+        lro.adapters.merge(model, "a")
+    for switch in (lro.adapters.activate, lro.adapters.deactivate):
+        with pytest.raises(ValueError, match="unmerge the model first"):
+            switch(model, "b")
+    lro.adapters.unmerge(model)
+    lro.adapters.deactivate(model)
+    with pytest.raises(ValueError, match="activate it first"):
+        lro.adapters.merge(model, "a")
+    with pytest.raises(ValueError, match="nothing to merge"):
+        lro.adapters.merge(model)
+
+
+def test_a_change_that_depends_on_the_weight_is_merged_only_alone() -> None:
+    model, x = nnx.Linear(4, 3, use_bias=False, rngs=nnx.Rngs(0)), jnp.ones(4)
+    y, kernel = model(x), model.kernel[...]
+    lro.adapters.attach(model, Scaled(rank=1), ".*", rngs=0)
+    lro.adapters.merge(model)
+    np.testing.assert_allclose(model(x), 1.5 * y, rtol=1e-5)
+    lro.adapters.unmerge(model)
+    np.testing.assert_allclose(model.kernel[...], kernel, rtol=1e-6)
+    lro.adapters.attach(model, LoRA(rank=1, initial="random"), ".*", rngs=0, name="second")
+    lro.adapters.activate(model, "second")
+    change = model(x) - y
+    lro.adapters.activate(model)
+    np.testing.assert_allclose(model(x), 1.5 * y + change, rtol=1e-5)
+    with pytest.raises(ValueError, match="only by itself and at strength 1"):
+        lro.adapters.merge(model)

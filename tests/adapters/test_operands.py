@@ -1,0 +1,57 @@
+"""The input of a layer as adapters see it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lowrank_optax.adapters.operands import Lookup, Patches, Rows
+
+
+def test_rows_multiply_in_their_own_dtype() -> None:
+    x = jnp.ones((2, 3), jnp.bfloat16)
+    product = Rows(x) @ jnp.full((3, 4), 0.5)
+    assert product.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(product, np.full((2, 4), 1.5))
+
+
+def test_rows_of_experts_meet_the_matrices_of_their_experts() -> None:
+    rng = np.random.default_rng(0)
+    x, matrices = rng.normal(size=(2, 5, 3)), rng.normal(size=(2, 3, 4))
+    expected = np.stack([x[e] @ matrices[e] for e in range(2)])
+    np.testing.assert_allclose(Rows(jnp.asarray(x)) @ jnp.asarray(matrices), expected, rtol=1e-5)
+
+
+def test_lookup_is_the_product_with_one_hot_rows() -> None:
+    table, index = jnp.arange(12.0).reshape(4, 3), jnp.array([[1, 3], [0, 1]])
+    one_hot = jax.nn.one_hot(index, 4)
+    np.testing.assert_array_equal(Lookup(index) @ table, one_hot @ table)
+    assert (Lookup(index, jnp.dtype(jnp.bfloat16)) @ table).dtype == jnp.bfloat16
+
+
+def test_nothing_is_dropped_of_row_numbers() -> None:
+    lookup = Lookup(jnp.array([1, 2]))
+    assert lookup.drop(jax.random.key(0), 0.9) is lookup
+
+
+@pytest.mark.parametrize("kind", ["rows", "patches"])
+def test_dropped_inputs_are_zero_or_scaled_up_and_keep_their_mean(kind: str) -> None:
+    x, same = jnp.ones((64, 64)), lambda x, matrix: x @ matrix
+    operand = Rows(x) if kind == "rows" else Patches(x, same)
+    dropped = operand.drop(jax.random.key(1), 0.25) @ jnp.eye(64)
+    values = np.unique(np.asarray(dropped))
+    np.testing.assert_allclose(values, [0, 4 / 3], rtol=1e-6)
+    # Of 4096 values, each of deviation 0.58: five standard errors.
+    assert abs(float(dropped.mean()) - 1) < 5 * 0.58 / 64
+
+
+def test_patches_multiply_by_what_they_are_told() -> None:
+    called = []
+
+    def convolve(x: jax.Array, matrix: jax.Array) -> jax.Array:
+        called.append(matrix.dtype)
+        return x @ matrix
+
+    product = Patches(jnp.ones((2, 3), jnp.bfloat16), convolve) @ jnp.ones((3, 2))
+    assert called == [jnp.bfloat16]
+    assert product.shape == (2, 2)

@@ -1,0 +1,299 @@
+"""Adapters written as PEFT's files and read again."""
+
+import json
+
+from flax import nnx
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lowrank_optax as lro
+from lowrank_optax.adapters import load_peft, save_peft
+from lowrank_optax.models import Decoder, decoder_config
+from tests.adapters.peft_files import (
+    DIM,
+    HEADS,
+    NAMES,
+    WIDTH,
+    Model,
+    adapted,
+    output,
+    query_folder,
+    random_tensors,
+    read,
+    write,
+)
+
+pytest.importorskip("safetensors")
+
+LORA = lro.adapters.LoRA(rank=2, alpha=5, initial="random")
+PREFIX = "base_model.model."
+METHODS = {
+    "lora": (LORA, ".*"),
+    "rslora": (lro.adapters.LoRA(rank=2, alpha=5, rank_stabilized=True), ".*"),
+    "dropout": (lro.adapters.LoRA(rank=2, alpha=5, dropout=0.25), "query"),
+    "no_alpha": (lro.adapters.LoRA(rank=2), "mlp|out"),
+    "dora": (lro.adapters.DoRA(rank=2, alpha=5), "query|out|mlp|picture"),
+}
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize("case", METHODS)
+def test_a_round_trip_is_bit_equal_in_stacked_and_single_layers(tmp_path, case, stacked):
+    model = adapted(stacked, *METHODS[case])
+    save_peft(model, tmp_path / "a", names=NAMES)
+    for again in (Model(stacked), Model(not stacked)):
+        load_peft(again, tmp_path / "a", names=NAMES)
+        save_peft(again, tmp_path / "b", names=NAMES)
+        assert read(tmp_path / "a")[0] == read(tmp_path / "b")[0]
+        first, second = read(tmp_path / "a")[1], read(tmp_path / "b")[1]
+        assert first.keys() == second.keys()
+        assert all((first[k] == second[k]).all() for k in first)
+    same = load_peft(Model(stacked), tmp_path / "a", names=NAMES)
+    same.eval(), model.eval()
+    assert (output(same) == output(model)).all()
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_tensors_are_transposed_and_heads_flat(tmp_path, stacked):
+    model = adapted(stacked, LORA, "query|out")
+    save_peft(model, tmp_path / "a", names=NAMES)
+    tensors = read(tmp_path / "a")[1]
+    for layer in range(3):
+        one = model.layers if stacked else model.layers[layer]
+        at = layer if stacked else ...
+        for name, module, d_in, d_out in (
+            ("query", "q_proj", DIM, HEADS * WIDTH),
+            ("out", "o_proj", HEADS * WIDTH, DIM),
+        ):
+            a, b = (
+                tensors[f"{PREFIX}model.layers.{layer}.self_attn.{module}.lora_{x}.weight"]
+                for x in "AB"
+            )
+            assert (a.shape, b.shape) == ((2, d_in), (d_out, 2))
+            arrays = getattr(one, name).adapters["default"].arrays
+            assert (arrays["A"][...][at] == a.T).all()
+            assert (arrays["B"][...][at] == b.T).all()
+
+
+def test_a_merged_weight_is_the_base_and_scale_times_b_a(tmp_path):
+    """Independent of the layouts: the kernel itself, in NumPy and float64."""
+    model = adapted(False, LORA, "query|out|picture|table|mlp")
+    save_peft(model, tmp_path / "a", names=NAMES)
+    config, tensors = read(tmp_path / "a")
+    before = {k: np.array(getattr(m, "kernel", None)[...]) for k, m in _kernels(model).items()}
+    table = np.array(model.table.embedding[...])
+    lro.adapters.merge(model)
+    scale = config["lora_alpha"] / config["r"]
+
+    def factors(module, a="lora_A.weight", b="lora_B.weight"):
+        names = (f"{PREFIX}{module}.{x}" for x in (a, b))
+        return (tensors[name].astype(np.float64) for name in names)
+
+    forms = {
+        "query": ("model.layers.1.self_attn.q_proj", "ri,or->io", (DIM, HEADS, WIDTH)),
+        "out": ("model.layers.1.self_attn.o_proj", "ri,or->io", (HEADS, WIDTH, DIM)),
+        "mlp": ("model.layers.1.mlp", "ri,or->io", (DIM, DIM)),
+        "picture": ("vision.patches", "richw,orjk->hwco", None),
+    }
+    for name, (module, equation, shape) in forms.items():
+        a, b = factors(module)
+        if name == "picture":
+            change = np.einsum("rchw,or->hwco", a, b[:, :, 0, 0])
+        else:
+            change = np.einsum(equation, a, b).reshape(shape)
+        after = np.asarray(_kernels(model)[name].kernel[...])
+        np.testing.assert_allclose(after - before[name], scale * change, rtol=1e-5, atol=1e-5)
+    a, b = factors("model.embed_tokens", "lora_embedding_A", "lora_embedding_B")
+    change = np.asarray(model.table.embedding[...]) - table
+    np.testing.assert_allclose(change, scale * (b @ a).T, rtol=1e-5, atol=1e-5)
+
+
+def _kernels(model):
+    layer = model.layers[1]
+    return {"query": layer.query, "out": layer.out, "mlp": layer.mlp, "picture": model.picture}
+
+
+def test_ranks_of_the_layers_are_written_exactly(tmp_path):
+    ranks = {"query": (1, 3, 2)}
+    model = adapted(True, LORA, "query|mlp", rank_pattern=ranks, alpha_pattern={"mlp": 7})
+    save_peft(model, tmp_path / "a", names=NAMES)
+    config, tensors = read(tmp_path / "a")
+    shapes = [
+        tensors[f"{PREFIX}model.layers.{i}.self_attn.q_proj.lora_A.weight"].shape for i in range(3)
+    ]
+    assert shapes == [(1, DIM), (3, DIM), (2, DIM)]
+    assert config["r"] == 2
+    assert sorted(config["rank_pattern"].items()) == [
+        (r"model\.layers\.0\.self_attn\.q_proj", 1),
+        (r"model\.layers\.1\.self_attn\.q_proj", 3),
+    ]
+    assert set(config["alpha_pattern"].values()) | {config["lora_alpha"]} == {5, 7}
+    for stacked in (True, False):
+        again = load_peft(Model(stacked), tmp_path / "a", names=NAMES)
+        np.testing.assert_allclose(output(again), output(model), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_alphas_may_differ_within_a_stack(tmp_path, stacked):
+    pattern = {r"layers\.0\.self_attn\.q_proj": 7, r"2\.self_attn\.q_proj": 0.1}
+    folder = query_folder(tmp_path / "a", alpha_pattern=pattern)
+    model = load_peft(Model(stacked), folder, names=NAMES)
+    save_peft(model, tmp_path / "b", names=NAMES)
+    config = read(tmp_path / "b")[0]
+    alphas = config["alpha_pattern"] | {"general": config["lora_alpha"]}
+    assert sorted(alphas.values()) == [0.1, 3, 7]
+    merged = lro.adapters.merge(model)
+    assert len(merged.rows) == (1 if stacked else 3)
+    tensors = read(folder)[1]
+    for layer, alpha in enumerate((7, 3, 0.1)):
+        a, b = (
+            tensors[f"{PREFIX}model.layers.{layer}.self_attn.q_proj.lora_{x}.weight"] for x in "AB"
+        )
+        kernel = lambda m: np.asarray(
+            m.layers.query.kernel[layer] if stacked else m.layers[layer].query.kernel[...]  # noqa: B023
+        )
+        change = kernel(model) - kernel(Model(stacked))
+        np.testing.assert_allclose(
+            change.reshape(DIM, -1), alpha / 2 * (b @ a).T, rtol=1e-5, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_some_layers_of_a_stack_may_have_no_adapter(tmp_path, stacked):
+    folder = query_folder(tmp_path / "a", layers_to_transform=[0, 2])
+    config, tensors = read(folder)
+    kept = {k: x for k, x in tensors.items() if ".layers.1." not in k}
+    write(folder, config, kept)
+    model = load_peft(Model(stacked), folder, names=NAMES)
+    save_peft(model, tmp_path / "b", names=NAMES)
+    again = read(tmp_path / "b")[1]
+    assert again.keys() == kept.keys()
+    assert all((again[k] == kept[k]).all() for k in kept)
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_trained_parameters_and_biases_come_along(tmp_path, stacked):
+    model = adapted(stacked, LORA, "query")
+    trained = ["head/kernel", "layers/.*norm/", "picture", "query/bias"]
+    lro.adapters.also_train(model, trained)
+    for _, x in nnx.iter_graph(model):
+        if isinstance(x, lro.adapters.AlsoTrained):
+            x.set_value(x[...] + 0.5)
+    save_peft(model, tmp_path / "a", names=NAMES)
+    config, tensors = read(tmp_path / "a")
+    assert config["bias"] == "lora_only"
+    assert config["modules_to_save"] == sorted(
+        ["lm_head", "vision.patches", *(f"model.layers.{i}.norm" for i in range(3))]
+    )
+    assert tensors[f"{PREFIX}lm_head.weight"].shape == (7, DIM)
+    assert tensors[f"{PREFIX}vision.patches.weight"].shape == (DIM, 2, 2, 3)
+    assert tensors[f"{PREFIX}model.layers.2.norm.weight"].shape == (DIM,)
+    for other in (stacked, not stacked):
+        again = load_peft(Model(other), tmp_path / "a", names=NAMES)
+        np.testing.assert_allclose(output(again), output(model), rtol=1e-5, atol=1e-5)
+        save_peft(again, tmp_path / "b", names=NAMES)
+        assert all((x == tensors[k]).all() for k, x in read(tmp_path / "b")[1].items())
+        assert read(tmp_path / "b")[0] == config
+
+
+@pytest.mark.parametrize("name", ["LoTR", "LaMDA", "AFLoRA", "PiSSA"])
+def test_methods_that_peft_lacks_are_plain_loras_of_the_same_change(tmp_path, name):
+    model = adapted(True, getattr(lro.adapters, name)(rank=2, alpha=5), "query|mlp")
+    save_peft(model, tmp_path / "a", names=NAMES)
+    config = read(tmp_path / "a")[0]
+    assert config["lora_alpha"] == config["r"] == (4 if name == "PiSSA" else 2)
+    assert config["init_lora_weights"] is True
+    again = load_peft(Model(False), tmp_path / "a", names=NAMES)
+    np.testing.assert_allclose(output(again), output(model), rtol=1e-5, atol=2e-5)
+
+
+def test_ranks_of_converted_methods_are_exact(tmp_path):
+    method = lro.adapters.PiSSA(rank=(1, 3, 2), alpha=5)
+    model = adapted(True, method, "query")
+    save_peft(model, tmp_path / "a", names=NAMES)
+    config = read(tmp_path / "a")[0]
+    assert sorted([config["r"], *config["rank_pattern"].values()]) == [2, 4, 6]
+    again = load_peft(Model(True), tmp_path / "a", names=NAMES)
+    np.testing.assert_allclose(output(again), output(model), rtol=1e-5, atol=2e-5)
+
+
+def test_the_file_is_as_peft_writes_it(tmp_path):
+    from safetensors import safe_open
+
+    model = adapted(True, LORA, "query")
+    save_peft(model, tmp_path / "a", names=NAMES, base_model="org/name", dtype=jnp.bfloat16)
+    text = (tmp_path / "a" / "adapter_config.json").read_text()
+    content = json.loads(text)
+    assert text == json.dumps(content, indent=2, sort_keys=True) + "\n"
+    assert content["base_model_name_or_path"] == "org/name"
+    assert (content["peft_type"], content["task_type"]) == ("LORA", "CAUSAL_LM")
+    assert content["target_modules"] == ["q_proj"]
+    with safe_open(tmp_path / "a" / "adapter_model.safetensors", "numpy") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert {file.get_slice(k).get_dtype() for k in file.keys()} == {"BF16"}  # noqa: SIM118
+    loaded = load_peft(Model(True), tmp_path / "a", names=NAMES)
+    arrays = loaded.layers.query.adapters["default"].arrays
+    assert arrays["A"][...].dtype == jnp.float32
+    exact = model.layers.query.adapters["default"].arrays["A"][...]
+    assert (arrays["A"][...] == exact.astype(jnp.bfloat16)).all()
+
+
+def test_the_decoder_knows_its_names(tmp_path):
+    config = decoder_config(
+        "llama-tiny", vocab_size=17, hidden_size=16, num_hidden_layers=2, intermediate_size=24
+    )
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    lro.adapters.attach(model, LORA, ".*", rngs=0)
+    save_peft(model, tmp_path / "a")
+    tensors = read(tmp_path / "a")[1]
+    assert len(tensors) == 2 * (2 * 7 + 1 + (model.lm_head is not None))
+    name = f"{PREFIX}model.layers.1.mlp.down_proj.lora_A.weight"
+    down = model.blocks.mlp.down.adapters["default"].arrays["A"]
+    assert (down[1] == tensors[name].T).all()
+    again = load_peft(Decoder(config, rngs=nnx.Rngs(0)), tmp_path / "a")
+    tokens = jnp.arange(6).reshape(1, 6)
+    assert (again(tokens) == model(tokens)).all()
+
+
+def test_names_may_be_a_function(tmp_path):
+    save_peft(
+        adapted(False, LORA, "mlp"), tmp_path / "a", names=lambda path: path.replace("/", ".")
+    )
+    assert f"{PREFIX}layers.0.mlp.lora_A.weight" in read(tmp_path / "a")[1]
+
+
+def test_two_adapters_of_one_model_are_two_folders(tmp_path):
+    model = adapted(True, LORA, "query")
+    lro.adapters.attach(model, LORA, "mlp", rngs=8, name="other")
+    save_peft(model, tmp_path / "a", names=NAMES)
+    save_peft(model, tmp_path / "b", names=NAMES, name="other")
+    again = load_peft(Model(True), tmp_path / "a", names=NAMES)
+    load_peft(again, tmp_path / "b", names=NAMES, name="second")
+    np.testing.assert_allclose(output(again), output(model), rtol=1e-5, atol=1e-5)
+
+
+def test_names_with_the_adapters_name_in_them_load(tmp_path):
+    folder = query_folder(tmp_path / "a")
+    config, tensors = read(folder)
+    write(
+        tmp_path / "b",
+        config,
+        {k.replace(".weight", ".default.weight"): x for k, x in tensors.items()},
+    )
+    one, two = (load_peft(Model(True), tmp_path / x, names=NAMES) for x in "ab")
+    assert (output(one) == output(two)).all()
+
+
+def test_an_embedding_brings_its_base_along(tmp_path):
+    module = f"{PREFIX}model.embed_tokens"
+    shapes = {
+        f"{module}.lora_embedding_A": (2, 7),
+        f"{module}.lora_embedding_B": (DIM, 2),
+        f"{module}.base_layer.weight": (7, DIM),
+    }
+    tensors = random_tensors(shapes)
+    folder = write(tmp_path / "a", {"r": 2, "target_modules": ["embed_tokens"]}, tensors)
+    model = load_peft(Model(True), folder, names=NAMES)
+    assert (model.table.embedding[...] == tensors[f"{module}.base_layer.weight"]).all()
+    assert not isinstance(model.table.embedding, lro.adapters.AlsoTrained)

@@ -1,0 +1,274 @@
+"""What is refused of a folder of PEFT: by name, whole, and with nothing attached."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+import lowrank_optax as lro
+from lowrank_optax.adapters import UnsupportedConfigError, load_peft, save_peft
+from lowrank_optax.adapters.peft.config import _REFUSED, parse_config
+from lowrank_optax.storage.safetensors_files import CheckpointMismatchError
+from tests.adapters.peft_files import (
+    DIM,
+    NAMES,
+    Model,
+    adapted,
+    query_folder,
+    read,
+    snapshot,
+    write,
+)
+
+pytest.importorskip("safetensors")
+
+Q = "base_model.model.model.layers.{}.self_attn.q_proj"
+LORA = lro.adapters.LoRA(rank=2, alpha=5, initial="random")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return query_folder(tmp_path / "a")
+
+
+def refused(folder, error, match):
+    """The error, of a model that is left as it was."""
+    model = Model(True)
+    before = snapshot(model)
+    with pytest.raises(error, match=match) as caught:
+        load_peft(model, folder, names=NAMES)
+    assert snapshot(model) == before
+    assert type(model) is Model
+    return caught.value
+
+
+def changed(folder, **changes):
+    config, tensors = read(folder)
+    return write(folder, config | changes, tensors)
+
+
+@pytest.mark.parametrize("field", sorted(_REFUSED))
+def test_a_field_that_changes_the_function_is_refused_by_name(folder, field):
+    changed(folder, **{field: [1, 2]})
+    refused(folder, UnsupportedConfigError, rf"{field}=\[1, 2\] \(.*unsupported")
+    for off in (None, False, [], {}):
+        parse_config({"peft_type": "LORA", field: off})
+
+
+@pytest.mark.parametrize(
+    ("initial", "match"),
+    [
+        ("olora", "changed: have PEFT convert"),
+        ("loftq", "changed: have PEFT convert"),
+        ("pissa_niter_16", "random: have PEFT convert"),
+        ("made_up", "unknown"),
+    ],
+)
+def test_an_initialisation_that_changed_the_base_is_refused(folder, initial, match):
+    changed(folder, init_lora_weights=initial)
+    refused(folder, UnsupportedConfigError, f"init_lora_weights='{initial}'.*{match}")
+
+
+def test_all_refusals_are_in_one_message(folder):
+    changed(folder, lora_bias=True, use_qalora=True, init_lora_weights="corda")
+    error = refused(folder, UnsupportedConfigError, "lora_bias=True")
+    assert "use_qalora=True" in str(error)
+    assert "init_lora_weights='corda'" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("kind", "match"),
+    [
+        ("BONE", "rename BONE to MISS.*bone_.*miss_"),
+        ("VERA", "peft_type='VERA' is not supported, only 'LORA' is"),
+        ("RANDLORA", "peft_type='RANDLORA'"),
+        (None, "no peft_type"),
+    ],
+)
+def test_other_types_are_refused(folder, kind, match):
+    changed(folder, peft_type=kind)
+    refused(folder, UnsupportedConfigError, match)
+
+
+def test_unknown_fields_are_warned_of_and_kept(folder):
+    content = {"peft_type": "LORA", "sparkle": 3, "later_field": None, "revision": "main"}
+    with pytest.warns(UserWarning, match=r"not known here: sparkle=3\."):
+        config = parse_config(content)
+    written = json.loads(config.to_json())
+    assert {k: written[k] for k in ("sparkle", "revision")} == {"sparkle": 3, "revision": "main"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"r": 0},
+        {"r": "8"},
+        {"rank_pattern": {"q": 1.5}},
+        {"alpha_pattern": {"q": "1"}},
+        {"lora_dropout": 1.0},
+        {"bias": "some"},
+        {"target_modules": "(q"},
+        {"rank_pattern": {"(": 2}},
+    ],
+)
+def test_values_that_a_field_cannot_have_are_refused(folder, changes):
+    changed(folder, **changes)
+    refused(folder, ValueError, r"adapter_config\.json is damaged: .*must be|no regular expression")
+
+
+def test_a_target_that_is_not_in_the_model_lists_near_ones(folder):
+    changed(folder, target_modules=["q_projj"])
+    refused(folder, ValueError, r"target_modules=\('q_projj',\).*it has q_proj, ")
+
+
+def test_dora_of_part_of_a_stack_is_refused(folder):
+    config, tensors = read(folder)
+    tensors |= {f"{Q.format(0)}.lora_magnitude_vector": np.ones(6, np.float32)}
+    kept = {k: x for k, x in tensors.items() if ".layers.0." in k}
+    write(folder, config | {"use_dora": True, "layers_to_transform": 0}, kept)
+    refused(folder, UnsupportedConfigError, "DoRA of 1 of the 3 layers stacked at layers/query")
+    load_peft(Model(False), folder, names=NAMES)
+
+
+def test_tensors_that_do_not_fit_are_all_listed(folder):
+    config, tensors = read(folder)
+    del tensors[f"{Q.format(0)}.lora_A.weight"]
+    tensors[f"{Q.format(1)}.lora_B.weight"] = np.zeros((5, 2), np.float32)
+    tensors[f"{Q.format(2)}.lora_A.weight"] = np.zeros((2, DIM), np.int32)
+    tensors[f"{Q.format(7)}.lora_A.weight"] = np.zeros((2, DIM), np.float32)
+    write(folder, config, tensors)
+    error = refused(folder, CheckpointMismatchError, "does not fit its configuration and the model")
+    assert error.missing == [f"{Q.format(0)}.lora_A.weight"]
+    assert error.extra == [f"{Q.format(7)}.lora_A.weight"]
+    assert error.wrong_shape == {f"{Q.format(1)}.lora_B.weight": ((5, 2), (6, 2))}
+    assert error.wrong_dtype == {f"{Q.format(2)}.lora_A.weight": "I32"}
+
+
+def test_a_rank_that_is_not_the_tensors_is_refused(folder):
+    changed(folder, rank_pattern={r"layers\.1\..*": 3})
+    error = refused(folder, CheckpointMismatchError, r"\(2, 4\), not \(3, 4\)")
+    assert len(error.wrong_shape) == 2
+
+
+def test_names_without_the_prefix_are_refused(folder):
+    config, tensors = read(folder)
+    short = {k.removeprefix("base_model.model."): x for k, x in tensors.items()}
+    write(folder, config, short)
+    refused(folder, ValueError, r"lack the prefix 'base_model\.model\.'.*PEFT would not.*q_proj")
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, -1])
+def test_a_truncated_file_is_refused_whole(folder, kept):
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    error = refused(folder, CheckpointMismatchError, "unusable files")
+    assert list(error.files) == ["adapter_model.safetensors"]
+
+
+def test_a_damaged_config_is_refused(folder):
+    (folder / "adapter_config.json").write_text('{"peft_type": "LO')
+    refused(folder, ValueError, r"adapter_config\.json is damaged")
+    (folder / "adapter_config.json").write_text("[1]")
+    refused(folder, ValueError, "holds no JSON object")
+
+
+def test_pickles_are_refused_with_the_reason(folder):
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    refused(folder, ValueError, r"adapter_model\.bin is a pickle.*runs whatever program")
+    (folder / "adapter_model.bin").unlink()
+    refused(folder, FileNotFoundError, r"holds no adapter_model\.safetensors")
+
+
+def test_a_folder_of_folders_says_which_hold_adapters(folder):
+    refused(folder.parent, FileNotFoundError, r"holds no adapter_config\.json; its folders a do")
+
+
+def test_a_name_that_is_taken_is_refused(folder):
+    model = load_peft(Model(True), folder, names=NAMES)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="has an adapter named 'default' already"):
+        load_peft(model, folder, names=NAMES)
+    assert snapshot(model) == before
+
+
+def test_names_are_needed_and_must_be_right(folder, tmp_path):
+    with pytest.raises(ValueError, match="names=None: Model has no huggingface_names"):
+        load_peft(Model(True), folder)
+    with pytest.raises(ValueError, match="names has none of the model's modules, which are "):
+        load_peft(Model(True), folder, names={"other": "name"})
+    twice = {"layers/{}/query": "layers.{}.q", "layers/{}/out": "layers.{}.q"}
+    with pytest.raises(ValueError, match=r"both called layers\.0\.q"):
+        load_peft(Model(True), folder, names=twice)
+    with pytest.raises(ValueError, match=r"a stack of \(3,\) matrices, but .* 0 number"):
+        load_peft(Model(True), folder, names=lambda path: path.replace("/query", ".q_proj"))
+    for wrong in ({"layers/{}/query": "q_proj"}, {"layers/query": "layers.{}.q_proj"}):
+        with pytest.raises(ValueError, match=r"other numbers of \{\} than names"):
+            load_peft(Model(True), folder, names=wrong)
+    some = {k: v for k, v in NAMES.items() if "mlp" not in k}
+    with pytest.raises(ValueError, match=r"no PyTorch name of layers/mlp"):
+        save_peft(adapted(True, LORA, "query|mlp"), tmp_path / "b", names=some)
+
+
+def test_what_a_file_cannot_hold_is_not_saved(tmp_path):
+    model = adapted(True, LORA, "query|mlp")
+    with pytest.raises(ValueError, match="no adapter named 'x': it has 'default'"):
+        save_peft(model, tmp_path / "a", names=NAMES, name="x")
+    with pytest.raises(ValueError, match=r"dtype=.*int.* must be one of float32, bfloat16"):
+        save_peft(model, tmp_path / "a", names=NAMES, dtype=int)
+    lro.adapters.activate(model, "default", strengths={"default": 0.5})
+    with pytest.raises(ValueError, match=r"layers/.*: the adapter's strength is 0\.5"):
+        save_peft(model, tmp_path / "a", names=NAMES)
+    dora = adapted(True, lro.adapters.DoRA(rank=2), "query")
+    with pytest.raises(TypeError, match="DoRA rescales"):
+        save_peft(dora, tmp_path / "a", names=NAMES, as_lora=True)
+    lro.adapters.attach(dora, LORA, "mlp", rngs=0)
+    with pytest.raises(ValueError, match="one file holds one method, and the layers have 2"):
+        save_peft(dora, tmp_path / "a", names=NAMES)
+    lotr = adapted(True, lro.adapters.LoTR(rank=2), "query")
+    with pytest.raises(TypeError, match="PEFT has no LoTR"):
+        save_peft(lotr, tmp_path / "a", names=NAMES, as_lora=False)
+    fast = adapted(True, lro.adapters.PiSSA(rank=2, power_iterations=2), "query")
+    with pytest.raises(ValueError, match="PEFT computes PiSSA's residual base again"):
+        save_peft(fast, tmp_path / "a", names=NAMES, as_lora=False)
+    both = adapted(True, LORA, "mlp")
+    lro.adapters.also_train(both, "mlp/kernel")
+    with pytest.raises(ValueError, match="trained itself and has an adapter"):
+        save_peft(both, tmp_path / "a", names=NAMES)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+    from safetensors import numpy as safetensors_numpy
+
+    model = adapted(True, LORA, "query")
+    save_peft(model, tmp_path / "a", names=NAMES)
+    (tmp_path / "a" / "README.md").write_text("mine")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
+
+    def full(*args, **kwargs):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(safetensors_numpy, "save_file", full)
+        with pytest.raises(OSError, match="no space left"):
+            save_peft(adapted(True, LORA, "mlp"), tmp_path / "a", names=NAMES)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    save_peft(adapted(True, LORA, "mlp"), tmp_path / "a", names=NAMES)
+    assert (tmp_path / "a" / "README.md").read_text() == "mine"
+    assert read(tmp_path / "a")[0]["target_modules"] == ["mlp"]
+
+
+def test_other_folders_are_not_written_over(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "thesis.tex").write_text("...")
+    with pytest.raises(FileExistsError, match="holds other things than an adapter"):
+        save_peft(adapted(True, LORA, "query"), tmp_path / "a", names=NAMES)
+
+
+def test_a_missing_safetensors_is_one_sentence(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    refused(folder, ImportError, r"need safetensors: pip install 'lowrank_optax\[peft\]'")
+    with pytest.raises(ImportError, match="need safetensors"):
+        save_peft(adapted(True, LORA, "query"), tmp_path / "b", names=NAMES)

@@ -1,0 +1,188 @@
+"""Adapters for functions of any tree of parameters."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lowrank_optax as lro
+from lowrank_optax.matrices import WeightDimensionNumbers
+
+pytree = lro.adapters.pytree
+LORA = lro.adapters.LoRA(rank=2, alpha=6, initial="random")
+LAST = WeightDimensionNumbers(-2, -1)
+METHODS = [LORA, lro.adapters.LoTR(rank=2), lro.adapters.PiSSA(rank=2), lro.adapters.DoRA(rank=2)]
+
+
+def _params():
+    keys = jax.random.split(jax.random.key(0))
+    up, down = (jax.random.normal(k, s) for k, s in zip(keys, ((3, 4, 6), (3, 6, 4)), strict=True))
+    return {"up": {"kernel": up}, "down": {"kernel": down}}
+
+
+def _run(params, x):
+    """Three layers in a scan."""
+
+    def layer(x, p):
+        return x + jnp.tanh(x @ p["up"]["kernel"]) @ p["down"]["kernel"], None
+
+    return jax.lax.scan(layer, x, params)[0]
+
+
+X = jax.random.normal(jax.random.key(1), (5, 4))
+
+
+def _moved(tree):
+    noise = lambda a: 0.1 * jax.random.normal(jax.random.key(a.size), a.shape)
+    return jax.tree.map(lambda a: a + noise(a), tree)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
+def test_sums_and_factors_and_the_merged_parameters_give_the_same(method):
+    params = _params()
+    adapter = pytree.init(jax.random.key(1), params, method, "up|down", LAST)
+    if method is not LORA:
+        start = _run(pytree.effective(params, adapter), X)
+        np.testing.assert_allclose(start, _run(params, X), atol=1e-5)
+    trained = _moved(adapter.trainable)
+    by = {
+        "effective": lambda a: _run(pytree.effective(params, a), X),
+        "factored": lambda a: _run(pytree.factored(params, a), X),
+        "apply": lambda a: pytree.apply(_run, params, a, X),
+    }
+    loss = lambda name: lambda t: (by[name](adapter.replace(t)) ** 2).sum()
+    value, gradient = jax.value_and_grad(loss("effective"))(trained)
+    for name in ("factored", "apply"):
+        other, others = jax.jit(jax.value_and_grad(loss(name)))(trained)
+        np.testing.assert_allclose(other, value, rtol=1e-4)
+        for a, b in zip(jax.tree.leaves(others), jax.tree.leaves(gradient), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
+    moved = adapter.replace(trained)
+    merged = pytree.merge(params, moved)
+    np.testing.assert_allclose((_run(merged, X) ** 2).sum(), value, rtol=1e-4)
+    for a, b in zip(
+        jax.tree.leaves(pytree.unmerge(merged, moved)), jax.tree.leaves(params), strict=True
+    ):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("host", [pytree.effective, pytree.factored])
+def test_a_lora_starts_bit_for_bit_at_the_function(host):
+    params = _params()
+    adapter = pytree.init(jax.random.key(1), params, lro.adapters.LoRA(rank=2), "up", LAST)
+    np.testing.assert_array_equal(_run(host(params, adapter), X), _run(params, X))
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.data())
+def test_axes_of_any_order_are_changed_as_numpy_does(data):
+    sizes = data.draw(st.lists(st.integers(1, 3), min_size=3, max_size=4))
+    order = data.draw(st.permutations(range(len(sizes))))
+    summed, kept, batch = order[0], order[1], sorted(order[2:])
+    params = [np.ones(sizes, np.float32), {"b": np.ones(3, np.float32)}]
+    spec = [WeightDimensionNumbers(summed, kept), None]
+    adapter = pytree.init(jax.random.key(0), params, LORA, None, spec)
+    p = jax.tree.map(lambda a: np.asarray(a, np.float64), adapter.trainable["0"])
+    change = 3 * p["A"] @ p["B"]  # [*batch, summed, kept]
+    axes = [*batch, summed, kept]
+    expected = 1 + change.transpose(np.argsort(axes))
+    merged = pytree.merge(params, adapter)
+    np.testing.assert_allclose(merged[0], expected, rtol=1e-5, atol=1e-5)
+    assert merged[1]["b"] is params[1]["b"]
+    ((first, second),) = pytree.to_lora(adapter).values()
+    np.testing.assert_allclose(first @ second, change, rtol=1e-4, atol=1e-5)
+
+
+def test_apply_keeps_no_weight_for_backward_that_effective_keeps():
+    from jax._src.ad_checkpoint import saved_residuals
+
+    params = {"w": jnp.ones((64, 64))}
+    adapter = pytree.init(jax.random.key(0), params, LORA)
+    f = lambda params, x: jnp.tanh(x @ params["w"]) @ params["w"]
+    x = jnp.ones((2, 64))
+    with_apply = lambda t: pytree.apply(f, params, adapter.replace(t), x).sum()
+    with_sum = lambda t: f(pytree.effective(params, adapter.replace(t)), x).sum()
+
+    def made(loss):
+        found = saved_residuals(loss, adapter.trainable)
+        return [a for a, source in found if a.shape == (64, 64) and "constant" not in source]
+
+    assert not made(with_apply)
+    assert made(with_sum)
+
+
+def test_no_matrix_of_the_weights_size_is_made_by_factors():
+    params = {"w": jnp.ones((64, 64))}
+    adapter = pytree.init(jax.random.key(0), params, LORA)
+    f = lambda t, x: (x @ pytree.factored(params, adapter.replace(t))["w"]).sum()
+    text = str(jax.make_jaxpr(jax.grad(f))(adapter.trainable, jnp.ones((2, 64))))
+    made = [line for line in text.splitlines() if ":f32[64,64] =" in line]
+    assert not [line for line in made if "transpose" not in line]
+
+
+def test_a_factored_weight_is_no_array():
+    params = _params()
+    adapter = pytree.init(jax.random.key(0), params, LORA, "up", LAST)
+    leaf = pytree.factored(params, adapter)["up"]["kernel"]
+    assert (leaf.shape, leaf.ndim, leaf.dtype) == ((3, 4, 6), 3, jnp.float32)
+    assert leaf[1].shape == (4, 6)
+    with pytest.raises(TypeError, match="is no array"):
+        jnp.asarray(leaf)
+    with pytest.raises(TypeError):
+        leaf + 1
+    with pytest.raises(TypeError):
+        jnp.einsum("bd,lde->lbe", X, leaf)
+    with pytest.raises(TypeError, match="same leading axes"):
+        X @ leaf
+    together = jnp.stack([X] * 3) @ leaf
+    np.testing.assert_allclose(together[1], X @ leaf[1], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(X) @ leaf[1], X @ leaf[1])
+
+
+def test_weights_with_outputs_first_are_used_transposed():
+    params = {"w": jax.random.normal(jax.random.key(2), (5, 4))}
+    adapter = pytree.init(jax.random.key(0), params, LORA, None, WeightDimensionNumbers(1, 0))
+    leaf = pytree.factored(params, adapter)["w"]
+    expected = X @ pytree.effective(params, adapter)["w"].T
+    np.testing.assert_allclose(X @ leaf.T, expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(TypeError, match="inputs come last"):
+        jnp.ones((1, 5)) @ leaf
+
+
+def test_leaves_are_chosen_by_the_rule_by_names_or_by_pattern():
+    params = {
+        "embed": {"embedding": jnp.ones((9, 4))},
+        "up": {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6)},
+    }
+    at = lambda where: [x.name for x in pytree.init(jax.random.key(0), params, LORA, where).leaves]
+    assert at(None) == ["up/kernel"]
+    assert at("embed") == ["embed/embedding"]
+    assert at(lambda path, leaf: leaf.shape[0] == 4) == ["up/kernel"]
+    with pytest.raises(ValueError, match="near it are: "):
+        at("upp")
+    with pytest.raises(TypeError, match="must be an adapter"):
+        pytree.init(jax.random.key(0), params, None)
+    with pytest.raises(ValueError, match="matches none"):
+        pytree.init(jax.random.key(0), params, LORA, rank_pattern={"x": 1})
+    adapter = pytree.init(jax.random.key(0), params, LORA)
+    with pytest.raises(ValueError, match="no leaf up/kernel"):
+        pytree.effective({"down": jnp.ones((2, 2))}, adapter)
+
+
+def test_shared_factors_are_one_array_and_the_summary_counts_them_once():
+    params = {"a": jnp.ones((4, 6)), "b": jnp.ones((4, 6))}
+    adapter = pytree.init(jax.random.key(0), params, lro.adapters.LoTR(rank=2))
+    assert pytree.summary(params, adapter).trained == 2 * (4 + 6) + 2 * 2 * 2
+    (group,) = adapter.trainable["adapter_groups"]
+    assert set(adapter.trainable["adapter_groups"][group]) == {"A", "B"}
+
+
+def test_several_axes_of_inputs_cannot_be_factored():
+    params = {"w": jnp.ones((2, 3, 4))}
+    spec = WeightDimensionNumbers((0, 1), 2)
+    adapter = pytree.init(jax.random.key(0), params, LORA, None, spec)
+    assert pytree.effective(params, adapter)["w"].shape == (2, 3, 4)
+    with pytest.raises(ValueError, match="Use `effective`"):
+        pytree.factored(params, adapter)

@@ -29,7 +29,7 @@ from _run_folder import read_json, write_json
 from _settings import Settings
 from pretrain import held_out_loss, make_model, mean_loss
 
-__all__ = ["CHUNK", "MakeOptimizer", "Settings", "Text", "Trainer", "Weights"]
+__all__ = ["CHUNK", "MakeOptimizer", "Settings", "Text", "Trainer", "Weights", "steps_of"]
 __all__ += ["TUNED", "choose", "in_few_bits", "make_optimizer", "read_json", "write_json"]
 
 CHUNK = 50  # steps in one call of a compiled program
@@ -75,6 +75,18 @@ class Weights(NamedTuple):
     full: Callable[[Any], Any] = lambda trained: trained
 
 
+def steps_of(
+    corpus: Corpus, settings: Settings, peak: float, steps: int
+) -> Iterator[tuple[jax.Array, jax.Array]]:
+    """Yields tokens ``[CHUNK, batch, length + 1]`` and rates ``[CHUNK]``, a cosine's."""
+    schedule = make_schedule("cosine", steps, steps // 10)
+    rates = peak * np.asarray(jax.vmap(schedule)(jnp.arange(steps)), np.float32)
+    batches = training_batches(corpus, settings)
+    for first in range(0, steps, CHUNK):
+        tokens = np.stack([next(batches) for _ in range(CHUNK)])
+        yield jnp.asarray(tokens), jnp.asarray(rates[first : first + CHUNK])
+
+
 class Trainer:
     """Trains with one optimizer, from a seed, at a learning rate, for a number of steps."""
 
@@ -113,12 +125,7 @@ class Trainer:
     def inputs(self, seed: int, peak: float, steps: int) -> Iterator[tuple[jax.Array, jax.Array]]:
         """Yields tokens ``[CHUNK, batch, length + 1]`` and rates ``[CHUNK]`` of one call."""
         settings = dataclasses.replace(self.text.settings, seed=seed)
-        schedule = make_schedule("cosine", steps, steps // 10)
-        rates = peak * np.asarray(jax.vmap(schedule)(jnp.arange(steps)), np.float32)
-        batches = training_batches(self.text.corpus, settings)
-        for first in range(0, steps, CHUNK):
-            tokens = np.stack([next(batches) for _ in range(CHUNK)])
-            yield jnp.asarray(tokens), jnp.asarray(rates[first : first + CHUNK])
+        return steps_of(self.text.corpus, settings, peak, steps)
 
     def run(self, seed: int, peak: float, steps: int) -> dict[str, Any]:
         """Trains; returns the figures of the run. A loss that is not finite is None."""

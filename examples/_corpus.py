@@ -39,22 +39,48 @@ class Corpus(NamedTuple):
         )
 
 
-def load_corpus(data: str | None, tokenizer: str | None, sequence_length: int) -> Corpus:
+def load_corpus(
+    data: str | None, tokenizer: str | None, sequence_length: int, separator: int | None = None
+) -> Corpus:
     """Reads, splits and tokenizes the text.
 
     Args:
       data: a folder, a file or a glob pattern; None is the standard library's sources.
       tokenizer: path of a `tokenizers` JSON file; None makes every byte a token.
       sequence_length: tokens a sequence predicts; each split must hold one sequence.
+      separator: the token between documents; None for one more than the vocabulary has.
 
     Raises:
       InputError: if there is no such file, no text in it, or less than one sequence.
     """
+    documents = standard_library() if data is None else list(_read(_find(data)))
+    return make_corpus(documents, _name(data), tokenizer, sequence_length, separator)
+
+
+def make_corpus(
+    documents: list[tuple[str, str]],
+    name: str,
+    tokenizer: str | None,
+    sequence_length: int,
+    separator: int | None = None,
+) -> Corpus:
+    """Splits and tokenizes documents.
+
+    Args:
+      documents: (name, text) of each.
+      name: what the whole is called in an error.
+      tokenizer: path of a `tokenizers` JSON file; None makes every byte a token.
+      sequence_length: tokens a sequence predicts; each split must hold one sequence.
+      separator: the token between documents; None for one more than the vocabulary has.
+
+    Raises:
+      InputError: if there is no text, or less than one sequence.
+    """
     encode, decode, vocab_size = _byte_codec() if tokenizer is None else _load_codec(tokenizer)
-    documents = list(_read(_standard_library() if data is None else _find(data)))
     if not documents:
-        raise InputError(f"{_name(data)} holds no text: every file is empty or not UTF-8")
-    separator = vocab_size - 1
+        raise InputError(f"{name} holds no text: every file is empty or not UTF-8")
+    if separator is None:
+        separator, vocab_size = vocab_size, vocab_size + 1
     dtype = np.uint16 if vocab_size <= 2**16 else np.int32
     splits = []
     for part, texts in zip(("training", "held-out"), _split(documents), strict=True):
@@ -62,7 +88,7 @@ def load_corpus(data: str | None, tokenizer: str | None, sequence_length: int) -
         splits.append(np.concatenate([np.asarray(t, dtype) for t in tokens] or [[]]))
         if len(splits[-1]) <= sequence_length:
             raise InputError(
-                f"the {part} text of {_name(data)} has {len(splits[-1])} tokens, too few for one "
+                f"the {part} text of {name} has {len(splits[-1])} tokens, too few for one "
                 f"sequence of {sequence_length} + 1: give more text or a smaller --sequence-length"
             )
     train, held_out = splits
@@ -81,13 +107,18 @@ def _walk(root: Path, skip: frozenset[str] = frozenset()) -> Iterator[Path]:
         yield from (Path(folder, f) for f in files if not f.startswith("."))
 
 
-def _standard_library() -> dict[str, Path]:
+def standard_library() -> list[tuple[str, str]]:
+    """Names and texts of the Python sources that come with Python.
+
+    Raises:
+      InputError: if there are none.
+    """
     root = Path(sysconfig.get_path("stdlib"))
     files = [p for p in _walk(root, _NOT_PROSE) if p.suffix == ".py"]
     files = [p for p in files if not p.name.startswith("_sysconfigdata")]
     if not files:
         raise InputError(f"no Python sources in {root}: name your own text with --data")
-    return {p.relative_to(root).as_posix(): p for p in files}
+    return list(_read({p.relative_to(root).as_posix(): p for p in files}))
 
 
 def _find(data: str) -> dict[str, Path]:
@@ -132,7 +163,7 @@ def _split(documents: list[tuple[str, str]]) -> tuple[list[str], list[str]]:
 
 
 def _byte_codec() -> tuple[Callable, Callable, int]:
-    """256 bytes, and one token which separates documents."""
+    """256 bytes."""
 
     def encode(text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8)
@@ -140,11 +171,11 @@ def _byte_codec() -> tuple[Callable, Callable, int]:
     def decode(tokens: Sequence[int]) -> str:
         return bytes(t for t in tokens if t < 256).decode(errors="replace")
 
-    return encode, decode, 257
+    return encode, decode, 256
 
 
 def _load_codec(path: str) -> tuple[Callable, Callable, int]:
-    """A tokenizer's own vocabulary, and one token more which separates documents."""
+    """A tokenizer's own vocabulary."""
     if not Path(path).is_file():
         raise InputError(f"--tokenizer {path}: no such file")
     try:
@@ -159,7 +190,7 @@ def _load_codec(path: str) -> tuple[Callable, Callable, int]:
     def decode(tokens: Sequence[int]) -> str:
         return tokenizer.decode([int(t) for t in tokens if t < vocab_size])
 
-    return encode, decode, vocab_size + 1
+    return encode, decode, vocab_size
 
 
 class _Windows:

@@ -13,6 +13,7 @@ matplotlib.use("Agg")  # no window
 import matplotlib.pyplot as plt
 
 COLORS = ("#1f5fa8", "#d1495b", "#2a9d5c", "#8d5fb0", "#d98a29", "#5b6770")
+COLORS += ("#3fb5c4", "#e377a8", "#9aa62f", "#8c564b", "#1b1b1b", "#b59ce0")
 Records = dict[str, list[dict[str, Any]]]  # of the logs, by optimizer
 
 
@@ -22,7 +23,7 @@ def plot(path: Path, logs: dict[str, Path], results: dict[str, dict[str, Any]]) 
     Where the noise of the gradient was measured, it and the batch size are drawn between them.
     """
     records = {name: read_log(log) for name, log in logs.items()}
-    colors = dict(zip(records, _cycle(len(records)), strict=True))
+    colors = dict(zip(records, color_cycle(len(records)), strict=True))
     noisy = any("noise_scale" in r for each in records.values() for r in each)
     figure, axes = plt.subplots(
         1,
@@ -31,7 +32,7 @@ def plot(path: Path, logs: dict[str, Path], results: dict[str, dict[str, Any]]) 
         width_ratios=(3, 2, 1) if noisy else (3, 1),
         layout="constrained",
     )
-    _draw_losses(axes[0], records, colors)
+    draw_losses(axes[0], records, colors)
     _draw_bytes(axes[-1], results)
     if noisy:
         _draw_batch_sizes(axes[1], records, colors)
@@ -49,10 +50,11 @@ def _places(records: list[dict[str, Any]]) -> dict[int, int]:
     """Where each step is drawn: sequences read until then; with a fixed batch, steps."""
     made = [r for r in records if "loss" in r]
     ends = itertools.accumulate(r.get("batch_size", 1) for r in made)
-    return dict(zip((r["step"] for r in made), ends, strict=True))
+    return {0: 0} | dict(zip((r["step"] for r in made), ends, strict=True))
 
 
-def _draw_losses(axes: Any, records: Records, colors: dict[str, str]) -> None:
+def draw_losses(axes: Any, records: Records, colors: dict[str, str]) -> None:
+    """Draws training and held-out losses by step."""
     for name, each in records.items():
         place = _places(each)
         train = [(place[r["step"]], r["loss"]) for r in each if "loss" in r]
@@ -89,7 +91,7 @@ def _draw_batch_sizes(axes: Any, records: Records, colors: dict[str, str]) -> No
 
 def _draw_bytes(axes: Any, results: dict[str, dict[str, Any]]) -> None:
     sizes = [r["optimizer_state_bytes"] / 2**20 for r in results.values()]
-    drawn = axes.bar(list(results), sizes, color=_cycle(len(results)), width=0.6)
+    drawn = axes.bar(list(results), sizes, color=color_cycle(len(results)), width=0.6)
     axes.bar_label(drawn, fmt="%.2f", padding=2)
     axes.set_ylabel("MiB")
     axes.set_title("optimizer state", fontsize=10)
@@ -97,7 +99,8 @@ def _draw_bytes(axes: Any, results: dict[str, dict[str, Any]]) -> None:
         axes.tick_params(axis="x", rotation=45)
 
 
-def _cycle(count: int) -> list[str]:
+def color_cycle(count: int) -> list[str]:
+    """As many colors, from the start again after the last."""
     return [COLORS[i % len(COLORS)] for i in range(count)]
 
 

@@ -1,11 +1,10 @@
 """From `--optimizer NAME --set key=value` to an optax transformation."""
 
-import ast
 from collections.abc import Callable, Iterable
-import difflib
 import inspect
 from typing import Any, NamedTuple
 
+from _options import assign, closest, one_line
 from _settings import InputError, Settings
 import jax
 import optax
@@ -78,12 +77,9 @@ def choose(
     for name in factories:
         if learning_rate is not None:
             options[name]["learning_rate"] = learning_rate
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        if not equals or not key:
-            raise InputError(f"--set {setting}: write it as key=value")
-        for name, option in _owners(key, factories):
-            options[name][option] = _value(text)
+    taken = {name: list(inspect.signature(f).parameters) for name, f in factories.items()}
+    for name, option, value in assign(settings, taken, "optimizer"):
+        options[name][option] = value
     return [_chosen(name, factories[name], options[name]) for name in factories]
 
 
@@ -107,7 +103,7 @@ def find_factory(name: str) -> Callable[..., optax.GradientTransformation]:
         if function in dir(module) and _is_optimizer(function, getattr(module, function)):
             return getattr(module, function)
     known = {f for m in modules.values() for f in dir(m) if _is_optimizer(f, getattr(m, f))}
-    hint = _closest(function, known) or "choose a function with a learning_rate as first argument"
+    hint = closest(function, known) or "choose a function with a learning_rate as first argument"
     raise InputError(
         f"there is no optimizer {name!r} in lowrank_optax, optax or optax.contrib: {hint}"
     )
@@ -117,35 +113,6 @@ def _is_optimizer(name: str, function: Any) -> bool:
     if name.startswith(("_", "scale_by_")) or not inspect.isfunction(function):
         return False
     return next(iter(inspect.signature(function).parameters), None) == "learning_rate"
-
-
-def _owners(key: str, factories: dict[str, Callable]) -> list[tuple[str, str]]:
-    """Which optimizers an option goes to, as (optimizer, option)."""
-    name, _, option = key.rpartition(".")
-    if name and name not in factories:
-        hint = _closest(name, factories) or f"this run has {', '.join(factories)}"
-        raise InputError(f"--set {key}: no optimizer {name!r} in this run: {hint}")
-    wanted = [name] if name else list(factories)
-    taken = {n: list(inspect.signature(factories[n]).parameters) for n in wanted}
-    owners = [(n, option) for n in wanted if option in taken[n]]
-    if not owners:
-        known = sorted(set().union(*taken.values()))
-        hint = _closest(option, known) or f"there are {', '.join(known)}"
-        raise InputError(f"--set {key}: {' and '.join(wanted)} has no option {option!r}: {hint}")
-    return owners
-
-
-def _closest(word: str, known: Iterable[str]) -> str:
-    matches = difflib.get_close_matches(word, sorted(known), n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(matches)}?" if matches else ""
-
-
-def _value(text: str) -> Any:
-    """A Python literal where it is one (0.5, 32, None, True, (1, 2)), else the text itself."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
 
 
 def make_optimizer(
@@ -211,11 +178,6 @@ _MATRIX_OPTIONS = {
     "weight_dimension_numbers": lambda rule, params: rule,
     "muon_weight_dimension_numbers": _for_muon,
 }
-
-
-def one_line(error: Exception) -> str:
-    """The first sentence of an error from elsewhere."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def make_schedule(kind: str, steps: int, warmup: int) -> optax.Schedule:

@@ -121,12 +121,14 @@ def report(console: Console, results: dict[str, dict[str, Any]], folder: Path) -
     for name in results:
         console.print(f"{name}: log and checkpoints in {folder / name}", soft_wrap=True)
     for name, result in results.items():
-        prompt, text = result["sample"]
-        console.print()
-        console.rule(f"{name} continues the held-out text", align="left")
-        console.print(
-            Text(_printable(prompt), style="dim").append(_printable(text), style="not dim")
-        )
+        print_sample(console, f"{name} continues the held-out text", *result["sample"])
+
+
+def print_sample(console: Console, title: str, prompt: str, text: str) -> None:
+    """Prints what a model wrote, after a dimmed prompt."""
+    console.print()
+    console.rule(title, align="left")
+    console.print(Text(_printable(prompt), style="dim").append(_printable(text), style="not dim"))
 
 
 def _printable(text: str) -> str:
@@ -167,23 +169,25 @@ def _percent_of(ratio: float) -> str:
     return f"{100 * ratio:.1f}%"
 
 
-def _mebibytes(count: float) -> str:
+def mebibytes(count: float) -> str:
+    """Spells a number of bytes."""
     return f"{count / 2**20:,.2f} MiB"
 
 
-def _milliseconds(seconds: float) -> str:
+def milliseconds(seconds: float) -> str:
+    """Spells a time."""
     return f"{1000 * seconds:,.1f} ms"
 
 
 _ROWS = (
     ("held-out loss", "held_out_loss", "{:.4f}".format, _percent_more),
     ("held-out perplexity", "perplexity", "{:,.3f}".format, None),
-    ("optimizer state", "optimizer_state_bytes", _mebibytes, _percent_of),
-    ("optimizer state at first", "first_optimizer_state_bytes", _mebibytes, None),
-    ("compiled peak of a step", "compiled_peak_bytes", _mebibytes, _percent_of),
+    ("optimizer state", "optimizer_state_bytes", mebibytes, _percent_of),
+    ("optimizer state at first", "first_optimizer_state_bytes", mebibytes, None),
+    ("compiled peak of a step", "compiled_peak_bytes", mebibytes, _percent_of),
     ("tokens/s", "tokens_per_second", "{:,.0f}".format, None),
-    ("step", "step_seconds", _milliseconds, None),
-    ("step with a refresh", "refresh_step_seconds", _milliseconds, None),
+    ("step", "step_seconds", milliseconds, None),
+    ("step with a refresh", "refresh_step_seconds", milliseconds, None),
     ("compile time", "compile_seconds", "{:.1f} s".format, None),
     ("steps", "steps", "{:,}".format, None),
     ("batch size at the end", "batch_size", "{:,}".format, None),

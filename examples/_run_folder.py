@@ -1,5 +1,7 @@
 """The folder of a run: who owns it, its settings, and one log of every step per optimizer.
 
+Of `pretrain.py`; that of `finetune.py` has adapters in the place of optimizers, and more in each.
+
 DIR/run.json                     settings and text of the run; marks the folder as ours
 DIR/<optimizer>/log.jsonl        a line per step and per look at the held-out text
 DIR/<optimizer>/checkpoints/     Orbax: model, optimizer, position in the text
@@ -19,8 +21,6 @@ from typing import Any
 from _settings import InputError, Settings, flag
 import jax
 
-_PROGRAM = "lowrank-optax examples/pretrain.py"
-
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Writes a file so that a reader finds the old content or the new, never a part."""
@@ -38,24 +38,30 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def load_settings(folder: Path, given: dict[str, Any], resume: bool) -> Settings:
+def load_settings(folder: Path, given: dict[str, Any], resume: bool, kind: Any = Settings) -> Any:
     """Returns the settings of a new run, or of the run to go on with.
+
+    Args:
+      folder: of the run.
+      given: settings that the user gave.
+      resume: whether to go on with the run.
+      kind: the class of the program's settings.
 
     Raises:
       InputError: if the folder is not ours, holds a run and `resume` is not said, holds none and
         it is, or if a setting given contradicts the run's.
     """
-    run = _read_run(folder)
+    run = _read_run(folder, kind.PROGRAM)
     if not resume:
         if run is not None:
             raise InputError(
                 f"--output {folder} holds a run already: go on with it by --resume, "
                 "or choose another folder"
             )
-        return Settings(**given)
+        return kind(**given)
     if run is None:
         raise InputError(f"--resume: there is no run in {folder}")
-    known = {field.name for field in dataclasses.fields(Settings)}
+    known = {field.name for field in dataclasses.fields(kind)}
     if set(run["settings"]) != known:
         raise InputError(f"{folder / 'run.json'} is of another version of this program")
     was: dict[str, Any] = {
@@ -64,39 +70,39 @@ def load_settings(folder: Path, given: dict[str, Any], resume: bool) -> Settings
     for name, value in given.items():
         if value != was[name]:
             raise InputError(
-                f"{flag(name)} contradicts the run in {folder}, which has {_spell(was[name])}: "
-                "resume with its settings, or start a new run elsewhere"
+                f"{flag(name, kind)} contradicts the run in {folder}, which has "
+                f"{_spell(was[name])}: resume with its settings, or start a new run elsewhere"
             )
-    return Settings(**was)
+    return kind(**was)
 
 
 def _spell(value: Any) -> str:
     return " ".join(value) if isinstance(value, tuple) else str(value)
 
 
-def _read_run(folder: Path) -> dict[str, Any] | None:
+def _read_run(folder: Path, program: str) -> dict[str, Any] | None:
     """Reads run.json; None where the folder is new or empty."""
     try:
         if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
             return None
         run = json.loads((folder / "run.json").read_text())
-        if run["program"] == _PROGRAM:
+        if run["program"] == program:
             return run
     except (OSError, ValueError, KeyError, TypeError):
         pass
     raise InputError(f"--output {folder} is not empty and not a run of this program")
 
 
-def open_folder(folder: Path, settings: Settings, fingerprint: str) -> None:
+def open_folder(folder: Path, settings: Any, fingerprint: str) -> None:
     """Makes the folder, or checks that the run in it reads the same text as now."""
-    run = _read_run(folder)
+    run = _read_run(folder, settings.PROGRAM)
     if run is not None:
         if run["text"] != fingerprint:
             raise InputError(f"the text has changed since the run in {folder} began")
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        content = {"program": _PROGRAM, "settings": dataclasses.asdict(settings)}
+        content = {"program": settings.PROGRAM, "settings": dataclasses.asdict(settings)}
         write_json(folder / "run.json", content | {"text": fingerprint})
     except OSError as error:
         raise InputError(f"cannot write to --output {folder}: {error.strerror}") from None

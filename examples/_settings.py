@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable, Sequence
 import dataclasses
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Any, ClassVar, Literal, NoReturn
 
 SCHEDULES = ("constant", "cosine", "linear", "wsd")
 DTYPES = ("float32", "bfloat16")
@@ -18,6 +18,9 @@ class InputError(ValueError):
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Everything that decides the course of a run."""
+
+    PROGRAM: ClassVar[str] = "lowrank-optax examples/pretrain.py"
+    FLAGS: ClassVar[dict[str, str]] = {"optimizers": "--compare"}
 
     data: str | None = None
     tokenizer: str | None = None
@@ -96,21 +99,27 @@ class Settings:
         return self.first_batch_size // self.first_accumulate
 
 
-def flag(name: str) -> str:
-    """Spells a field of Settings as its flag."""
-    return "--compare" if name == "optimizers" else "--" + name.replace("_", "-")
+def flag(name: str, kind: Any = Settings) -> str:
+    """Spells a field of a program's settings as its flag."""
+    return kind.FLAGS.get(name, "--" + name.replace("_", "-"))
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, like every other refusal of the program."""
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (--help lists every flag)")
 
+    def read(self, argv: Sequence[str] | None) -> tuple[dict[str, Any], Path, bool]:
+        """Returns the settings given on the command line, the output folder, and `resume`."""
+        given = vars(self.parse_args(argv))
+        folder, resume = Path(given.pop("output")).expanduser(), given.pop("resume")
+        return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}, folder, resume
 
-def parse(argv: Sequence[str] | None) -> tuple[dict[str, object], Path, bool]:
+
+def parse(argv: Sequence[str] | None) -> tuple[dict[str, Any], Path, bool]:
     """Returns the settings given on the command line, the output folder, and `resume`."""
-    parser = _Parser(
+    parser = Parser(
         prog="pretrain.py",
         description="Train a small language model on text and compare optimizers: same weights "
         "at the start, same batches. Without flags: AdamW and GaLore on the Python standard "
@@ -132,20 +141,17 @@ def parse(argv: Sequence[str] | None) -> tuple[dict[str, object], Path, bool]:
     run.add_argument(
         "--resume", action="store_true", default=False, help="go on with the run in --output"
     )
-    _add(run, "eval_every", int, "steps between two looks at the held-out text")
-    _add(run, "eval_sequences", int, "sequences of held-out text looked at")
-    _add(run, "checkpoint_every", int, "steps between two checkpoints")
-    _add(
+    add_flag(run, "eval_every", int, "steps between two looks at the held-out text")
+    add_flag(run, "eval_sequences", int, "sequences of held-out text looked at")
+    add_flag(run, "checkpoint_every", int, "steps between two checkpoints")
+    add_flag(
         run,
         "compact_every",
         int,
         "steps after which the memory of ranks that fell is given back, for optimizers such as "
         "adarankgrad",
     )
-    arguments = parser.parse_args(argv)
-    given = vars(arguments)
-    folder, resume = Path(given.pop("output")).expanduser(), given.pop("resume")
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}, folder, resume
+    return parser.read(argv)
 
 
 def _batch_size(text: str) -> int | str:
@@ -156,19 +162,27 @@ def _batch_size(text: str) -> int | str:
 _batch_size.__name__ = "number or 'adaptive'"
 
 
-def _add(group: argparse._ArgumentGroup, name: str, kind: Callable, text: str, **options) -> None:
+def add_flag(
+    group: argparse._ArgumentGroup,
+    name: str,
+    kind: Callable,
+    text: str,
+    *,
+    of: Any = Settings,
+    **options: Any,
+) -> None:
     """Adds the flag of one field, with the field's default in its help."""
-    default = getattr(Settings, name)
+    default = getattr(of, name)
     suffix = "" if default is None else f" (default: {default})"
     if kind is not str:
         options.setdefault("metavar", "N" if kind is int else "X")
-    group.add_argument(flag(name), type=kind, help=text + suffix, **options)
+    group.add_argument(flag(name, of), type=kind, help=text + suffix, **options)
 
 
 def _add_training_flags(group: argparse._ArgumentGroup) -> None:
-    _add(group, "model", str, "a preset such as llama-60m, or a path to a config.json")
-    _add(group, "steps", int, "optimizer steps; with --batch-size adaptive, of the first size")
-    _add(
+    add_flag(group, "model", str, "a preset such as llama-60m, or a path to a config.json")
+    add_flag(group, "steps", int, "optimizer steps; with --batch-size adaptive, of the first size")
+    add_flag(
         group,
         "batch_size",
         _batch_size,
@@ -176,19 +190,19 @@ def _add_training_flags(group: argparse._ArgumentGroup) -> None:
         "gradient asks for",
         metavar="N",
     )
-    _add(group, "initial_batch_size", int, "of an adaptive batch size")
-    _add(group, "max_batch_size", int, "of an adaptive batch size")
-    _add(
+    add_flag(group, "initial_batch_size", int, "of an adaptive batch size")
+    add_flag(group, "max_batch_size", int, "of an adaptive batch size")
+    add_flag(
         group,
         "eta",
         float,
         "largest standard deviation of an adaptive batch's gradient, over its norm",
     )
-    _add(group, "sequence_length", int, "tokens predicted in a sequence")
-    _add(group, "accumulate", int, "micro-batches whose gradients make one step")
-    _add(group, "dtype", str, "arithmetic of the model", choices=DTYPES)
-    _add(group, "param_dtype", str, "storage of the weights", choices=DTYPES)
-    _add(
+    add_flag(group, "sequence_length", int, "tokens predicted in a sequence")
+    add_flag(group, "accumulate", int, "micro-batches whose gradients make one step")
+    add_flag(group, "dtype", str, "arithmetic of the model", choices=DTYPES)
+    add_flag(group, "param_dtype", str, "storage of the weights", choices=DTYPES)
+    add_flag(
         group,
         "rounding",
         str,
@@ -203,14 +217,14 @@ def _add_training_flags(group: argparse._ArgumentGroup) -> None:
         help="recompute activations in the backward pass: all, or what a policy of "
         "jax.checkpoint_policies does not save",
     )
-    _add(
+    add_flag(
         group,
         "initializer_range",
         float,
         "standard deviation of the weights at the start (default: 1 / sqrt(hidden size))",
     )
-    _add(group, "devices", int, "devices to share each batch (default: all)")
-    _add(group, "seed", int, "fixes the weights at the start and the order of the batches")
+    add_flag(group, "devices", int, "devices to share each batch (default: all)")
+    add_flag(group, "seed", int, "fixes the weights at the start and the order of the batches")
 
 
 def _add_optimizer_flags(group: argparse._ArgumentGroup) -> None:
@@ -236,9 +250,9 @@ def _add_optimizer_flags(group: argparse._ArgumentGroup) -> None:
         action="extend",
         help="options: rank=32 for all which take it, galore.rank=32 for one",
     )
-    _add(group, "state_bits", int, "bits of a moment between steps", choices=(32, 8, 4))
-    _add(group, "learning_rate", float, "peak learning rate (default: each optimizer's own)")
-    _add(
+    add_flag(group, "state_bits", int, "bits of a moment between steps", choices=(32, 8, 4))
+    add_flag(group, "learning_rate", float, "peak learning rate (default: each optimizer's own)")
+    add_flag(
         group,
         "schedule",
         str,
@@ -246,4 +260,4 @@ def _add_optimizer_flags(group: argparse._ArgumentGroup) -> None:
         "zero, or wsd (constant, then linear to zero in the last fifth)",
         choices=SCHEDULES,
     )
-    _add(group, "warmup", int, "steps of linear warm-up (default: a tenth of --steps)")
+    add_flag(group, "warmup", int, "steps of linear warm-up (default: a tenth of --steps)")

@@ -34,8 +34,8 @@ try:
         in_few_bits,
         make_optimizer,
         make_schedule,
-        one_line,
     )
+    from _options import one_line
     from _report import Meter, report, summarize
     from _run_folder import StepLog, load_settings, open_folder, read_json, write_json
     from _settings import InputError, Settings, parse
@@ -50,6 +50,8 @@ try:
     from lowrank_optax.models import Decoder, decoder_config, generate
     from lowrank_optax.schedules import GradientNoise, accumulate_with_noise
 except ModuleNotFoundError as error:
+    if __name__ != "__main__":
+        raise
     print(
         f"pretrain.py: error: {error.name} is missing; it comes with the extra `examples`: "
         "pip install 'lowrank-optax[examples]'",

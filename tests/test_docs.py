@@ -1,6 +1,6 @@
 """The pages in docs/: complete, linked, and in step with the flags of the main job."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import importlib
 import io
@@ -24,6 +24,7 @@ LINK = re.compile(r"\[[^\]]*\]\(\s*<?([^)\s>]+)")
 FILE_DIRECTIVE = re.compile(
     r"^`{3,}\{(?:include|literalinclude|image|figure)\} (\S+)", re.MULTILINE
 )
+FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 DOCUMENTED = re.compile(r"^\.\. (?:auto\w+|py:\w+):: ([\w.]+)", re.MULTILINE)
 
 
@@ -109,12 +110,27 @@ def test_every_page_is_in_one_toctree() -> None:
     assert sorted([*entries, DOCS / "index.md"]) == PAGES
 
 
-def test_the_page_of_the_main_job_has_every_flag_and_no_other() -> None:
-    settings = pytest.importorskip("_settings")
+def _flags_of_page(page: str) -> set[str]:
+    """The flags in the first column of the page's tables."""
+    rows = re.findall(r"^\| `--.*$", (DOCS / page).read_text(), re.MULTILINE)
+    return {flag for row in rows for flag in FLAG.findall(row.split("|")[1])}
+
+
+def _flags_of_help(parse: Callable[[], object]) -> set[str]:
+    """The flags that a program prints."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), pytest.raises(SystemExit):
-        settings.parse(["--help"])
-    flags = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
-    rows = re.findall(r"^\| `--.*$", (DOCS / "pretrain.md").read_text(), re.MULTILINE)
-    described = {flag for row in rows for flag in flags.findall(row.split("|")[1])}
-    assert described == set(flags.findall(printed.getvalue())) - {"--help"}
+        parse()
+    return set(FLAG.findall(printed.getvalue())) - {"--help"}
+
+
+def test_the_page_of_the_main_job_has_every_flag_and_no_other() -> None:
+    settings = pytest.importorskip("_settings")
+    help_of_job = _flags_of_help(lambda: settings.parse(["--help"]))
+    assert _flags_of_page("pretrain.md") == help_of_job
+
+
+def test_the_page_of_fine_tuning_has_every_flag_and_no_other() -> None:
+    settings = pytest.importorskip("_finetune_settings")
+    help_of_job = _flags_of_help(lambda: settings.parse(["--help"], ("lora",)))
+    assert _flags_of_page("finetune.md") == help_of_job

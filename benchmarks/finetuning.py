@@ -1,0 +1,204 @@
+"""The fine-tuning table: every adapter of the example on one model, at its best learning rate.
+
+    python benchmarks/finetuning.py
+    python benchmarks/finetuning.py --markdown          # the table of what has been run
+    python benchmarks/finetuning.py --adapters lora lotr --model tests/config.json --steps 50
+
+A model is made once, of the standard library's code without its documentation, and adapted to that
+documentation. The learning rate of each adapter is chosen on seed 0, from three times and a third
+of the example's on, further while the best is at an end; then the other seeds run with it. Seeds
+differ in the adapters' initial values and in the order of the text. Every run is written to the
+results at once, so that a stopped benchmark goes on where it was.
+"""
+
+import argparse
+from collections.abc import Callable
+import dataclasses
+import functools
+from pathlib import Path
+import statistics
+import sys
+import threading
+import time
+from typing import Any
+
+from family_table import Column, print_columns
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from training_runs import CHUNK, read_json, steps_of, write_json
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+from _adapters import attach, parameter_count, take_apart
+from _base_model import find_base
+from _compaction import state_bytes
+from _finetune_settings import FinetuneSettings
+from _machine import make_mesh
+from _recipes import RECIPES, Adapted, Chosen, choose
+from _start import Start, make_start
+from finetune import loss_on, train_step
+
+ROOT = Path(__file__).resolve().parents[1]
+MOST_RATES = 6
+
+
+class Finetuning:
+    """Trains one adapter: learning rates are data, so that all its runs are compiled once."""
+
+    def __init__(self, chosen: Chosen, start: Start, text: Any, settings: FinetuneSettings) -> None:
+        # The schedule then is the learning rate itself.
+        self.chosen, self.start = chosen._replace(learning_rate=1.0), start
+        self.text, self.settings = text, settings
+        self.chunk: Callable | None = None
+
+    def _compile(self, parts: Any, adapted: Adapted) -> None:
+        def step(carry: Any, inputs: Any, rest: Any) -> tuple[Any, jax.Array]:
+            tokens, rate = inputs
+            tx = self.chosen.optimizer(lambda count: rate, adapted)
+            *carry, loss = train_step(*carry, rest, tokens, graphdef=parts.training, tx=tx)
+            return tuple(carry), loss
+
+        self.chunk = jax.jit(
+            lambda carry, rest, *inputs: jax.lax.scan(
+                lambda carry, inputs: step(carry, inputs, rest), carry, inputs
+            ),
+            donate_argnums=0,
+        )
+        self.evaluate = jax.jit(functools.partial(loss_on, graphdef=parts.evaluation))
+
+    def run(self, seed: int, rate: float) -> dict[str, Any]:
+        """Trains from a seed at a learning rate; returns the figures of the run."""
+        model = attach(self.start.model(), self.chosen, self.settings.where, seed)
+        adapted = Adapted(model, self.settings.steps)
+        parts = take_apart(model, self.chosen)
+        if self.chunk is None:
+            self._compile(parts, adapted)
+        assert self.chunk is not None
+        trained = jax.tree.map(jnp.copy, parts.trained)
+        tx = self.chosen.optimizer(lambda count: 0.0, adapted)
+        carry = trained, jax.jit(tx.init)(trained), parts.counts
+        loop = dataclasses.replace(self.settings.loop(), seed=seed)
+        seconds = []
+        for tokens, rates in steps_of(self.text, loop, rate, self.settings.steps):
+            began = time.perf_counter()
+            carry, losses = self.chunk(carry, parts.rest, tokens, rates)
+            jax.block_until_ready(losses)
+            seconds.append((time.perf_counter() - began) / len(rates))
+        loss = lambda windows: float(self.evaluate(windows, carry[0], carry[2], parts.rest))
+        return {
+            "held_out_loss": loss(self.start.windows),
+            "old_text_loss": loss(self.start.old_windows),
+            "trained": parameter_count(carry[0]),
+            "state_bytes": state_bytes(carry[1]),
+            "step_seconds": min(seconds),
+        }
+
+
+def learn(name: str, train: Callable[[int, float], float], peak: float, seeds: int) -> float:
+    """Runs an adapter on all seeds at the learning rate that is best on the first."""
+    losses = {rate: train(0, rate) for rate in (peak / 3, peak, 3 * peak)}
+    while True:
+        best = min(losses, key=losses.__getitem__)
+        if len(losses) == MOST_RATES or min(losses) < best < max(losses):
+            break
+        further = best / 3 if best == min(losses) else best * 3
+        losses[further] = train(0, further)
+    for seed in range(1, seeds):
+        train(seed, best)
+    return best
+
+
+def make_table(results: dict[str, Any], names: list[str], markdown: bool) -> None:
+    """Prints a row for each adapter with all its seeds."""
+    before, rows = results["before"], []
+    for name in names:
+        if name not in results["best"]:
+            continue
+        rate = results["best"][name]
+        runs = [r for r in results["runs"].values() if (r["adapter"], r["rate"]) == (name, rate)]
+        losses = [r["held_out_loss"] for r in runs]
+        old = [r["old_text_loss"] - before["old_text_loss"] for r in runs]
+        spread = statistics.stdev(losses) if len(losses) > 1 else 0.0
+        one = min(runs, key=lambda r: r["step_seconds"])
+        rows.append(one | {"loss": statistics.mean(losses), "spread": spread})
+        rows[-1] |= {"old": statistics.mean(old), "seeds": len(runs)}
+    columns = [
+        Column("adapter", lambda r: r["adapter"]),
+        Column("rank", lambda r: "" if r["rank"] is None else str(r["rank"])),
+        Column("trained", lambda r: f"{r['trained']:,}"),
+        Column("state, KiB", lambda r: f"{r['state_bytes'] / 2**10:,.1f}"),
+        Column("learning rate", lambda r: f"{r['rate']:.1e}"),
+        Column("held-out loss", lambda r: f"{r['loss']:.4f} ± {r['spread']:.4f}"),
+        Column("old text", lambda r: f"{r['old']:+.4f}"),
+        Column("step, ms", lambda r: f"{1e3 * r['step_seconds']:.1f}"),
+        Column("seeds", lambda r: str(r["seeds"])),
+    ]
+    title = (
+        f"{before['model']} after {before['steps']} steps; before: {before['held_out_loss']:.4f}, "
+        f"old text {before['old_text_loss']:.4f}"
+    )
+    print_columns(title, rows, columns, markdown)
+
+
+def main() -> None:
+    """Runs what has not been run, and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--adapters", nargs="+", default=list(RECIPES), choices=list(RECIPES))
+    parser.add_argument("--model", default="llama-tiny")
+    parser.add_argument("--base-steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=150, help=f"a multiple of {CHUNK}")
+    parser.add_argument("--sequence-length", type=int, default=64)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/finetuning.json")
+    parser.add_argument("--base", type=Path, default=ROOT / "runs/finetuning", help="its folder")
+    parser.add_argument("--markdown", action="store_true", help="run nothing")
+    args = parser.parse_args()
+    results = read_json(args.results) or {"before": {}, "runs": {}, "best": {}}
+    if not args.markdown:
+        run_all(args, results)
+    make_table(results, args.adapters, args.markdown)
+
+
+def run_all(args: argparse.Namespace, results: dict[str, Any]) -> None:
+    """Adds the runs that are missing to the results, and to their file."""
+    settings = FinetuneSettings(
+        model=args.model,
+        base_steps=args.base_steps,
+        steps=args.steps,
+        sequence_length=args.sequence_length,
+        rank=args.rank,
+        devices=1,
+        eval_sequences=256,
+    )
+    base, mesh = find_base(settings), make_mesh(settings.loop())
+    args.base.mkdir(parents=True, exist_ok=True)
+    console = Console(soft_wrap=True)
+    start = make_start(base, settings, mesh, args.base, console, threading.Event())
+    assert start is not None
+    figures = {k: start.figures[k] for k in ("weights", "held_out_loss", "old_text_loss")}
+    figures |= {"model": args.model, "steps": args.steps, "rank": args.rank}
+    if results["before"] not in ({}, figures):
+        sys.exit(f"{args.results} is of another model or other settings: give --results")
+    results["before"] = figures
+    for chosen in choose(args.adapters, args.set, None, args.rank, None):
+        trainer = Finetuning(chosen, start, base.text, settings)
+
+        def train(seed: int, rate: float, trainer: Finetuning = trainer) -> float:
+            name = trainer.chosen.name
+            key = f"{name} seed {seed} rate {rate:.3g}"
+            if key not in results["runs"]:
+                run = {"adapter": name, "seed": seed, "rate": rate, "rank": trainer.chosen.rank}
+                results["runs"][key] = run | trainer.run(seed, rate)
+                write_json(args.results, results)
+                console.print(f"{key}: {results['runs'][key]['held_out_loss']:.4f}")
+            loss = results["runs"][key]["held_out_loss"]
+            return loss if loss == loss else float("inf")  # NaN is the worst
+
+        results["best"][chosen.name] = learn(chosen.name, train, chosen.learning_rate, args.seeds)
+        write_json(args.results, results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""The model that `finetune.py` adapts: of a run of the main job, from files, or made first."""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from _corpus import Corpus, load_corpus, make_corpus, standard_library
+from _finetune_settings import FinetuneSettings
+from _options import one_line
+from _settings import InputError, Settings
+from _texts import Documents, code_and_prose
+from flax import nnx
+import jax
+import orbax.checkpoint as ocp
+from pretrain import make_model
+
+from lowrank_optax.models import Decoder, DecoderConfig, load_huggingface
+
+
+class Base(NamedTuple):
+    """A model to adapt, of which nothing but shapes has been read."""
+
+    name: str  # what it is called in a sentence
+    text: Corpus  # to adapt it to
+    before: Corpus | None  # what it was trained on, if that is known
+    make: Callable[[], Decoder]  # its shapes; the weights are those of a start
+    load: Callable[[], Decoder] | None  # its weights; None where it is made first
+    tokenizer: str | None  # path
+    made_of: Corpus | None = None  # the text, where it is made first
+
+
+def find_base(settings: FinetuneSettings) -> Base:
+    """Finds the model and the texts that the settings name.
+
+    Raises:
+      InputError: if one of them is not there or does not fit.
+    """
+    if settings.source is not None:
+        return _of_main_job(settings, Path(settings.source).expanduser())
+    if settings.hf is not None:
+        return _of_huggingface(settings, Path(settings.hf).expanduser())
+    return _to_be_made(settings)
+
+
+def _to_be_made(settings: FinetuneSettings) -> Base:
+    code, prose = code_and_prose(standard_library())
+    tokenizer, length = settings.tokenizer, settings.sequence_length
+    text = _text(settings, tokenizer, prose=prose)
+    made_of = make_corpus(code, "the standard library's code", tokenizer, length)
+    before = _before(settings, tokenizer) or made_of
+    job = _with_arithmetic(settings.base(), settings)
+    make = functools.partial(_make, job, made_of.vocab_size)
+    return Base(settings.model, text, before, make, None, tokenizer, made_of)
+
+
+def _text(
+    settings: FinetuneSettings,
+    tokenizer: str | None,
+    separator: int | None = None,
+    prose: Documents | None = None,
+) -> Corpus:
+    """The text to adapt to."""
+    length = settings.sequence_length
+    if settings.data is not None:
+        return load_corpus(settings.data, tokenizer, length, separator)
+    documents = code_and_prose(standard_library())[1] if prose is None else prose
+    name = "the standard library's documentation"
+    return make_corpus(documents, name, tokenizer, length, separator)
+
+
+def _before(
+    settings: FinetuneSettings, tokenizer: str | None, separator: int | None = None
+) -> Corpus | None:
+    """The text of `--base-data`."""
+    if settings.base_data is None:
+        return None
+    try:
+        return load_corpus(settings.base_data, tokenizer, settings.sequence_length, separator)
+    except InputError as error:
+        raise InputError(str(error).replace("--data", "--base-data")) from None
+
+
+def _with_arithmetic(job: Settings, settings: FinetuneSettings) -> Settings:
+    """The main job's settings, with this run's choices for a step."""
+    dtype = job.dtype if settings.dtype is None else settings.dtype
+    return dataclasses.replace(job, dtype=dtype, remat=settings.remat)
+
+
+def _make(job: Settings, vocab_size: int) -> Decoder:
+    try:
+        return make_model(job, vocab_size)
+    except (ValueError, OSError) as error:
+        raise InputError(f"--model {job.model}: {one_line(error)}") from None
+
+
+def _of_main_job(settings: FinetuneSettings, folder: Path) -> Base:
+    run, part = _find_run(folder)
+    try:
+        known = {field.name for field in dataclasses.fields(Settings)}
+        was: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v
+            for k, v in run["settings"].items()
+            if k in known
+        }
+        job = Settings(**was)
+    except (KeyError, TypeError, AttributeError, InputError):
+        raise InputError(f"--from {folder}: its run.json is not that of a run") from None
+    text = _text(settings, job.tokenizer)
+    before = _before(settings, job.tokenizer)
+    if before is None:
+        try:
+            before = load_corpus(job.data, job.tokenizer, settings.sequence_length)
+        except InputError:  # the text has gone: nothing else needs it
+            before = None
+    make = functools.partial(_make, _with_arithmetic(job, settings), text.vocab_size)
+    load = functools.partial(load_checkpoint, part / "checkpoints", make)
+    return Base(str(part), text, before, make, load, job.tokenizer)
+
+
+def _find_run(folder: Path) -> tuple[dict[str, Any], Path]:
+    """The run.json of a run, and the part of it that holds the checkpoints of a model."""
+    root = folder.parent if (folder / "checkpoints").is_dir() else folder
+    try:
+        run = json.loads((root / "run.json").read_text())
+        if run["program"] != Settings.PROGRAM:
+            raise KeyError
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"--from {folder} is not a run of pretrain.py") from None
+    saved = lambda part: any(p.name.isdigit() for p in (part / "checkpoints").glob("*"))
+    names = run["settings"]["optimizers"]
+    parts = [folder] if root != folder else [folder / name for name in names]
+    parts = [part for part in parts if saved(part)]
+    if not parts:
+        raise InputError(f"--from {folder} holds no checkpoint yet")
+    if len(parts) > 1:
+        choices = " or ".join(f"--from {part}" for part in parts)
+        raise InputError(f"--from {folder} holds several models: choose by {choices}")
+    return run, parts[0]
+
+
+def load_checkpoint(checkpoints: Path, make: Callable[[], Decoder]) -> Decoder:
+    """The model in the latest checkpoint of the main job.
+
+    Raises:
+      InputError: if the checkpoint is not one of this model.
+    """
+    graphdef, params = nnx.split(make())
+    like = jax.tree.map(ocp.utils.to_shape_dtype_struct, params)
+    with ocp.CheckpointManager(checkpoints.resolve()) as manager:
+        items = ocp.args.Composite(params=ocp.args.StandardRestore(like))
+        try:
+            restored = manager.restore(manager.latest_step(), args=items).params
+        except (ValueError, KeyError, OSError) as error:
+            raise InputError(f"cannot read {checkpoints}: {one_line(error)}") from None
+    return nnx.merge(graphdef, restored)
+
+
+def _of_huggingface(settings: FinetuneSettings, folder: Path) -> Base:
+    types: dict[str, Any] = {"dtype": settings.dtype, "remat": settings.remat}
+
+    def checked(load: Callable[[], Any]) -> Any:
+        try:
+            return load()
+        except (ValueError, OSError, ImportError) as error:
+            raise InputError(f"--hf {folder}: {one_line(error)}") from None
+
+    config = checked(lambda: DecoderConfig.from_huggingface(folder))
+    own = folder / "tokenizer.json"
+    tokenizer = settings.tokenizer or (str(own) if own.is_file() else None)
+    end = config.eos_token_id
+    end = end[0] if isinstance(end, tuple) else end
+    separator = None if tokenizer is None else end or 0  # bytes have a separator of ours
+    text = _text(settings, tokenizer, separator)
+    if text.vocab_size > config.vocab_size:
+        raise InputError(
+            f"--hf {folder}: the model knows {config.vocab_size} tokens, the text has "
+            f"{text.vocab_size}: give the model's own tokenizer by --tokenizer"
+        )
+    shapes: dict[str, Any] = {k: v for k, v in types.items() if v is not None}
+    make = lambda: checked(lambda: Decoder(config, rngs=nnx.Rngs(0), **shapes))
+    load = lambda: checked(lambda: load_huggingface(folder, **types))
+    return Base(str(folder), text, _before(settings, tokenizer, separator), make, load, tokenizer)

@@ -1,0 +1,238 @@
+"""From `--adapter NAME --set key=value` to a method of `lowrank_optax.adapters` and its optimizer.
+
+One row of `RECIPES` is one adapter: which class, the learning rate that suits it, and the optimizer
+where the method has one of its own.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+import dataclasses
+import inspect
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
+
+from _options import assign, closest, one_line
+from _settings import InputError
+from flax import nnx
+import optax
+
+import lowrank_optax as lro
+
+
+class Adapted(NamedTuple):
+    """What an optimizer may ask of what it trains."""
+
+    model: nnx.Module  # with its adapters
+    steps: int  # of the run
+
+
+def adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    adapted: Adapted,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    weight_decay: float = 0.0,
+) -> optax.GradientTransformation:
+    """AdamW, what all adapters are trained with that have no way of their own."""
+    del adapted
+    return optax.adamw(learning_rate, b1=b1, b2=b2, weight_decay=weight_decay)
+
+
+def lora_plus(
+    learning_rate: optax.ScalarOrSchedule,
+    adapted: Adapted,
+    *,
+    ratio: float = 16.0,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    weight_decay: float = 0.0,
+) -> optax.GradientTransformation:
+    """AdamW whose steps are longer for the second factor."""
+    del adapted
+    return lro.adapters.lora_plus_adamw(learning_rate, ratio, b1, b2, weight_decay=weight_decay)
+
+
+def lora_fa_projected(
+    learning_rate: optax.ScalarOrSchedule,
+    adapted: Adapted,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    weight_decay: float = 0.0,
+) -> optax.GradientTransformation:
+    """AdamW on the gradients whose change is closest to that of the whole weight."""
+    projection = lro.adapters.lora_fa_projection(lro.adapters.lora_fa_factors(adapted.model))
+    return optax.chain(
+        projection, adamw(learning_rate, adapted, b1=b1, b2=b2, weight_decay=weight_decay)
+    )
+
+
+def aflora(
+    learning_rate: optax.ScalarOrSchedule,
+    adapted: Adapted,
+    *,
+    warmup_fraction: float = 0.1,
+    final_fraction: float = 0.5,
+    exponent: float = 3.0,
+    mode: Literal["quantile", "fraction"] = "quantile",
+    b1: float = 0.9,
+    b2: float = 0.999,
+    weight_decay: float = 0.0,
+) -> optax.GradientTransformation:
+    """AdamW that freezes the factors one by one; the fractions are of the run's steps."""
+    steps = adapted.steps
+    return lro.adapters.aflora_freezing(
+        adamw(learning_rate, adapted, b1=b1, b2=b2, weight_decay=weight_decay),
+        steps,
+        warmup_steps=int(warmup_fraction * steps),
+        final_steps=int(final_fraction * steps),
+        exponent=exponent,
+        mode=mode,
+    )
+
+
+def lamda(
+    learning_rate: optax.ScalarOrSchedule,
+    adapted: Adapted,
+    *,
+    eta: float = 0.3,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    weight_decay: float = 0.0,
+) -> optax.GradientTransformation:
+    """AdamW that freezes the second factor row by row, in the fraction `eta` of the steps."""
+    tx = adamw(learning_rate, adapted, b1=b1, b2=b2, weight_decay=weight_decay)
+    return lro.adapters.lamda_freezing(tx, adapted.steps, eta)
+
+
+class Recipe(NamedTuple):
+    """How an adapter is made and trained."""
+
+    method: str | None  # the name of its class; None trains all weights instead
+    learning_rate: float  # peak, with which llama-tiny learns best
+    options: Mapping[str, Any] = MappingProxyType(
+        {}
+    )  # of the method; they win over --rank, --alpha
+    optimizer: Callable[..., optax.GradientTransformation] = adamw
+
+
+RECIPES: dict[str, Recipe] = {
+    "lora": Recipe("LoRA", 5e-3),
+    "rslora": Recipe("LoRA", 3e-3, {"rank_stabilized": True}),
+    "dora": Recipe("DoRA", 5e-3),
+    "pissa": Recipe("PiSSA", 1e-3),
+    "lora_fa": Recipe("LoRAFA", 1e-2),
+    "lora_fa_projected": Recipe("LoRAFA", 1e-2, {}, lora_fa_projected),
+    "lora_plus": Recipe("LoRA", 1e-3, {}, lora_plus),
+    "lotr": Recipe("LoTR", 1e-2),
+    "aflora": Recipe("AFLoRA", 1e-2, {}, aflora),
+    "lamda": Recipe("LaMDA", 2e-3, {}, lamda),
+    # A number a direction: it takes many, and has no scale.
+    "svfit": Recipe("SVFit", 2e-2, {"rank": 64, "alpha": None}),
+    "full": Recipe(None, 1e-3),
+}
+
+
+class Chosen(NamedTuple):
+    """An adapter the user asked for, before there is a model."""
+
+    name: str
+    recipe: Recipe
+    options: dict[str, Any]  # of the method
+    training: dict[str, Any]  # of its optimizer
+    learning_rate: float  # peak
+
+    @property
+    def rank(self) -> int | None:
+        """What `--rank` or `--set` made it; None for what has none."""
+        return self.options.get("rank")
+
+    def method(self) -> lro.adapters.Adapter | None:
+        """The method with its options; None where all weights are trained.
+
+        Raises:
+          InputError: if the method refuses them.
+        """
+        if self.recipe.method is None:
+            return None
+        try:
+            return getattr(lro.adapters, self.recipe.method)(**self.options)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{self.name}: {one_line(error)}") from None
+
+    def optimizer(
+        self, schedule: optax.Schedule, adapted: Adapted
+    ) -> optax.GradientTransformationExtraArgs:
+        """What trains it, with a learning rate by step as a multiple of the peak."""
+        rate = lambda count: self.learning_rate * schedule(count)
+        tx = self.recipe.optimizer(rate, adapted, **self.training)
+        return optax.with_extra_args_support(tx)
+
+    def describe(self, schedule: str) -> str:
+        """Says in one line what will run."""
+        options = self.options | self.training
+        spelled = "".join(f", {key}={value}" for key, value in options.items())
+        return f"{self.name}: learning_rate={self.learning_rate:g} ({schedule}){spelled}"
+
+
+def choose(
+    names: Iterable[str],
+    settings: Iterable[str],
+    learning_rate: float | None,
+    rank: int,
+    alpha: float | None,
+) -> list[Chosen]:
+    """Finds adapters by name and gives each its options.
+
+    Args:
+      names: of rows of `RECIPES`.
+      settings: `key=value` for every adapter that takes the option, `name.key=value` for one.
+      learning_rate: peak learning rate of all of them; None means their own.
+      rank: of all that take one.
+      alpha: of all that take one; None leaves it to them.
+
+    Raises:
+      InputError: for an unknown adapter or option, naming the closest ones there are, or for an
+        option that the method refuses.
+    """
+    recipes = {name: _find(name) for name in names}
+    taken = {name: _taken(recipe) for name, recipe in recipes.items()}
+    given: dict[str, dict[str, Any]] = {}
+    for name, recipe in recipes.items():
+        rate = recipe.learning_rate if learning_rate is None else learning_rate
+        common = {"rank": rank} | ({} if alpha is None else {"alpha": alpha})
+        given[name] = {k: v for k, v in common.items() if k in taken[name]}
+        given[name] |= {"learning_rate": rate, **recipe.options}
+    for name, option, value in assign(settings, taken, "adapter"):
+        given[name][option] = value
+    chosen = [_chosen(name, recipes[name], given[name]) for name in recipes]
+    for each in chosen:
+        each.method()
+    return chosen
+
+
+def _chosen(name: str, recipe: Recipe, given: dict[str, Any]) -> Chosen:
+    rate = given.pop("learning_rate")
+    if not (isinstance(rate, int | float) and 0 < rate < float("inf")):
+        raise InputError(f"the learning rate of {name} must be a positive number, not {rate!r}")
+    training = {k: v for k, v in given.items() if k in _optimizer_options(recipe)}
+    options = {k: v for k, v in given.items() if k not in training}
+    return Chosen(name, recipe, options, training, rate)
+
+
+def _find(name: str) -> Recipe:
+    if name not in RECIPES:
+        hint = closest(name, RECIPES) or f"there are {', '.join(RECIPES)}"
+        raise InputError(f"there is no adapter {name!r}: {hint}")
+    return RECIPES[name]
+
+
+def _taken(recipe: Recipe) -> list[str]:
+    method = recipe.method and getattr(lro.adapters, recipe.method)
+    options = [field.name for field in dataclasses.fields(method)] if method else []
+    return ["learning_rate", *options, *_optimizer_options(recipe)]
+
+
+def _optimizer_options(recipe: Recipe) -> list[str]:
+    parameters = inspect.signature(recipe.optimizer).parameters.values()
+    return [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]

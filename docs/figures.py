@@ -14,12 +14,18 @@ import time
 from typing import Any
 
 from figure_adaptive_batch_size import adaptive_batch_size
+from figure_aflora import aflora
 from figure_codes import low_bit
 from figure_extrapolation import extrapolation
 from figure_grams import grams
+from figure_lamda import lamda
+from figure_lora import lora
+from figure_lora_fa import lora_fa
+from figure_lotr import lotr
 from figure_mirror_sinkhorn import mirror_sinkhorn
 from figure_nag_gs import nag_gs
 from figure_one_cycle import one_cycle
+from figure_pissa import pissa
 from figure_powerpropagation import powerpropagation
 from figure_runs import (
     CONFIG,
@@ -36,6 +42,7 @@ from figure_runs import (
     train,
     using,
 )
+from figure_svfit import svfit
 from figure_weight_decay import weight_decay
 import jax
 import jax.numpy as jnp
@@ -309,6 +316,13 @@ FIGURES = {
         one_cycle,
         adaptive_batch_size,
         weight_decay,
+        lora,
+        lora_fa,
+        lotr,
+        aflora,
+        lamda,
+        pissa,
+        svfit,
     )
 }
 

@@ -13,7 +13,8 @@ ParameterKind = Literal["matrices", "embeddings", "head", "norms", "biases", "ad
 
 DECAYED: tuple[ParameterKind, ...] = ("matrices", "embeddings", "head")
 
-_BIAS = re.compile(r"(^|[/_])(bias|beta|b)$", re.IGNORECASE)
+_ADAPTER = re.compile(r"lora_|(^|/)adapter(s|_groups)/")
+_BIAS = re.compile(r"(^|[/_])((?i:bias|beta)|b)$")  # a matrix B is none
 _SCALE = re.compile(r"(^|/)(scale|gamma)$", re.IGNORECASE)
 _NORM = re.compile(r"norm|(^|[/_])(ln|rms)([/_\d]|$)", re.IGNORECASE)
 _EMBEDDING = re.compile(r"embed|(^|[/_])(wte|wpe)([/_\d]|$)", re.IGNORECASE)
@@ -26,7 +27,7 @@ def parameter_kinds(params: Any) -> Any:
     - ``"norms"``: leaves called ``scale`` (or ``gamma``), and other vectors of a norm;
     - ``"embeddings"``: what has ``embed``, ``wte`` or ``wpe`` in its path;
     - ``"head"``: an output head by name (``lm_head``, ``logits``, ``classifier``, ...);
-    - ``"adapters"``: the factors of a LoRA adapter;
+    - ``"adapters"``: the arrays of adapters, ours and ``nnx.LoRA``'s;
     - ``"matrices"``: all other leaves that are matrices or stacks of them, kernels of convolutions
       and attention too;
     - ``"others"``: vectors and scalars that nothing explains.
@@ -121,7 +122,7 @@ def decay_mask(
 
 
 def _kind(name: str, is_matrix: bool) -> ParameterKind:
-    if "lora_" in name:
+    if _ADAPTER.search(name):
         return "adapters"
     if _BIAS.search(name):
         return "biases"

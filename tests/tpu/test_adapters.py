@@ -65,7 +65,7 @@ def test_lora_fa_keeps_less_than_lora(compile_for: Callable[..., Any]) -> None:
     """r numbers a token and layer in the place of the layer's input, in bfloat16 on a v5e."""
     methods = {"LoRA": lro.adapters.LoRA, "LoRA-FA": lro.adapters.LoRAFA}
     bytes_of = {
-        name: temporary_bytes(compile_for, method(rank=8), (4, 1024), None)
+        name: temporary_bytes(compile_for, method(rank=8), (8, 256), None)
         for name, method in methods.items()
     }
     print({name: f"{bytes_ / 2**20:.0f} MiB" for name, bytes_ in bytes_of.items()})

@@ -77,7 +77,7 @@ class LoRA(LowRank):
         scales = self.rank_scales(layers)
         b = self._second(of_second, (layers, self.max_rank, d_out), embedding)
         a = self._first(of_first, (layers, d_in, self.max_rank), embedding)
-        within = self._within_ranks()
+        within = self.within_ranks()
         return AdapterParams(
             {"A": jnp.where(within[:, None, :], a, 0), "B": jnp.where(within[:, :, None], b, 0)},
             scales,
@@ -94,7 +94,7 @@ class LoRA(LowRank):
             return for_each(initializers.normal(1.0), key, shape, self.param_dtype)
         if self.initial == "gaussian":
             a = for_each(initializers.normal(1.0), key, shape, self.param_dtype)
-            return a / self._ranks()[:, None, None].astype(a.dtype)
+            return a / self.layer_ranks()[:, None, None].astype(a.dtype)
         uniform = kaiming_uniform(2.0 if self.initial == "he_uniform" else 1 / 3)
         return for_each(uniform, key, shape, self.param_dtype)
 
@@ -104,14 +104,3 @@ class LoRA(LowRank):
         if self.initial == "random":
             return for_each(kaiming_uniform(), key, shape, self.param_dtype)
         return jnp.zeros(shape, self.param_dtype)
-
-    def _ranks(self) -> jax.Array:
-        """The rank of each layer, or ``[1]`` of all."""
-        return jnp.array(self.rank if isinstance(self.rank, tuple) else (self.rank,))
-
-    def _within_ranks(self) -> jax.Array:
-        """Which columns of ``A`` are within a layer's rank.
-
-        Beyond it factors start at zero, and stay there: no gradient moves them.
-        """
-        return jnp.arange(self.max_rank) < self._ranks()[:, None]

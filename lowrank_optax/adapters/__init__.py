@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lowrank_optax.adapters.aflora import AFLoRA
-from lowrank_optax.adapters.base import Adapter, AdapterParams, LowRank, Merged
+from lowrank_optax.adapters.base import Adapter, AdapterParams, Merged
 from lowrank_optax.adapters.dora import DoRA
 from lowrank_optax.adapters.freezing_matrices import (
     AfloraFreezingState,
@@ -22,6 +22,7 @@ from lowrank_optax.adapters.lora_fa import (
 )
 from lowrank_optax.adapters.lora_plus import lora_plus_adamw, scale_lora_plus
 from lowrank_optax.adapters.lotr import LoTR
+from lowrank_optax.adapters.low_rank import LowRank
 from lowrank_optax.adapters.phases import carry_state, frozen_leaves
 from lowrank_optax.adapters.pissa import PiSSA, reduction_ratio
 from lowrank_optax.adapters.rank_allocation import allocate_ranks, energy, weight_spectra

@@ -5,8 +5,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.adapters.base import AdapterParams, Arrays, LowRank, Weights
+from lowrank_optax.adapters.base import AdapterParams, Arrays, Weights
 from lowrank_optax.adapters.initialisers import for_each, kaiming_uniform
+from lowrank_optax.adapters.low_rank import LowRank
 
 _START_OF_D = 0.1
 

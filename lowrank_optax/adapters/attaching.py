@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 from flax import nnx
 import jax
 
-from lowrank_optax.adapters import sites
 from lowrank_optax.adapters.base import Adapter, Weights
 from lowrank_optax.adapters.groups import (
     check_method,
@@ -19,9 +18,9 @@ from lowrank_optax.adapters.groups import (
 from lowrank_optax.adapters.hosting import lending, set_class
 from lowrank_optax.adapters.nnx import (
     LayerAdapter,
-    adaptable_layers,
     adapted_layers,
     check_names,
+    chosen_layers,
     placed,
     set_weight,
     weight,
@@ -29,7 +28,7 @@ from lowrank_optax.adapters.nnx import (
 )
 from lowrank_optax.adapters.partitions import axes_of_arrays, matrix_sharding, variables
 from lowrank_optax.adapters.retyping import restore_types
-from lowrank_optax.adapters.selection import Where, chosen, path_string
+from lowrank_optax.adapters.selection import Where, path_string
 from lowrank_optax.matrices.views import from_matrix, matrix_shape, to_matrix
 
 
@@ -137,11 +136,9 @@ def _targets(
     rank_pattern: Mapping[str, Any],
     alpha_pattern: Mapping[str, Any],
 ) -> list[_Target]:
-    layers = adaptable_layers(model)
-    default = {p for p, m in layers.items() if (k := sites.weight_of(m)) and k.by_default}
     targets = []
-    for path in chosen(layers, default, where):
-        layer, string = layers[path], path_string(path)
+    for path, layer in chosen_layers(model, where).items():
+        string = path_string(path)
         if name in getattr(layer, "adapters", {}):
             raise ValueError(f"{string} has an adapter named {name!r} already: give another name.")
         spec, stack = placed(layer, string)

@@ -5,8 +5,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.adapters.base import AdapterParams, Arrays, Weights, product, thin_product
+from lowrank_optax.adapters.base import AdapterParams, Arrays, Weights, product
 from lowrank_optax.adapters.lora import LoRA
+from lowrank_optax.adapters.low_rank import thin_product
 from lowrank_optax.adapters.operands import Operand
 
 _EXACT = jax.lax.Precision.HIGHEST

@@ -7,15 +7,9 @@ import jax
 from jax.nn import initializers
 import jax.numpy as jnp
 
-from lowrank_optax.adapters.base import (
-    AdapterParams,
-    Arrays,
-    LowRank,
-    Weights,
-    product,
-    thin_product,
-)
+from lowrank_optax.adapters.base import AdapterParams, Arrays, Weights, product
 from lowrank_optax.adapters.initialisers import for_each, kaiming_uniform
+from lowrank_optax.adapters.low_rank import LowRank, thin_product
 from lowrank_optax.adapters.operands import Operand, Rows
 from lowrank_optax.adapters.spectra import check_power_iterations, truncated_svd
 
@@ -81,7 +75,7 @@ class LaMDA(LowRank):
         check_power_iterations(self.power_iterations)
 
     @property
-    def changes_base(self) -> bool:  # type: ignore[override]
+    def changes_base(self) -> bool:
         """Whether a part of the weights moves into the adapter."""
         return self.core_init in ("sigma", "eye")
 
@@ -121,18 +115,9 @@ class LaMDA(LowRank):
         inside = self.dropped(x, key) @ p["A"]
         return thin_product(Rows(inside), self._core(p), p["B"])
 
-    def before(self, p: Arrays, x: Operand, y: jax.Array) -> jax.Array:
-        """The output with what the adapter took from the weight."""
-        if "principal" not in p:
-            return y
-        return y + thin_product(x, p["A"], p["principal"]).astype(y.dtype)
-
-    def original(self, p: Arrays, base: jax.Array) -> jax.Array:
-        """The weight with what the adapter took from it, to the rounding of its dtype."""
-        if "principal" not in p:
-            return base
-        whole = base.astype(jnp.float32) + product(p["A"], p["principal"])
-        return whole.astype(base.dtype)
+    def taken(self, p: Arrays) -> tuple[jax.Array, jax.Array] | None:
+        """``A`` and ``c S B`` at the start, if they were taken from the weight."""
+        return (p["A"], p["principal"]) if "principal" in p else None
 
     def to_lora(self, p: Arrays) -> tuple[jax.Array, jax.Array]:
         """``A`` and what ``c S B`` has changed by: the frozen ``A`` keeps the rank at ``r``."""

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 
 from lowrank_optax.adapters import groups, linen_variables
-from lowrank_optax.adapters.base import Arrays, byte_count, parameter_count
+from lowrank_optax.adapters.base import Arrays, counts_of, parameter_count
 from lowrank_optax.adapters.folding import (
     MergedLayer,
     MergeReport,
@@ -115,20 +115,16 @@ def summary(adapters: _Adapters, sites: Sites, variables: Mapping[str, Any]) -> 
     for layer in _layers(sites, variables, trees, shapes=True):
         for name in layer.names:
             state = "merged" if merged[name] else adapters[name].strength
-            counts = _counts(*(groups.layers_of(t, {}).get(layer.path, {}) for t in trees[name]))
+            counts = counts_of(*(groups.layers_of(t, {}).get(layer.path, {}) for t in trees[name]))
             method = adapters[name].at(layer.path)
             path = "/".join(layer.path)
             rows.append(row_of(path, layer.matrix.shape, name, method, counts, state))
     for name in merged:
         for group in groups.shared_of(*trees[name]):
-            counts = _counts(*(groups.shared_of(t, {}).get(group, {}) for t in trees[name]))
+            counts = counts_of(*(groups.shared_of(t, {}).get(group, {}) for t in trees[name]))
             label = f"adapter_groups/{name}/{group}"
             of_groups.append(SummaryRow(label, "–", name, "shared", None, *counts, ""))
     return AdapterSummary(rows + of_groups, parameter_count(variables.get("params", {})))
-
-
-def _counts(trained: Any, frozen: Any) -> tuple[int, int, int]:
-    return parameter_count(trained), parameter_count(frozen), byte_count((trained, frozen))
 
 
 def _trees(adapters: _Adapters, variables: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

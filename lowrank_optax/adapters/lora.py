@@ -7,8 +7,9 @@ import jax
 from jax.nn import initializers
 import jax.numpy as jnp
 
-from lowrank_optax.adapters.base import AdapterParams, Arrays, LowRank, Weights
+from lowrank_optax.adapters.base import AdapterParams, Arrays, Weights
 from lowrank_optax.adapters.initialisers import for_each, kaiming_uniform
+from lowrank_optax.adapters.low_rank import LowRank
 
 Initial = Literal["kaiming_uniform", "he_uniform", "gaussian", "random"]
 

@@ -8,16 +8,9 @@ import jax
 from jax.nn import initializers
 import jax.numpy as jnp
 
-from lowrank_optax.adapters.base import (
-    AdapterParams,
-    Arrays,
-    LowRank,
-    Weights,
-    product,
-    thin_product,
-)
+from lowrank_optax.adapters.base import AdapterParams, Arrays, Weights, product
 from lowrank_optax.adapters.lotr_groups import GroupBy, group_of
-from lowrank_optax.adapters.operands import Operand
+from lowrank_optax.adapters.low_rank import LowRank
 from lowrank_optax.adapters.spectra import check_power_iterations, values_of
 from lowrank_optax.adapters.tucker import unfolding_vectors
 
@@ -120,7 +113,6 @@ class LoTR(LowRank):
                 "residual weights nothing is."
             )
 
-    # A fact of the class elsewhere, here of an option.
     @property
     def shared(self) -> frozenset[str]:
         """``A`` and ``B``, or one of them."""
@@ -176,17 +168,9 @@ class LoTR(LowRank):
         """``A`` and ``s G Bᵀ``."""
         return self._factors(p, "")
 
-    def before(self, p: Arrays, x: Operand, y: jax.Array) -> jax.Array:
-        """See `Adapter.before`."""
-        if not self.changes_base:
-            return y
-        return y + thin_product(x, *self._factors(p, "_0")).astype(y.dtype)
-
-    def original(self, p: Arrays, base: jax.Array) -> jax.Array:
-        """See `Adapter.original`; to the rounding of the weight's dtype."""
-        if not self.changes_base:
-            return base
-        return (base.astype(jnp.float32) + product(*self._factors(p, "_0"))).astype(base.dtype)
+    def taken(self, p: Arrays) -> tuple[jax.Array, jax.Array] | None:
+        """The factors at the start, where the weights became residuals."""
+        return self._factors(p, "_0") if self.changes_base else None
 
     def to_lora(self, p: Arrays) -> tuple[jax.Array, jax.Array]:
         """``A`` and ``s G Bᵀ``; of twice the rank where the weights became residuals."""

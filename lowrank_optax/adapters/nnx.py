@@ -18,6 +18,7 @@ from lowrank_optax.adapters import sites
 from lowrank_optax.adapters.base import Adapter
 from lowrank_optax.adapters.lending import lent_arrays
 from lowrank_optax.adapters.outputs import Part, adapted_output
+from lowrank_optax.adapters.selection import Where, chosen
 from lowrank_optax.matrices.flax_layers import Kernel, place
 from lowrank_optax.matrices.views import WeightDimensionNumbers, to_matrix
 
@@ -171,6 +172,13 @@ def adaptable_layers(model: nnx.Module) -> dict[tuple[str, ...], nnx.Module]:
         for path, module in nnx.iter_modules(model)
         if sites.weight_of(module) is not None
     }
+
+
+def chosen_layers(model: nnx.Module, where: Where) -> dict[tuple[str, ...], Any]:
+    """Those of them that ``where`` means, as for `attach`; raises what `chosen` raises."""
+    layers = adaptable_layers(model)
+    default = {path for path, layer in layers.items() if _kernel(layer).by_default}
+    return {path: layers[path] for path in chosen(layers, default, where)}
 
 
 def adapted_layers(model: nnx.Module) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -6,14 +6,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.adapters.base import (
-    AdapterParams,
-    Arrays,
-    LowRank,
-    Weights,
-    product,
-    thin_product,
-)
+from lowrank_optax.adapters.base import AdapterParams, Arrays, Weights, product
+from lowrank_optax.adapters.low_rank import LowRank
 from lowrank_optax.adapters.operands import Operand
 from lowrank_optax.adapters.spectra import (
     check_power_iterations,
@@ -147,24 +141,19 @@ class PiSSA(LowRank):
         self._check_original("has no change of low rank")
         return self._change(p)
 
+    def taken(self, p: Arrays) -> tuple[jax.Array, jax.Array] | None:
+        """``A_0`` and ``s B_0``; nothing without a residual."""
+        return (p["A_0"], self.scaled(p, p["B_0"])) if self.residual else None
+
     def before(self, p: Arrays, x: Operand, y: jax.Array) -> jax.Array:
         """``y + s (x A_0) B_0``; raises TypeError if the base was quantized."""
-        if not self.residual:
-            return y
         self._check_original("cannot be switched off")
-        return y + thin_product(x, p["A_0"], self.scaled(p, p["B_0"])).astype(y.dtype)
+        return super().before(p, x, y)
 
     def original(self, p: Arrays, base: jax.Array) -> jax.Array:
-        """``W_res + s A_0 B_0``, the original weight to the rounding of ``W_res``.
-
-        Raises:
-          TypeError: If the base was quantized.
-        """
-        if not self.residual:
-            return base
+        """``W_res + s A_0 B_0``; raises TypeError if the base was quantized."""
         self._check_original("cannot give the weight back")
-        whole = base.astype(jnp.float32) + product(p["A_0"], self.scaled(p, p["B_0"]))
-        return whole.astype(base.dtype)
+        return super().original(p, base)
 
     def _change(self, p: Arrays) -> tuple[jax.Array, jax.Array]:
         wide = {name: p[name].astype(jnp.float32) for name in ("A", "A_0", "B", "B_0")}

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax.adapters import groups
-from lowrank_optax.adapters.base import Adapter, byte_count, parameter_count
+from lowrank_optax.adapters.base import Adapter, counts_of, parameter_count
 from lowrank_optax.adapters.selection import Where, chosen
 from lowrank_optax.matrices.paths import normalised_path
 from lowrank_optax.matrices.rules import (
@@ -166,21 +166,16 @@ def summary_of(params: Any, adapter: PytreeAdapter) -> Any:
     from lowrank_optax.adapters.summaries import AdapterSummary, SummaryRow, row_of
 
     trees = adapter.trainable, adapter.frozen
-    counts = lambda trained, frozen: (
-        parameter_count(trained),
-        parameter_count(frozen),
-        byte_count((trained, frozen)),
-    )
     values = {normalised_path(p): x for p, x in jax.tree_util.tree_leaves_with_path(params)}
     rows = []
     for leaf in adapter.leaves:
         own = [groups.layers_of(tree, {}).get(leaf.path, {}) for tree in trees]
         matrix = matrix_shape(values[leaf.path].shape, leaf.spec)
-        rows.append(row_of(leaf.name, matrix, "default", leaf.method, counts(*own), 1.0))
+        rows.append(row_of(leaf.name, matrix, "default", leaf.method, counts_of(*own), 1.0))
     for group in groups.shared_of(*trees):
         of = [groups.shared_of(tree, {}).get(group, {}) for tree in trees]
         label = f"{groups.GROUPS}/{group}"
-        rows.append(SummaryRow(label, "–", "default", "shared", None, *counts(*of), ""))
+        rows.append(SummaryRow(label, "–", "default", "shared", None, *counts_of(*of), ""))
     return AdapterSummary(rows, parameter_count(params))
 
 

@@ -6,10 +6,10 @@ import re
 from typing import Any, TypeAlias
 
 import jax
-import jax.numpy as jnp
 from jax.typing import ArrayLike
 import numpy as np
 
+from lowrank_optax.adapters.spectra import singular_values
 from lowrank_optax.matrices.paths import normalised_path
 from lowrank_optax.matrices.views import to_matrix
 
@@ -145,17 +145,11 @@ def weight_spectra(model: Any, where: Any = None) -> dict[str, jax.Array]:
     Reference:
       Azizi et al., LaMDA, 2024, https://arxiv.org/abs/2406.12832: LaMDA++.
     """
-    from lowrank_optax.adapters import sites
-    from lowrank_optax.adapters.attaching import adaptable_layers
-    from lowrank_optax.adapters.nnx import weight
-    from lowrank_optax.adapters.selection import chosen
+    from lowrank_optax.adapters.nnx import chosen_layers, weight
 
-    layers = adaptable_layers(model)
-    default = {p for p, m in layers.items() if (k := sites.weight_of(m)) and k.by_default}
     spectra = {}
-    for path in chosen(layers, default, where):
-        matrix = to_matrix(*weight(layers[path])).astype(jnp.float32)
-        sigma = jnp.linalg.svd(matrix, compute_uv=False)
+    for path, layer in chosen_layers(model, where).items():
+        sigma = singular_values(to_matrix(*weight(layer)))
         shape = (-1, sigma.shape[-1]) if sigma.ndim > 1 else (-1,)
         spectra[f"^{re.escape('/'.join(path))}$"] = sigma.reshape(shape)
     return spectra

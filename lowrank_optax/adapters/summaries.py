@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flax import nnx
 
-from lowrank_optax.adapters.base import Adapter, LowRank, byte_count, parameter_count
+from lowrank_optax.adapters.base import Adapter, byte_count, counts_of, parameter_count
 from lowrank_optax.adapters.folding import printed
+from lowrank_optax.adapters.low_rank import LowRank
 from lowrank_optax.adapters.nnx import (
     AdapterConstant,
     AdapterParam,
@@ -165,4 +166,4 @@ def row_of(
 
 def _counts(arrays: Any) -> tuple[int, int, int]:
     trained, frozen = (nnx.state(arrays, of) for of in (AdapterParam, AdapterConstant))
-    return parameter_count(trained), parameter_count(frozen), byte_count((trained, frozen))
+    return counts_of(trained, frozen)

@@ -5,7 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.adapters.base import AdapterParams, Arrays, LowRank, Weights
+from lowrank_optax.adapters.base import AdapterParams, Arrays, Weights
+from lowrank_optax.adapters.low_rank import LowRank
 from lowrank_optax.adapters.spectra import (
     check_power_iterations,
     nonzero,

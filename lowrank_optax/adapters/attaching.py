@@ -28,7 +28,7 @@ from lowrank_optax.adapters.nnx import (
 )
 from lowrank_optax.adapters.partitions import axes_of_arrays, matrix_sharding, variables
 from lowrank_optax.adapters.retyping import restore_types
-from lowrank_optax.adapters.selection import Where, path_string
+from lowrank_optax.matrices.selection import Where, path_string
 from lowrank_optax.matrices.views import from_matrix, matrix_shape, to_matrix
 
 

@@ -29,8 +29,8 @@ from lowrank_optax.adapters.linen_attaching import (
     wants_keys,
 )
 from lowrank_optax.adapters.linen_variables import TRAINED
-from lowrank_optax.adapters.selection import Where
 from lowrank_optax.adapters.summaries import AdapterSummary
+from lowrank_optax.matrices.selection import Where
 
 __all__ = ["Adapted"]
 

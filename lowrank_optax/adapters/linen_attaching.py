@@ -9,7 +9,8 @@ from lowrank_optax.adapters import groups, linen_calls, linen_variables
 from lowrank_optax.adapters.base import Adapter, Arrays
 from lowrank_optax.adapters.linen_sites import LinenSite, Sites
 from lowrank_optax.adapters.low_rank import LowRank
-from lowrank_optax.adapters.selection import Path, Where, chosen
+from lowrank_optax.adapters.selection import chosen
+from lowrank_optax.matrices.selection import Path, Where
 
 
 class Attached(NamedTuple):

@@ -17,8 +17,8 @@ from lowrank_optax.adapters.folding import (
 )
 from lowrank_optax.adapters.linen_attaching import Attached
 from lowrank_optax.adapters.linen_sites import LinenSite, Sites
-from lowrank_optax.adapters.selection import Path
 from lowrank_optax.adapters.summaries import AdapterSummary, SummaryRow, row_of
+from lowrank_optax.matrices.selection import Path
 
 _Adapters = Mapping[str, Attached]
 

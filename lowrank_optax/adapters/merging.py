@@ -21,7 +21,7 @@ from lowrank_optax.adapters.nnx import (
     set_weight,
     weight,
 )
-from lowrank_optax.adapters.selection import path_string
+from lowrank_optax.matrices.selection import path_string
 from lowrank_optax.matrices.views import from_matrix, to_matrix
 
 

@@ -18,8 +18,9 @@ from lowrank_optax.adapters import sites
 from lowrank_optax.adapters.base import Adapter
 from lowrank_optax.adapters.lending import lent_arrays
 from lowrank_optax.adapters.outputs import Part, adapted_output
-from lowrank_optax.adapters.selection import Where, chosen
+from lowrank_optax.adapters.selection import chosen
 from lowrank_optax.matrices.flax_layers import Kernel, place
+from lowrank_optax.matrices.selection import Where
 from lowrank_optax.matrices.views import WeightDimensionNumbers, to_matrix
 
 

@@ -21,9 +21,9 @@ from lowrank_optax.adapters.pytree_leaves import (
     replaced,
     summary_of,
 )
-from lowrank_optax.adapters.selection import Where
 from lowrank_optax.matrices.paths import normalised_path
 from lowrank_optax.matrices.rules import DimensionNumbersRule
+from lowrank_optax.matrices.selection import Where
 from lowrank_optax.matrices.views import from_matrix, to_matrix
 
 __all__ = [

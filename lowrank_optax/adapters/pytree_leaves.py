@@ -9,13 +9,14 @@ import jax.numpy as jnp
 
 from lowrank_optax.adapters import groups
 from lowrank_optax.adapters.base import Adapter, counts_of, parameter_count
-from lowrank_optax.adapters.selection import Where, chosen
+from lowrank_optax.adapters.selection import chosen
 from lowrank_optax.matrices.paths import normalised_path
 from lowrank_optax.matrices.rules import (
     DimensionNumbersRule,
     default_rule,
     resolve_dimension_numbers,
 )
+from lowrank_optax.matrices.selection import Where
 from lowrank_optax.matrices.views import WeightDimensionNumbers, matrix_shape
 
 

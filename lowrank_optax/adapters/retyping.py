@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 from flax import nnx
 
 from lowrank_optax.adapters.nnx import AdapterConstant, AdapterParam, AlsoTrained
-from lowrank_optax.adapters.selection import matching, path_string
+from lowrank_optax.matrices.selection import matching, path_string
 
 Arrays: TypeAlias = str | Callable[[tuple[str, ...], Any], bool]
 

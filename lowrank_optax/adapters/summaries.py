@@ -17,7 +17,7 @@ from lowrank_optax.adapters.nnx import (
     placed,
     weight_variable,
 )
-from lowrank_optax.adapters.selection import path_string
+from lowrank_optax.matrices.selection import path_string
 from lowrank_optax.matrices.views import matrix_shape
 
 if TYPE_CHECKING:

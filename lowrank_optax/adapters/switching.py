@@ -5,7 +5,7 @@ import contextlib
 from typing import Any
 
 from lowrank_optax.adapters.nnx import LayerAdapter, adapted_layers, check_names
-from lowrank_optax.adapters.selection import path_string
+from lowrank_optax.matrices.selection import path_string
 
 
 def activate(model: Any, *names: str, strengths: Mapping[str, float] | None = None) -> None:

@@ -23,7 +23,7 @@ from lowrank_optax.adapters.peft.forms import method_of
 from lowrank_optax.adapters.peft.matching import alpha_of, rank_of, scale_of
 from lowrank_optax.adapters.peft.module_names import ModuleNames, Slot, module_slots
 from lowrank_optax.adapters.retyping import also_train
-from lowrank_optax.adapters.selection import path_string
+from lowrank_optax.matrices.selection import path_string
 
 
 def load_peft(

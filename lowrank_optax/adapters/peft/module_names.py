@@ -12,7 +12,7 @@ import numpy as np
 from lowrank_optax.adapters import sites
 from lowrank_optax.adapters.nnx import AdapterParam, weight
 from lowrank_optax.adapters.peft.layouts import Layout
-from lowrank_optax.adapters.selection import path_string
+from lowrank_optax.matrices.selection import path_string
 from lowrank_optax.matrices.views import from_matrix, matrix_shape, to_matrix
 
 ModuleNames: TypeAlias = Mapping[str, str] | Callable[[str], str | None]

@@ -11,7 +11,7 @@ from lowrank_optax.adapters.nnx import AlsoTrained, LayerAdapter
 from lowrank_optax.adapters.peft.forms import peft_form
 from lowrank_optax.adapters.peft.layouts import Layout
 from lowrank_optax.adapters.peft.module_names import Slot
-from lowrank_optax.adapters.selection import path_string
+from lowrank_optax.matrices.selection import path_string
 
 
 class Piece(NamedTuple):

@@ -17,7 +17,7 @@ from lowrank_optax.adapters.peft.config import PeftConfig
 from lowrank_optax.adapters.peft.folders import PREFIX, write_folder
 from lowrank_optax.adapters.peft.module_names import ModuleNames, Slot, module_slots
 from lowrank_optax.adapters.peft.pieces import Piece, adapter_pieces, trained_parameters
-from lowrank_optax.adapters.selection import path_string
+from lowrank_optax.matrices.selection import path_string
 
 _DTYPES = ("float32", "bfloat16", "float16")
 

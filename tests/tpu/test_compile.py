@@ -26,18 +26,18 @@ def _apply(tx):
     return step
 
 
-def test_a_step_with_its_refresh_compiles_in_a_minute(compile_for):
+def test_a_step_with_its_refresh_compiles_in_two_processor_minutes(compile_for):
     """One 2048 × 5461 weight at rank 256: optax.contrib.galore takes more than eight minutes."""
     params = {"kernel": jax.ShapeDtypeStruct((2048, 5461), jnp.float32)}
     tx = lro.galore(1e-2, rank=256)
     state = jax.eval_shape(tx.init, params)
-    start = time.perf_counter()
+    start = time.process_time()  # of all threads: a busy machine changes it little
     compiled = compile_for("v5e", _apply(tx), params, state, params, donate_argnums=(0, 1))
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     memory = compiled.memory_analysis()
     temporaries = memory.temp_size_in_bytes / _nbytes(params)
-    print(f"compiled in {seconds:.1f} s; temporaries {temporaries:.2f} weights")
-    assert seconds < 60
+    print(f"compiled in {seconds:.1f} processor seconds; temporaries {temporaries:.2f} weights")
+    assert seconds < 120
     assert memory.alias_size_in_bytes >= _nbytes((params, state))
     assert temporaries < 1.5
 

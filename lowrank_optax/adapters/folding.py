@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 import functools
-import io
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lowrank_optax.adapters.base import Adapter, Arrays
+from lowrank_optax.matrices.printing import printed
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -58,15 +58,6 @@ class MergeReport:
         return printed(self)
 
     __repr__ = __str__
-
-
-def printed(table: Any) -> str:
-    """A rich table as text, as wide as it needs to be, wherever it is printed."""
-    from rich.console import Console
-
-    text = io.StringIO()
-    Console(file=text, width=10_000, color_system=None).print(table)
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
 @functools.partial(jax.jit, static_argnums=0)

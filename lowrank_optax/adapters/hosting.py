@@ -3,20 +3,19 @@
 from collections.abc import Callable, Iterator
 import contextlib
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax import nnx
 
 from lowrank_optax.adapters.lending import is_lending, lend
 from lowrank_optax.adapters.nnx import adapted_layers, apply_adapters
+from lowrank_optax.matrices.module_classes import set_wrapper
 
 
 def set_class(module: Any) -> None:
     """Gives a module the class that its adapters and shared arrays, or their absence, ask for."""
-    cls = getattr(type(module), "_class_without_adapters", type(module))
-    adapted, lends = hasattr(module, "adapters"), hasattr(module, "adapter_groups")
-    # NNX's own setattr would take note of the class as of an attribute.
-    object.__setattr__(module, "__class__", _host_class(cls, adapted=adapted, lends=lends))
+    hosting = _Hosting(hasattr(module, "adapters"), hasattr(module, "adapter_groups"))
+    set_wrapper(module, "adapters", hosting if any(hosting) else None)
 
 
 @contextlib.contextmanager
@@ -35,19 +34,19 @@ def lending(model: Any) -> Iterator[None]:
         yield
 
 
-@functools.cache
-def _host_class(cls: type, *, adapted: bool, lends: bool) -> type:
-    """A subclass whose calls apply adapters, or whose methods lend shared arrays, or both."""
-    body: dict[str, Any] = {}
-    if lends:
-        body |= {name: _lending(method) for name, method in _methods(cls).items()}
-    if adapted:
-        call = _adapted(cls.__call__)
-        body["__call__"] = _lending(call) if lends else call
-    if not body:
-        return cls
-    body |= {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(cls)(cls.__name__, (cls,), body | {"_class_without_adapters": cls})
+class _Hosting(NamedTuple):
+    """What wraps the methods of a module: its calls apply adapters, or its methods lend arrays."""
+
+    adapted: bool
+    lends: bool
+
+    def __call__(self, cls: type) -> dict[str, Callable[..., Any]]:
+        """The methods of a subclass."""
+        body = {n: _lending(method) for n, method in _methods(cls).items()} if self.lends else {}
+        if self.adapted:
+            call = _adapted(cls.__call__)
+            body["__call__"] = _lending(call) if self.lends else call
+        return body
 
 
 def _adapted(method: Callable[..., Any]) -> Callable[..., Any]:

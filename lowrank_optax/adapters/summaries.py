@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from flax import nnx
 
 from lowrank_optax.adapters.base import Adapter, byte_count, counts_of, parameter_count
-from lowrank_optax.adapters.folding import printed
 from lowrank_optax.adapters.low_rank import LowRank
 from lowrank_optax.adapters.nnx import (
     AdapterConstant,
@@ -17,6 +16,7 @@ from lowrank_optax.adapters.nnx import (
     placed,
     weight_variable,
 )
+from lowrank_optax.matrices.printing import printed
 from lowrank_optax.matrices.selection import path_string
 from lowrank_optax.matrices.views import matrix_shape
 

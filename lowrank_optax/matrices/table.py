@@ -1,7 +1,6 @@
 """What a rule selects, and what an optimizer keeps for it, as a table."""
 
 from collections.abc import Iterator
-import io
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,6 +9,7 @@ import optax
 
 from lowrank_optax.matrices.flax_layers import is_linen_module, is_nnx_module
 from lowrank_optax.matrices.paths import normalised_path, owner_of, path_string
+from lowrank_optax.matrices.printing import printed
 from lowrank_optax.matrices.rules import DimensionNumbersRule, resolve_dimension_numbers
 from lowrank_optax.matrices.views import WeightDimensionNumbers, matrix_shape
 
@@ -75,12 +75,7 @@ class SelectionTable:
         return table
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        # As wide as it needs to be, wherever it is printed.
-        text = io.StringIO()
-        Console(file=text, width=10_000, color_system=None).print(self)
-        return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+        return printed(self)
 
     __repr__ = __str__
 

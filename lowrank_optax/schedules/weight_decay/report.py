@@ -1,6 +1,5 @@
 """Reading what was recorded: numbers by group and name, and a table of them."""
 
-import io
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
@@ -8,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lowrank_optax.matrices.printing import printed
 from lowrank_optax.schedules.weight_decay.groups import ALL, LabelRule, leaf_labels
 from lowrank_optax.schedules.weight_decay.measurements import NONE
 from lowrank_optax.schedules.weight_decay.monitor import MonitorWeightDecayState
@@ -45,11 +45,7 @@ class Measurements(dict[str, dict[str, Number]]):
         return table
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        text = io.StringIO()
-        Console(file=text, width=10_000, color_system=None).print(self)
-        return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+        return printed(self)
 
 
 def measurements(opt_state: Any) -> Measurements:

@@ -1,6 +1,6 @@
 """Memory-efficient training for JAX, as optax transformations and Flax modules."""
 
-from lowrank_optax import adapters, layers, schedules, sharding
+from lowrank_optax import activations, adapters, layers, schedules, sharding
 from lowrank_optax.matrices import (
     WeightDimensionNumbers,
     selection_table,
@@ -98,6 +98,8 @@ __all__ = [
     "round_updates",
     "to_int8_weights",
     "update_int8_weights",
+    # Nonlinearities that keep a few bits
+    "activations",
     # Adapters of frozen weights
     "adapters",
     # Layers and reparameterised weights

@@ -5,10 +5,10 @@ code of its own; where the value of the derivative is, intervals that share a va
 """
 
 import dataclasses
-import itertools
 
 import jax
-import jax.numpy as jnp
+
+from lowrank_optax.activations.coding import step_values, table_values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,18 +32,8 @@ class Codebook:
 
     def encode(self, x: jax.Array) -> jax.Array:
         """The codes of ``x``: uint8, of its shape; compared in float32 at least. NaN as -inf."""
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        code = jnp.full(x.shape, self.codes[0], jnp.int32)
-        for boundary, (below, above) in zip(
-            self.boundaries, itertools.pairwise(self.codes), strict=True
-        ):
-            code += jnp.where(wide > boundary, above - below, 0)
-        return code.astype(jnp.uint8)
+        return step_values(self.boundaries, self.codes, x)
 
     def decode(self, codes: jax.Array) -> jax.Array:
         """The levels of codes: float32, of their shape."""
-        codes = codes.astype(jnp.int32)
-        value = jnp.full(codes.shape, self.levels[0], jnp.float32)
-        for code, level in enumerate(self.levels[1:], 1):
-            value = jnp.where(codes >= code, jnp.float32(level), value)
-        return value
+        return table_values(self.levels, codes)

@@ -1,0 +1,256 @@
+"""Nonlinearities found in any function, by what they compute."""
+
+import functools
+import math
+
+import jax
+from jax import nn
+from jax.ad_checkpoint import checkpoint_policies
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+import numpy as np
+import pytest
+
+import lowrank_optax as lro
+from lowrank_optax.activations.known import NAMES
+
+few_bit_calls = lro.activations.few_bit_calls
+X = jnp.linspace(-4, 4, 40).reshape(5, 8)
+WEIGHTS = {
+    "up": jax.random.normal(jax.random.key(0), (8, 16)),
+    "down": jax.random.normal(jax.random.key(1), (16, 8)),
+}
+
+
+def mlp(weights, x, act=nn.gelu):
+    return act(act(x @ weights["up"]) @ weights["down"])
+
+
+def kept_bytes(fn, *args):
+    kept = jax.tree.leaves(jax.eval_shape(lambda *a: jax.vjp(fn, *a)[1], *args))
+    return sum(math.prod(x.shape) * jax.dtypes.itemsize_bits(x.dtype) for x in kept if x.shape) / 8
+
+
+def found(fn, *args, **options):
+    return [row.function for row in few_bit_calls(fn, **options).report(*args).rows]
+
+
+def test_forward_is_bit_equal_and_the_gradient_that_of_the_model_written_by_hand():
+    few = jax.jit(few_bit_calls(mlp, 3))
+    np.testing.assert_array_equal(few(WEIGHTS, X), jax.jit(mlp)(WEIGHTS, X))
+    by_hand = functools.partial(mlp, act=lambda x: lro.activations.gelu(x, 3))
+    gradient = lambda fn: jax.jit(jax.grad(lambda w: fn(w, X).sum()))(WEIGHTS)
+    for a, b in zip(*map(jax.tree.leaves, (gradient(few), gradient(by_hand))), strict=True):
+        np.testing.assert_array_equal(a, b)
+    plain = gradient(mlp)
+    assert jnp.abs(gradient(few)["up"] - plain["up"]).max() > 1e-4
+
+
+def test_kept_bytes_fall_to_the_codes():
+    fn = lambda x: nn.gelu(nn.gelu(x))  # nothing else keeps anything
+    assert kept_bytes(fn, X) >= 2 * 4 * X.size
+    assert kept_bytes(few_bit_calls(fn, 4), X) == 2 * X.size / 2
+    report = few_bit_calls(fn, 4).report(X)
+    assert (report.bytes_now, report.bytes_then) == (kept_bytes(fn, X), X.size)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_every_function_is_known_by_what_it_computes(dtype):
+    x = jax.ShapeDtypeStruct((5, 8), dtype)
+    for name in NAMES:
+        names = found(getattr(nn, name), x, functions=NAMES, bits=1)
+        assert names == ["elu" if name == "celu" else name], name  # the same for alpha = 1
+
+
+@pytest.mark.parametrize(
+    ("fn", "name"),
+    [
+        (lambda x: x * nn.sigmoid(x), "silu"),
+        (lambda x: 0.5 * x * (1 + jax.lax.erf(x / np.sqrt(2))), "gelu(approximate=False)"),
+        (lambda x: jnp.where(x > 0, x, 0), "relu"),
+        (lambda x: jnp.where(x > 0, x, 0.2 * x), "leaky_relu(negative_slope=0.2)"),
+        (lambda x: nn.elu(x, 0.5), "elu(alpha=0.5)"),
+        (lambda x: nn.celu(x, 2.0), "celu(alpha=2.0)"),
+        (lambda x: nn.squareplus(x, 1.0), "squareplus(b=1.0)"),
+        (lambda x: jnp.log1p(jnp.exp(x)), "softplus"),
+        (lambda x: nn.relu(nn.relu(x)), "relu"),
+        (lambda x: 2 * nn.silu(x + 1), "silu"),
+    ],
+)
+def test_other_ways_to_write_a_function_are_found(fn, name):
+    assert found(fn, X, bits=1) == [name]
+    np.testing.assert_array_equal(few_bit_calls(fn, 1)(X), fn(X))
+
+
+@jax.custom_jvp
+def straight_through(x):
+    return nn.hard_tanh(x)
+
+
+straight_through.defjvp(lambda x, t: (straight_through(*x), t[0]))
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x: jnp.maximum(x, 0),  # its gradient at 0 is a half
+        lambda x: x * nn.sigmoid(1.702 * x),
+        straight_through,
+        nn.sigmoid,
+        lambda x: x + jax.lax.stop_gradient(jnp.where(x > 0, 0, -x)),  # forward it is relu
+        lambda x: nn.leaky_relu(x, 0.999999) + 1e-6,
+        jnp.abs,
+        lambda x: x * 1.0,
+        lambda x: lro.activations.gelu(x),
+        lambda x: jnp.where(x > 0, x, x[0, 0] * x),  # a slope that is an array
+        lambda x: x.sum(),
+    ],
+)
+def test_what_is_something_else_is_left_alone(fn):
+    with pytest.raises(ValueError, match=r"none of the functions that are looked for.*gelu, silu"):
+        few_bit_calls(fn)(X)
+
+
+def test_a_function_of_the_user_is_found_where_a_program_computes_it():
+    quick_gelu = lambda x: x * nn.sigmoid(1.702 * x)
+    fn = lambda x: jax.lax.logistic(x * 1.702) * x
+    few = few_bit_calls(fn, 8, functions=["gelu", quick_gelu])
+    np.testing.assert_array_equal(few(X), fn(X))
+    exact = jax.grad(lambda x: fn(x).sum())(X)
+    np.testing.assert_allclose(jax.grad(lambda x: few(x).sum())(X), exact, atol=0.01)
+
+
+def test_values_in_between_that_are_used_elsewhere_stay_right():
+    def fn(x):
+        gate = nn.sigmoid(x)
+        return gate * x + gate
+
+    few = few_bit_calls(fn, 8)
+    np.testing.assert_array_equal(few(X), fn(X))
+    exact = jax.grad(lambda x: fn(x).sum())(X)
+    np.testing.assert_allclose(jax.grad(lambda x: few(x).sum())(X), exact, atol=0.01)
+
+
+def deep(stack, x):
+    @jax.jit
+    def layer(x, w):
+        return x + nn.silu(x @ w) * nn.gelu(x @ w.T, approximate=False)
+
+    x, _ = jax.lax.scan(lambda x, w: (jax.checkpoint(layer)(x, w), None), x, stack)
+    return jax.lax.cond(x.sum() > 0, nn.relu, nn.mish, x)
+
+
+def test_bodies_of_scans_branches_checkpoints_and_jitted_functions_are_searched():
+    stack = jax.random.normal(jax.random.key(0), (3, 8, 8))
+    few = few_bit_calls(deep)
+    np.testing.assert_array_equal(jax.jit(few)(stack, X), jax.jit(deep)(stack, X))
+    rows = {row.function: row for row in few.report(stack, X).rows}
+    assert {name: row.count for name, row in rows.items()} == {
+        "silu": 3,
+        "gelu(approximate=False)": 3,
+        "relu": 1,
+        "mish": 1,
+    }
+    assert rows["silu"].remat
+    assert not rows["mish"].remat
+    assert "test_calls.py" in rows["silu"].source
+    gradient = jax.grad(lambda w, x: few(w, x).sum())
+    one = jax.jit(gradient)(stack, X)
+    each = jax.jit(jax.vmap(gradient, (None, 0)))(stack, jnp.stack([X, X]))
+    np.testing.assert_allclose(each[1], one, rtol=1e-4, atol=1e-5)
+
+
+def test_policies_of_checkpoint_keep_the_codes_where_they_say_so():
+    fn = lambda x: nn.gelu(jnp.sin(x))
+    for names, size in (("few_bit_codes",), X.size / 2), ((), 0):
+        policy = checkpoint_policies.save_only_these_names(*names)
+        few = few_bit_calls(jax.checkpoint(fn, policy=policy), 4)
+        assert kept_bytes(few, X) == size + 4 * X.size  # and the input
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_sharded_arrays_and_bodies_of_shard_map(axis_type):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(axis_type,))
+    spec = PartitionSpec("data")
+
+    def mapped(w, x):
+        return jax.lax.psum(nn.silu(x @ w).sum(), "data")
+
+    with jax.set_mesh(mesh):
+        x = jax.device_put(jnp.ones((8, 8)), NamedSharding(mesh, spec))
+        over = functools.partial(
+            jax.shard_map, in_specs=(PartitionSpec(), spec), out_specs=PartitionSpec()
+        )
+        for fn in (lambda w, x: nn.gelu(x @ w).sum(), over(mapped)):
+            few, w = few_bit_calls(fn), jnp.eye(8)
+            assert jax.jit(few)(w, x) == jax.jit(fn)(w, x)
+            gradient = jax.jit(jax.grad(few))(w, x)
+            exact = jax.jit(jax.grad(fn))(w, x)
+            np.testing.assert_allclose(gradient, exact, atol=8 * 0.15)
+
+
+def test_where_chooses_by_scope_and_by_source():
+    def first(x):
+        with jax.named_scope("first"):
+            return nn.gelu(x)
+
+    def second(x):
+        with jax.named_scope("second"):
+            return nn.gelu(x)
+
+    fn = lambda x: second(first(x))
+    for where in ("^second", r"second .*test_calls\.py", ["nowhere", "second"]):
+        rows = few_bit_calls(fn, where=where).report(X).rows
+        assert [row.scope for row in rows] == ["second"]
+    with pytest.raises(ValueError, match="in places that match third"):
+        few_bit_calls(fn, where="third")(X)
+
+
+def test_only_arrays_are_traced_and_results_may_be_anything():
+    def fn(x, flag, name, steps=3):
+        assert flag is True
+        assert isinstance(steps, int)
+        return {"y": nn.gelu(x), "name": name, "steps": steps, "none": None}
+
+    out = few_bit_calls(fn)(X, True, "a", steps=5)
+    np.testing.assert_array_equal(out.pop("y"), nn.gelu(X))
+    assert out == {"name": "a", "steps": 5, "none": None}
+
+
+def test_the_report_says_whether_the_value_behind_is_kept_anyway():
+    def fn(weights, x):
+        h = nn.gelu(x @ weights["up"])
+        h = jnp.where(x[0, 0] > 0, h, 0) * 2  # linear
+        return nn.silu(h @ weights["down"]).sum()
+
+    report = few_bit_calls(fn).report(WEIGHTS, X, argnums=0)
+    assert [row.kept_for for row in report.rows] == [("product",), ()]
+    assert "After 1 of 2 calls the value is kept anyway" in str(report)
+    assert "kept_for_backward" in str(report)
+    frozen = few_bit_calls(fn).report(WEIGHTS, X, argnums=1)
+    assert [row.kept_for for row in frozen.rows] == [(), ()]
+    gated = few_bit_calls(lambda w, x: nn.silu(x @ w["up"]) * (x @ w["up"])).report(WEIGHTS, X)
+    assert gated.rows[0].kept_for == ("multiplication",)
+
+
+def test_layers_that_call_one_line_are_one_row():
+    layer = lambda x: nn.gelu(x @ jnp.eye(8))
+    (row,) = few_bit_calls(lambda x: layer(layer(x)), 4).report(X).rows
+    assert (row.count, row.bytes_then) == (2, 2 * X.size / 2)
+
+
+def test_bad_arguments_are_refused():
+    with pytest.raises(TypeError, match="fn=3"):
+        few_bit_calls(3)
+    with pytest.raises(ValueError, match="bits=9"):
+        few_bit_calls(mlp, 9)
+    with pytest.raises(ValueError, match="'gleu'; known by name are: gelu"):
+        few_bit_calls(mlp, functions=["gleu"])
+    with pytest.raises(ValueError, match="at least one"):
+        few_bit_calls(mlp, functions=[])
+    with pytest.raises(TypeError, match="neither a name"):
+        few_bit_calls(mlp, functions=[3])
+    with pytest.raises(ValueError, match="where='\\('"):
+        few_bit_calls(mlp, where="(")
+    with pytest.raises(ValueError, match="packing"):
+        few_bit_calls(mlp, packing="zip")

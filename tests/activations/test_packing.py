@@ -1,0 +1,219 @@
+"""Packed codes: what comes back, how many bytes, and that no device asks another for codes."""
+
+import math
+import re
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+import jax
+from jax.extend import core
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import pytest
+
+from lowrank_optax.activations.packing import pack, packed_bytes, unpack
+
+PACKINGS = ["auto", "planes", "nibbles", "uint4", "uint8"]
+KINDS = [(b, p) for b in range(1, 9) for p in PACKINGS if p != "uint4" or b <= 4]
+EXCHANGES = re.compile(r"all-gather|all-to-all|collective-permute|all-reduce|reduce-scatter")
+kinds = pytest.mark.parametrize(("bits", "packing"), KINDS)
+
+
+def codes_of(shape: tuple[int, ...], bits: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 2**bits, shape).astype(np.uint8)
+
+
+def held_bytes(parts: tuple[jax.Array, ...]) -> float:
+    """Counted from the arrays, two numbers of 4 bits to a byte."""
+    return sum(-(-x.size // 2) if x.dtype == jnp.uint4 else x.size for x in parts)
+
+
+def exchanges_in(program: Any) -> list[str]:
+    """Operations by which devices send each other anything."""
+    return EXCHANGES.findall(program.as_text())
+
+
+def assert_comes_back(shape: tuple[int, ...], bits: int, packing: Any) -> None:
+    codes = codes_of(shape, bits)
+    packed = pack(jnp.asarray(codes), bits, packing)
+    found = unpack(packed, shape, bits, packing)
+    assert (found.shape, found.dtype) == (shape, jnp.uint8)
+    np.testing.assert_array_equal(found, codes)
+    assert held_bytes(packed) == packed_bytes(shape, bits, packing)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.sampled_from(KINDS), st.lists(st.integers(0, 17), max_size=3))
+def test_codes_come_back_from_arrays_of_any_shape(kind: Any, shape: list[int]) -> None:
+    assert_comes_back(tuple(shape), *kind)
+
+
+@kinds
+def test_codes_come_back_in_every_packing(bits: int, packing: Any) -> None:
+    assert_comes_back((2, 16, 3), bits, packing)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (33,), (16, 3), (3, 16), (8, 3, 3), (0, 8), (8, 0)])
+@pytest.mark.parametrize(("bits", "packing"), [(3, "planes"), (7, "auto")])
+def test_codes_come_back_from_every_kind_of_shape(shape: Any, bits: int, packing: Any) -> None:
+    assert_comes_back(shape, bits, packing)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_kept_bytes_are_the_bits(bits: int) -> None:
+    shape = (64, 128)
+    for packing in ("auto", "planes", "nibbles"):
+        assert packed_bytes(shape, bits, packing) == 64 * 128 * bits // 8
+    assert packed_bytes(shape, bits, "uint8") == 64 * 128
+
+
+@pytest.mark.parametrize("size", [1, 7, 9, 31, 33])
+def test_padding_is_less_than_eight_elements(size: int) -> None:
+    for shape in ((size,), (size, 3), (3, size)):
+        for bits in range(1, 4):
+            assert packed_bytes(shape, bits) == bits * math.ceil(math.prod(shape) / 8)
+
+
+def test_up_to_three_bits_are_held_in_bytes_and_four_in_uint4() -> None:
+    codes = jnp.zeros((8, 16), jnp.uint8)
+    dtypes = [[part.dtype.name for part in pack(codes, bits)] for bits in range(1, 9)]
+    assert dtypes[:3] == [["uint8"] * bits for bits in (1, 2, 3)]
+    assert dtypes[3] == ["uint4"]
+    assert dtypes[4:7] == [["uint4"] + ["uint8"] * bits for bits in (1, 2, 3)]
+    assert dtypes[7] == ["uint8"]
+
+
+def test_bytes_of_three_bits_are_those_worked_by_hand() -> None:
+    # Quarters (5, 2) (7, 0) (3, 6) (1, 4): their first three in numbers of 4 bits, of which bit 3
+    # holds a bit of the last: 5+8, 2 | 7, 0 | 3, 6+8; then halves of each: low + 16 · high.
+    codes = jnp.array([5, 2, 7, 0, 3, 6, 1, 4], jnp.uint8)
+    nibbles = [part.astype(jnp.uint8).tolist() for part in pack(codes, 3, "nibbles")]
+    assert nibbles == [[13, 2], [7, 0], [3, 14]]
+    assert [part.tolist() for part in pack(codes, 3)] == [[45], [7], [227]]
+
+
+@pytest.mark.parametrize(("bits", "packing"), [(3, "planes"), (2, "nibbles"), (6, "auto")])
+def test_works_under_vmap_and_jit(bits: int, packing: Any) -> None:
+    codes = jnp.asarray(codes_of((4, 16, 5), bits))
+
+    def both(c: jax.Array) -> jax.Array:
+        return unpack(pack(c, bits, packing), c.shape, bits, packing)
+
+    np.testing.assert_array_equal(jax.jit(jax.vmap(both))(codes), codes)
+    np.testing.assert_array_equal(jax.vmap(both, 2, 2)(codes), codes)
+
+
+def square_times_codes(bits: int, packing: Any) -> Any:
+    """An elementwise function that keeps codes alone, and whose backward pass decodes them."""
+
+    @jax.custom_vjp
+    def fn(x: jax.Array) -> jax.Array:
+        return x * x
+
+    def forward(x: jax.Array) -> Any:
+        codes = jnp.clip(jnp.round(x), 0, 2**bits - 1).astype(jnp.uint8)
+        return x * x, pack(codes, bits, packing)
+
+    def backward(packed: Any, gradient: jax.Array) -> Any:
+        return (gradient * unpack(packed, gradient.shape, bits, packing).astype(gradient.dtype),)
+
+    fn.defvjp(forward, backward)
+    return fn
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("packing", ["planes", "nibbles", "uint4", "uint8", "auto"])
+def test_batches_stay_on_their_devices(packing: Any, axis_type: AxisType) -> None:
+    bits = 3 if packing != "auto" else 7
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
+    where = NamedSharding(mesh, P("data", None, None))
+    fn = square_times_codes(bits, packing)
+    x = jnp.asarray(codes_of((8, 64, 128), bits), jnp.float32)
+    with jax.set_mesh(mesh):
+        step = jax.jit(lambda x, g: jax.vjp(fn, x)[1](g)[0])
+        placed, gradient = jax.device_put((x, jnp.ones_like(x)), where)
+        program = step.lower(placed, gradient).compile()
+        assert not exchanges_in(program)
+        result = program(placed, gradient)
+    assert result.sharding.is_equivalent_to(where, 3)
+    np.testing.assert_array_equal(result, x)
+
+
+@pytest.mark.parametrize(
+    ("packing", "exchanged"), [("uint4", False), ("uint8", False), ("planes", True)]
+)
+def test_only_elementwise_packings_leave_sharded_rows_alone(packing: Any, exchanged: bool) -> None:
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    rows = jax.ShapeDtypeStruct((64, 128), jnp.float32, sharding=NamedSharding(mesh, P("data")))
+    fn = square_times_codes(3, packing)
+    step = jax.jit(lambda x, g: jax.vjp(fn, x)[1](g)[0])
+    assert bool(exchanges_in(step.lower(rows, rows).compile())) == exchanged
+
+
+@pytest.mark.parametrize(
+    ("shape", "partition"),
+    [((64, 16), P("data", None)), ((64, 5), P("data", None)), ((3, 8), P(None, "data"))],
+    ids=["other axis", "gathered", "flattened"],
+)
+def test_explicit_meshes_take_any_partition(shape: Any, partition: P) -> None:
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    x = jnp.asarray(codes_of(shape, 3), jnp.float32)
+    fn = square_times_codes(3, "planes")
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(x, NamedSharding(mesh, partition))
+        result = jax.jit(lambda x: jax.vjp(fn, x)[1](jnp.ones_like(x))[0])(placed)
+    np.testing.assert_array_equal(result, x)
+
+
+def test_nothing_but_the_codes_is_computed_from_them() -> None:
+    """No gather, scatter or sort: elementwise operations, slices and concatenations."""
+    codes = jax.ShapeDtypeStruct((64, 128), jnp.uint8)
+    closed = jax.make_jaxpr(lambda c: unpack(pack(c, 3), c.shape, 3))(codes)
+    names: set[str] = set()
+
+    def visit(jaxpr: core.Jaxpr) -> None:
+        for equation in jaxpr.eqns:
+            names.add(equation.primitive.name)
+            for inner in equation.params.values():
+                if isinstance(inner, core.ClosedJaxpr):
+                    visit(inner.jaxpr)
+
+    visit(closed.jaxpr)
+    assert "concatenate" in names
+    assert not names & {"gather", "scatter", "sort", "transpose", "dynamic_slice"}
+
+
+@pytest.mark.parametrize(
+    ("bits", "packing", "words"),
+    [
+        (5, "uint4", "at most 4 bits; these have bits=5"),
+        (0, "auto", "bits=0 must be an integer from 1 to 8"),
+        (9, "uint8", "bits=9"),
+        (3, "bits", "packing='bits' must be one of auto, planes, nibbles, uint4, uint8"),
+    ],
+)
+def test_bad_arguments_are_refused(bits: int, packing: Any, words: str) -> None:
+    codes = jnp.zeros((8,), jnp.uint8)
+    for call in (
+        lambda: pack(codes, bits, packing),
+        lambda: unpack((codes,), (8,), bits, packing),
+        lambda: packed_bytes((8,), bits, packing),
+    ):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("bits", "dtypes"), [(3, ["uint4"] * 3), (6, ["uint4"] * 3), (8, ["uint8"])]
+)
+def test_left_alone_a_tpu_gets_no_planes(
+    monkeypatch: pytest.MonkeyPatch, bits: int, dtypes: list[str]
+) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    codes = jnp.arange(64, dtype=jnp.uint8).reshape(16, 4) % 2**bits
+    packed = pack(codes, bits)
+    assert [part.dtype.name for part in packed] == dtypes
+    assert (unpack(packed, codes.shape, bits) == codes).all()

@@ -1,0 +1,277 @@
+"""Few-bit nonlinearities in NNX models, in place and back."""
+
+from collections.abc import Iterator
+from typing import Any
+import warnings
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lowrank_optax as lro
+from lowrank_optax.models import Decoder, decoder_config
+
+quantize_model, restore_model = lro.activations.quantize_model, lro.activations.restore_model
+X = jax.random.normal(jax.random.key(0), (4, 6))
+TOKENS = jnp.arange(10).reshape(2, 5)
+
+
+def decoder(**options: Any) -> Decoder:
+    config = decoder_config(
+        "llama-tiny",
+        vocab_size=17,
+        hidden_size=8,
+        intermediate_size=12,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_hidden_layers=2,
+    )
+    return Decoder(config, rngs=nnx.Rngs(0), **options)
+
+
+def sequential() -> nnx.Sequential:
+    rngs = nnx.Rngs(0)
+    return nnx.Sequential(
+        nnx.Linear(6, 8, rngs=rngs), nnx.gelu, nnx.Linear(8, 3, rngs=rngs), nnx.relu
+    )
+
+
+class Stateful(nnx.Module):
+    """Batch statistics, random numbers of its own and of the caller, sown values, a shared part."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.linear = nnx.Linear(6, 6, rngs=rngs)
+        self.again = self.linear
+        self.norm = nnx.BatchNorm(6, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.calls = nnx.Variable(jnp.zeros((), jnp.int32))
+
+    def __call__(self, x: jax.Array, scale: float = 1.0, rngs: Any = None) -> jax.Array:
+        x = self.dropout(nnx.gelu(self.norm(self.linear(x))), rngs=rngs)
+        self.sow(nnx.Intermediate, "hidden", x)
+        self.calls[...] += 1
+        assert isinstance(scale, float)
+        return self.again(x) * scale
+
+
+@pytest.fixture
+def sowing_is_allowed() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
+
+
+def same(a: Any, b: Any) -> None:
+    (leaves, tree), (others, other_tree) = map(jax.tree.flatten, (a, b))
+    assert tree == other_tree
+    for x, y in zip(leaves, others, strict=True):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        np.testing.assert_array_equal(x, y)
+
+
+def gradient(model: Any) -> Any:
+    return nnx.jit(nnx.grad(lambda model: (model(TOKENS) ** 2).mean()))(model)
+
+
+@nnx.jit
+def call(model: Any, *args: Any) -> jax.Array:
+    return model(*args)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"scan_layers": False}, {"remat": "full"}], ids=["scan", "list", "remat"]
+)
+def test_a_decoder_is_bit_equal_and_its_graph_comes_back(options: dict[str, Any]) -> None:
+    model = decoder(**options)
+    graphdef, before, exact = nnx.graphdef(model), call(model, TOKENS), gradient(model)
+    report = quantize_model(model, 4, inputs=(TOKENS,))
+    assert report.calls is not None
+    (row,) = report.calls.rows
+    assert (row.function, row.count, row.kept_for) == ("silu", 2, ("multiplication",))
+    assert "decoder.py" in row.source
+    assert row.remat == ("remat" in options)
+    same(call(model, TOKENS), before)
+    whole = gradient(model)
+    assert jax.tree.structure(whole) == jax.tree.structure(exact)
+    restore_model(model)
+    assert nnx.graphdef(model) == graphdef
+    same(gradient(model), exact)
+    report = quantize_model(model, 4, where="mlp$", inputs={"tokens": TOKENS})
+    assert {row.module for row in report.rows} == {"MLP"}
+    assert report.calls is not None
+    assert sum(row.count for row in report.calls.rows) == 2
+    assert all("mlp" in row.scope for row in report.calls.rows)
+    same(call(model, TOKENS), before)
+    same(gradient(model), whole)
+    graphdef, state = nnx.split(model)
+    merged = jax.jit(lambda state: nnx.merge(graphdef, state)(TOKENS))
+    same(merged(state), before)
+
+
+def test_the_gradient_is_that_of_the_model_written_by_hand() -> None:
+    model, by_hand = sequential(), sequential()
+    by_hand.layers[1] = lro.activations.gelu
+    by_hand.layers[3] = lro.activations.relu
+    quantize_model(model)
+    loss = lambda model: (model(X) ** 2).sum()
+    same(nnx.as_pure(nnx.grad(loss)(model)), nnx.as_pure(nnx.grad(loss)(by_hand)))
+    same(model(X), by_hand(X))
+
+
+def test_less_is_kept() -> None:
+    model = nnx.Sequential(nnx.gelu, nnx.silu)
+    shapes = lambda: [x.dtype for x in jax.tree.leaves(jax.vjp(lambda x: model(x), X)[1])]
+    assert jnp.float32 in shapes()
+    quantize_model(model, 4)
+    assert shapes() == [jnp.uint4, jnp.uint4]
+
+
+@pytest.mark.usefixtures("sowing_is_allowed")
+@pytest.mark.parametrize("jitted", [False, True])
+def test_what_a_call_writes_is_written(jitted: bool) -> None:
+    plain, few = Stateful(nnx.Rngs(0)), Stateful(nnx.Rngs(0))
+    quantize_model(few)
+    outcomes = []
+    for model in (plain, few):
+        rngs = nnx.Rngs(1)
+
+        def run(model: Any, rngs: nnx.Rngs) -> Any:
+            return model(X), model(X, scale=2.0), model(X, rngs=rngs), model(X, rngs=rngs)
+
+        out = (nnx.jit(run) if jitted else run)(model, rngs)
+        outcomes.append((out, nnx.as_pure(nnx.state(model)), nnx.as_pure(nnx.state(rngs))))
+    (out, state, rngs), (few_out, few_state, few_rngs) = outcomes
+    same(few_rngs, rngs)
+    assert state["calls"] == 4
+    assert len(state["hidden"]) == 4
+    if jitted:  # op by op and as one program sums may round differently
+        close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+        keys = lambda tree: [x for x in jax.tree.leaves(tree) if x.dtype == jnp.float32]
+        jax.tree.map(close, keys((few_out, few_state)), keys((out, state)))
+    else:
+        same((few_out, few_state), (out, state))
+    assert nnx.graphdef(restore_model(few)) == nnx.graphdef(plain)
+
+
+def test_captured_intermediates_are_those_of_the_plain_model() -> None:
+    plain, few = Stateful(nnx.Rngs(0)), Stateful(nnx.Rngs(0))
+    quantize_model(few)
+    capture = nnx.capture(lambda model: model(X), nnx.Intermediate)
+    same(capture(few), capture(plain))
+
+
+@pytest.mark.parametrize("method", [lro.adapters.LoRA(rank=2), lro.adapters.LoTR(rank=2)])
+@pytest.mark.parametrize("order", ["attach first", "quantize first"])
+@pytest.mark.parametrize("back", ["detach first", "restore first"])
+def test_adapters_are_attached_and_detached_in_any_order(
+    method: Any, order: str, back: str
+) -> None:
+    model = decoder()
+    graphdef, before = nnx.graphdef(model), model(TOKENS)
+    attach = lambda: lro.adapters.attach(model, method, "mlp", rngs=0)
+    quantize = lambda: quantize_model(model, where="blocks/mlp$")
+    for step in (attach, quantize) if order == "attach first" else (quantize, attach):
+        step()
+    adapted = nnx.graphdef(model)
+    np.testing.assert_allclose(call(model, TOKENS), before, atol=1e-6)
+    wrt = nnx.DiffState(0, lro.adapters.trainable)
+    grads = nnx.jit(nnx.grad(lambda model: (model(TOKENS) ** 2).mean(), argnums=wrt))(model)
+    assert any(jnp.abs(x).max() > 0 for x in jax.tree.leaves(grads))
+    assert adapted != graphdef
+    steps = [lambda: lro.adapters.detach(model), lambda: restore_model(model)]
+    for step in steps if back == "detach first" else steps[::-1]:
+        step()
+    assert nnx.graphdef(model) == graphdef
+
+
+def test_the_report_knows_what_is_trained() -> None:
+    model = sequential()
+    report = quantize_model(model, inputs=(jax.ShapeDtypeStruct((4, 6), jnp.float32),))
+    assert report.calls is not None
+    assert [row.kept_for for row in report.calls.rows] == [("product",), ()]
+    lro.adapters.attach(model, lro.adapters.LoRAFA(rank=2), "layers/0", rngs=0)
+    report = quantize_model(model, inputs=(X,), wrt=lro.adapters.trainable)
+    assert report.calls is not None
+    assert [row.kept_for for row in report.calls.rows] == [(), ()]
+    assert "(the model)" in str(report)
+    assert "few bits pay" in str(report)
+    assert "Give inputs=" in str(quantize_model(model))
+
+
+def test_several_methods_and_modules_with_options_of_their_own() -> None:
+    class Model(nnx.Module):
+        def __init__(self) -> None:
+            self.first, self.second = sequential(), nnx.Sequential(nnx.silu)
+
+        def encode(self, x: jax.Array) -> jax.Array:
+            return nnx.gelu(x)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.second(self.first(self.encode(x)))
+
+    model = Model()
+    before, encoded = model(X), model.encode(X)
+    quantize_model(model, 8, methods=("__call__", "encode"))
+    (row,) = quantize_model(model, 2, where="second").rows
+    assert (row.path, row.bits, row.methods) == ("second", 2, ("__call__",))
+    same((model(X), model.encode(X)), (before, encoded))
+    dtypes = [x.dtype for x in jax.tree.leaves(jax.vjp(model.encode, X)[1])]
+    assert dtypes == [jnp.uint8]
+    restore_model(model)
+    assert type(model) is Model
+    (row,) = quantize_model(model, where=["first", "first/layers"]).rows
+    assert row.path == "first"
+
+
+def test_layers_stacked_by_nnx_scan_and_rematerialised() -> None:
+    class Block(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.linear = nnx.Linear(6, 6, rngs=rngs)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return nnx.gelu(self.linear(x))
+
+    class Stack(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.blocks = nnx.split_rngs(splits=3)(nnx.vmap(Block))(rngs)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            layer = nnx.remat(lambda x, block: block(x))
+            return nnx.scan(layer, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.blocks)
+
+    model = Stack(nnx.Rngs(0))
+    before = call(model, X)
+    for where in (None, "blocks"):
+        report = quantize_model(model, where=where, inputs=(X,))
+        assert report.calls is not None
+        (row,) = report.calls.rows
+        assert (row.count, row.remat) == (3, True)
+        same(call(model, X), before)
+        nnx.jit(nnx.grad(lambda model: model(X).sum()))(model)
+        restore_model(model)
+
+
+def test_bad_arguments_are_refused_and_change_nothing() -> None:
+    model = sequential()
+    graphdef = nnx.graphdef(model)
+    with pytest.raises(TypeError, match="must be a module"):
+        quantize_model(jnp.ones(3))  # type: ignore
+    with pytest.raises(ValueError, match="bits=0"):
+        quantize_model(model, 0)
+    with pytest.raises(ValueError, match="where='mlp' matches no module with a method"):
+        quantize_model(model, where="mlp")
+    with pytest.raises(ValueError, match="is no module with a method decode"):
+        quantize_model(model, methods="decode")
+    with pytest.raises(ValueError, match="none of the functions that are looked for"):
+        quantize_model(model, functions=["mish"], inputs=(X,))
+    with pytest.raises(TypeError, match="inputs="):
+        quantize_model(model, inputs=X)  # type: ignore
+    with pytest.raises(ValueError, match="no few-bit modules"):
+        restore_model(model)
+    assert nnx.graphdef(model) == graphdef
+    quantize_model(model, functions=["mish"])
+    with pytest.raises(ValueError, match=r"Sequential.__call__ calls none of the functions"):
+        model(X)

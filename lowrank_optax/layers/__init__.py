@@ -14,15 +14,41 @@ from lowrank_optax.layers.powerpropagation import (
     powerprop_inverse,
     powerprop_updates,
 )
+from lowrank_optax.layers.randomized import (
+    Sketch,
+    alignment,
+    choose_sketch_size,
+    minibatch_variance,
+    randomized_linear,
+    sketch_variance,
+)
 
 if TYPE_CHECKING:
     from lowrank_optax.layers import linen
     from lowrank_optax.layers.powerpropagation.nnx import PowerpropLinear, PowerpropModule
+    from lowrank_optax.layers.randomized.nnx import RandomizedLinear
+    from lowrank_optax.layers.randomized.noise import (
+        SketchNoise,
+        choose_sketches,
+        sketch_noise,
+    )
+    from lowrank_optax.layers.randomized.replacing import (
+        randomize,
+        randomized_layers,
+        restore_linears,
+    )
 
 # The Flax parts, NNX here and Linen in `linen`: Flax is imported when one is first used.
 _FLAX = {
     "PowerpropLinear": "lowrank_optax.layers.powerpropagation.nnx",
     "PowerpropModule": "lowrank_optax.layers.powerpropagation.nnx",
+    "RandomizedLinear": "lowrank_optax.layers.randomized.nnx",
+    "SketchNoise": "lowrank_optax.layers.randomized.noise",
+    "choose_sketches": "lowrank_optax.layers.randomized.noise",
+    "randomize": "lowrank_optax.layers.randomized.replacing",
+    "randomized_layers": "lowrank_optax.layers.randomized.replacing",
+    "restore_linears": "lowrank_optax.layers.randomized.replacing",
+    "sketch_noise": "lowrank_optax.layers.randomized.noise",
 }
 
 __all__ = [
@@ -38,6 +64,20 @@ __all__ = [
     "powerprop",
     "powerprop_inverse",
     "powerprop_updates",
+    # Randomized linears
+    "RandomizedLinear",
+    "Sketch",
+    "SketchNoise",
+    "alignment",
+    "choose_sketch_size",
+    "choose_sketches",
+    "minibatch_variance",
+    "randomize",
+    "randomized_layers",
+    "randomized_linear",
+    "restore_linears",
+    "sketch_noise",
+    "sketch_variance",
     # The layers in Linen
     "linen",
 ]

@@ -1,0 +1,143 @@
+"""`randomized_linear` under JAX's transformations, and on eight devices."""
+
+import functools
+from typing import Any, get_args
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
+import numpy as np
+import pytest
+
+from lowrank_optax.layers import Sketch, randomized_linear
+from lowrank_optax.layers.randomized.sketch import SketchKind
+
+KINDS = get_args(SketchKind)
+KEY = jax.random.key(3)
+X = jax.random.normal(jax.random.key(0), (8, 16, 6))
+KERNEL = jax.random.normal(jax.random.key(1), (6, 4))
+Y = jax.random.normal(jax.random.key(2), (8, 16, 4))
+
+
+def loss(kernel: jax.Array, x: jax.Array, y: jax.Array, key: Any, sketch: Sketch) -> jax.Array:
+    return jnp.sum(y * randomized_linear(x, kernel, key=key, sketch=sketch))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_jit_vmap_and_checkpoint_give_the_same_gradient(kind: SketchKind) -> None:
+    sketch = Sketch(kind, size=5)
+    slope = jax.jit(jax.grad(functools.partial(loss, sketch=sketch)))
+    keys = jax.random.split(KEY, 8)
+    each = jnp.stack([slope(KERNEL, *args) for args in zip(X, Y, keys, strict=True)])
+    mapped = jax.jit(jax.vmap(slope, (None, 0, 0, 0)))(KERNEL, X, Y, keys)
+    np.testing.assert_allclose(mapped, each, rtol=1e-4, atol=1e-4)
+    again = jax.jit(jax.grad(jax.checkpoint(functools.partial(loss, sketch=sketch))))
+    np.testing.assert_allclose(again(KERNEL, X[0], Y[0], keys[0]), each[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["stratified", "rademacher", "norm_weighted"])
+@pytest.mark.parametrize("remat", [False, True])
+def test_layers_in_a_scan_with_a_key_each_are_those_in_a_loop(
+    kind: SketchKind, remat: bool
+) -> None:
+    kernels = jnp.stack([KERNEL @ KERNEL.T, KERNEL @ KERNEL.T]) / 4
+    keys = jax.random.split(KEY, 2)
+
+    def layer(x: jax.Array, parts: Any) -> tuple[jax.Array, None]:
+        kernel, key = parts
+        return jnp.tanh(randomized_linear(x, kernel, key=key, sketch=Sketch(kind, size=9))), None
+
+    def scanned(kernels: jax.Array) -> jax.Array:
+        body = jax.checkpoint(layer) if remat else layer
+        return jnp.sum(jax.lax.scan(body, X, (kernels, keys))[0] ** 2)
+
+    def looped(kernels: jax.Array) -> jax.Array:
+        x = X
+        for i in range(2):
+            x, _ = layer(x, (kernels[i], keys[i]))
+        return jnp.sum(x**2)
+
+    expected = jax.jit(jax.grad(looped))(kernels)
+    np.testing.assert_allclose(jax.jit(jax.grad(scanned))(kernels), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_subset_of_a_module_is_differentiated() -> None:
+    class Model(nnx.Module):
+        def __init__(self) -> None:
+            self.kernel = nnx.Param(KERNEL)
+            self.bias = nnx.Param(jnp.zeros(4))
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return randomized_linear(
+                x, self.kernel[...], self.bias[...], key=KEY, sketch=Sketch(size=9)
+            )
+
+    value = lambda model, x: jnp.sum(Y * model(x))
+    of_bias = nnx.grad(value, argnums=nnx.DiffState(0, nnx.PathContains("bias")))(Model(), X)
+    assert "kernel" not in of_bias
+    np.testing.assert_allclose(of_bias["bias"][...], Y.sum((0, 1)), rtol=1e-5)
+    both = nnx.jit(nnx.grad(value))(Model(), X)
+    np.testing.assert_allclose(
+        both["kernel"][...], jax.grad(loss)(KERNEL, X, Y, KEY, Sketch(size=9)), rtol=1e-4
+    )
+
+
+def mesh_of(kind: AxisType) -> jax.sharding.Mesh:
+    return jax.make_mesh((8,), ("data",), axis_types=(kind,))
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_on_eight_devices_has_the_gradient_of_one(
+    kind: SketchKind, axis_type: AxisType
+) -> None:
+    sketch = Sketch(kind, size=32)
+    expected = jax.jit(jax.grad(loss), static_argnums=4)(KERNEL, X, Y, KEY, sketch)
+    with jax.set_mesh(mesh_of(axis_type)):
+        x, y = (jax.device_put(v, PartitionSpec("data")) for v in (X, Y))
+        kernel = jax.device_put(KERNEL, PartitionSpec())
+        slope = jax.jit(jax.grad(loss), static_argnums=4)
+        compiled = slope.lower(kernel, x, y, KEY, sketch).compile()
+        got, text = compiled(kernel, x, y, KEY), compiled.as_text()
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+    if kind == "stratified":  # each device keeps its own rows: the sum of gradients is all there is
+        assert text.count(" all-reduce(") == 1
+        assert "all-gather" not in text
+        assert "collective-permute" not in text
+
+
+@pytest.mark.parametrize("kind", ["stratified", "gaussian", "norm_weighted"])
+def test_under_shard_map_each_shard_draws_its_own(kind: SketchKind) -> None:
+    data, whole = PartitionSpec("data"), PartitionSpec()
+
+    @functools.partial(
+        jax.shard_map,
+        mesh=mesh_of(AxisType.Auto),
+        in_specs=(whole, data, data),
+        out_specs=(whole, data),
+    )
+    def gradients(kernel: jax.Array, x: jax.Array, y: jax.Array) -> Any:
+        key = jax.random.fold_in(KEY, jax.lax.axis_index("data"))
+        return jax.grad(loss, (0, 1))(kernel, x, y, key, Sketch(kind, size=4))
+
+    of_kernel, of_x = jax.jit(gradients)(KERNEL, X, Y)
+    keys = [jax.random.fold_in(KEY, i) for i in range(8)]
+    slope = jax.jit(jax.grad(functools.partial(loss, sketch=Sketch(kind, size=4))))
+    expected = sum(slope(KERNEL, x, y, key) for x, y, key in zip(X, Y, keys, strict=True))
+    np.testing.assert_allclose(of_kernel, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(of_x, Y @ KERNEL.T, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["rows", "stratified"])
+def test_rows_need_fewer_operations_than_the_dense_step(kind: SketchKind) -> None:
+    x, y = jnp.ones((1024, 64)), jnp.ones((1024, 64))
+    kernel = jnp.ones((64, 64))
+
+    def operations(size: int) -> float:
+        both = jax.grad(functools.partial(loss, sketch=Sketch(kind, size=size)), (0, 1))
+        return jax.jit(both).lower(kernel, x, y, KEY).compile().cost_analysis()["flops"]
+
+    product = 2 * 1024 * 64 * 64
+    saved = operations(1024) - operations(128)
+    assert saved == pytest.approx(7 / 8 * product, rel=0.15)

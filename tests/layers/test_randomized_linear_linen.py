@@ -1,0 +1,146 @@
+"""The randomized layer in Linen is nn.Dense but for its kernel's gradient."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytest.importorskip("flax")
+
+from flax import linen as nn
+
+import lowrank_optax as lro
+from lowrank_optax.layers import Sketch
+
+X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 3)), jnp.float32)
+T = jnp.asarray(np.random.default_rng(1).normal(size=(2, 8, 4)), jnp.float32)
+QUARTER = Sketch("rows", fraction=0.25)
+Dense = lro.layers.linen.RandomizedDense
+
+
+def gradients(module: nn.Module, variables: Any, seed: int | None, **call: Any) -> Any:
+    rngs = None if seed is None else {"sketch": jax.random.key(seed)}
+
+    def loss(variables: Any, x: jax.Array) -> jax.Array:
+        return jnp.sum((module.apply(variables, x, rngs=rngs, **call) - T) ** 2)
+
+    of_variables, of_x = jax.grad(loss, argnums=(0, 1))(variables, X)
+    return {**of_variables["params"], "x": of_x}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_bias": False}, {"dtype": jnp.bfloat16}, {"param_dtype": jnp.bfloat16}],
+    ids=str,
+)
+def test_outputs_and_other_gradients_are_those_of_the_plain_layer(options: dict[str, Any]) -> None:
+    layer, plain = Dense(4, sketch=QUARTER, **options), nn.Dense(4, **options)
+    variables = layer.init(jax.random.key(0), X)
+    same = jax.tree.map(np.array_equal, variables, plain.init(jax.random.key(0), X))
+    assert all(jax.tree.leaves(same))
+    outputs = layer.apply(variables, X, rngs={"sketch": jax.random.key(1)})
+    np.testing.assert_array_equal(outputs, plain.apply(variables, X))
+    found, expected = gradients(layer, variables, 1), gradients(plain, variables, None)
+    assert np.any(np.asarray(found.pop("kernel")) != np.asarray(expected.pop("kernel")))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_without_a_key_or_deterministic_it_is_the_plain_layer() -> None:
+    layer, plain = Dense(4, sketch=QUARTER), nn.Dense(4)
+    fixed = Dense(4, sketch=QUARTER, deterministic=True)
+    variables = plain.init(jax.random.key(0), X)
+    expected = gradients(plain, variables, None)
+    for found in (
+        gradients(layer, variables, None),
+        gradients(layer, variables, 1, deterministic=True),
+        gradients(fixed, variables, 1),
+    ):
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+    randomized = gradients(fixed, variables, 1, deterministic=False)["kernel"]
+    np.testing.assert_array_equal(randomized, gradients(layer, variables, 1)["kernel"])
+    assert np.any(np.asarray(randomized) != np.asarray(expected["kernel"]))
+
+
+def test_gradient_changes_with_the_key_and_with_the_module() -> None:
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return Dense(4, sketch=QUARTER)(x) + Dense(4, sketch=QUARTER)(x)
+
+    variables = Two().init(jax.random.key(0), X)
+    first, second = gradients(Two(), variables, 1), gradients(Two(), variables, 2)
+    one, other = (np.asarray(first[f"RandomizedDense_{i}"]["kernel"]) for i in (0, 1))
+    assert np.any(one != other)
+    assert np.any(one != np.asarray(second["RandomizedDense_0"]["kernel"]))
+    again = gradients(Two(), variables, 1)
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+
+
+def test_gradient_has_the_plain_one_as_its_mean_over_keys() -> None:
+    layer = Dense(4, sketch=Sketch("rademacher", size=3))
+    variables = layer.init(jax.random.key(0), X)
+    expected = np.asarray(gradients(nn.Dense(4), variables, None)["kernel"], np.float64)
+    each = jax.jit(jax.vmap(lambda seed: gradients(layer, variables, seed)["kernel"]))
+    drawn = np.asarray(each(jnp.arange(2000)), np.float64)
+    error = drawn.mean(0) - expected
+    assert np.all(np.abs(error) < 4 * drawn.std(0) / np.sqrt(len(drawn)))
+
+
+@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize("remat", [True, False])
+def test_layers_of_a_scan_have_a_key_each_where_the_stream_is_split(
+    split: bool, remat: bool
+) -> None:
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+            return x, Dense(4, sketch=QUARTER)(x)
+
+    scan = nn.scan(
+        nn.remat(Layer) if remat else Layer,
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "sketch": split},
+        length=2,
+    )
+    variables = scan().init(jax.random.key(0), X, None)
+
+    def loss(variables: Any) -> jax.Array:
+        _, y = scan().apply(variables, X, None, rngs={"sketch": jax.random.key(1)})
+        return jnp.sum(y * T)  # so that the gradient of a kernel is that of T alone
+
+    first, second = jax.jit(jax.grad(loss))(variables)["params"]["RandomizedDense_0"]["kernel"]
+    assert np.array_equal(first, second) == (not split)
+
+
+def test_a_collection_of_another_name_and_valid_rows() -> None:
+    layer = Dense(4, sketch=QUARTER, rng_collection="noise")
+    variables = layer.init(jax.random.key(0), X)
+    valid = jnp.arange(16).reshape(2, 8) % 4 == 1  # four of them, as many as the sketch has rows
+
+    def loss(variables: Any, module: nn.Module, **call: Any) -> jax.Array:
+        rngs = {"noise": jax.random.key(1)}
+        y = module.apply(variables, X, rngs=rngs, **call)
+        return jnp.sum(jnp.where(valid[..., None], (y - T) ** 2, 0))
+
+    found = jax.grad(loss)(variables, layer, valid=valid)
+    expected = jax.grad(loss)(variables, nn.Dense(4))
+    for name in ("kernel", "bias"):
+        one, other = (x["params"][name] for x in (found, expected))
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+    assert np.any(
+        np.asarray(jax.grad(loss)(variables, layer)["params"]["kernel"])
+        != np.asarray(expected["params"]["kernel"])
+    )
+
+
+def test_bad_arguments_are_refused() -> None:
+    key = jax.random.key(0)
+    with pytest.raises(TypeError, match=r"sketch=None must be a lro\.layers\.Sketch"):
+        Dense(4).init(key, X)
+    own = lambda *args, **kwargs: jax.lax.dot_general(*args, **kwargs)
+    for options in ({"dot_general": own}, {"dot_general_cls": lambda: own}):
+        layer = Dense(4, sketch=QUARTER, **options)
+        with pytest.raises(ValueError, match="dot_general="):
+            layer.init({"params": key, "sketch": key}, X)

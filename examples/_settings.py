@@ -4,7 +4,9 @@ import argparse
 from collections.abc import Callable, Sequence
 import dataclasses
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NoReturn
+from typing import Any, ClassVar, Literal, NoReturn, get_args
+
+from lowrank_optax.layers.randomized.sketch import SketchKind
 
 SCHEDULES = ("constant", "cosine", "linear", "wsd")
 DTYPES = ("float32", "bfloat16")
@@ -42,6 +44,9 @@ class Settings:
     rounding: Literal["nearest", "stochastic", "compensated"] | None = None
     state_bits: Literal[32, 8, 4] = 32
     remat: str | None = None
+    activation_bits: int | None = None
+    sketch: float | None = None
+    sketch_kind: SketchKind | None = None
     initializer_range: float | None = None
     devices: int | None = None
     seed: int = 0
@@ -73,6 +78,12 @@ class Settings:
             raise InputError(f"--learning-rate must be positive, not {self.learning_rate}")
         if self.initializer_range is not None and not 0 < self.initializer_range < float("inf"):
             raise InputError(f"--initializer-range must be positive, not {self.initializer_range}")
+        if self.activation_bits is not None and not 1 <= self.activation_bits <= 8:
+            raise InputError(f"--activation-bits must be 1 to 8, not {self.activation_bits}")
+        if self.sketch is not None and not 0 < self.sketch <= 1:
+            raise InputError(f"--sketch must be above 0 and at most 1, not {self.sketch}")
+        if self.sketch_kind is not None and self.sketch is None:
+            raise InputError("--sketch-kind needs --sketch FRACTION")
         if not 0 <= self.seed < 2**32:  # what both grain and jax.random.key take
             raise InputError(f"--seed must be between 0 and 2**32 - 1, not {self.seed}")
         if len(set(self.optimizers)) < len(self.optimizers):
@@ -216,6 +227,29 @@ def _add_training_flags(group: argparse._ArgumentGroup) -> None:
         const="full",
         help="recompute activations in the backward pass: all, or what a policy of "
         "jax.checkpoint_policies does not save",
+    )
+    add_flag(
+        group,
+        "activation_bits",
+        int,
+        "bits kept for the backward pass of each element of the MLPs' gates and ups, 1 to 8 "
+        "(default: what it needs)",
+        metavar="BITS",
+    )
+    add_flag(
+        group,
+        "sketch",
+        float,
+        "fraction of the rows of the blocks' linear layers' inputs kept for the backward pass, or "
+        "of as many sums of them (default: all)",
+        metavar="FRACTION",
+    )
+    add_flag(
+        group,
+        "sketch_kind",
+        str,
+        "how --sketch makes them (default: stratified)",
+        choices=get_args(SketchKind),
     )
     add_flag(
         group,

@@ -47,6 +47,7 @@ try:
     import orbax.checkpoint as ocp
     from rich.console import Console
 
+    import lowrank_optax as lro
     from lowrank_optax.models import Decoder, decoder_config, generate
     from lowrank_optax.schedules import GradientNoise, accumulate_with_noise
 except ModuleNotFoundError as error:
@@ -60,42 +61,67 @@ except ModuleNotFoundError as error:
     sys.exit(2)
 
 
-def mean_loss(params: optax.Params, graphdef: nnx.GraphDef, tokens: jax.Array) -> jax.Array:
-    """Mean cross entropy of the next token, for tokens [batch, length + 1]."""
-    logits = nnx.merge(graphdef, params)(tokens[:, :-1])
+def mean_loss(
+    params: optax.Params,
+    graphdef: nnx.GraphDef,
+    tokens: jax.Array,
+    sketch: lro.layers.Sketch | None = None,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """Mean cross entropy of the next token, for tokens [batch, length + 1].
+
+    With a sketch, the linear layers of the blocks keep that of their input, drawn with the key.
+    """
+    model = nnx.merge(graphdef, params)
+    if sketch is not None and key is not None:
+        lro.layers.randomize(model, sketch, rngs=nnx.Rngs(sketch=key))
+    logits = model(tokens[:, :-1])
     return optax.losses.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
 
 def loss_and_gradient(
-    params: optax.Params, graphdef: nnx.GraphDef, tokens: jax.Array
+    params: optax.Params,
+    graphdef: nnx.GraphDef,
+    tokens: jax.Array,
+    sketch: lro.layers.Sketch | None = None,
+    key: jax.Array | None = None,
 ) -> tuple[jax.Array, optax.Updates, GradientNoise | None]:
     """Averages over the micro-batches of tokens [accumulate, batch, length + 1].
 
     Where there are several, their gradients also tell how noisy the average is.
     """
-    loss_fn = lambda params, tokens: mean_loss(params, graphdef, tokens)
+    if sketch is None or key is None:
+        loss_fn, batch = lambda params, part: mean_loss(params, graphdef, part), tokens
+    else:  # a key for each sequence, of which a micro-batch takes the first
+        batch = tokens, jax.random.split(key, tokens.shape[:2])
+        loss_fn = lambda params, part: mean_loss(params, graphdef, part[0], sketch, part[1][0])
     if len(tokens) == 1:
-        return *jax.value_and_grad(loss_fn)(params, tokens[0]), None
-    return accumulate_with_noise(loss_fn, params, tokens)
+        return *jax.value_and_grad(loss_fn)(params, jax.tree.map(lambda x: x[0], batch)), None
+    return accumulate_with_noise(loss_fn, params, batch)
 
 
 def train_step(
     params: optax.Params,
     opt_state: optax.OptState,
     tokens: jax.Array,
+    key: jax.Array | None = None,
     *,
     graphdef: nnx.GraphDef,
     tx: optax.GradientTransformationExtraArgs,
+    sketch: lro.layers.Sketch | None = None,
 ) -> tuple[optax.Params, optax.OptState, jax.Array, GradientNoise | None]:
-    """One step of the optimizer on tokens [accumulate, batch, length + 1]."""
-    loss, gradient, noise = loss_and_gradient(params, graphdef, tokens)
+    """One step of the optimizer on tokens [accumulate, batch, length + 1].
+
+    The key is for the sketch, if there is one, and another at every step.
+    """
+    loss, gradient, noise = loss_and_gradient(params, graphdef, tokens, sketch, key)
     updates, opt_state = tx.update(
         gradient,
         opt_state,
         params,
         value=loss,  # these three are for optimizers with a line search; others ignore them
         grad=gradient,
-        value_fn=lambda p: loss_and_gradient(p, graphdef, tokens)[0],
+        value_fn=lambda p: loss_and_gradient(p, graphdef, tokens, sketch, key)[0],
     )
     return optax.apply_updates(params, updates), opt_state, loss, noise
 
@@ -189,7 +215,7 @@ def train(job: Job, folder: Path, console: Console, stop: threading.Event) -> di
         with closing(StepLog(folder / "log.jsonl", step)) as log, meter.running(feed.done):
             while not feed.finished:
                 tokens = jax.device_put(feed.next(), shared_out)
-                arguments = params, opt_state, tokens, *feed.clock()
+                arguments = params, opt_state, tokens, sketch_key(settings, step), *feed.clock()
                 if len(tokens) not in compiled:
                     log.flush()
                     compiled[len(tokens)], seconds = compile_step(job, graphdef, *arguments)
@@ -231,13 +257,14 @@ def compile_step(
 ) -> tuple[jax.stages.Compiled, float]:
     """Compiles `train_step` for these arguments; returns it and the seconds this took.
 
-    The fourth argument, if there is one, is where the schedule is: steps do not tell it where they
+    The fifth argument, if there is one, is where the schedule is: steps do not tell it where they
     have different sizes.
     """
+    sketch = make_sketch(job.settings)
 
-    def step(params: Any, opt_state: Any, tokens: jax.Array, *done: jax.Array) -> Any:
+    def step(params: Any, opt_state: Any, tokens: Any, key: Any, *done: jax.Array) -> Any:
         tx = job.make_tx((lambda count: job.schedule(*done)) if done else job.schedule)
-        return train_step(params, opt_state, tokens, graphdef=graphdef, tx=tx)
+        return train_step(params, opt_state, tokens, key, graphdef=graphdef, tx=tx, sketch=sketch)
 
     began = time.perf_counter()
     jitted = jax.jit(
@@ -246,6 +273,20 @@ def compile_step(
         out_shardings=NamedSharding(job.mesh, PartitionSpec()),
     )
     return jitted.lower(*arguments).compile(), time.perf_counter() - began
+
+
+def make_sketch(settings: Settings) -> lro.layers.Sketch | None:
+    """What the blocks' linear layers keep of their inputs; None for all of them."""
+    if settings.sketch is None:
+        return None
+    return lro.layers.Sketch(settings.sketch_kind or "stratified", fraction=settings.sketch)
+
+
+def sketch_key(settings: Settings, step: int) -> jax.Array | None:
+    """The key of a step's sketches, the same in a run that is resumed; None without them."""
+    if settings.sketch is None:
+        return None
+    return jax.random.fold_in(jax.random.key(settings.seed), step)
 
 
 def tokens_shape(settings: Settings) -> jax.ShapeDtypeStruct:
@@ -272,6 +313,7 @@ def make_model(settings: Settings, vocab_size: int) -> Decoder:
         dtype=settings.dtype,
         param_dtype=settings.stored_dtype,
         remat=settings.remat,
+        activation_bits=settings.activation_bits,
     )
 
 
@@ -292,10 +334,11 @@ def prepare(chosen: Chosen, corpus: Corpus, settings: Settings, mesh: jax.shardi
         make_optimizer(chosen, model, params, schedule), settings
     )
     tx = make_tx(schedule)
-    step = functools.partial(train_step, graphdef=graphdef, tx=tx)
+    step = functools.partial(train_step, graphdef=graphdef, tx=tx, sketch=make_sketch(settings))
+    inputs = tokens_shape(settings), sketch_key(settings, 0)
     try:
         before = params, jax.eval_shape(tx.init, params)
-        after = jax.eval_shape(step, *before, tokens_shape(settings))[:2]
+        after = jax.eval_shape(step, *before, *inputs)[:2]
     except Exception as error:  # whatever the optimizer raises, it is the user's choice
         raise InputError(f"{chosen.name} cannot train this model: {one_line(error)}") from None
     types = [[(x.shape, x.dtype) for x in jax.tree.leaves(tree)] for tree in (before, after)]

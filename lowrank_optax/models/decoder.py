@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from lowrank_optax.activations.block_codes import check_bits
+from lowrank_optax.activations.gating import swiglu
 from lowrank_optax.models.attention import Attention, KeyValueCache, RMSNorm
 from lowrank_optax.models.config import DecoderConfig
 from lowrank_optax.models.huggingface_names import MODULE_NAMES
@@ -33,15 +35,18 @@ class MLP(nnx.Module):
     """The gated MLP: `down(silu(gate(x)) * up(x))`."""
 
     def __init__(
-        self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike
+        self,
+        config: DecoderConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        activation_bits: int | None = None,
     ) -> None:
-        options = {
-            "use_bias": config.mlp_bias,
-            "kernel_init": nnx.initializers.normal(config.initializer_range),
-            "dtype": dtype,
-            "param_dtype": param_dtype,
-            "rngs": rngs,
-        }
+        self.activation_bits = activation_bits
+        init = nnx.initializers.normal(config.initializer_range)
+        types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        options = {"use_bias": config.mlp_bias, "kernel_init": init, **types}
         self.gate = nnx.Linear(config.hidden_size, config.intermediate_size, **options)
         self.up = nnx.Linear(config.hidden_size, config.intermediate_size, **options)
         self.down = nnx.Linear(config.intermediate_size, config.hidden_size, **options)
@@ -51,20 +56,28 @@ class MLP(nnx.Module):
         # Flat, because the gradient of a kernel is then one plain matrix product; with a batch
         # and a length axis XLA's CPU backend transposes the activations first.
         rows = x.reshape(-1, x.shape[-1])
-        return self.down(nnx.silu(self.gate(rows)) * self.up(rows)).reshape(x.shape)
+        gate, up, bits = self.gate(rows), self.up(rows), self.activation_bits
+        hidden = nnx.silu(gate) * up if bits is None else swiglu(gate, up, bits)
+        return self.down(hidden).reshape(x.shape)
 
 
 class Block(nnx.Module):
     """One layer: attention and MLP, each on the normed residual stream and added to it."""
 
     def __init__(
-        self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike
+        self,
+        config: DecoderConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        activation_bits: int | None = None,
     ) -> None:
         types = {"param_dtype": param_dtype, "rngs": rngs}
         self.attention_norm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, **types)
         self.attention = Attention(config, dtype=dtype, **types)
         self.mlp_norm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, **types)
-        self.mlp = MLP(config, dtype=dtype, **types)
+        self.mlp = MLP(config, dtype=dtype, activation_bits=activation_bits, **types)
 
     def __call__(
         self,
@@ -98,9 +111,11 @@ class Decoder(nnx.Module):
         remat: what backward keeps of a block: None keeps what it needs, `"full"` keeps the
             block's input alone and recomputes the rest; otherwise the name of a policy in
             `jax.checkpoint_policies`, or a policy.
+        activation_bits: 1 to 8, that backward keeps of each element of an MLP's gate, and of its
+            up (see `lowrank_optax.activations.swiglu`); None keeps what it needs.
 
     Raises:
-        ValueError: `remat` is no policy's name.
+        ValueError: `remat` is no policy's name, or `activation_bits` is none of these.
 
     Example:
         >>> from flax import nnx
@@ -124,8 +139,10 @@ class Decoder(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         scan_layers: bool = True,
         remat: Remat = None,
+        activation_bits: int | None = None,
     ) -> None:
         _check_remat(remat)
+        check_bits(activation_bits, "activation_bits")
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.scan_layers = scan_layers
@@ -135,7 +152,8 @@ class Decoder(nnx.Module):
         self.embed = nnx.Embed(
             config.vocab_size, config.hidden_size, embedding_init=init, rngs=rngs, **types
         )
-        self.blocks = _make_blocks(config, scan_layers, rngs, types)
+        options = {"activation_bits": activation_bits, **types}
+        self.blocks = _make_blocks(config, scan_layers, rngs, options)
         self.norm = RMSNorm(
             config.hidden_size, epsilon=config.rms_norm_eps, param_dtype=param_dtype, rngs=rngs
         )
@@ -244,10 +262,10 @@ class Decoder(nnx.Module):
 
 
 def _make_blocks(
-    config: DecoderConfig, scan_layers: bool, rngs: nnx.Rngs, types: dict[str, DTypeLike]
+    config: DecoderConfig, scan_layers: bool, rngs: nnx.Rngs, options: dict[str, Any]
 ) -> Block | nnx.List:
     def make(rngs: nnx.Rngs) -> Block:
-        return Block(config, rngs=rngs, **types)
+        return Block(config, rngs=rngs, **options)
 
     if not scan_layers:
         return nnx.List([make(rngs) for _ in range(config.num_hidden_layers)])

@@ -42,6 +42,7 @@ def load_huggingface(
     param_dtype: DTypeLike | None = None,
     scan_layers: bool = True,
     remat: Remat = None,
+    activation_bits: int | None = None,
 ) -> Decoder:
     """Loads a Llama, Mistral, Qwen2 or Qwen3 checkpoint.
 
@@ -54,6 +55,7 @@ def load_huggingface(
         param_dtype: of the weights; None means that of the file's embedding.
         scan_layers: as in `Decoder`.
         remat: as in `Decoder`.
+        activation_bits: as in `Decoder`.
 
     Returns:
         The decoder with the checkpoint's weights.
@@ -87,6 +89,7 @@ def load_huggingface(
             "param_dtype": param_dtype,
             "scan_layers": scan_layers,
             "remat": remat,
+            "activation_bits": activation_bits,
         }
         graphdef, state = nnx.split(_abstract_decoder(config, **options))
         flat = nnx.to_flat_state(state)

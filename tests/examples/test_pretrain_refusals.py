@@ -32,6 +32,10 @@ REFUSED = {
     "negative learning rate": (["--learning-rate", "-1"], "--learning-rate"),
     "learning rate that is no number": (["--learning-rate", "nan"], "--learning-rate"),
     "weights that are all zero": (["--initializer-range", "0"], "--initializer-range"),
+    "too many bits of activations": (["--activation-bits", "9"], "--activation-bits must be 1 to"),
+    "sketch of nothing": (["--sketch", "0"], "--sketch must be above 0"),
+    "kind without sketch": (["--sketch-kind", "rows"], "--sketch-kind needs --sketch"),
+    "unknown kind of sketch": (["--sketch", "0.5", "--sketch-kind", "random"], "stratified"),
     "warm-up beyond the end": (["--warmup", "7"], "--warmup"),
     "nothing to resume": (["--resume"], "no run in"),
 }

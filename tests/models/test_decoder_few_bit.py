@@ -1,0 +1,130 @@
+"""The decoder with a few bits kept for backward of what its MLPs' nonlinearities meet."""
+
+import dataclasses
+import functools
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lowrank_optax.models import Decoder, load_huggingface, save_huggingface
+from tests.models.test_decoder import CONFIG, TOKENS, logits_of, unrolled_from
+
+KEEP_CODES = jax.checkpoint_policies.save_only_these_names("few_bit_codes")
+
+
+@pytest.fixture(scope="module")
+def model() -> Decoder:
+    return Decoder(CONFIG, rngs=nnx.Rngs(0))
+
+
+def like(model: Decoder, **options) -> Decoder:
+    """A decoder with other options and the same weights."""
+    if not options.pop("scan_layers", True):
+        return unrolled_from(model, **options)
+    other = Decoder(model.config, rngs=nnx.Rngs(1), **options)
+    nnx.update(other, nnx.state(model))
+    return other
+
+
+def gradient(model: Decoder) -> np.ndarray:
+    """All gradients of the mean of squared logits, stacked layer by layer, as one vector."""
+    graphdef, state = nnx.split(model)
+    loss = lambda state: jnp.mean(jnp.square(nnx.merge(graphdef, state)(TOKENS)))
+    found = nnx.to_pure_dict(jax.jit(jax.grad(loss))(state))
+    if isinstance(model.blocks, nnx.List):
+        layers = [found["blocks"][i] for i in range(len(model.blocks))]
+        found["blocks"] = jax.tree.map(lambda *x: jnp.stack(x), *layers)
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(found)])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_logits_are_those_of_the_plain_decoder_to_the_last_bit(dtype):
+    plain = Decoder(CONFIG, rngs=nnx.Rngs(0), dtype=dtype)
+    few_bit = like(plain, activation_bits=3, dtype=dtype)
+    np.testing.assert_array_equal(logits_of(few_bit, TOKENS), logits_of(plain, TOKENS))
+
+
+def test_the_gradient_is_the_closer_the_more_bits(model):
+    expected = gradient(model)
+    cosines = []
+    for bits in (2, 3, 4, 8):
+        found = gradient(like(model, activation_bits=bits))
+        norms = np.linalg.norm(found) * np.linalg.norm(expected)
+        cosines.append(float(found @ expected / norms))
+    assert cosines == sorted(cosines)
+    assert cosines[1] > 0.97
+    assert cosines[2] > 0.99
+    assert cosines[3] > 0.9999
+
+
+@functools.cache
+def few_bit_gradient() -> np.ndarray:
+    return gradient(like(Decoder(CONFIG, rngs=nnx.Rngs(0)), activation_bits=3))
+
+
+@pytest.mark.parametrize(
+    ("scan_layers", "remat"),
+    [(True, "full"), (True, KEEP_CODES), (False, None), (False, KEEP_CODES)],
+)
+def test_unrolling_and_rematerialisation_change_no_few_bit_gradient(model, scan_layers, remat):
+    other = like(model, activation_bits=3, scan_layers=scan_layers, remat=remat)
+    expected = few_bit_gradient()
+    # An input that rounding moves over a threshold gets another code.
+    difference = np.linalg.norm(gradient(other) - expected) / np.linalg.norm(expected)
+    assert difference < 1e-3
+
+
+def kept(model: Decoder) -> list[jax.ShapeDtypeStruct]:
+    """What is kept for the backward pass, but for the weights."""
+    graphdef, state = nnx.split(model)
+    backward = jax.eval_shape(
+        lambda state: jax.vjp(lambda s: nnx.merge(graphdef, s)(TOKENS), state)[1], state
+    )
+    return jax.tree.leaves(backward)
+
+
+def test_fewer_bytes_are_kept_for_the_backward_pass(model):
+    hidden = (3, TOKENS.size, CONFIG.intermediate_size)
+    floats = lambda model: sum(x.shape == hidden and x.dtype == jnp.float32 for x in kept(model))
+    few_bit = like(model, activation_bits=4)
+    # Of the MLP's width only the input of `down` is left, which its kernel's gradient needs.
+    assert floats(few_bit) == 1 < floats(model)
+    codes = [x for x in kept(few_bit) if x.dtype == jnp.uint4]
+    assert [x.shape for x in codes] == [hidden, hidden]
+    by_name = kept(like(model, activation_bits=4, remat=KEEP_CODES))
+    assert [x.shape for x in by_name if x.dtype == jnp.uint4] == [hidden, hidden]
+    assert not any(x.shape == hidden and x.dtype == jnp.float32 for x in by_name)
+
+
+def test_weights_and_files_are_those_of_the_plain_decoder(model, tmp_path):
+    pytest.importorskip("safetensors")
+    few_bit = like(model, activation_bits=2)
+    structures = [jax.tree.structure(nnx.to_pure_dict(nnx.state(m))) for m in (model, few_bit)]
+    assert structures[0] == structures[1]
+    save_huggingface(few_bit, tmp_path / "few_bit")
+    save_huggingface(model, tmp_path / "plain")
+    name = "model.safetensors"
+    files = [(tmp_path / folder / name).read_bytes() for folder in ("few_bit", "plain")]
+    assert files[0] == files[1]
+    loaded = load_huggingface(tmp_path / "plain", activation_bits=2)
+    assert loaded.blocks.mlp.activation_bits == 2
+    assert load_huggingface(tmp_path / "few_bit").blocks.mlp.activation_bits is None
+    np.testing.assert_array_equal(logits_of(loaded, TOKENS), logits_of(model, TOKENS))
+
+
+def test_without_bits_the_nonlinearity_is_the_plain_one(model):
+    programs = [
+        str(jax.make_jaxpr(lambda t, m=m: m(t))(TOKENS))
+        for m in (model, like(model, activation_bits=4))
+    ]
+    assert ["custom_vjp_call" in program for program in programs] == [False, True]
+
+
+def test_wrong_bits_are_refused():
+    config = dataclasses.replace(CONFIG, num_hidden_layers=1)
+    for bits in (0, 9, 2.5):
+        with pytest.raises(ValueError, match=rf"activation_bits={bits} must be an integer from 1"):
+            Decoder(config, rngs=nnx.Rngs(0), activation_bits=bits)

@@ -77,8 +77,11 @@ def logistic() -> Model:
     return Model(lambda key: {"out": zeros}, lambda p, x: _affine(p["out"], _flat(x)))
 
 
-def mlp(hidden: tuple[int, ...] = (300, 100)) -> Model:
-    """ReLU layers; the sizes of LeNet-300-100 by default."""
+def mlp(
+    hidden: tuple[int, ...] = (300, 100),
+    affine: Callable[[dict[str, jax.Array], jax.Array], jax.Array] = _affine,
+) -> Model:
+    """ReLU layers, of the sizes of LeNet-300-100 by default; ``affine`` is what a layer does."""
     sizes = (64, *hidden, 10)
     names = [*(f"hidden_{i}" for i in range(len(hidden))), "out"]
 
@@ -90,13 +93,17 @@ def mlp(hidden: tuple[int, ...] = (300, 100)) -> Model:
     def apply(params: Any, images: jax.Array) -> jax.Array:
         x = _flat(images)
         for name in names[:-1]:
-            x = jax.nn.relu(_affine(params[name], x))
-        return _affine(params["out"], x)
+            x = jax.nn.relu(affine(params[name], x))
+        return affine(params["out"], x)
 
     return Model(init, apply)
 
 
-def cnn(channels: int = 16, blocks: int = 2) -> Model:
+def cnn(
+    channels: int = 16,
+    blocks: int = 2,
+    activation: Callable[[jax.Array], jax.Array] = jax.nn.relu,
+) -> Model:
     """A small residual network: a stem, blocks of two 3 × 3 convolutions, mean pooling, a head.
 
     Convolutions are products with the nine shifted images, which a CPU does several times faster
@@ -122,14 +129,14 @@ def cnn(channels: int = 16, blocks: int = 2) -> Model:
         return {**params, "out": _dense(next(keys), channels * 4, 10, gain=1.0)}
 
     def apply(params: Any, images: jax.Array) -> jax.Array:
-        x = jax.nn.relu(convolve(params["stem"], images))
+        x = activation(convolve(params["stem"], images))
         for i in range(blocks):
             block = params[f"block_{i}"]
-            x = x + convolve(block["second"], jax.nn.relu(convolve(block["first"], x)))
+            x = x + convolve(block["second"], activation(convolve(block["first"], x)))
             if i == 0:
                 x = x.reshape(len(x), 4, 2, 4, 2, -1).mean((2, 4))
         pooled = x.reshape(len(x), 2, 2, 2, 2, -1).mean((2, 4)) if blocks else x.mean((1, 2))
-        return _affine(params["out"], _flat(jax.nn.relu(pooled)))
+        return _affine(params["out"], _flat(activation(pooled)))
 
     return Model(init, apply)
 
@@ -167,6 +174,7 @@ def train(
     batch_size: int = 64,
     full: Callable[[Any], Any] = lambda trained: trained,
     start: Callable[[Any], Any] = lambda params: params,
+    noisy_loss: Callable[[Any, Digits, jax.Array], jax.Array] | None = None,
 ) -> Trained:
     """Trains from the weights that the key draws.
 
@@ -179,14 +187,20 @@ def train(
       batch_size: Images in a step.
       full: From what is trained to the model's weights (a reparameterisation, say).
       start: From the model's weights at the start to what is trained.
+      noisy_loss: ``noisy_loss(params, batch, key)``, what is differentiated in the place of `loss`.
     """
     weights_key, batches_key = jax.random.split(key)
     trained = start(model.init(weights_key))
 
+    def step_loss(trained: Any, batch: Digits, step_key: jax.Array) -> jax.Array:
+        if noisy_loss is None:
+            return loss(model, full(trained), batch)
+        return noisy_loss(full(trained), batch, jax.random.fold_in(step_key, 1))
+
     def step(carry: Any, step_key: jax.Array) -> Any:
         trained, state = carry
         batch = batch_at(data, step_key, batch_size)
-        value, gradient = jax.value_and_grad(lambda t: loss(model, full(t), batch))(trained)
+        value, gradient = jax.value_and_grad(step_loss)(trained, batch, step_key)
         updates, state = tx.update(gradient, state, trained)
         return (optax.apply_updates(trained, updates), state), value
 

@@ -27,7 +27,7 @@ from _corpus import Corpus, held_out_windows, load_corpus, training_batches
 from _optimizers import TUNED, choose, in_few_bits, make_optimizer, make_schedule
 from _run_folder import read_json, write_json
 from _settings import Settings
-from pretrain import held_out_loss, make_model, mean_loss
+from pretrain import held_out_loss, make_model, make_sketch, mean_loss
 
 __all__ = ["CHUNK", "MakeOptimizer", "Settings", "Text", "Trainer", "Weights", "steps_of"]
 __all__ += ["TUNED", "choose", "in_few_bits", "make_optimizer", "read_json", "write_json"]
@@ -94,18 +94,23 @@ class Trainer:
         """Nothing is compiled before the first run."""
         self.text, self.weights = text, weights
         graphdef = nnx.split(text.model)[0]
-        loss = lambda trained, tokens: mean_loss(weights.full(trained), graphdef, tokens)
+        sketch = make_sketch(text.settings)
+        loss = lambda trained, tokens, key: mean_loss(
+            weights.full(trained), graphdef, tokens, sketch, key
+        )
 
         def step(carry: Any, inputs: Any) -> tuple[Any, jax.Array]:
-            (trained, state), (tokens, rate) = carry, inputs
+            (trained, state), (tokens, rate, key) = carry, inputs
             tx = make(lambda count: rate)
-            value, gradient = jax.value_and_grad(loss)(trained, tokens)
+            value, gradient = jax.value_and_grad(loss)(trained, tokens, key)
             updates, state = tx.update(gradient, state, trained)
             return (optax.apply_updates(trained, updates), state), value
 
         self.init_state = jax.jit(lambda trained: make(lambda count: 0.0).init(trained))
         self.chunk = jax.jit(
-            lambda carry, tokens, rates: jax.lax.scan(step, carry, (tokens, rates)),
+            lambda carry, tokens, rates, keys=None: jax.lax.scan(
+                step, carry, (tokens, rates, keys)
+            ),
             donate_argnums=0,
         )
         evaluate = functools.partial(held_out_loss, graphdef=graphdef)
@@ -132,9 +137,11 @@ class Trainer:
         began = time.perf_counter()
         carry = self.start(seed)
         figures = {"weight_bytes": _bytes(carry[0]), "state_bytes": _bytes(carry[1])}
-        losses = jnp.zeros(0)
-        for tokens, rates in self.inputs(seed, peak, steps):
-            carry, losses = self.chunk(carry, tokens, rates)
+        losses, keys = jnp.zeros(0), None
+        for first, (tokens, rates) in enumerate(self.inputs(seed, peak, steps)):
+            if self.text.settings.sketch is not None:
+                keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), first), CHUNK)
+            carry, losses = self.chunk(carry, tokens, rates, keys)
         windows = jnp.asarray(held_out_windows(self.text.corpus, self.text.settings))
         held_out = float(self.evaluate(carry[0], windows))
         figures["held_out_loss"] = _finite(held_out)

@@ -13,10 +13,13 @@ import sys
 import time
 from typing import Any
 
+from figure_activation_memory import activation_memory
 from figure_adaptive_batch_size import adaptive_batch_size
 from figure_aflora import aflora
 from figure_codes import low_bit
 from figure_extrapolation import extrapolation
+from figure_few_bit import few_bit
+from figure_gated import gated_activations
 from figure_grams import grams
 from figure_lamda import lamda
 from figure_lora import lora
@@ -27,6 +30,7 @@ from figure_nag_gs import nag_gs
 from figure_one_cycle import one_cycle
 from figure_pissa import pissa
 from figure_powerpropagation import powerpropagation
+from figure_randomized_linear import randomized_linear
 from figure_runs import (
     CONFIG,
     IS_MATRIX,
@@ -323,6 +327,10 @@ FIGURES = {
         lamda,
         pissa,
         svfit,
+        few_bit,
+        gated_activations,
+        randomized_linear,
+        activation_memory,
     )
 }
 

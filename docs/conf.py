@@ -4,7 +4,7 @@ Builder `html` makes the pages, `doctest` runs the code on them:
 python -m sphinx -W --keep-going -b html docs docs/_build/html
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 import inspect
 import os
 from pathlib import Path
@@ -91,7 +91,7 @@ def name_types(app: Sphinx, obj: Any, bound_method: bool) -> None:
     """Puts names in the place of the types of `TYPE_NAMES` in a function's annotations."""
     annotations = getattr(obj, "__annotations__", {})
     for argument, annotation in annotations.items():
-        if annotation in TYPE_NAMES:
+        if isinstance(annotation, Hashable) and annotation in TYPE_NAMES:
             annotations[argument] = TypeAliasForwardRef(TYPE_NAMES[annotation])
 
 

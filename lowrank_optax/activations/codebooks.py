@@ -5,8 +5,8 @@ from typing import Any
 
 import jax
 
+from lowrank_optax.activations.codings import Coding, check
 from lowrank_optax.activations.density import DensityName
-from lowrank_optax.activations.fitting import Coding, check, fit, fit_once
 from lowrank_optax.activations.step_function import Codebook
 from lowrank_optax.activations.tables import DENSITIES, DOMAIN, known_name, table
 
@@ -72,6 +72,9 @@ def codebook(
       Footprint Reduction, 2022, https://arxiv.org/abs/2202.00441, Section 3; coding the value is
       ours.
     """
+    # Here, so that importing the library does not load NumPy's polynomials.
+    from lowrank_optax.activations.fitting import fit, fit_once
+
     check(bits, domain, coding)
     if not isinstance(density, str):
         return fit(fn, int(bits), density, float(domain), coding)

@@ -2,20 +2,18 @@
 
 from collections.abc import Callable
 import functools
-import numbers
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any
 
 import jax
 import numpy as np
 
+from lowrank_optax.activations.codings import Coding
 from lowrank_optax.activations.density import as_density
 from lowrank_optax.activations.derivative import Derivative, derivative, gradient
 from lowrank_optax.activations.lines import IntervalLine, ValueLine
 from lowrank_optax.activations.segmentation import means, split
 from lowrank_optax.activations.step_function import Codebook
 from lowrank_optax.activations.steps import Steps, code_intervals, code_values, on_float32
-
-Coding: TypeAlias = Literal["value", "interval"]
 
 GRID = 2048
 
@@ -65,14 +63,3 @@ def _is_even(slopes: Derivative) -> bool:
     x = (slopes.edges[:-1] + slopes.edges[1:]) / 2
     right, left = slopes.value(x), slopes.value(-x)
     return bool(np.abs(left - right).max() < 1e-6 * max(1.0, np.abs(right).max()))
-
-
-def check(bits: Any, domain: Any, coding: Any) -> None:
-    """Raises ValueError for what `codebook` and `table` do not take."""
-    whole = isinstance(bits, numbers.Integral) and not isinstance(bits, bool)
-    if not whole or not 1 <= int(bits) <= 8:
-        raise ValueError(f"bits={bits!r} must be an int from 1 to 8.")
-    if not isinstance(domain, numbers.Real) or not 0 < float(domain) < np.inf:
-        raise ValueError(f"domain={domain!r} must be a positive number: half the width fitted on.")
-    if coding not in get_args(Coding):
-        raise ValueError(f"coding={coding!r} must be 'value' or 'interval'.")

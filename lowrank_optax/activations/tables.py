@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lowrank_optax.activations.codings import Coding, check
 from lowrank_optax.activations.density import DensityName
-from lowrank_optax.activations.fitting import Coding, check, fit_once
 from lowrank_optax.activations.step_function import Codebook
 
 FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -66,6 +66,9 @@ def table(
         raise ValueError(f"density={density!r} must be 'uniform' or 'normal'.")
     check(bits, DOMAIN, coding)
     if bits > MOST_BITS:
+        # Here, so that importing the library does not load NumPy's polynomials.
+        from lowrank_optax.activations.fitting import fit_once
+
         return fit_once(FUNCTIONS[name], int(bits), density, DOMAIN, coding)
     boundaries, codes, levels, error = _rows()[name][density][coding][bits - 1]
     return Codebook(tuple(boundaries), tuple(codes), tuple(levels), int(bits), error)

@@ -120,8 +120,9 @@ def test_learning_rate_falls_with_the_text_that_was_read(flags: list[str], tmp_p
     for done in (0.0, 3.0, 6.0):
         copied = pretrain.jax.tree.map(jnp.copy, params)
         state = job.make_tx(job.schedule).init(copied)
-        step, _ = pretrain.compile_step(job, graphdef, copied, state, tokens, jnp.float32(done))
-        after = step(copied, state, tokens, jnp.float32(done))[0]
+        arguments = copied, state, tokens, None, jnp.float32(done)  # without a key
+        step, _ = pretrain.compile_step(job, graphdef, *arguments)
+        after = step(*arguments)[0]
         difference = pretrain.jax.tree.map(jnp.subtract, after, params)
         lengths.append(float(pretrain.optax.tree.norm(difference)))
     rates = [job.schedule(done) for done in (0.0, 3.0, 6.0)]

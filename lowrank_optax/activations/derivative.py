@@ -6,7 +6,6 @@ ends up between two cells. All else is NumPy.
 """
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 import dataclasses
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.polynomial import legendre
 
 from lowrank_optax.activations.density import Density
+from lowrank_optax.activations.outside_traces import outside_of_traces
 
 ORDER = 8
 _NODES, _WEIGHTS = legendre.leggauss(ORDER)
@@ -28,26 +28,18 @@ _MOST_CELLS = 4000
 
 
 def gradient(fn: Callable[[Any], Any]) -> Callable[..., np.ndarray]:
-    """``jax.grad(fn)`` for NumPy arrays of any shape, computed in their dtype; also while tracing.
-
-    In a thread of its own: there, no trace is under way, and the precision is nobody else's.
-    """
+    """``jax.grad(fn)`` for NumPy arrays of any shape, in their dtype; also while tracing."""
     compiled = jax.jit(jax.vmap(jax.grad(fn)))
 
     def work(x: np.ndarray) -> np.ndarray:
-        wide = x.dtype == np.float64
-        with jax.enable_x64(wide), jax.default_device(_cpu()), jax.debug_nans(False):
+        with jax.enable_x64(x.dtype == np.float64):
             _require_scalar(fn, x.dtype)
             # Padded to a power of two, so that few shapes are compiled.
             padded = np.full(max(1 << (x.size - 1).bit_length(), 1024), x.flat[0], x.dtype)
             padded[: x.size] = x.ravel()
             return np.asarray(compiled(padded))[: x.size].reshape(x.shape)
 
-    def in_thread(x: np.ndarray) -> np.ndarray:
-        with ThreadPoolExecutor(1) as pool:
-            return pool.submit(work, x).result()
-
-    return in_thread
+    return lambda x: outside_of_traces(lambda: work(x))
 
 
 def _require_scalar(fn: Callable[[Any], Any], dtype: Any) -> None:
@@ -57,14 +49,6 @@ def _require_scalar(fn: Callable[[Any], Any], dtype: Any) -> None:
         raise TypeError(f"fn={fn!r} must take a number to a number; it raised: {error}") from error
     if not isinstance(out, jax.ShapeDtypeStruct) or out.shape or out.dtype.kind != "f":
         raise TypeError(f"fn={fn!r} must take a number to a real number, not to {out}.")
-
-
-def _cpu() -> jax.Device | None:
-    """A TPU has no float64 proper."""
-    try:
-        return jax.local_devices(backend="cpu")[0]
-    except RuntimeError:
-        return None
 
 
 @dataclasses.dataclass(frozen=True)

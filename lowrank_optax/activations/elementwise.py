@@ -4,13 +4,14 @@ Such a piece of a program is a function of one number, whatever the equations it
 """
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeAlias
 
 import jax
 from jax.extend import core
 import jax.numpy as jnp
 import numpy as np
+
+from lowrank_optax.activations.outside_traces import outside_of_traces
 
 Var: TypeAlias = Any  # of a jaxpr
 
@@ -135,20 +136,6 @@ def evaluate(
         return outside_of_traces(work)
     except NotImplementedError:
         return None
-
-
-def outside_of_traces(work: Callable[[], Any]) -> Any:
-    """What ``work()`` computes on the CPU, while a program is being traced or not.
-
-    In a thread of its own: there, no trace is under way.
-    """
-
-    def run() -> Any:
-        with jax.default_device(jax.local_devices(backend="cpu")[0]), jax.debug_nans(False):
-            return work()
-
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(run).result()
 
 
 def _run(env: dict[Var, Any], equations: Iterable[core.JaxprEqn]) -> None:

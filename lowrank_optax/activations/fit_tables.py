@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lowrank_optax.activations.codings import Coding
 from lowrank_optax.activations.density import DensityName
+from lowrank_optax.activations.fit_arguments import Coding
 from lowrank_optax.activations.fitting import fit
 from lowrank_optax.activations.step_function import Codebook
 from lowrank_optax.activations.tables import CODINGS, DENSITIES, DOMAIN, FUNCTIONS, MOST_BITS

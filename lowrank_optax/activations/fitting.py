@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from lowrank_optax.activations.codings import Coding
 from lowrank_optax.activations.density import as_density
 from lowrank_optax.activations.derivative import Derivative, derivative, gradient
+from lowrank_optax.activations.fit_arguments import Coding
 from lowrank_optax.activations.lines import IntervalLine, ValueLine
 from lowrank_optax.activations.segmentation import means, split
 from lowrank_optax.activations.step_function import Codebook

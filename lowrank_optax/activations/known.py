@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_optax.activations.coded_backward import Pointwise, name_of
-from lowrank_optax.activations.elementwise import outside_of_traces
+from lowrank_optax.activations.outside_traces import outside_of_traces
 
 Functions: TypeAlias = Sequence[str | Pointwise]
 

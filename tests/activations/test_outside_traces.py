@@ -1,0 +1,28 @@
+"""Numbers computed beside a trace."""
+
+from typing import NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lowrank_optax.activations.outside_traces import outside_of_traces
+
+
+def test_values_are_concrete_inside_a_trace() -> None:
+    @jax.jit
+    def traced(x: jax.Array) -> jax.Array:
+        return x * float(outside_of_traces(lambda: np.asarray(jnp.sin(1.0))))
+
+    np.testing.assert_allclose(traced(jnp.float32(2)), 2 * np.sin(1), rtol=1e-6)
+
+
+def test_a_machine_where_jax_has_no_cpu_computes_where_it_can(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def none(**_: str) -> NoReturn:
+        raise RuntimeError("Unknown backend cpu")
+
+    monkeypatch.setattr(jax, "local_devices", none)
+    assert outside_of_traces(lambda: float(jnp.float32(3))) == 3

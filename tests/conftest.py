@@ -1,15 +1,24 @@
-"""Eight CPU devices for every test, and compiled programs kept between runs."""
+"""Eight CPU devices, quick compilation and a cache of programs for all tests; tiers and options."""
 
+from collections import Counter
 from collections.abc import Iterator
 import gc
 import os
-from pathlib import Path
+from pathlib import Path, PurePath
+import time
 
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # LAPACK's own threads fight with XLA's for the cores: a small QR takes up to 500 times as long.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Tests ask what a program computes, not how fast: poor code takes half as long to compile. Set in
+# the environment, so that the processes that tests start do the same.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ["XLA_FLAGS"] = (
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 "
+    + os.environ.get("XLA_FLAGS", "")
+)
 
 import jax
 
@@ -17,14 +26,75 @@ import jax
 jax.config.update("jax_num_cpu_devices", 8)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="also run the tests marked `full`")
+    parser.addoption("--budget", type=float, metavar="SECONDS", help="skip what starts later")
+    parser.addoption("--perturb", type=int, metavar="SEED", help="put noise into products")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Keeps compiled programs under `.pytest_cache`: a second run compiles next to nothing."""
+    config.stash[START] = time.monotonic()
+    if (seed := config.getoption("perturb")) is not None:
+        from perturbation import perturb_products
+
+        perturb_products(seed)
     cache = getattr(config, "cache", None)
     if cache is None:  # -p no:cacheprovider
         return
     jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("jax_compilations")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+START = pytest.StashKey[float]()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves the tests marked `full` out, unless `--full` or the name of a test asks for them."""
+    if config.getoption("full") or any("::" in argument for argument in config.args):
+        return
+    full = [item for item in items if item.get_closest_marker("full")]
+    if full:
+        items[:] = [item for item in items if item not in set(full)]
+        config.hook.pytest_deselected(items=full)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips what the options leave out."""
+    budget = item.config.getoption("budget")
+    if budget is not None and time.monotonic() - item.config.stash[START] > budget:
+        pytest.skip(f"cut off: {budget:.0f} seconds have passed")
+    if item.config.getoption("perturb") is not None and item.get_closest_marker("bitwise"):
+        pytest.skip("bitwise: noise in products is meant to change it")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Prints where the time went: the five slowest folders, in seconds of tests."""
+    seconds = Counter[str]()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                path = PurePath(report.nodeid.split("::")[0])
+                is_folder = path.parts[0] == "tests" and len(path.parts) > 2
+                seconds[path.parts[1] if is_folder else path.name] += report.duration
+    slowest = ", ".join(f"{name} {total:.0f}" for name, total in seconds.most_common(5))
+    terminalreporter.write_line(f"seconds of tests: {slowest}; all {seconds.total():.0f}")
+
+
+@pytest.fixture(autouse=True)
+def optimized(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Compiles as users do in tests marked `optimized`, which ask what the compiler made."""
+    if request.node.get_closest_marker("optimized") is None:
+        yield
+        return
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", True)
+        jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)

@@ -192,6 +192,7 @@ BROKEN: list[tuple[Check, Factory]] = [
     (harness.check_multi_steps, scaled_by_calls()),
     (harness.check_chain_and_named_chain, scaled_by_calls()),
     (harness.check_apply_if_finite, scaled_by_calls()),
+    (harness.check_wrappers_in_each_other, treewise(scaled_by_layer_size)),
     (harness.check_sharded_on_an_explicit_mesh, momentum(lambda p: jnp.zeros(p.shape, p.dtype))),
     (harness.check_non_finite_gradient_stays_in_its_leaf, treewise(divided_by_global_norm)),
     (harness.check_non_finite_gradient_stays_in_its_leaf, leafwise(jnp.nan_to_num)),

@@ -335,6 +335,7 @@ ROWS = [
     ),
     Row(
         name="low_bit_adamw",
+        quantized=True,
         factory=low_bit_adamw,
         kwargs={"learning_rate": 1e-2, "bits": 8, "weight_decay": 1e-3},
         static_args=("bits",),
@@ -342,6 +343,7 @@ ROWS = [
     ),
     Row(
         name="four_bit_adamw",
+        quantized=True,
         factory=low_bit_adamw,
         kwargs={"learning_rate": 1e-2, "bits": 4},
         static_args=("bits",),
@@ -349,6 +351,7 @@ ROWS = [
     ),
     Row(
         name="low_bit_galore",
+        quantized=True,
         factory=low_bit_galore,
         kwargs={"learning_rate": 1e-2},
         static_args=("weight_dimension_numbers",),
@@ -557,36 +560,65 @@ ROWS = [
 ]
 
 
-# Checks that take a second or more; the quick part makes them of few rows, all others of every row.
-LONG = {
-    "cond_between_old_and_new_state",
-    "inject_hyperparams",
-    "inject_hyperparams_in_bfloat16",
-    "jit_equals_eager",
-    "leaves_of_any_size",
+# The rows whose code is run by no other row are put through all checks.
+OF_THEIR_OWN = {
+    "optax_adamw",
+    "galore",
+    "dct_adamw",
+    "low_bit_adamw",
+    "round_updates_stochastically",
+    "nag_gs",
+    "grams",
+    "cautious_adamw",
+    "adagrad_norm",
+    "extrapolated_sgd",
+    "monitor_weight_decay",
+    "add_weight_decay",
+    "limit_norm_growth",
+    "one_cycle_sgd",
+    "powerprop_momentum",
+    "mask_updates",
+    "aflora_freezing",
+    "lamda_freezing",
+}
+# All others are recipes over shared code, or variants of a row: what those can break.
+OF_RECIPES = {
+    "state_types_constant",
+    "updates_keep_dtype",
+    "dimension_numbers_as_tree_or_function",
+    "stacked_leaves_equal_separate_leaves",
+    "non_finite_gradient_stays_in_its_leaf",
+    "non_finite_gradient_never_enters_a_basis",
+    "sharded_on_an_explicit_mesh",
+    "converges",
+}
+# What `wrappers_in_each_other` checks at once, one by one where a failure would be looked for.
+WRAPPERS = {
     "masked",
+    "partition",
+    "inject_hyperparams",
     "multi_steps",
-    "nnx_optimizer",
-    "sharded_on_an_auto_mesh",
-    "vmap_equals_a_loop",
+    "chain_and_named_chain",
+    "apply_if_finite",
 }
-QUICK_ROWS = ("optax_adamw", "galore")
-# Of a method that has a row already: all checks are slow ones.
-VARIANTS = {
-    "cautious_adamw_count_plus_one",
-    "one_cycle_adamw",
-    "add_weight_decay_squared_towards_the_start",
-    "monitor_weight_decay_every_third_step",
-    "extrapolated_adamw",
-    "adagrad_norm_by_columns",
-    "galore_svd",
-    "galore_both_sides_reset",
-    "galore_lazy",
-    "apollo_mini",
-    "four_bit_adamw",
-    "round_updates_with_compensation",
-    "nag_gs_constant_gamma",
+WRAPPED_ALONE = {"optax_adamw", "galore", "low_bit_adamw"}
+# The quick part makes these checks of these rows.
+QUICK_ROWS = {"optax_adamw", "galore", "grams"}
+QUICK_CHECKS = {
+    "state_types_constant",
+    "masked",
+    "wrappers_in_each_other",
+    "cond_between_old_and_new_state",
 }
+
+
+def tier(check: str, row: str) -> list[pytest.MarkDecorator]:
+    """The marks of a case: `full`, `slow`, or neither."""
+    if check in WRAPPERS and row not in WRAPPED_ALONE:
+        return [pytest.mark.full]
+    if row not in OF_THEIR_OWN and check not in OF_RECIPES:
+        return [pytest.mark.full]
+    return [] if row in QUICK_ROWS and check in QUICK_CHECKS else [pytest.mark.slow]
 
 
 def cases() -> list[object]:
@@ -594,12 +626,11 @@ def cases() -> list[object]:
     params = []
     for row in ROWS:
         for check in checks_for(row):
-            reason = row.exceptions.get(name_of(check))
-            marks = [] if reason is None else [pytest.mark.xfail(reason=reason, strict=True)]
-            long = name_of(check) in LONG and row.name not in QUICK_ROWS
-            if long or row.name in VARIANTS:
-                marks.append(pytest.mark.slow)
-            params.append(pytest.param(check, row, id=f"{row.name}-{name_of(check)}", marks=marks))
+            name = name_of(check)
+            marks = tier(name, row.name)
+            if name in row.exceptions:
+                marks.append(pytest.mark.xfail(reason=row.exceptions[name], strict=True))
+            params.append(pytest.param(check, row, id=f"{row.name}-{name}", marks=marks))
     return params
 
 
@@ -608,9 +639,10 @@ def test_transformation(check: Check, row: Row) -> None:
     check(row)
 
 
-def test_the_long_checks_and_quick_rows_exist() -> None:
-    assert {name_of(check) for row in ROWS for check in checks_for(row)} >= LONG
-    assert {row.name for row in ROWS} >= {*QUICK_ROWS, *VARIANTS}
+def test_tiers_name_checks_and_rows() -> None:
+    checks = {name_of(check) for row in ROWS for check in checks_for(row)}
+    assert checks >= OF_RECIPES | WRAPPERS | QUICK_CHECKS
+    assert {row.name for row in ROWS} >= OF_THEIR_OWN | WRAPPED_ALONE | QUICK_ROWS
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)

@@ -1,5 +1,6 @@
 """Tables as text."""
 
+from collections.abc import Sequence
 import io
 from typing import Any
 
@@ -11,3 +12,9 @@ def printed(table: Any) -> str:
     text = io.StringIO()
     Console(file=text, width=10_000, color_system=None).print(table)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
+def matrices_string(batch: Sequence[int], rows: int, columns: int) -> str:
+    """``4 × (512 × 1376)``: a batch of matrices; ``512 × 1376`` is one."""
+    matrix = f"{rows} × {columns}"
+    return " × ".join([*map(str, batch), f"({matrix})"]) if batch else matrix

@@ -9,7 +9,7 @@ import optax
 
 from lowrank_optax.matrices.flax_layers import is_linen_module, is_nnx_module
 from lowrank_optax.matrices.paths import normalised_path, owner_of, path_string
-from lowrank_optax.matrices.printing import printed
+from lowrank_optax.matrices.printing import matrices_string, printed
 from lowrank_optax.matrices.rules import DimensionNumbersRule, resolve_dimension_numbers
 from lowrank_optax.matrices.views import WeightDimensionNumbers, matrix_shape
 
@@ -204,5 +204,4 @@ def _view(shape: tuple[int, ...], spec: WeightDimensionNumbers | None) -> str:
     if spec is None:
         return "–"
     *batch, rows, columns = matrix_shape(shape, spec)
-    matrix = f"{rows} × {columns}"
-    return f"{' × '.join(map(str, batch))} × ({matrix})" if batch else matrix
+    return matrices_string(batch, rows, columns)

@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+from close import assert_close
 import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
@@ -111,8 +112,8 @@ def test_one_gradient_computed_by_hand():
     sigmoid = 1 / (1 + np.exp(-g))
     y = np.array([1.0, -0.5])
     found = gradients(functools.partial(swiglu, bits=2), gate, up, jnp.asarray(y, jnp.float32))
-    np.testing.assert_allclose(found[0], y * u * sigmoid * (1 + g * (1 - sigmoid)), rtol=1e-5)
-    np.testing.assert_allclose(found[1], y * g * sigmoid, rtol=1e-5)
+    assert_close(found[0], y * u * sigmoid * (1 + g * (1 - sigmoid)), 100)
+    assert_close(found[1], y * g * sigmoid, 100)
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0), (1,), (7,), (5, 3), (2, 3, 65), (9, 1)])
@@ -211,7 +212,7 @@ def test_second_derivatives_and_forward_mode_are_refused_unless_exact():
     with pytest.raises(TypeError, match="custom_vjp"):
         jax.jvp(lambda gate: swiglu(gate, up), (gate,), (gate,))
     exact = jax.grad(slope(functools.partial(swiglu, bits=None)))(gate)
-    np.testing.assert_allclose(exact, jax.grad(slope(PLAIN[swiglu]))(gate), rtol=1e-5)
+    assert_close(exact, jax.grad(slope(PLAIN[swiglu]))(gate), 100)
 
 
 def test_bad_arguments_are_refused_with_what_is_right():

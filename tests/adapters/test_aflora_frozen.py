@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from harness.row import jit
+from close import assert_close
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,7 +38,7 @@ def gradients(steps: int, dtype: Any = jnp.float32) -> list[Any]:
 
 def trajectory(tx: Any, steps: int, params: Any = None) -> list[tuple[Any, Any]]:
     params = PARAMS if params is None else params
-    state, update, seen = tx.init(params), jit(tx.update), []
+    state, update, seen = tx.init(params), jax.jit(tx.update), []
     for gradient in gradients(steps, params["first"]["b"].dtype):
         updates, state = update(gradient, state, params)
         params = optax.apply_updates(params, updates)
@@ -83,7 +83,7 @@ def test_moments_and_scores_of_what_is_frozen_stay_as_they_were() -> None:
 def test_until_the_first_decision_it_is_the_inner_optimizer() -> None:
     seen = trajectory(lro.adapters.aflora_freezing(INNER["clipped"], **RUN), 20)
     alone = trajectory(INNER["clipped"], 20)
-    close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6)
+    close = lambda x, y: assert_close(x, y)
     jax.tree.map(close, seen[-1][0], alone[-1][0])
 
 
@@ -93,7 +93,7 @@ def test_frozen_gradients_count_in_no_norm() -> None:
     params = {"A": jnp.ones((2, 2)), "d": jnp.ones(2)}
     state = tx.init(params)._replace(frozen={"A": jnp.asarray(True), "d": optax.MaskedNode()})
     gradient = {"A": jnp.full((2, 2), jnp.nan), "d": jnp.array([0.3, 0.4])}
-    updates, _ = jit(tx.update)(gradient, state)
+    updates, _ = jax.jit(tx.update)(gradient, state)
     np.testing.assert_allclose(updates["d"], [0.3, 0.4])
     assert not np.any(updates["A"])
 
@@ -102,7 +102,7 @@ def test_frozen_gradients_count_in_no_norm() -> None:
 @pytest.mark.parametrize("step", [5, 10])
 def test_gradients_that_are_not_finite_do_not_get_into_scores(bad: float, step: int) -> None:
     tx = lro.adapters.aflora_freezing(optax.sgd(1e-2), **RUN)
-    update, state = jit(tx.update), tx.init(PARAMS)
+    update, state = jax.jit(tx.update), tx.init(PARAMS)
     for t, gradient in enumerate(gradients(50)):
         if t == step:
             gradient["first"]["A"] = gradient["first"]["A"].at[0, 0].set(bad)
@@ -118,7 +118,7 @@ def test_steps_are_optimizer_steps_under_multi_steps() -> None:
     """Two equal micro-batches to a step."""
     tx = lro.adapters.aflora_freezing(optax.sgd(1e-2, momentum=0.9), **RUN)
     both = optax.MultiSteps(tx, 2)
-    params, state, update = PARAMS, both.init(PARAMS), jit(both.update)
+    params, state, update = PARAMS, both.init(PARAMS), jax.jit(both.update)
     for gradient in gradients(25):
         for _ in range(2):
             updates, state = update(gradient, state, params)
@@ -127,7 +127,7 @@ def test_steps_are_optimizer_steps_under_multi_steps() -> None:
     np.testing.assert_array_equal(
         state.inner_opt_state.frozen["stack"]["B"], expected[1].frozen["stack"]["B"]
     )
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), params, expected[0])
+    jax.tree.map(lambda x, y: assert_close(x, y), params, expected[0])
     assert lro.adapters.frozen_leaves(state) == ()
 
 
@@ -153,7 +153,7 @@ def test_bfloat16_factors_have_float32_scores_and_keep_their_dtype() -> None:
 
 def test_a_tree_without_factors_is_the_inner_optimizers() -> None:
     tx, params = lro.adapters.aflora_freezing(optax.adam(0.1), **RUN), {"kernel": jnp.ones((2, 2))}
-    updates, state = jit(tx.update)(params, tx.init(params))
+    updates, state = jax.jit(tx.update)(params, tx.init(params))
     expected, _ = optax.adam(0.1).update(params, optax.adam(0.1).init(params))
-    np.testing.assert_allclose(updates["kernel"], expected["kernel"], rtol=1e-6)
+    assert_close(updates["kernel"], expected["kernel"])
     assert state.frozen == {"kernel": optax.MaskedNode()}

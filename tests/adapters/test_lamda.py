@@ -2,6 +2,7 @@
 
 from typing import Any, get_args
 
+from close import assert_close
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -56,7 +57,7 @@ def test_the_core_holds_the_spectrum(core_init: Any) -> None:
     core = sigma[:, :R] / 2 if core_init == "sigma" else np.full((L, R), 0.5)
     np.testing.assert_allclose(params.trainable["S"], core[..., None] * np.eye(R), atol=1e-5)
     rest = np.sum(np.square(sigma[:, R:]), axis=-1)
-    np.testing.assert_allclose(np.sum(np.square(params.base), axis=(-2, -1)), rest, rtol=1e-4)
+    assert_close(np.sum(np.square(params.base), axis=(-2, -1)), rest, 800)
 
 
 def test_the_codes_start_is_loras_with_a_random_core() -> None:
@@ -127,8 +128,8 @@ def test_with_its_core_at_one_it_is_lora_with_a_frozen_first_factor() -> None:
     loss = lambda method: lambda b: jnp.sum(jnp.sin(method.branch(p | {"B": b}, Rows(X))))
     value, gradient = jax.value_and_grad(loss(method))(p["B"])
     expected, expected_gradient = jax.value_and_grad(loss(lora))(p["B"])
-    np.testing.assert_allclose(value, expected, rtol=1e-6)
-    np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-5)
+    assert_close(value, expected)
+    assert_close(gradient, expected_gradient, 100)
 
 
 @pytest.mark.parametrize("core_init", ["sigma", "zero"])

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from harness.row import jit
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,7 +63,7 @@ def test_a_frozen_row_is_bit_identical_ever_after(name: str) -> None:
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     params = {"S": draw(3, 2, 2), "B": draw(3, 2, 4)}
-    state, update, seen = tx.init(params), jit(tx.update), []
+    state, update, seen = tx.init(params), jax.jit(tx.update), []
     for _ in range(14):
         gradient = {"S": draw(3, 2, 2), "B": draw(3, 2, 4)}
         updates, state = update(gradient, state, params)
@@ -82,7 +81,7 @@ def test_layers_of_smaller_ranks_freeze_all_of_their_own_rows_by_the_same_step()
     """Paths are those of a model: the pattern is of the layer's, as for `attach`."""
     tx = lro.adapters.lamda_freezing(optax.sgd(1.0), 100, 0.4, rank_pattern={"^blocks/up$": (2, 4)})
     leaf = {"blocks": {"up": {"adapters": {"default": {"arrays": {"B": jnp.ones((2, 4, 1))}}}}}}
-    update, state = jit(tx.update), tx.init(leaf)
+    update, state = jax.jit(tx.update), tx.init(leaf)
     for t in range(45):
         updates, state = update(leaf, state)
         moved = np.asarray(jax.tree.leaves(updates)[0])[..., 0] != 0
@@ -112,7 +111,7 @@ def test_steps_are_optimizer_steps_under_multi_steps_and_masks_are_respected() -
     tx = lro.adapters.lamda_freezing(optax.sgd(1.0), 4, 0.5)
     both = optax.MultiSteps(optax.masked(tx, {"x": {"B": True}, "y": {"B": False}}), 3)
     params = {"x": {"B": jnp.ones((2, 2))}, "y": {"B": jnp.ones((2, 2))}}
-    update, state, seen = jit(both.update), both.init(params), []
+    update, state, seen = jax.jit(both.update), both.init(params), []
     for _ in range(9):
         updates, state = update(params, state, params)
         seen.append(np.asarray(updates["x"]["B"])[:, 0])

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from close import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import jax
@@ -234,9 +235,7 @@ def test_ranks_of_their_own_are_as_many_loras(stabilized):
         p = method.layer_arrays(params, layer)
         of_own = {"A": p["A"][:, :rank], "B": p["B"][:rank]}
         assert not p["A"][:, rank:].any()
-        np.testing.assert_allclose(
-            method.delta(p, weights[layer]), own.delta(of_own, weights[layer]), rtol=1e-6
-        )
+        assert_close(method.delta(p, weights[layer]), own.delta(of_own, weights[layer]))
 
         def loss(p, method, w=weights[layer]):
             y = method.apply(p, Rows(jnp.asarray(x)), jnp.asarray(x) @ w, weight=jnp.asarray(w))
@@ -245,7 +244,7 @@ def test_ranks_of_their_own_are_as_many_loras(stabilized):
         (value, grads), (of_value, of_grads) = (
             jax.value_and_grad(loss)(*pair) for pair in ((p, method), (of_own, own))
         )
-        np.testing.assert_allclose(value, of_value, rtol=1e-5)
+        assert_close(value, of_value, 100)
         np.testing.assert_allclose(grads["A"][:, :rank], of_grads["A"], rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(grads["B"][:rank], of_grads["B"], rtol=1e-4, atol=1e-5)
         assert not grads["A"][:, rank:].any()

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from close import assert_close
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -117,7 +118,7 @@ def test_only_the_cores_have_a_gradient_at_the_start_and_it_is_the_closed_form()
     assert not gradient["B"].any()
     a, b = (np.asarray(params.trainable[name], np.float64) for name in "AB")
     g = 2 * np.asarray(x @ weights[0], np.float64)
-    np.testing.assert_allclose(gradient["core"][0], 1.5 * (x @ a).T @ (g @ b), rtol=1e-4)
+    assert_close(gradient["core"][0], 1.5 * (x @ a).T @ (g @ b), 800)
 
 
 def test_the_gradient_of_the_input_is_the_whole_layers() -> None:

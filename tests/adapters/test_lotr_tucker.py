@@ -3,6 +3,7 @@
 import itertools
 from typing import Any
 
+from close import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import jax
@@ -109,7 +110,7 @@ def test_the_leading_vectors_are_those_of_numpy(power_iterations: int | None) ->
         arrays, 3, power_iterations=power_iterations, key=jax.random.key(0)
     )
     np.testing.assert_allclose(found @ found.T, u[:, :3] @ u[:, :3].T, atol=1e-4)
-    np.testing.assert_allclose(found_values[:3], values[:3], rtol=1e-4)
+    assert_close(found_values[:3], values[:3], 800)
 
 
 def test_small_directions_are_not_lost_to_squaring() -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, ClassVar
 
+from close import assert_close
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -112,7 +113,7 @@ def test_in_bfloat16_sums_are_rounded_once_and_the_report_says_by_how_much() -> 
     assert bool((error <= 2.0**-8 * np.abs(exact)).all())  # half a bfloat16 ulp, relatively
     np.testing.assert_allclose(row.rounding_error, error.max(), rtol=1e-3)
     size = np.linalg.norm(exact - before) / np.linalg.norm(before)
-    np.testing.assert_allclose(row.relative_size, size, rtol=1e-4)
+    assert_close(row.relative_size, size, 800)
     lro.adapters.unmerge(model)
     back = np.asarray(model.blocks.up.kernel[...], np.float64)
     assert bool((np.abs(back - before) <= 2.0**-8 * (np.abs(exact) + np.abs(before))).all())
@@ -219,13 +220,13 @@ def test_a_change_that_depends_on_the_weight_is_merged_only_alone() -> None:
     y, kernel = model(x), model.kernel[...]
     lro.adapters.attach(model, Scaled(rank=1), ".*", rngs=0)
     lro.adapters.merge(model)
-    np.testing.assert_allclose(model(x), 1.5 * y, rtol=1e-5)
+    assert_close(model(x), 1.5 * y, 100)
     lro.adapters.unmerge(model)
-    np.testing.assert_allclose(model.kernel[...], kernel, rtol=1e-6)
+    assert_close(model.kernel[...], kernel)
     lro.adapters.attach(model, LoRA(rank=1, initial="random"), ".*", rngs=0, name="second")
     lro.adapters.activate(model, "second")
     change = model(x) - y
     lro.adapters.activate(model)
-    np.testing.assert_allclose(model(x), 1.5 * y + change, rtol=1e-5)
+    assert_close(model(x), 1.5 * y + change, 100)
     with pytest.raises(ValueError, match="only by itself and at strength 1"):
         lro.adapters.merge(model)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from close import assert_close
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,8 +76,8 @@ def test_factors_are_balanced_and_leave_the_smaller_singular_values(scale: dict)
         diagonal = np.diag(s[:4]) / scale_of(4, **scale)
         np.testing.assert_allclose(p["A"].T @ p["A"], diagonal, atol=1e-5)
         np.testing.assert_allclose(p["B"] @ p["B"].T, diagonal, atol=1e-5)
-        np.testing.assert_allclose(np.sum(np.square(base)), np.sum(s[4:] ** 2), rtol=1e-5)
-        np.testing.assert_allclose(np.linalg.norm(base, 2), s[4], rtol=1e-5)
+        assert_close(np.sum(np.square(base)), np.sum(s[4:] ** 2), 100)
+        assert_close(np.linalg.norm(base, 2), s[4], 100)
 
 
 @every_scale

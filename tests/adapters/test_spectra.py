@@ -1,5 +1,6 @@
 """Truncated singular value decompositions, exact and randomized."""
 
+from close import assert_close
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,8 +32,8 @@ def test_the_leading_triplets_are_those_of_numpy(shape: tuple[int, ...]) -> None
     found = truncated_svd(jnp.asarray(w), 3)
     assert [x.shape[-1] for x in found] == [3, 3, 3]
     values = np.linalg.svd(w.astype(np.float64), compute_uv=False)
-    np.testing.assert_allclose(found.s, values[..., :3], rtol=1e-5)
-    np.testing.assert_allclose(singular_values(jnp.asarray(w)), values, rtol=1e-5)
+    assert_close(found.s, values[..., :3], 100)
+    assert_close(singular_values(jnp.asarray(w)), values, 100)
     np.testing.assert_allclose(assembled(found), principal(w, 3), atol=1e-5)
     largest = np.take_along_axis(
         np.asarray(found.u), np.abs(found.u).argmax(-2, keepdims=True), axis=-2

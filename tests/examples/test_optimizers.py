@@ -2,6 +2,7 @@
 
 from _optimizers import TUNED, choose, find_factory, make_schedule
 from _settings import InputError
+from close import assert_close
 import numpy as np
 import optax
 import pytest
@@ -91,7 +92,7 @@ def test_every_option_that_suits_the_main_job_is_one_of_the_optimizer(name: str)
 )
 def test_schedule_rises_to_one_and_falls_to_its_end(kind: str, middle: float, end: float) -> None:
     schedule = make_schedule(kind, steps=110, warmup=10)
-    np.testing.assert_allclose([schedule(i) for i in range(10)], np.arange(1, 11) / 10, rtol=1e-6)
+    assert_close([schedule(i) for i in range(10)], np.arange(1, 11) / 10)
     got = [float(schedule(i)) for i in (10, 60, 110)]
     np.testing.assert_allclose(got, [1, middle, end], atol=1e-6)
 

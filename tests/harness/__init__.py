@@ -35,6 +35,7 @@ from harness.optax_checks import (
     check_masked,
     check_multi_steps,
     check_partition,
+    check_wrappers_in_each_other,
 )
 from harness.row import Convergence, Row
 from harness.sharding_checks import (
@@ -73,6 +74,7 @@ CHECKS: tuple[Check, ...] = (
     check_chain_and_named_chain,
     check_apply_if_finite,
     check_map_params,
+    check_wrappers_in_each_other,
     check_nnx_optimizer,
     check_orbax_round_trip,
     check_sharded_on_an_auto_mesh,
@@ -140,6 +142,7 @@ __all__ = [
     "check_tuple_and_list_parameters",
     "check_updates_keep_dtype",
     "check_vmap_equals_a_loop",
+    "check_wrappers_in_each_other",
     "check_zero_gradients",
     "checks_for",
     "name_of",

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from harness.row import Row, jit
+from harness.row import Row
 from harness.trees import Tree
 
 # Every problem is a subtree of its own, so that one run solves them all.
@@ -40,7 +40,7 @@ def check_converges(row: Row) -> None:
 
     params = jax.tree.map(jnp.zeros_like, MINIMA)
     carry = params, tx.init(params)
-    (params, _), _ = jit(lambda c: jax.lax.scan(body, c, length=spec.steps))(carry)
+    (params, _), _ = jax.jit(lambda c: jax.lax.scan(body, c, length=spec.steps))(carry)
     for (path, x), y in zip(
         jax.tree.leaves_with_path(params), jax.tree.leaves(MINIMA), strict=True
     ):

@@ -9,13 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from harness.row import Row, quick_compiler
+from harness.row import Row
 from harness.trees import (
     GRADIENTS,
     PARAMS,
     STEPS,
     Tree,
-    assert_close,
     assert_equal,
     at,
     stack,
@@ -51,12 +50,11 @@ def check_nnx_optimizer(row: Row) -> None:
     for step, count in ((update, 2), (nnx.jit(update), STEPS)):
         model, optimizer = make_optimizer(row)
         gradients = [as_state(model, at(GRADIENTS, i)) for i in range(count)]
-        with quick_compiler():
-            updates = [step(model, optimizer, g) for g in gradients]
-        assert_close(stack(updates), at(row.trajectory, slice(count)))
+        updates = [step(model, optimizer, g) for g in gradients]
+        row.assert_close(stack(updates), at(row.trajectory, slice(count)))
         add = lambda p, *u: jnp.asarray(np.sum([p, *u], 0))
         total = jax.tree.map(add, PARAMS, *updates)
-        assert_close(nnx.to_pure_dict(nnx.state(model, nnx.Param)), total)
+        row.assert_close(nnx.to_pure_dict(nnx.state(model, nnx.Param)), total)
 
 
 def check_orbax_round_trip(row: Row) -> None:

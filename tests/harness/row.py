@@ -1,39 +1,28 @@
 """One row of the table: a transformation, how it is made, and what it promises."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from inspect import signature
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from harness.trees import GRADIENTS, PARAMS, Tree, assert_same_types, at, stack
-
-Step = Callable[..., tuple[Tree, Tree, Tree]]
-
-# Most of the time goes into compiling, so ask for quick and poor code: four times faster, and as
-# good for finding out whether two programs agree.
-jit = partial(
-    jax.jit,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-        "xla_cpu_use_fusion_emitters": False,
-    },
+from harness.trees import (
+    GRADIENTS,
+    PARAMS,
+    Tree,
+    assert_close,
+    assert_mostly_close,
+    assert_same_types,
+    at,
+    cast,
+    stack,
 )
 
-
-@contextmanager
-def quick_compiler() -> Iterator[None]:
-    """The same for what is not under `jit`."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
+Step = Callable[..., tuple[Tree, Tree, Tree]]
 
 
 @dataclass(frozen=True)
@@ -64,6 +53,7 @@ class Row:
         static_args: the names that `optax.inject_hyperparams` must not trace.
         convergence: None only with a reason under `exceptions["converges"]`.
         basis: name of the state's field that holds the bases of the subspaces.
+        quantized: its state is stored in codes, some of which rounding may flip.
         exceptions: name of a check the transformation fails by its nature -> the reason. Such a
             check has to fail: an exception that is no longer needed is reported.
     """
@@ -74,6 +64,7 @@ class Row:
     static_args: tuple[str, ...] = ()
     convergence: Convergence | None = None
     basis: str | None = None
+    quantized: bool = False
     exceptions: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -95,7 +86,25 @@ class Row:
     @cached_property
     def step(self) -> Step:
         """The jitted step, compiled once for all checks that use it."""
-        return jit(make_step(self.tx))
+        return jax.jit(make_step(self.tx))
+
+    def assert_close(self, actual: Tree, expected: Tree, units: float = 800) -> None:
+        """Two programs' updates differ by rounding, or by the codes that rounding flips."""
+        compare = assert_mostly_close if self.quantized else assert_close
+        compare(actual, expected, units)
+
+    def types(self, dtype: Any) -> tuple[Tree, Tree, Tree]:
+        """Parameters, state and, as shapes, the results of a step in one dtype."""
+        if dtype not in self.types_by_dtype:
+            params, gradients = cast(PARAMS, dtype), cast(at(GRADIENTS, 0), dtype)
+            state = self.tx.init(params)
+            after = jax.eval_shape(make_step(self.tx), params, state, gradients)
+            self.types_by_dtype[dtype] = params, state, after
+        return self.types_by_dtype[dtype]
+
+    @cached_property
+    def types_by_dtype(self) -> dict[Any, tuple[Tree, Tree, Tree]]:
+        return {}
 
     def run(self, params: Tree, gradients: Tree) -> Tree:
         """The updates for gradients of several steps, stacked like them."""
@@ -121,7 +130,7 @@ def run(
     tx: optax.GradientTransformation, params: Tree, gradients: Tree, step: Step | None = None
 ) -> Tree:
     """The updates of a jitted step, `[steps, ...]` as the gradients; its state keeps its types."""
-    step = jit(make_step(tx)) if step is None else step
+    step = jax.jit(make_step(tx)) if step is None else step
     initial = state = tx.init(params)
     updates = []
     for i in range(len(jax.tree.leaves(gradients)[0])):

@@ -1,5 +1,6 @@
 """Adam with its moments in codes: every implementation against NumPy, and each other."""
 
+from close import assert_close
 import jax
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
@@ -151,7 +152,7 @@ class TestEveryImplementation:
         for i, step in enumerate(steps):
             alone = one(rates[i], step)
             for x, y in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
-                np.testing.assert_allclose(x[i], y, rtol=1e-6)
+                assert_close(x[i], y)
 
 
 @pytest.mark.parametrize(

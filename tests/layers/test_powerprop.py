@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from close import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import jax
@@ -39,11 +40,11 @@ def test_values_and_gradients_are_the_formula_and_finite_at_zero(
     theta = jnp.asarray(THETA, jnp.float32)
     direction = jnp.asarray(np.random.default_rng(0).normal(size=THETA.shape), jnp.float32)
     w, pullback = jax.vjp(jax.jit(inside), theta, jnp.float32(alpha))
-    np.testing.assert_allclose(w, reference(THETA, alpha), rtol=3e-6)
+    assert_close(w, reference(THETA, alpha))
     gradient, _ = pullback(direction)
-    np.testing.assert_allclose(gradient, slope(THETA, alpha) * direction, rtol=3e-6)
+    assert_close(gradient, slope(THETA, alpha) * direction)
     _, tangent = jax.jvp(lambda t: inside(t, jnp.float32(alpha)), (theta,), (direction,))
-    np.testing.assert_allclose(tangent, slope(THETA, alpha) * direction, rtol=3e-6)
+    assert_close(tangent, slope(THETA, alpha) * direction)
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
@@ -52,7 +53,7 @@ def test_the_second_derivative_is_finite_and_right_away_from_zero(alpha: float) 
     second = diagonal(jnp.asarray(THETA.ravel(), jnp.float32))
     safe = np.where(THETA == 0, 1, np.abs(THETA))
     expected = alpha * (alpha - 1) * np.sign(THETA) * safe ** (alpha - 2)
-    np.testing.assert_allclose(second, expected.ravel(), rtol=1e-5)
+    assert_close(second, expected.ravel(), 100)
 
 
 def test_the_derivative_by_a_traced_alpha_is_the_logarithm_and_zero_at_zero() -> None:
@@ -100,7 +101,7 @@ def test_the_inverse_undoes_it_and_sizes_keep_their_order(
     theta = np.where(np.abs(theta) < 1e-3, 0, theta)  # powers below underflow
     w = np.asarray(weights_of(jnp.asarray(theta), alpha))
     back = lro.layers.powerprop_inverse({"kernel": jnp.asarray(w)}, alpha)["kernel"]
-    np.testing.assert_allclose(back, theta, rtol=1e-4)
+    assert_close(back, theta, 800)
     order = np.argsort(np.abs(theta), kind="stable")
     assert (np.diff(np.abs(w).ravel()[order.ravel()]) >= 0).all()
     assert (np.sign(w) == np.sign(theta)).all()
@@ -189,7 +190,7 @@ def test_stacked_leaves_are_the_layers_one_by_one() -> None:
         return jax.lax.scan(layer, x, t if inside else stacked(t))[0].sum()
 
     gradient = jax.jit(jax.grad(output), static_argnums=1)
-    np.testing.assert_allclose(gradient(theta, True), gradient(theta, False), rtol=1e-5)
+    assert_close(gradient(theta, True), gradient(theta, False), 100)
 
 
 def test_empty_leaves_and_trees_pass() -> None:

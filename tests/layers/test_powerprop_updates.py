@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from close import assert_close
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,10 +33,6 @@ def trajectory(tx: optax.GradientTransformation, loss: Any, params: Any, steps: 
     return jax.jit(lambda c: jax.lax.scan(step, c, length=steps)[0][0])((params, tx.init(params)))
 
 
-def assert_close(actual: Any, expected: Any, rtol: float = 1e-4) -> None:
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol, 1e-6), actual, expected)
-
-
 @pytest.mark.parametrize(
     "inner",
     [optax.sgd(0.1, momentum=0.9), optax.adamw(0.02, weight_decay=0.1)],
@@ -48,7 +45,7 @@ def test_plain_is_training_inside_the_loss(
     theta = lro.layers.powerprop_inverse(PARAMS, alpha)
     theta = trajectory(inner, lambda t: loss(lro.layers.powerprop(t, alpha)), theta)
     weights = trajectory(lro.layers.powerprop_updates(inner, alpha, "plain"), loss, PARAMS)
-    assert_close(weights, lro.layers.powerprop(theta, alpha), 1e-3)
+    assert_close(weights, lro.layers.powerprop(theta, alpha), 8000)
 
 
 @pytest.mark.parametrize("alpha", [1.375, 2.0, 3.0])
@@ -66,7 +63,7 @@ def test_weight_space_takes_the_direction_from_gradients_of_weights(alpha: float
             "bias": weights["bias"] - 0.02 * u["bias"],
         }
     tx = lro.layers.powerprop_updates(optax.adam(0.02), alpha, "weight_space")
-    assert_close(trajectory(tx, loss, PARAMS, 5), weights)
+    assert_close(trajectory(tx, loss, PARAMS, 5), weights, 800)
 
 
 def step_of(tx: optax.GradientTransformation, w: Any, g: Any) -> np.ndarray:
@@ -83,10 +80,10 @@ def test_small_steps_move_weights_by_their_powers() -> None:
         adam = optax.adam(rate, eps=0)
         weight_space = step_of(lro.layers.powerprop_updates(adam, alpha), w, g) / rate
         plain = step_of(lro.layers.powerprop_updates(adam, alpha, "plain"), w, g) / rate
-    np.testing.assert_allclose(sgd, -full * g, rtol=1e-4)
+    assert_close(sgd, -full * g, 800)
     assert abs(sgd[0, 0] + 2.5054) < 1e-3
-    np.testing.assert_allclose(weight_space, -full * np.sign(g), rtol=1e-4)
-    np.testing.assert_allclose(plain, -half * np.sign(g), rtol=1e-4)
+    assert_close(weight_space, -full * np.sign(g), 800)
+    assert_close(plain, -half * np.sign(g), 800)
 
 
 @pytest.mark.parametrize(
@@ -119,8 +116,8 @@ def test_decay_of_the_inner_optimizer_takes_its_power_to_the_weights() -> None:
     zeros = jax.tree.map(jnp.zeros_like, PARAMS)
     updates, _ = tx.update(zeros, tx.init(PARAMS), PARAMS)
     new = optax.apply_updates(PARAMS, updates)
-    np.testing.assert_allclose(new["kernel"], 0.95**3 * PARAMS["kernel"], rtol=1e-5)
-    np.testing.assert_allclose(new["bias"], 0.95 * PARAMS["bias"], rtol=1e-5)
+    assert_close(new["kernel"], 0.95**3 * PARAMS["kernel"], 100)
+    assert_close(new["bias"], 0.95 * PARAMS["bias"], 100)
 
 
 def test_no_gradient_is_no_update_and_zero_weights_stay() -> None:

@@ -2,6 +2,7 @@
 
 from typing import Any, get_args
 
+from close import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import jax
@@ -303,7 +304,7 @@ def test_the_sketch_has_a_name_for_policies() -> None:
     named = jax.checkpoint(body, policy=policy)
     assert (4, 6) in shapes(named)
     assert (4, 6) not in shapes(jax.checkpoint(body))
-    np.testing.assert_allclose(jax.grad(named)(kernel), jax.grad(body)(kernel), rtol=1e-5)
+    assert_close(jax.grad(named)(kernel), jax.grad(body)(kernel), 100)
 
 
 def test_public_names() -> None:

@@ -3,6 +3,7 @@
 import functools
 from typing import Any, get_args
 
+from close import assert_close
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -76,11 +77,9 @@ def test_a_subset_of_a_module_is_differentiated() -> None:
     value = lambda model, x: jnp.sum(Y * model(x))
     of_bias = nnx.grad(value, argnums=nnx.DiffState(0, nnx.PathContains("bias")))(Model(), X)
     assert "kernel" not in of_bias
-    np.testing.assert_allclose(of_bias["bias"][...], Y.sum((0, 1)), rtol=1e-5)
+    assert_close(of_bias["bias"][...], Y.sum((0, 1)), 100)
     both = nnx.jit(nnx.grad(value))(Model(), X)
-    np.testing.assert_allclose(
-        both["kernel"][...], jax.grad(loss)(KERNEL, X, Y, KEY, Sketch(size=9)), rtol=1e-4
-    )
+    assert_close(both["kernel"][...], jax.grad(loss)(KERNEL, X, Y, KEY, Sketch(size=9)), 800)
 
 
 def mesh_of(kind: AxisType) -> jax.sharding.Mesh:

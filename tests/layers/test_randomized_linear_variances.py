@@ -5,6 +5,7 @@ import functools
 import itertools
 from typing import Any, get_args
 
+from close import assert_close
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -203,7 +204,7 @@ def test_winner_take_all_is_exact_if_no_more_rows_than_places_are_not_zero() -> 
         x, kernel, key=jax.random.key(0), sketch=Sketch("winner_take_all", size=5)
     )
     got = jax.vjp(linear, jnp.zeros((3, 2)))[1](y)[0]
-    np.testing.assert_allclose(got, x.T @ y, rtol=1e-5)
+    assert_close(got, x.T @ y, 100)
 
 
 @pytest.mark.parametrize("shape", [(64, 40, 30), (64, 2, 2)])

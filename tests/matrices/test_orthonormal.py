@@ -1,5 +1,6 @@
 """Orthonormal bases by products: every platform's path, run here on the CPU."""
 
+from close import assert_close
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,7 +69,7 @@ def test_leading_eigenvectors_are_in_descending_order(size):
     vectors, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(size, size)))
     gram = jnp.asarray((vectors * values) @ vectors.T, jnp.float32)
     got = np.asarray(orthonormal.leading_eigenvectors(gram, 5), np.float64)
-    np.testing.assert_allclose(np.diag(got.T @ gram @ got), values[:5], rtol=1e-5)
+    assert_close(np.diag(got.T @ gram @ got), values[:5], 100)
 
 
 def test_orthogonal_iteration_finds_the_energy_of_the_exact_eigenvectors():

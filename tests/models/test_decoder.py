@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+from close import assert_close
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -212,12 +213,12 @@ def test_the_model_may_be_a_constant_of_jit_and_grad(model):
     np.testing.assert_allclose(jax.jit(lambda t: model(t))(TOKENS), expected, atol=1e-6)
     onehot = jax.nn.one_hot(TOKENS, CONFIG.vocab_size)
     slope = jax.jit(jax.grad(lambda scale: jnp.sum(scale * onehot * model(TOKENS))))(1.0)
-    np.testing.assert_allclose(slope, jnp.sum(onehot * expected), rtol=1e-5)
+    assert_close(slope, jnp.sum(onehot * expected), 100)
 
 
 def test_nnx_transformations_take_the_model_as_an_argument(model):
     value, gradient = nnx.jit(nnx.value_and_grad(lambda model: model(TOKENS).var()))(model)
-    np.testing.assert_allclose(value, logits_of(model, TOKENS).var(), rtol=1e-5)
+    assert_close(value, logits_of(model, TOKENS).var(), 100)
     assert all(jnp.abs(x).max() > 0 for x in jax.tree.leaves(gradient))
 
 

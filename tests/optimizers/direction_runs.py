@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-from harness.row import jit
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +20,7 @@ def updates_of(
 ) -> list[Any]:
     """The updates for a list of gradients."""
     state = tx.init(gradients[0] if params is None else params)
-    step = jit(tx.update) if jitted else tx.update
+    step = jax.jit(tx.update) if jitted else tx.update
     found = []
     for gradient in gradients:
         updates, state = step(gradient, state, params)

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from harness.row import jit
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,14 +18,14 @@ def final(tx: Any, gradient: Callable[[Any], Any], start: Any, steps: int) -> tu
         return (optax.apply_updates(params, updates), state), None
 
     carry = (start, tx.init(start))
-    return jit(lambda c: jax.lax.scan(body, c, length=steps)[0])(carry)
+    return jax.jit(lambda c: jax.lax.scan(body, c, length=steps)[0])(carry)
 
 
 def updates_of(tx: Any, gradients: Any) -> Any:
     """All updates for gradients ``[steps, ...]``; parameters stay where they are."""
     params = jax.tree.map(lambda g: g[0], gradients)
     body = lambda state, g: tx.update(g, state, params)[::-1]
-    return jit(lambda gs: jax.lax.scan(body, tx.init(params), gs)[1])(gradients)
+    return jax.jit(lambda gs: jax.lax.scan(body, tx.init(params), gs)[1])(gradients)
 
 
 def normal(shape: Sequence[int], seed: int = 0) -> jax.Array:

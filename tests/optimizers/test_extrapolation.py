@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from harness.trees import assert_close, assert_equal, is_zero
+from close import assert_close
+from harness.trees import assert_equal, is_zero
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import jax
@@ -79,7 +80,7 @@ def test_a_constant_gradient_is_the_same_everywhere(variant: str) -> None:
     batches = jnp.broadcast_to(BATCHES[:1], BATCHES.shape)
     plain = run("none", 0.0, OPTIMIZERS["nesterov"], batches=batches, loss=loss)[0]
     ahead = run(variant, 0.7, OPTIMIZERS["nesterov"], batches=batches, loss=loss)[0]
-    assert_close(ahead, plain, 1e-6)
+    assert_close(ahead, plain)
 
 
 @pytest.mark.parametrize("variant", ["past_local", "past_global"])
@@ -96,8 +97,8 @@ def test_past_variants_are_as_written_down(variant: str) -> None:
     loss = lambda p, x: 0.5 * jnp.sum(jnp.asarray(curvature) * (p - jnp.asarray(target)) ** 2)
     tx = optax.sgd(rate, momentum=momentum)
     found, (_, state) = run(variant, inner, tx, jnp.zeros(2), jnp.zeros(5), loss)
-    np.testing.assert_allclose(found, expected, rtol=1e-4)
-    np.testing.assert_allclose(state.previous_gradient, last, rtol=1e-4)
+    assert_close(found, expected, 800)
+    assert_close(state.previous_gradient, last, 800)
     assert int(state.count) == 5
 
 
@@ -108,7 +109,7 @@ def test_two_pass_variants_are_as_written_down() -> None:
         value, gradient, state = f(PARAMS, f.init(PARAMS), x, **more(variant, y))
         point = jax.tree.map(lambda w, g: w - 0.3 * g, PARAMS, jax.grad(loss_fn)(PARAMS, first))
         expected = jax.value_and_grad(loss_fn)(point, x)
-        assert_close((value, gradient), expected, 1e-6)
+        assert_close((value, gradient), expected)
         assert (state.previous_gradient, state.key) == ((), ())
 
 
@@ -185,7 +186,7 @@ def test_running_statistics_are_updated_once_and_ahead() -> None:
         at = BATCHES[1] if variant == "fresh" else BATCHES[0]
         gradient = jax.grad(loss, has_aux=True)(PARAMS, at, mean)[0]
         point = jax.tree.map(lambda w, g: w - 0.3 * g, PARAMS, gradient)
-        assert_close((value, after), loss(point, BATCHES[0], mean), 1e-5)
+        assert_close((value, after), loss(point, BATCHES[0], mean), 100)
 
 
 def test_same_shares_the_keys_of_dropout_and_fresh_has_its_own() -> None:
@@ -198,7 +199,7 @@ def test_same_shares_the_keys_of_dropout_and_fresh_has_its_own() -> None:
         f = lro.extrapolated_value_and_grad(loss, variant, 0.1)
         gradient = f(w, f.init(w), keys[0], keep=0.5, **more(variant, keys[1]))[1]
         expected = jnp.where(kept[0], 2 * w * jnp.where(first, 0.8, 1.0), 0.0)
-        np.testing.assert_allclose(gradient, expected, rtol=1e-6)
+        assert_close(gradient, expected)
 
 
 def test_the_direction_is_bounded() -> None:
@@ -209,7 +210,7 @@ def test_the_direction_is_bounded() -> None:
         w = jnp.array([3.0, 4.0])
         _, _, state = f(w, f.init(w), 0)
         gradient = f(w, state, 0)[1]
-        np.testing.assert_allclose(gradient, 100 * (w - 2 * w / 5), rtol=1e-5)
+        assert_close(gradient, 100 * (w - 2 * w / 5), 100)
 
 
 def test_a_normalized_direction_has_a_mean_square_of_one_in_every_leaf() -> None:
@@ -245,7 +246,7 @@ def test_a_direction_may_be_preconditioned_by_the_optimizer() -> None:
     state = lro.extrapolated_value_and_grad(loss, "past_local", 0.1).init(w)
     _, states = step(w, tx.init(w), state)
     gradient, _ = step(w, *states)
-    np.testing.assert_allclose(gradient, curvature * 0.9, rtol=1e-4)
+    assert_close(gradient, curvature * 0.9, 800)
 
 
 @settings(max_examples=12, deadline=None)
@@ -307,7 +308,7 @@ def test_the_state_is_constant_under_cond_and_vmap() -> None:
     gradient = mapped(members, states, BATCHES[1])[1]
     _, _, state = f(PARAMS, state, BATCHES[0])
     expected = f(PARAMS, state, BATCHES[1])[1]
-    assert_close(jax.tree.map(lambda g: g[0], gradient), expected, 1e-5)
+    assert_close(jax.tree.map(lambda g: g[0], gradient), expected, 100)
 
 
 def test_the_stored_gradient_is_no_moment() -> None:

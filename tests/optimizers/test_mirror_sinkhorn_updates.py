@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from close import assert_close
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,7 +69,7 @@ def test_gradients_by_the_coupling_arrive_at_the_logits() -> None:
     logits = start(ROWS, COLUMNS)
     loss = lambda coupling: jnp.sum(coupling**2) + jnp.sum(COST * coupling)
     by_logits = jax.grad(lambda x: loss(coupling_from_logits(x)))(logits)
-    np.testing.assert_allclose(by_logits, jax.grad(loss)(jnp.exp(logits)), rtol=1e-6)
+    assert_close(by_logits, jax.grad(loss)(jnp.exp(logits)))
     np.testing.assert_array_equal(coupling_from_logits(logits), jnp.exp(logits))
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from harness.row import jit
+from close import assert_close
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,11 +42,11 @@ def test_a_reset_at_a_refresh_starts_gamma_anew_for_each_matrix_alone() -> None:
     gradient = {"kernel": normal((8, 12)), "bias": normal((12,))}
     state, gammas = tx.init(gradient), []
     for _ in range(3):
-        _, state = jit(tx.update)(gradient, state)
+        _, state = jax.jit(tx.update)(gradient, state)
         gammas.append({name: float(x) for name, x in state.inner.gamma.items()})
     after = 0.2 + 0.8 / 1.5 ** np.arange(1, 4)
-    np.testing.assert_allclose([g["bias"] for g in gammas], after, rtol=1e-5)
-    np.testing.assert_allclose([g["kernel"] for g in gammas], after[[0, 1, 0]], rtol=1e-5)
+    assert_close([g["bias"] for g in gammas], after, 100)
+    assert_close([g["kernel"] for g in gammas], after[[0, 1, 0]], 100)
 
 
 @pytest.mark.parametrize(("bits", "tolerance"), [(8, 0.02), (4, 0.2)])
@@ -95,4 +95,4 @@ def test_hyperparameters_may_be_injected_and_changed_on_the_way() -> None:
     updates, _ = tx.update(gradient, state, gradient)
     first, second = (lro.to_heavy_ball(0.3, 0.5, gamma) for gamma in (2.0, 0.7))
     expected = -second.momentum * first.learning_rate - second.learning_rate
-    np.testing.assert_allclose(updates, expected, rtol=1e-5)
+    assert_close(updates, expected, 100)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from close import assert_close
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,7 +35,7 @@ def test_what_is_lost_is_what_is_not_captured() -> None:
     projected = one.project(basis, gradient)
     lost = jnp.sum((gradient - one.lift(basis, projected)) ** 2)
     total = jnp.sum(gradient**2)
-    np.testing.assert_allclose(total - jnp.sum(projected**2), lost, rtol=1e-4)
+    assert_close(total - jnp.sum(projected**2), lost, 800)
     assert lost <= 0.3**2 * total
     fewer = np.asarray(projected)[: int(basis.rank) - 1]
     assert total - np.sum(fewer**2) > 0.3**2 * total  # no smaller rank would do

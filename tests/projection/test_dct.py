@@ -2,6 +2,7 @@
 
 import itertools
 
+from close import assert_close
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,7 +82,7 @@ def test_columns_and_error_of_the_worked_example(order: int, transform: str) -> 
     chosen = one.found(WORKED)
     assert chosen.tolist() == [0, 1]
     lost = WORKED - one.lift(chosen, one.project(chosen, WORKED))
-    np.testing.assert_allclose(jnp.sum(lost**2), 1.489592, rtol=1e-5)
+    assert_close(jnp.sum(lost**2), 1.489592, 100)
 
 
 @pytest.mark.parametrize("order", [1, 2])
@@ -122,7 +123,7 @@ def test_the_second_order_makes_the_best_choice_of_all_subsets() -> None:
     kept = float(jnp.sum(one.project(chosen, gradient) ** 2))
     lost = gradient - one.lift(chosen, one.project(chosen, gradient))
     total = float(jnp.sum(gradient**2))
-    np.testing.assert_allclose(kept + float(jnp.sum(lost**2)), total, rtol=1e-6)
+    assert_close(kept + float(jnp.sum(lost**2)), total)
     assert kept >= 3 / 6 * total
 
 

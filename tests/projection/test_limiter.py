@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from close import assert_close
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,19 +27,19 @@ def test_growth_is_limited_and_shrinking_is_not() -> None:
     sizes = [1.0, 1.005, 8.0, 8.0, 0.1, 0.5]
     norms = _norms(lro.limit_norm_growth(1.5), [{"kernel": MATRIX * s / 5} for s in sizes])
     expected = [1.0, 1.005, 1.5 * 1.005, 1.5**2 * 1.005, 0.1, 0.15]
-    np.testing.assert_allclose(norms, expected, rtol=1e-5)
+    assert_close(norms, expected, 100)
 
 
 def test_an_update_after_none_is_a_first_one() -> None:
     norms = _norms(lro.limit_norm_growth(), [{"kernel": MATRIX * s} for s in (1.0, 0.0, 7.0)])
-    np.testing.assert_allclose(norms, [5.0, 0.0, 35.0], rtol=1e-6)
+    assert_close(norms, [5.0, 0.0, 35.0])
 
 
 def test_an_update_that_is_not_finite_is_passed_on_and_not_remembered() -> None:
     tx = lro.limit_norm_growth(2.0)
     norms = _norms(tx, [{"kernel": MATRIX * s} for s in (1.0, jnp.nan, 9.0)])
     assert np.isnan(norms[1])
-    np.testing.assert_allclose(norms[2], 10.0, rtol=1e-5)
+    assert_close(norms[2], 10.0, 100)
 
 
 def test_layers_of_a_stack_are_limited_one_by_one() -> None:
@@ -50,7 +51,7 @@ def test_layers_of_a_stack_are_limited_one_by_one() -> None:
     _, state = tx.update(stack(1.0, 1.0), state)
     limited, state = tx.update(stack(1.0, 10.0), state)
     np.testing.assert_allclose(jnp.linalg.norm(limited["kernel"], axis=(1, 2)), [5.0, 10.0])
-    np.testing.assert_allclose(state.norm["kernel"], [5.0, 10.0], rtol=1e-6)
+    assert_close(state.norm["kernel"], [5.0, 10.0])
 
 
 def test_other_leaves_have_one_norm_each() -> None:
@@ -61,7 +62,7 @@ def test_other_leaves_have_one_norm_each() -> None:
     _, state = tx.update(update, state)
     limited, _ = tx.update(jax.tree.map(lambda x: 10 * x, update), state)
     for name, x in update.items():
-        np.testing.assert_allclose(limited[name], 2 * x, rtol=1e-6)
+        assert_close(limited[name], 2 * x)
 
 
 def test_norms_are_float32_and_updates_keep_their_dtype() -> None:
@@ -81,8 +82,8 @@ def test_alone_and_around_apollo_without_a_limit_it_is_apollo_with_one() -> None
     )
     around = optax.chain(make(jnp.inf), lro.limit_norm_growth())
     inside, outside = _norms(make(1.01), gradients), _norms(around, gradients)
-    np.testing.assert_allclose(inside, outside, rtol=1e-5)
-    np.testing.assert_allclose(inside[1] / inside[0], 1.01, rtol=1e-5)
+    assert_close(inside, outside, 100)
+    assert_close(inside[1] / inside[0], 1.01, 100)
 
 
 @pytest.mark.parametrize("gamma", [0, -1.0])

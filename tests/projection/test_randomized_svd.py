@@ -1,5 +1,6 @@
 """How close the randomized rule comes to the exact one, and what a warm start is worth."""
 
+from close import assert_close
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +18,7 @@ def test_svd_captures_the_leading_singular_values(axis: int) -> None:
     gradient = normal(12, 9)
     expected = (np.linalg.svd(np.asarray(gradient, np.float64))[1][:4] ** 2).sum()
     captured = _captured(case("svd", (12, 9), axis, 4), gradient)
-    np.testing.assert_allclose(captured, expected, rtol=1e-5)
+    assert_close(captured, expected, 100)
 
 
 @AXES

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from close import assert_close
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,7 +77,7 @@ def test_the_residual_grows_by_no_more_than_gamma(form: Any, decays: Any) -> Non
         norms *= (1 - 0.9**t) / np.sqrt(1 - 0.999**t)
     growth = norms[1:] / norms[:-1]
     assert growth.max() <= 1.01 * (1 + 1e-5)
-    np.testing.assert_allclose(growth.max(), 1.01, rtol=1e-5)  # so the limit was reached
+    assert_close(growth.max(), 1.01, 100)  # so the limit was reached
 
 
 @FORMS
@@ -84,7 +85,7 @@ def test_the_first_update_of_fira_does_not_depend_on_the_gradients_scale(form: A
     gradient = normal_gradients(SHAPE, 1)[0]
     tx = _projected(residuals.fira(form=form), optax.scale_by_adam(eps=1e-16), scale=0.25)
     one, other = (_updates(tx, [{"kernel": c * gradient["kernel"]}])[0] for c in (1.0, 1e3))
-    np.testing.assert_allclose(one, other, rtol=1e-4)
+    assert_close(one, other, 800)
 
 
 def test_the_residual_of_fira_is_scaled_column_by_column() -> None:
@@ -93,7 +94,7 @@ def test_the_residual_of_fira_is_scaled_column_by_column() -> None:
     outside = np.eye(5) - np.asarray(BASIS @ BASIS.T, np.float64)
     seen, expected = outside @ update, outside @ np.asarray(gradient["kernel"], np.float64)
     cosines = (seen * expected).sum(0) / np.linalg.norm(seen, axis=0)
-    np.testing.assert_allclose(cosines, np.linalg.norm(expected, axis=0), rtol=1e-5)
+    assert_close(cosines, np.linalg.norm(expected, axis=0), 100)
 
 
 @FORMS
@@ -111,7 +112,7 @@ def test_the_norm_of_the_residual_is_known_without_forming_it(
     lifted = _updates(_projected("drop", subspace=rule, scale=0.25), [gradient])[0]
     kernel = np.asarray(updates["kernel"], np.float64) - lifted
     applied = np.linalg.norm(kernel) / (0.25 if form == "paper" else 1)
-    np.testing.assert_allclose(state.residual["kernel"], applied, rtol=1e-4)
+    assert_close(state.residual["kernel"], applied, 800)
 
 
 def test_a_column_outside_the_subspace_gets_no_first_update() -> None:
@@ -143,7 +144,7 @@ def test_gradient_scaling_gives_the_gradient_the_norms_of_the_inner_update(
     axis = 0 if granularity == "channel" else None
     answer = np.linalg.norm(np.sign(projected), axis=axis)
     factor = answer / np.linalg.norm(projected, axis=axis)
-    np.testing.assert_allclose(update, 2 * factor * np.asarray(gradient["kernel"]), rtol=1e-4)
+    assert_close(update, 2 * factor * np.asarray(gradient["kernel"]), 800)
 
 
 def test_norms_are_along_rows_where_columns_are_compressed() -> None:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import chex
+from close import assert_close
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,7 +66,7 @@ def test_signs_and_order_of_the_basis_do_not_matter_if_moments_are_rotated(turn:
     np.testing.assert_allclose(seen[0]["kernel"], expected[0]["kernel"], atol=1e-5)
     place = np.abs(turn.T)
     second = expected[1].inner.nu["kernel"], seen[1].inner.nu["kernel"]
-    np.testing.assert_allclose(second[1], place @ second[0], rtol=1e-4)
+    assert_close(second[1], place @ second[0], 800)
     np.testing.assert_allclose(
         moved(turning, SHAPE, gradients), moved(still, SHAPE, gradients), atol=1e-4
     )
@@ -86,15 +87,15 @@ def test_moments_turn_by_the_rule_of_ldadam() -> None:
     adam.turn(turn.T)
     adam.update((basis @ turn).T @ third)
     np.testing.assert_allclose(state.inner.mu["kernel"], adam.first, atol=1e-5)
-    np.testing.assert_allclose(state.inner.nu["kernel"], adam.second, rtol=1e-4)
+    assert_close(state.inner.nu["kernel"], adam.second, 800)
 
 
 def test_second_moments_stay_where_they_are_if_only_first_ones_rotate() -> None:
     gradient = normal_gradients(SHAPE, 1)[0]
     tx = _projected(_sequence(-np.eye(3)), "rotate")
     (_, one), (_, two) = run(tx, {"kernel": jnp.zeros(SHAPE)}, [gradient, gradient])
-    np.testing.assert_allclose(two.inner.mu["kernel"], -1.9 * one.inner.mu["kernel"], rtol=1e-4)
-    np.testing.assert_allclose(two.inner.nu["kernel"], 1.999 * one.inner.nu["kernel"], rtol=1e-4)
+    assert_close(two.inner.mu["kernel"], -1.9 * one.inner.mu["kernel"], 800)
+    assert_close(two.inner.nu["kernel"], 1.999 * one.inner.nu["kernel"], 800)
 
 
 @pytest.mark.parametrize("axis", [-2, -1])

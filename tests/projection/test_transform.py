@@ -4,6 +4,7 @@ import itertools
 from typing import Any
 
 import chex
+from close import assert_close
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,7 +73,7 @@ def test_first_adam_update_has_the_norm_of_the_closed_form() -> None:
     tx = lro.galore(0.01, rank=3, scale=0.25, eps=1e-12, subspace=SVD(3))
     updates, _ = tx.update(gradient, tx.init(gradient))
     norm = jnp.linalg.norm(updates["kernel"])
-    np.testing.assert_allclose(norm, 0.01 * 0.25 * np.sqrt(3 * 20), rtol=1e-5)
+    assert_close(norm, 0.01 * 0.25 * np.sqrt(3 * 20), 100)
 
 
 def test_updates_stay_in_the_span_of_the_basis_between_refreshes() -> None:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from harness.row import jit
+from close import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import jax
@@ -15,8 +15,8 @@ from lowrank_optax.quantization import affine_dequantize, affine_quantize
 GROUP = 8
 SHAPES = [(5,), (3, 20), (6, 3), (2, 5, 16)]
 bits_of_codes = pytest.mark.parametrize("bits", [8, 4])
-there = jit(affine_quantize, static_argnums=(1, 2))
-back = jit(affine_dequantize, static_argnums=(1, 2, 3))
+there = jax.jit(affine_quantize, static_argnums=(1, 2))
+back = jax.jit(affine_dequantize, static_argnums=(1, 2, 3))
 
 
 @bits_of_codes
@@ -63,7 +63,7 @@ def test_rounding_at_random_keeps_the_expectation_even_of_the_extremes(bits: Any
         drawn = jax.vmap(one)(keys)
         return jnp.mean(drawn, 0), jnp.max(jnp.abs(drawn - x), 0)
 
-    found, worst = jit(mean)(jax.random.split(jax.random.key(0), count))
+    found, worst = jax.jit(mean)(jax.random.split(jax.random.key(0), count))
     step = (np.maximum(x.max(1), 0) - np.minimum(x.min(1), 0)) / (2**bits - 2)
     assert (np.asarray(worst) <= step[:, None] * 1.001).all()
     # Five standard deviations of a mean of coin tosses.
@@ -75,7 +75,7 @@ def test_rounding_at_random_keeps_the_expectation_even_of_the_extremes(bits: Any
 def test_groups_of_one_number_are_exact(bits: Any) -> None:
     x = np.repeat(np.float32([0.3, -2.0, 0.0, 1e30, 3e38, -3e38]), GROUP)
     found = back(there(x, bits, GROUP), x.shape, bits, GROUP)
-    np.testing.assert_allclose(found, x, rtol=1e-6)
+    assert_close(found, x)
 
 
 def test_a_group_over_the_whole_range_of_float32_stays_finite() -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 import functools
 from typing import Any
 
-from harness.row import jit
+from close import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import jax
@@ -42,7 +42,7 @@ def _round_trip(fmt: BlockFormat) -> Any:
         q = quantize(x, fmt)
         return q, dequantize(q, fmt, x.shape)
 
-    return jit(both)
+    return jax.jit(both)
 
 
 def round_trip(x: Any, fmt: BlockFormat) -> tuple[Quantized, np.ndarray]:
@@ -133,7 +133,7 @@ def test_the_largest_is_exact_if_positive_and_next_to_one_if_negative() -> None:
         x[:, 5] = 0.1
         back = round_trip(x, make(name, bits, True))[1]
         assert back[0, 3] == x[0, 3]
-        np.testing.assert_allclose(back[1, 3], least * 7.3, rtol=1e-6)
+        assert_close(back[1, 3], least * 7.3)
 
 
 @every_format
@@ -169,9 +169,9 @@ def test_what_was_decoded_and_not_changed_keeps_its_codes_and_scales(
     x = np.random.default_rng(7).normal(size=(6, 24)).astype(np.float32)
     x[:3, 2] = -5  # a negative largest, which some maps have no number for
     q, back = round_trip(x if signed else np.abs(x), fmt)
-    again = jit(lambda x, scales: quantize(x, fmt, None, scales))(np.float32(back), q.scales)
+    again = jax.jit(lambda x, scales: quantize(x, fmt, None, scales))(np.float32(back), q.scales)
     np.testing.assert_array_equal(again.codes, q.codes)
-    np.testing.assert_allclose(again.scales, q.scales, rtol=2e-7)
+    assert_close(again.scales, q.scales)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -263,7 +263,7 @@ def test_random_codes_are_one_of_the_two_neighbours_and_right_on_average(
         back = jax.vmap(lambda key: dequantize(quantize(x, fmt, key), fmt, x.shape))(keys)
         return back.mean(0), back.min(0), back.max(0)
 
-    mean, least, most = map(np.asarray, jit(draw)(jax.random.split(jax.random.key(0), count)))
+    mean, least, most = map(np.asarray, jax.jit(draw)(jax.random.split(jax.random.key(0), count)))
     scaled = x.astype(np.float64) / 4
     at = np.clip(np.searchsorted(values, scaled), 1, len(values) - 1)
     below, above = 4 * values[at - 1], 4 * values[at]

@@ -3,9 +3,10 @@
 import functools
 from typing import Any
 
-from harness.row import jit
+from close import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -36,12 +37,12 @@ def encoded(coder: CodeMap, x: Any) -> np.ndarray:
 
 @functools.cache
 def _decode(coder: CodeMap) -> Any:
-    return jit(coder.decode)
+    return jax.jit(coder.decode)
 
 
 @functools.cache
 def _encode(coder: CodeMap) -> Any:
-    return jit(coder.encode)
+    return jax.jit(coder.encode)
 
 
 @in_order
@@ -54,19 +55,19 @@ def test_codes_stand_for_the_numbers_of_the_definition(name: Any, bits: Any, sig
 
 def test_the_dynamic_maps_have_the_ends_zeros_and_sums_of_the_paper() -> None:
     signed = decoded(code_map("dynamic", 8, True), np.arange(256))
-    np.testing.assert_allclose(signed[[0, 254, 255]], [-0.99296875, 0.99296875, 1.0], rtol=1e-6)
-    np.testing.assert_allclose(signed[126:130], [-5.5e-7, 0, 5.5e-7, 3.25e-6], rtol=1e-6)
+    assert_close(signed[[0, 254, 255]], [-0.99296875, 0.99296875, 1.0])
+    assert_close(signed[126:130], [-5.5e-7, 0, 5.5e-7, 3.25e-6])
     assert -1.0 not in signed
-    np.testing.assert_allclose([signed.sum(), (signed**2).sum()], [1.0, 48.595837526], rtol=1e-6)
+    assert_close([signed.sum(), (signed**2).sum()], [1.0, 48.595837526])
     unsigned = decoded(code_map("dynamic", 8, False), np.arange(256))
-    np.testing.assert_allclose(unsigned[:4], [0, 3.25e-7, 7.75e-7, 2.125e-6], rtol=1e-6)
-    np.testing.assert_allclose(unsigned[254:], [0.99648437, 1.0], rtol=1e-6)
+    assert_close(unsigned[:4], [0, 3.25e-7, 7.75e-7, 2.125e-6])
+    assert_close(unsigned[254:], [0.99648437, 1.0])
     sums = [unsigned.sum(), (unsigned**2).sum()]
-    np.testing.assert_allclose(sums, [75.1052631, 48.597451844], rtol=1e-6)
+    assert_close(sums, [75.1052631, 48.597451844])
     four = [0.0055, 0.0325, 0.0775, 0.2125, 0.4375, 0.6625, 0.8875]
     expected = [*(-x for x in reversed(four)), 0, *four, 1.0]
     found = decoded(code_map("dynamic", 4, True), np.arange(16))
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert_close(found, expected)
 
 
 @every_map
@@ -131,7 +132,7 @@ def test_fp8_is_a_cast() -> None:
     cast = (x * np.float32(448)).astype(ml_dtypes.float8_e4m3fn)
     codes = encoded(coder, x)
     np.testing.assert_array_equal(codes, cast.view(np.uint8))
-    np.testing.assert_allclose(decoded(coder, codes), cast.astype(np.float64) / 448, rtol=1e-6)
+    assert_close(decoded(coder, codes), cast.astype(np.float64) / 448)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import math
 
-from harness.row import jit
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,13 +17,13 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_packing_loses_nothing_and_halves_an_axis(shape: tuple[int, ...]) -> None:
     codes = np.random.default_rng(0).integers(0, 16, shape).astype(np.uint8)
-    packed = jit(pack)(codes)
+    packed = jax.jit(pack)(codes)
     axis = packing_of(shape).axis
     halved = tuple(-(-n // 2) if i == axis else n for i, n in enumerate(shape))
     assert (packed.shape, packed.dtype) == (halved, jnp.uint8)
     if any(n % 2 == 0 for n in shape[:-1] or shape):
         assert packed.nbytes == math.prod(shape) / 2
-    np.testing.assert_array_equal(jit(unpack, static_argnums=1)(packed, shape), codes)
+    np.testing.assert_array_equal(jax.jit(unpack, static_argnums=1)(packed, shape), codes)
 
 
 def test_the_last_axis_is_packed_only_where_there_is_no_other() -> None:
@@ -33,7 +33,7 @@ def test_the_last_axis_is_packed_only_where_there_is_no_other() -> None:
 def test_no_byte_joins_rows_of_different_runs_of_64() -> None:
     row = np.zeros((256, 4), np.uint8)
     row[130] = 15  # row 2 of the third run
-    (touched,) = np.unique(np.nonzero(np.asarray(jit(pack)(row)))[0])
+    (touched,) = np.unique(np.nonzero(np.asarray(jax.jit(pack)(row)))[0])
     assert touched == 2 * 32 + 2
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from close import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import jax
@@ -219,7 +220,7 @@ def test_controller_works_inside_jit_and_scan() -> None:
         state = control.observe(state, one)
     scanned = run(control.init())
     assert [x.dtype for x in scanned] == [x.dtype for x in control.init()]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), scanned, state)
+    jax.tree.map(lambda a, b: assert_close(a, b), scanned, state)
 
 
 def test_state_survives_a_checkpoint_to_the_last_bit(tmp_path: Any) -> None:

@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+from close import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import jax
@@ -73,8 +74,8 @@ def test_the_values_of_optax_where_its_boundaries_are_whole(shape: Any) -> None:
 def test_values_at_the_ends_of_phases(shape: Any) -> None:
     cycle = one_cycle_schedules(101, 2.0, shape=shape)  # phases end at 45, 90 and 100
     rates, momenta = curves(cycle, 101)
-    np.testing.assert_allclose(rates[[0, 45, 90, 100]], [0.2, 2.0, 0.2, 0.002], rtol=1e-6)
-    np.testing.assert_allclose(momenta[[0, 45, 90, 100]], [0.95, 0.85, 0.95, 0.95], rtol=1e-6)
+    assert_close(rates[[0, 45, 90, 100]], [0.2, 2.0, 0.2, 0.002])
+    assert_close(momenta[[0, 45, 90, 100]], [0.95, 0.85, 0.95, 0.95])
     assert rates.argmax() == momenta.argmin() == 45
     np.testing.assert_array_equal(rates[46:] < rates[45:-1], True)
 
@@ -112,14 +113,14 @@ def test_momentum_mirrors_the_learning_rate(
     heights = (rates - low) / (1 - low) + (momenta - 0.85) / 0.1
     within = position <= (1 if down is None else end)
     np.testing.assert_allclose(heights[within], 1, atol=2e-5)
-    np.testing.assert_allclose(momenta[~within], 0.95, rtol=1e-6)
+    assert_close(momenta[~within], 0.95)
     assert 1e-3 * 0.999 <= rates.min() <= rates.max() <= 1
 
 
 @pytest.mark.parametrize("steps", [3, 4, 5, 7])
 def test_few_steps_still_warm_up_and_end_low(steps: int) -> None:
     rates, momenta = curves(one_cycle_schedules(steps, 1.0), steps)
-    np.testing.assert_allclose(rates[[0, -1]], [0.1, 0.001], rtol=1e-6)
+    assert_close(rates[[0, -1]], [0.1, 0.001])
     assert rates.max() > 0.5
     assert momenta.min() < 0.92
 
@@ -131,7 +132,7 @@ def test_traced_steps_of_any_type_and_steps_past_the_end() -> None:
         assert expected.dtype == jnp.float32
         assert expected.shape == ()
         for step in (jnp.int32(30), jnp.float32(30), np.int64(30), 30.0):
-            np.testing.assert_allclose(jax.jit(schedule)(step), expected, rtol=1e-6)
+            assert_close(jax.jit(schedule)(step), expected)
         curve = jax.vmap(schedule)(jnp.arange(101))
         np.testing.assert_array_equal(schedule(jnp.arange(101)), curve)
         np.testing.assert_array_equal(schedule(jnp.array([100, 101, 10**9])), curve[-1])
@@ -140,7 +141,7 @@ def test_traced_steps_of_any_type_and_steps_past_the_end() -> None:
 def test_peaks_and_lengths_may_be_traced() -> None:
     at = lambda peak, steps: one_cycle_schedules(steps, peak).learning_rate(30)
     rates = jax.jit(jax.vmap(at))(jnp.array([1.0, 2.0]), jnp.array([101, 101]))
-    np.testing.assert_allclose(rates, at(1.0, 101) * np.array([1, 2]), rtol=1e-6)
+    assert_close(rates, at(1.0, 101) * np.array([1, 2]))
 
 
 def quadratic(params: Any) -> jax.Array:
@@ -187,7 +188,7 @@ def test_hyper_parameters_are_read_from_the_state(factory: Any, momentum: str) -
     assert set(log) == {"learning_rate", momentum}
     expected = dict(zip(("learning_rate", momentum), curves(cycle, 21), strict=True))
     for name, values in log.items():
-        np.testing.assert_allclose(values, expected[name], rtol=1e-6)
+        assert_close(values, expected[name])
     assert optax.tree.get(state, "hyperparams")[momentum] == log[momentum][-1]
 
 
@@ -214,7 +215,7 @@ def test_damping_makes_steps_as_long_as_the_learning_rate() -> None:
         gradient = jnp.ones(2)
         body = lambda state, _, tx=tx: tx.update(jnp.ones(2), state)[::-1]
         _, updates = jax.lax.scan(body, tx.init(gradient), length=200)
-        np.testing.assert_allclose(updates[-1], -expected, rtol=1e-4)
+        assert_close(updates[-1], -expected, 800)
 
 
 def test_momentum_cycles_only_where_asked_and_possible() -> None:
@@ -267,7 +268,7 @@ def test_the_bias_correction_of_adam_under_a_cycled_b1() -> None:
     gradient = jnp.ones([])
     body = lambda state, _: tx.update(gradient, state)[::-1]
     updates = -np.asarray(jax.lax.scan(body, tx.init(gradient), length=steps)[1])
-    np.testing.assert_allclose(updates, approximate, rtol=1e-4)  # what optax does
+    assert_close(updates, approximate, 800)  # what optax does
 
     error = approximate - exact
     assert -0.05 < error.min() < -0.01  # a few per cent too short

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from close import assert_close
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,7 +48,7 @@ def test_the_exact_jacobian_norm_is_that_of_the_whole_jacobian() -> None:
     columns = jax.jacfwd(network)(PARAMS, X)
     expected = sum(np.sum(np.asarray(x, np.float64) ** 2) for x in jax.tree.leaves(columns))
     actual = jacobian_norm_sq(network, PARAMS, X, samples=None)
-    np.testing.assert_allclose(actual, expected, rtol=1e-5)
+    assert_close(actual, expected, 100)
 
 
 def test_the_jacobian_probe_is_unbiased() -> None:
@@ -69,7 +70,7 @@ def test_the_hessian_trace_is_unbiased_and_exact_on_a_diagonal() -> None:
     assert abs(draws.mean() - 7.6) < 4 * draws.std() / len(keys) ** 0.5
     diagonal = jnp.diag(jnp.diag(matrix))
     trace = hessian_trace(quadratic, QUADRATIC_PARAMS, diagonal, key=keys[0])
-    np.testing.assert_allclose(trace, 7.6, rtol=1e-5)
+    assert_close(trace, 7.6, 100)
 
 
 @pytest.mark.parametrize("top", [6.0, -6.0])
@@ -78,7 +79,7 @@ def test_the_top_eigenvalue_is_that_of_largest_magnitude(top: float) -> None:
     found = top_eigenvalue(
         quadratic, QUADRATIC_PARAMS, matrix, key=jax.random.key(0), iterations=30
     )
-    np.testing.assert_allclose(found, top, rtol=1e-4)
+    assert_close(found, top, 800)
 
 
 def test_probes_of_a_network_agree_with_its_dense_hessian() -> None:

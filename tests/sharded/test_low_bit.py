@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from harness.row import jit
 from harness.trees import normal_like
 import jax
 import jax.numpy as jnp
@@ -80,11 +79,11 @@ def test_eight_devices_store_the_codes_of_one(bits: Any, axis_type: AxisType) ->
     kept = lro.sharding.state_shardings(tx, params, where)
     told = {"out_shardings": (None, kept)} if axis_type == AxisType.Auto else {}
     update = lambda g, s, p: tx.update(g, s, p)
-    one, eight = jit(update), jit(update, donate_argnums=1, **told)
-    state = jit(tx.init)(params)
+    one, eight = jax.jit(update), jax.jit(update, donate_argnums=1, **told)
+    state = jax.jit(tx.init)(params)
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, where)
-        sharded = jit(tx.init, out_shardings=kept)(placed)
+        sharded = jax.jit(tx.init, out_shardings=kept)(placed)
     for gradient in gradients:
         expected, state = one(gradient, state, params)
         with jax.set_mesh(mesh):
@@ -118,7 +117,7 @@ def test_blocks_over_several_devices_give_the_same_codes(bits: Any, axis_type: A
     mesh = make_mesh(axis_type)
     params = normal_like({"kernel": jax.ShapeDtypeStruct((16, 40), jnp.float32)}, 1)
     where = {"kernel": NamedSharding(mesh, P("x", "y"))}
-    step = jit(lambda p: tx.update(p, tx.init(p), p)[1])
+    step = jax.jit(lambda p: tx.update(p, tx.init(p), p)[1])
     with jax.set_mesh(mesh):
         sharded = step(jax.device_put(params, where))
     for x, y in zip(jax.tree.leaves(sharded), jax.tree.leaves(step(params)), strict=True):

@@ -4,7 +4,7 @@ from collections.abc import Callable
 import math
 import re
 
-from harness.row import jit, run
+from harness.row import run
 from harness.trees import STEPS, Tree, assert_close, at, normal_like
 import jax
 import jax.numpy as jnp
@@ -61,10 +61,10 @@ def test_eight_devices_give_what_one_gives_and_state_stays_where_it_was_put(
     kept = lro.sharding.state_shardings(tx, params, where)
     # Explicit axes need not be told where anything goes.
     told = {"out_shardings": (None, kept)} if axis_type == AxisType.Auto else {}
-    step = jit(lambda g, s, p: tx.update(g, s, p), donate_argnums=1, **told)
+    step = jax.jit(lambda g, s, p: tx.update(g, s, p), donate_argnums=1, **told)
     with jax.set_mesh(mesh):
         params = jax.device_put(params, where)
-        state = jit(tx.init, out_shardings=kept)(params)
+        state = jax.jit(tx.init, out_shardings=kept)(params)
         for i in range(STEPS):
             given = state
             updates, state = step(jax.device_put(at(gradients, i), where), given, params)
@@ -125,7 +125,7 @@ def collectives(
     placed = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     with jax.set_mesh(mesh):
         state = jax.tree.map(placed, jax.eval_shape(tx.init, params), kept)
-        step = jit(lambda g, s, p: tx.update(g, s, p), out_shardings=(where, kept))
+        step = jax.jit(lambda g, s, p: tx.update(g, s, p), out_shardings=(where, kept))
         program = step.lower(params, state, params).compile().as_text()
     return [
         (kind, math.prod(int(size) for size in sizes.split(",") if size))

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from harness.row import jit
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,4 +37,4 @@ def run(tx: Any, params: Any, steps: int) -> tuple[Any, Any]:
         keys = jax.random.split(jax.random.key(1), steps)
         return jax.lax.scan(step, (params, tx.init(params)), keys)[0]
 
-    return jit(whole)(params)
+    return jax.jit(whole)(params)

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from harness.row import jit
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,10 +22,10 @@ def weights(seed: int = 0) -> dict[str, jax.Array]:
 
 
 def int8(params: Any) -> Any:
-    return jit(lambda p: lro.to_int8_weights(p, min_size=64))(params)
+    return jax.jit(lambda p: lro.to_int8_weights(p, min_size=64))(params)
 
 
-back = jit(lro.from_int8_weights)
+back = jax.jit(lro.from_int8_weights)
 
 
 def test_errors_are_at_most_half_a_step_of_a_group_of_256() -> None:
@@ -65,7 +64,7 @@ def test_the_mean_over_seeds_is_the_sum_of_weight_and_update() -> None:
         updates, _ = tx.update(change, state._replace(count=count), stored)
         return lro.from_int8_weights(optax.apply_updates(stored, updates))["kernel"]
 
-    mean = jit(lambda counts: jnp.mean(jax.lax.map(one, counts, batch_size=50), 0))(
+    mean = jax.jit(lambda counts: jnp.mean(jax.lax.map(one, counts, batch_size=50), 0))(
         jnp.arange(count, dtype=jnp.int32)
     )
     wanted = np.asarray(back(stored)["kernel"] + change["kernel"])
@@ -83,7 +82,7 @@ def test_applied_updates_are_the_new_codes_and_repeat_with_the_seed() -> None:
         updates, state = tx.update(change, tx.init(stored), stored)
         return optax.apply_updates(stored, updates), state
 
-    new, state = jit(lambda: step(0))()
+    new, state = jax.jit(lambda: step(0))()
     assert state.count == 1
     assert isinstance(new["kernel"], Int8Weight)
     assert [x.dtype for x in new["kernel"]] == [jnp.uint8, jnp.float32, jnp.uint8]
@@ -92,7 +91,7 @@ def test_applied_updates_are_the_new_codes_and_repeat_with_the_seed() -> None:
     error = np.abs(found - wanted).max(-1)
     assert (error <= np.asarray(new["kernel"].scales) * 1.001).all()
     np.testing.assert_array_equal(new["bias"], stored["bias"] + change["bias"])
-    same, other = jit(lambda: step(0))()[0], jit(lambda: step(1))()[0]
+    same, other = jax.jit(lambda: step(0))()[0], jax.jit(lambda: step(1))()[0]
     np.testing.assert_array_equal(same["kernel"].codes, new["kernel"].codes)
     assert (np.asarray(other["kernel"].codes) != new["kernel"].codes).mean() > 0.2
 
@@ -143,7 +142,7 @@ def test_q_galore_trains_a_regression_to_nearly_the_loss_of_float32() -> None:
         whole = lambda p: jax.lax.fori_loop(0, 200, lambda _, carry: step(*carry), (p, tx.init(p)))[
             0
         ]
-        return float(loss(lro.from_int8_weights(jit(whole)(params))))
+        return float(loss(lro.from_int8_weights(jax.jit(whole)(params))))
 
     wide, narrow = final(plain, params), final(q_galore(rate), int8(params))
     assert wide < 0.1 * float(loss(params))
@@ -153,9 +152,9 @@ def test_q_galore_trains_a_regression_to_nearly_the_loss_of_float32() -> None:
 def test_q_galore_with_donation_and_through_orbax(tmp_path: Path) -> None:
     loss, params = regression()
     tx = q_galore(1e-2)
-    step = jit(make_step(tx, loss), donate_argnums=(0, 1))
+    step = jax.jit(make_step(tx, loss), donate_argnums=(0, 1))
     params = int8(params)
-    state = jit(tx.init)(params)
+    state = jax.jit(tx.init)(params)
     for _ in range(2):
         given = params
         params, state = step(params, state)

@@ -3,7 +3,6 @@
 import itertools
 from typing import Any
 
-from harness.row import jit
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +27,7 @@ def test_the_first_step_is_that_of_float32(bits: Any) -> None:
     inner = optax.scale_by_adam()
     wanted, _ = inner.update(gradient, inner.init(params))
     tx = low_bit(inner, bits)
-    found, _ = jit(lambda g, p: tx.update(g, tx.init(p), p))(gradient, params)
+    found, _ = jax.jit(lambda g, p: tx.update(g, tx.init(p), p))(gradient, params)
     np.testing.assert_allclose(found["kernel"], wanted["kernel"], rtol=1e-6, atol=1e-6)
 
 
@@ -98,7 +97,7 @@ def test_the_step_uses_moments_before_they_are_rounded(bits: Any) -> None:
         nu={"kernel": decoded(state, "nu", "unsigned", bits)},
     )
     wanted, _ = adam.update(gradient, inner)
-    found, _ = jit(tx.update)(gradient, state)
+    found, _ = jax.jit(tx.update)(gradient, state)
     np.testing.assert_allclose(found["kernel"], wanted["kernel"], rtol=1e-5, atol=1e-6)
 
 
@@ -108,7 +107,7 @@ def decoded(
     """A quantized moment of the kernel."""
     q = Quantized(getattr(state.codes, name)["kernel"], getattr(state.scales, name)["kernel"])
     fmt = moment_formats(bits, None, map)[kind]
-    return jit(lambda q: dequantize(q, fmt, shape))(q)
+    return jax.jit(lambda q: dequantize(q, fmt, shape))(q)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +116,7 @@ def decoded(
 def test_second_moments_have_no_zero_beside_others(map: Any, bits: Any) -> None:
     gradient = {"kernel": normal(SHAPE) * jnp.logspace(-12, 0, SHAPE[1])}
     tx = low_bit(optax.scale_by_adam(), bits, map=map)
-    _, state = jit(lambda g: tx.update(g, tx.init(g)))(gradient)
+    _, state = jax.jit(lambda g: tx.update(g, tx.init(g)))(gradient)
     assert np.all(decoded(state, "nu", "unsigned", bits, map) > 0)
 
 
@@ -128,7 +127,7 @@ def test_a_bad_gradient_leaves_no_trace_in_the_state_but_its_own_element(
     tx, params = low_bit(optax.scale_by_adam(), bits, block_size=16), kernel()
     _, state = run(tx, params, 2)
     gradient = np.array(kernel(seed=3)["kernel"])
-    update = jit(tx.update)
+    update = jax.jit(tx.update)
     clean = update({"kernel": gradient}, state)[1]
     gradient[3, 5] = bad
     after = update({"kernel": gradient}, state)[1]
@@ -142,9 +141,9 @@ def test_a_bad_gradient_leaves_no_trace_in_the_state_but_its_own_element(
 def test_random_rounding_changes_from_step_to_step_and_repeats_with_the_seed() -> None:
     params, gradient = kernel(), kernel(seed=1)
     options = {"stochastic_rounding": True}
-    update = lambda tx: jit(lambda s: tx.update(gradient, s, params)[1])
+    update = lambda tx: jax.jit(lambda s: tx.update(gradient, s, params)[1])
     tx = low_bit(optax.scale_by_adam(b1=0.5, b2=0.5), **options)
-    first = jit(tx.init)(params)
+    first = jax.jit(tx.init)(params)
     second = first._replace(count=jnp.asarray(7, jnp.int32))
     step = update(tx)
     codes = lambda state: np.asarray(step(state).codes.mu["kernel"])
@@ -162,7 +161,7 @@ def test_random_rounding_keeps_the_mean_of_a_slow_average() -> None:
     found = {}
     for random in (False, True):
         tx = low_bit(optax.ema(0.99, debias=False), 4, stochastic_rounding=random)
-        state = jit(
+        state = jax.jit(
             lambda tx=tx: jax.lax.scan(
                 lambda s, _: (tx.update(gradient, s)[1], None), tx.init(gradient), length=300
             )[0]
@@ -197,19 +196,19 @@ def test_state_bytes_of_real_shapes(bits: Any, share: float) -> None:
 def test_bfloat16_gradients_get_bfloat16_updates_and_float32_arithmetic(bits: Any) -> None:
     params = {"kernel": normal(SHAPE).astype(jnp.bfloat16), "bias": jnp.ones(3, jnp.bfloat16)}
     tx = lro.low_bit(optax.scale_by_adam(), bits, min_size=64)
-    state = jit(tx.init)(params)
+    state = jax.jit(tx.init)(params)
     assert state.inner.mu["bias"].dtype == state.scales.mu["kernel"].dtype == jnp.float32
-    updates, after = jit(tx.update)(params, state, params)
+    updates, after = jax.jit(tx.update)(params, state, params)
     assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype(jnp.bfloat16)}
     assert jax.tree.map(jnp.result_type, after) == jax.tree.map(jnp.result_type, state)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), params)
-    wanted = jit(tx.update)(wide, state, params)
+    wanted = jax.jit(tx.update)(wide, state, params)
     assert wanted[0]["kernel"].dtype == jnp.float32
     np.testing.assert_array_equal(after.codes.nu["kernel"], wanted[1].codes.nu["kernel"])
 
 
 def test_codes_and_scales_are_parallel_trees_of_plain_arrays() -> None:
-    state = jit(low_bit(optax.adam(1e-3), 4).init)(kernel())
+    state = jax.jit(low_bit(optax.adam(1e-3), 4).init)(kernel())
     leaves = jax.tree.leaves((state.codes, state.scales))
     assert {x.dtype.name for x in leaves} == {"uint8", "float32"}
     as_inner = lambda tree: jax.tree.structure(tree, is_leaf=lambda x: x is None)
@@ -224,7 +223,7 @@ def test_stacked_parameters_under_vmap_are_separate_ones(bits: Any) -> None:
     def step(p: jax.Array, g: jax.Array) -> Any:
         return tx.update(g, tx.update(p, tx.init(p), p)[1], p)
 
-    together = jit(jax.vmap(step))(stack, gradients)
-    alone = [jit(step)(p, g) for p, g in zip(stack, gradients, strict=True)]
+    together = jax.jit(jax.vmap(step))(stack, gradients)
+    alone = [jax.jit(step)(p, g) for p, g in zip(stack, gradients, strict=True)]
     for whole, *parts in zip(*map(jax.tree.leaves, (together, *alone)), strict=True):
         np.testing.assert_allclose(whole, np.stack(parts), rtol=1e-6, atol=1e-7)

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from harness.row import jit
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,7 +60,7 @@ def test_other_optimizers_stay_near_themselves_in_float32(name: str) -> None:
 def test_small_arrays_stay_as_they_are() -> None:
     params = {"kernel": jnp.ones((64, 64)), "bias": jnp.ones(64), "edge": jnp.ones((4095,))}
     assert in_codes(lro.low_bit(optax.scale_by_adam()), params) == {"mu/kernel", "nu/kernel"}
-    state = jit(lro.low_bit(optax.scale_by_adam()).init)(params)
+    state = jax.jit(lro.low_bit(optax.scale_by_adam()).init)(params)
     assert state.inner.mu["kernel"] is None
     assert state.inner.nu["edge"].dtype == jnp.float32
     assert state.scales.mu["bias"] is None
@@ -91,7 +90,7 @@ def test_which_decides_for_embeddings_and_for_states_of_unknown_names() -> None:
         named = lro.low_bit(odd, which=lambda path, x, kind=kind: kind)
         assert in_codes(named, params) == {"slow/embed", "slow/kernel"}
         gradient = optax.tree.scale(value, params)
-        state = jit(lambda g, tx=named: tx.update(g, tx.init(g))[1])(gradient)
+        state = jax.jit(lambda g, tx=named: tx.update(g, tx.init(g))[1])(gradient)
         assert np.all(state.scales["slow"]["kernel"] == 1)
     with pytest.raises(ValueError, match="which returned 'both' for 'slow/embed'"):
         lro.low_bit(odd, which=lambda path, x: "both").init(params)

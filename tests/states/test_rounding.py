@@ -4,7 +4,6 @@ import itertools
 from typing import Any
 
 from flax import nnx
-from harness.row import jit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import jax
@@ -22,7 +21,7 @@ BF16 = ml_dtypes.bfloat16
 
 
 def draw(x: float, count: int = 200_000, seed: int = 0) -> np.ndarray:
-    fill = jit(stochastic_round)(jnp.full(count, x, jnp.float32), jax.random.key(seed))
+    fill = jax.jit(stochastic_round)(jnp.full(count, x, jnp.float32), jax.random.key(seed))
     return np.asarray(fill, np.float64)
 
 
@@ -43,7 +42,7 @@ def test_roundings_of_a_quarter_step_are_the_two_neighbours_and_right_on_average
 def test_the_chance_is_the_fraction_at_any_size() -> None:
     x = np.float32([3.14159, -1e-20, 7.7e30, 1.0 + 2**-16, -0.1])
     keys = jax.random.split(jax.random.key(0), 20_000)
-    found = np.asarray(jit(jax.vmap(lambda key: stochastic_round(x, key)))(keys), np.float64)
+    found = np.asarray(jax.jit(jax.vmap(lambda key: stochastic_round(x, key)))(keys), np.float64)
     low, high = neighbours(x)
     assert np.isin(found, [low, high]).all()
     sigma = np.abs(high - low) / 2 / np.sqrt(len(keys))
@@ -53,7 +52,7 @@ def test_the_chance_is_the_fraction_at_any_size() -> None:
 def test_numbers_that_bfloat16_holds_and_what_is_not_finite_stay() -> None:
     x = np.float32([0.0, -0.0, 1.0, -2.5, 1.0078125, 1e-40, np.nan, np.inf, -np.inf])
     x = x.astype(BF16).astype(np.float32)
-    found = np.asarray(jit(stochastic_round)(x, jax.random.key(0)))
+    found = np.asarray(jax.jit(stochastic_round)(x, jax.random.key(0)))
     np.testing.assert_array_equal(found.view(np.uint32)[:6], x.view(np.uint32)[:6])
     np.testing.assert_array_equal(found, x)
 
@@ -68,7 +67,7 @@ def test_applied_updates_give_exactly_a_bfloat16_next_to_the_sum(rounding: Any) 
         updates, _ = tx.update(u, state, p)
         return optax.apply_updates(p, updates)
 
-    step = jit(step)
+    step = jax.jit(step)
 
     @settings(max_examples=15, deadline=None)
     @given(seed=st.integers(0, 2**31 - 1), ratio=st.floats(-12, 6), exponent=st.floats(-25, 25))
@@ -105,7 +104,7 @@ def trained(tx: Any, params: Any, gradient: Any, steps: int) -> np.ndarray:
     def whole(params: Any) -> Any:
         return jax.lax.scan(step, (params, tx.init(params)), length=steps)[0][0]
 
-    return np.asarray(jit(whole)(params), np.float64)
+    return np.asarray(jax.jit(whole)(params), np.float64)
 
 
 def test_weight_decay_of_a_millionth_is_kept_at_random_and_lost_by_the_nearest() -> None:
@@ -131,7 +130,7 @@ def test_compensated_parameters_are_rounded_float32_ones() -> None:
         return (optax.apply_updates(params, changes), state, wide + u), None
 
     start = params, tx.init(params), params.astype(jnp.float32)
-    (new, state, wide), _ = jit(lambda c: jax.lax.scan(step, c, updates))(start)
+    (new, state, wide), _ = jax.jit(lambda c: jax.lax.scan(step, c, updates))(start)
     upper = np.asarray(new).view(np.uint16).astype(np.uint32) << 16
     bits = upper.astype(np.int64) + np.asarray(state.compensation, np.int64)
     np.testing.assert_array_equal(bits.astype(np.uint32).view(np.float32), wide)
@@ -149,7 +148,7 @@ def test_updates_that_nearest_rounding_loses_are_kept_by_compensation() -> None:
             return (optax.apply_updates(params, changes), state), None
 
         run = lambda p: jax.lax.scan(step, (p, tx.init(p)), length=4000)[0][0]
-        return np.asarray(jit(run)(params), np.float64)
+        return np.asarray(jax.jit(run)(params), np.float64)
 
     np.testing.assert_array_equal(after(optax.identity()), 1.0)
     np.testing.assert_allclose(after(lro.round_updates("compensated")), 0.996, atol=2e-3)
@@ -171,7 +170,7 @@ def test_other_dtypes_are_left_to_apply_updates(rounding: Any) -> None:
     params = {"a": jnp.ones(4), "b": jnp.ones(4, jnp.float16), "c": jnp.ones(4, jnp.bfloat16)}
     updates = jax.tree.map(lambda x: jnp.full(4, 1e-5, jnp.float32), params)
     tx = lro.round_updates(rounding)
-    found, state = jit(lambda u, p: tx.update(u, tx.init(p), p))(updates, params)
+    found, state = jax.jit(lambda u, p: tx.update(u, tx.init(p), p))(updates, params)
     np.testing.assert_array_equal(found["a"], updates["a"])
     np.testing.assert_array_equal(found["b"], updates["b"])
     if rounding == "compensated":
@@ -186,7 +185,7 @@ def test_random_roundings_differ_between_steps_and_equal_leaves() -> None:
         tx = lro.round_updates(seed=seed)
         state, found = tx.init(params), []
         for _ in range(2):
-            new, state = jit(tx.update)(updates, state, params)
+            new, state = jax.jit(tx.update)(updates, state, params)
             found += [np.asarray(new["a"]), np.asarray(new["b"])]
         return found
 
@@ -215,12 +214,12 @@ def test_unknown_ways_are_refused() -> None:
 def test_in_float32_keeps_state_and_updates_in_float32() -> None:
     params = {"kernel": jnp.ones((4, 4), jnp.bfloat16), "half": jnp.ones(3, jnp.float16)}
     tx = lro.in_float32(optax.adamw(1e-3))
-    updates, state = jit(lambda p: tx.update(p, tx.init(p), p))(params)
+    updates, state = jax.jit(lambda p: tx.update(p, tx.init(p), p))(params)
     assert {x.dtype.name for x in jax.tree.leaves(updates)} == {"float32"}
     assert {x.dtype.name for x in jax.tree.leaves(state)} == {"float32", "int32"}
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), params)
     plain = optax.adamw(1e-3)
-    wanted = jit(lambda p: plain.update(p, plain.init(p), p))(wide)[0]
+    wanted = jax.jit(lambda p: plain.update(p, plain.init(p), p))(wide)[0]
     jax.tree.map(np.testing.assert_array_equal, updates, wanted)
 
 
@@ -237,7 +236,7 @@ def test_jit_with_donation_and_accumulated_gradients(rounding: Any) -> None:
         updates, state = tx.update(params, state, params)
         return optax.apply_updates(params, updates), state
 
-    donated = jit(step, donate_argnums=(0, 1))
+    donated = jax.jit(step, donate_argnums=(0, 1))
     state = tx.init(params)
     seen = [params["kernel"].copy()]
     for _ in range(4):

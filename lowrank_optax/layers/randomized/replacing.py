@@ -12,9 +12,9 @@ from lowrank_optax.layers.randomized.sketch import Sketch
 from lowrank_optax.layers.randomized.summaries import (
     RandomizedLayer,
     RandomizedSummary,
-    weight_string,
 )
 from lowrank_optax.matrices.flax_layers import place, read_layer
+from lowrank_optax.matrices.printing import matrices_string
 from lowrank_optax.matrices.rules import NOT_MATRICES
 from lowrank_optax.matrices.selection import Path, Where, matching, near, path_string
 
@@ -115,8 +115,9 @@ def restore_linears(model: Any) -> nnx.Module:
 def randomized_layers(model: nnx.Module) -> RandomizedSummary:
     """Which layers of a model are randomized, and how: print it, or read its ``rows``."""
     rows = [
-        RandomizedLayer(path_string(path), weight_string(*_weight(layer)), layer.sketch)
+        RandomizedLayer(path_string(path), matrices_string(stack, *matrix), layer.sketch)
         for path, layer in randomized_modules(model).items()
+        for matrix, stack in [_weight(layer)]
     ]
     return RandomizedSummary(rows)
 

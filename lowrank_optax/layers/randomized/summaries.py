@@ -51,13 +51,6 @@ class RandomizedSummary:
     __repr__ = __str__
 
 
-def weight_string(matrix: tuple[int, int], stack: tuple[int, ...]) -> str:
-    """``4 × (512 × 1376)``."""
-    d_in, d_out = matrix
-    view = f"{d_in} × {d_out}"
-    return f"{' × '.join(map(str, stack))} × ({view})" if stack else view
-
-
 def kept_string(sketch: Sketch) -> str:
     """``12.5% of rows, 16 at least``."""
     if sketch.fraction is None:

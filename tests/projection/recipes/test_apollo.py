@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from close import assert_close
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,7 +62,7 @@ def test_mini_is_apollo_of_rank_one_with_one_factor_a_matrix() -> None:
     same = lro.apollo(0.1, 1, scale=16.0, granularity="tensor", seed=2)
     np.testing.assert_array_equal(moved(mini, (6, 9), gradients), moved(same, (6, 9), gradients))
     seen = moved(mini, (6, 9), gradients[:1]) / np.asarray(gradients[0]["kernel"])
-    np.testing.assert_allclose(seen, seen[0, 0], rtol=1e-4)
+    assert_close(seen, seen[0, 0], 800)
 
 
 def test_another_seed_is_another_basis() -> None:

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from harness.row import jit
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,7 +35,7 @@ def one(x: jax.Array) -> dict[str, jax.Array]:
 def first_basis(bits: Any, gradient: Any) -> tuple[np.ndarray, Any]:
     """The basis ``[32, 8]`` found of a gradient, decoded, and as it is stored."""
     tx = scaled(rule(bits))
-    state = jit(lambda g: tx.update(g, tx.init(g), g)[1])(gradient)
+    state = jax.jit(lambda g: tx.update(g, tx.init(g), g)[1])(gradient)
     stored = jax.tree.map(lambda x: x["kernel"], state.basis, is_leaf=lambda x: isinstance(x, dict))
     if bits == 16:
         return np.asarray(stored, np.float64), stored
@@ -60,7 +59,7 @@ def test_bases_are_nearly_orthonormal_and_of_few_bytes(bits: Any) -> None:
 
 def first_basis_float32(gradient: Any) -> tuple[np.ndarray, Any]:
     tx = scaled(lro.subspaces.svd(RANK))
-    state = jit(lambda g: tx.update(g, tx.init(g), g)[1])(gradient)
+    state = jax.jit(lambda g: tx.update(g, tx.init(g), g)[1])(gradient)
     return np.asarray(state.basis["kernel"], np.float64), state
 
 
@@ -87,7 +86,7 @@ def test_project_and_lift_are_adjoint(name: str, bits: Any) -> None:
         lifted = lambda g: tx.update(g, state, g)[0]["kernel"]
         return lifted(b), jnp.sum(lifted(b) * c["kernel"]), jnp.sum(lifted(c) * b["kernel"])
 
-    lifted, one, other = jit(products)(first, second, third)
+    lifted, one, other = jax.jit(products)(first, second, third)
     assert float(one) == pytest.approx(float(other), rel=1e-4)
     singular = np.linalg.svd(np.asarray(lifted, np.float64), compute_uv=False)
     assert (singular[..., RANK:] < 1e-4 * singular[..., :1]).all()
@@ -98,7 +97,7 @@ def test_stacked_weights_are_separate_ones(bits: Any) -> None:
     """Of fewer elements than a group: it is not filled with the next weight."""
     subspace = rule(bits, rank=2)
     tx = scaled(subspace, weight_dimension_numbers=LAST_TWO, refresh_every=2)
-    init, step = jit(tx.init), jit(tx.update)
+    init, step = jax.jit(tx.init), jax.jit(tx.update)
     stack = [g["kernel"] for g in normal_gradients((3, 6, 8), 3)]
 
     def updates(gradients: list[jax.Array]) -> list[np.ndarray]:
@@ -122,8 +121,8 @@ def test_a_bad_gradient_never_enters_the_basis(bits: Any, bad: float) -> None:
     tx = scaled(rule(bits), optax.identity(), refresh_every=1)
     good, other = normal_gradients(SHAPE, 2)
     poisoned = one(good["kernel"].at[3, 4].set(bad))
-    step = jit(tx.update)
-    _, state = step(good, jit(tx.init)(good), good)
+    step = jax.jit(tx.update)
+    _, state = step(good, jax.jit(tx.init)(good), good)
     _, after = step(poisoned, state, good)
     for x, y in zip(jax.tree.leaves(after.basis), jax.tree.leaves(state.basis), strict=True):
         np.testing.assert_array_equal(x, y)
@@ -160,7 +159,7 @@ def test_ranks_shrink_and_states_are_compacted_with_a_basis_of_16_bits() -> None
     smaller = lro.compact(state)
     assert smaller.basis.basis["kernel"].shape == (32, 2)
     assert smaller.basis.basis["kernel"].dtype == jnp.bfloat16
-    updates, _ = jit(tx.update)(gradients[2], smaller, params)
+    updates, _ = jax.jit(tx.update)(gradients[2], smaller, params)
     found = optax.apply_updates(params, updates)["kernel"]
     np.testing.assert_allclose(found, whole[2][0]["kernel"], atol=1e-3)
 

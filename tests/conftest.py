@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 import gc
+import itertools
 import os
 from pathlib import Path, PurePath
 import time
@@ -51,13 +52,41 @@ START = pytest.StashKey[float]()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves the tests marked `full` out, unless `--full` or the name of a test asks for them."""
+    """Leaves what is `full` out, unless `--full` or the name of a test asks for it."""
+    for cases in by_function(items).values():
+        if (marker := cases[0].get_closest_marker("combinations")) is not None:
+            for item in beyond_combinations(cases, *marker.args):
+                item.add_marker("full")
     if config.getoption("full") or any("::" in argument for argument in config.args):
         return
-    full = [item for item in items if item.get_closest_marker("full")]
+    full = {item for item in items if item.get_closest_marker("full")}
     if full:
-        items[:] = [item for item in items if item not in set(full)]
-        config.hook.pytest_deselected(items=full)
+        items[:] = [item for item in items if item not in full]
+        config.hook.pytest_deselected(items=list(full))
+
+
+def by_function(items: list[pytest.Item]) -> dict[str, list[pytest.Item]]:
+    """The parametrized cases of each test function."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if hasattr(item, "callspec"):
+            cases.setdefault(item.nodeid.split("[")[0], []).append(item)
+    return cases
+
+
+def beyond_combinations(cases: list[pytest.Item], strength: int) -> list[pytest.Item]:
+    """The cases that are not needed for every combination of `strength` values to occur."""
+    parts = {
+        case: set(itertools.combinations(sorted(case.callspec.indices.items()), strength))
+        for case in cases
+    }
+    missing = set().union(*parts.values())
+    chosen = set()
+    while missing:
+        best = max(cases, key=lambda case: len(parts[case] & missing))
+        chosen.add(best)
+        missing -= parts[best]
+    return [case for case in cases if case not in chosen]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

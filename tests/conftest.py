@@ -51,6 +51,7 @@ def pytest_configure(config: pytest.Config) -> None:
 START = pytest.StashKey[float]()
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest reads the marks for `-m`
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves what is `full` out, unless `--full` or the name of a test asks for it."""
     for cases in by_function(items).values():
@@ -76,10 +77,10 @@ def by_function(items: list[pytest.Item]) -> dict[str, list[pytest.Item]]:
 
 def beyond_combinations(cases: list[pytest.Item], strength: int) -> list[pytest.Item]:
     """The cases that are not needed for every combination of `strength` values to occur."""
-    parts = {
-        case: set(itertools.combinations(sorted(case.callspec.indices.items()), strength))
-        for case in cases
-    }
+    parts = {}
+    for case in cases:
+        values = sorted((name, id(value)) for name, value in case.callspec.params.items())
+        parts[case] = set(itertools.combinations(values, strength))
     missing = set().union(*parts.values())
     chosen = set()
     while missing:

@@ -7,7 +7,6 @@ from inspect import signature
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from harness.trees import (

@@ -1,0 +1,483 @@
+"""The table of faults: in each file one line that a mistake could have left there.
+
+Every fault changes what a user gets: a number, a dtype, a placement, or a refusal. None keeps the
+library from being imported, and none makes it run without end. To add one, add a row; `run.py`
+runs them, and `test_faults.py` checks that the table fits the library as it is.
+"""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """One wrong line.
+
+    Attributes:
+        name: what is wrong, as a short phrase.
+        path: file of the library, relative to the repository's root.
+        old: text that occurs exactly once in the file.
+        new: text that replaces it.
+        tests: arguments of pytest that select the tests which should fail, paths first.
+    """
+
+    name: str
+    path: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+PROJECTION = (
+    Fault(
+        "moments turned by the transposed matrix",
+        "lowrank_optax/projection/subspaces/base.py",
+        'product("...ds,...dr->...sr", new, old, view.small_partition)',
+        'product("...ds,...dr->...sr", old, new, view.small_partition)',
+        ("tests/projection/test_transfer.py",),
+    ),
+    Fault(
+        "basis refreshed one step late",
+        "lowrank_optax/projection/refresh.py",
+        "((count - offset) // steps + 1) * steps + offset, statistics",
+        "((count - offset) // steps + 1) * steps + offset + 1, statistics",
+        ("tests/projection/test_refresh.py",),
+    ),
+    Fault(
+        "norm of a gradient that is not finite remembered",
+        "lowrank_optax/projection/limiter.py",
+        "return factor, jnp.where(jnp.isfinite(norm), norm * factor, previous)",
+        "return factor, norm * factor",
+        ("tests/projection/test_limiter.py",),
+    ),
+    Fault(
+        "gradient projected in the basis of the last step",
+        "lowrank_optax/projection/leaf.py",
+        "projected = parts.subspace.project(state.basis, matrix, view)",
+        "projected = parts.subspace.project(last.basis, matrix, view)",
+        ("tests/projection/test_transform.py",),
+    ),
+    Fault(
+        "momentum before a refresh lifted in the basis after it",
+        "lowrank_optax/projection/residuals/error_feedback.py",
+        "step.subspace.lift(step.last_basis, step.moments.before, step.view)",
+        "step.subspace.lift(step.basis, step.moments.before, step.view)",
+        ("tests/projection/test_error_feedback.py",),
+    ),
+    Fault(
+        "bias correction of the limited norm one step off",
+        "lowrank_optax/projection/residuals/scaling.py",
+        "norm * (1 - b1 ** (count + 1)) / jnp.sqrt(1 - b2 ** (count + 1))",
+        "norm * (1 - b1 ** (count + 2)) / jnp.sqrt(1 - b2 ** (count + 2))",
+        ("tests/projection/test_residuals.py",),
+    ),
+    Fault(
+        "residual of Fira dropped",
+        "lowrank_optax/projection/residuals/scaling.py",
+        "return lifted + matrix * outside, previous",
+        "return lifted, previous",
+        ("tests/projection/test_residuals.py",),
+    ),
+    Fault(
+        "scale of APOLLO without its root",
+        "lowrank_optax/projection/recipes/apollo.py",
+        "scale=scale**0.5,",
+        "scale=scale,",
+        ("tests/projection/recipes/test_apollo.py",),
+    ),
+    Fault(
+        "first moment corrected by beta2 at a refresh",
+        "lowrank_optax/projection/transfer.py",
+        "mean = moments.at_path(state, beside[0]) / unbias",
+        "mean = moments.at_path(state, beside[0]) / correction",
+        ("tests/projection/test_transfer.py",),
+    ),
+    Fault(
+        "micro-batches summed and not averaged",
+        "lowrank_optax/projection/transform.py",
+        "mean = [x / micro_steps for x in sums]",
+        "mean = list(sums)",
+        ("tests/projection/test_accumulation.py",),
+    ),
+    Fault(
+        "key of the first refresh reused at every one",
+        "lowrank_optax/projection/transform.py",
+        "key=jax.random.fold_in(jax.random.key(seed), state.count),",
+        "key=jax.random.key(seed),",
+        ("tests/projection/test_random_subspaces.py",),
+    ),
+    Fault(
+        "directions beyond the active rank kept",
+        "lowrank_optax/projection/subspaces/adaptive_rank.py",
+        "AdaptiveBasis(jnp.where(active[..., None, :], basis, 0), rank)",
+        "AdaptiveBasis(basis, rank)",
+        ("tests/projection/test_adaptive_rank.py",),
+    ),
+    Fault(
+        "zero gradient enters the basis",
+        "lowrank_optax/projection/refreshing.py",
+        "all_finite(matrix, matrix.ndim - 2) & jnp.any(matrix != 0, axis=(-2, -1))",
+        "all_finite(matrix, matrix.ndim - 2)",
+        ("tests/projection/test_transform.py",),
+    ),
+)
+
+OPTIMIZERS = (
+    Fault(
+        "eps of AdaGrad-Norm outside the root",
+        "lowrank_optax/optimizers/adagrad_norm.py",
+        "jax.lax.rsqrt(sums + eps)",
+        "1 / (jnp.sqrt(sums) + eps)",
+        ("tests/optimizers/test_adagrad_norm.py",),
+    ),
+    Fault(
+        "inner learning rate read one step late",
+        "lowrank_optax/optimizers/extrapolate.py",
+        "inner_learning_rate(count) if callable(inner_learning_rate)",
+        "inner_learning_rate(state.count) if callable(inner_learning_rate)",
+        ("tests/optimizers/test_extrapolate.py",),
+    ),
+    Fault(
+        "look-ahead along a gradient that is not finite",
+        "lowrank_optax/optimizers/extrapolated.py",
+        "previous = zero_unless_finite(gradient)",
+        "previous = gradient",
+        ("tests/optimizers/test_extrapolation.py",),
+    ),
+    Fault(
+        "update against the rule's direction",
+        "lowrank_optax/optimizers/gradient_direction.py",
+        "jnp.sign(g if along_gradient else -g)",
+        "jnp.sign(-g if along_gradient else g)",
+        ("tests/optimizers/test_gradient_direction.py",),
+    ),
+    Fault(
+        "second moment of Grams corrected by beta1",
+        "lowrank_optax/optimizers/grams.py",
+        "root = jnp.sqrt(1 - b2**count)",
+        "root = jnp.sqrt(1 - b1**count)",
+        ("tests/optimizers/test_grams.py",),
+    ),
+    Fault(
+        "gamma of NAG-GS moves away from mu",
+        "lowrank_optax/optimizers/nag_gs.py",
+        "damping + alpha / (1 + alpha) * (convexity - damping)",
+        "damping - alpha / (1 + alpha) * (convexity - damping)",
+        ("tests/optimizers/test_nag_gs.py",),
+    ),
+    Fault(
+        "uniform average of couplings without the first",
+        "lowrank_optax/optimizers/mirror_sinkhorn/averages.py",
+        "average + (new - average) / (count + 1), earlier",
+        "average + (new - average) / count, earlier",
+        ("tests/optimizers/test_mirror_sinkhorn.py",),
+    ),
+    Fault(
+        "stop_gradient of the transport solver missing",
+        "lowrank_optax/optimizers/mirror_sinkhorn/transport.py",
+        "frozen = jax.lax.stop_gradient((costs, rows, columns))",
+        "frozen = (costs, rows, columns)",
+        ("tests/optimizers/test_mirror_sinkhorn_transport.py",),
+    ),
+)
+
+SCHEDULES = (
+    Fault(
+        "damping of one_cycle by the momentum",
+        "lowrank_optax/schedules/cycled_optimizer.py",
+        "optax.tree.scale(1 - arguments[momentum], updates)",
+        "optax.tree.scale(arguments[momentum], updates)",
+        ("tests/schedules/test_one_cycle.py",),
+    ),
+    Fault(
+        "last step of the cycle never reached",
+        "lowrank_optax/schedules/cycle_schedules.py",
+        "last = total_steps - 1",
+        "last = total_steps",
+        ("tests/schedules/test_one_cycle.py",),
+    ),
+    Fault(
+        "variance of gradients over n and not n - 1",
+        "lowrank_optax/schedules/gradient_noise.py",
+        "jnp.maximum(squares, 0.0) / (total - 1)",
+        "jnp.maximum(squares, 0.0) / total",
+        ("tests/schedules/test_gradient_noise.py",),
+    ),
+    Fault(
+        "norm test by eta and not its square",
+        "lowrank_optax/schedules/batch_size.py",
+        "return ratio(variance, self.eta**2 * norm)",
+        "return ratio(variance, self.eta * norm)",
+        ("tests/schedules/test_batch_size.py",),
+    ),
+    Fault(
+        "weight decay without the learning rate",
+        "lowrank_optax/schedules/weight_decay/coupling.py",
+        "return rate * strength",
+        "return strength",
+        ("tests/schedules/test_weight_decay_coupling.py",),
+    ),
+    Fault(
+        "bias correction of the smoothed loss one step off",
+        "lowrank_optax/schedules/range_run.py",
+        "(jnp.maximum(inputs.index, 0) + 1)",
+        "(jnp.maximum(inputs.index, 0) + 2)",
+        ("tests/schedules/test_range_test.py",),
+    ),
+)
+
+ADAPTERS = (
+    Fault(
+        "LoRA scaled by alpha and not alpha / r",
+        "lowrank_optax/adapters/lora.py",
+        "return alpha / (rank**0.5 if self.rank_stabilized else rank)",
+        "return alpha",
+        ("tests/adapters/test_lora.py",),
+    ),
+    Fault(
+        "change subtracted when merged",
+        "lowrank_optax/adapters/folding.py",
+        "exact = w.astype(jnp.float32) + change",
+        "exact = w.astype(jnp.float32) - change",
+        ("tests/adapters/test_nnx_switching.py",),
+    ),
+    Fault(
+        "start of PiSSA donated with what is trained",
+        "lowrank_optax/adapters/pissa.py",
+        '"A_0": jnp.copy(a)',
+        '"A_0": a',
+        ("tests/adapters/test_pissa.py",),
+    ),
+    Fault(
+        "first factor of LoRA-FA trained",
+        "lowrank_optax/adapters/lora_fa.py",
+        'lora.frozen | {"A": trainable.pop("A")}',
+        "lora.frozen",
+        ("tests/adapters/test_lora_fa.py",),
+    ),
+    Fault(
+        "scale missing in LoRA-FA's projection",
+        "lowrank_optax/adapters/lora_fa.py",
+        "columns = a.astype(jnp.float32) * scale[..., None, :]",
+        "columns = a.astype(jnp.float32)",
+        ("tests/adapters/test_lora_fa_projection.py",),
+    ),
+    Fault(
+        "AFLoRA's mask of frozen matrices inverted",
+        "lowrank_optax/adapters/freezing_matrices.py",
+        "jnp.where(over(flag, x), 0, x)",
+        "jnp.where(over(flag, x), x, 0)",
+        ("tests/adapters/test_aflora_frozen.py",),
+    ),
+    Fault(
+        "LaMDA's rows frozen one row early",
+        "lowrank_optax/adapters/freezing_rows.py",
+        "share = np.minimum((np.arange(rows) + 1) / ranks[..., None], 1)",
+        "share = np.minimum(np.arange(rows) / ranks[..., None], 1)",
+        ("tests/adapters/test_lamda_freezing.py",),
+    ),
+    Fault(
+        "what dropout keeps not scaled up",
+        "lowrank_optax/adapters/operands.py",
+        "jnp.where(kept, x / (1 - rate), jnp.zeros_like(x))",
+        "jnp.where(kept, x, jnp.zeros_like(x))",
+        ("tests/adapters/test_operands.py",),
+    ),
+    Fault(
+        "PEFT field that changes the function let through",
+        "lowrank_optax/adapters/peft/config.py",
+        "if refused:",
+        "if len(refused) > 1:",
+        ("tests/adapters/test_peft_refusals.py",),
+    ),
+    Fault(
+        "strength of an adapter ignored",
+        "lowrank_optax/adapters/outputs.py",
+        "changes.append(part.strength * (apply(part, exact) - before))",
+        "changes.append(apply(part, exact) - before)",
+        ("tests/adapters/test_nnx_switching.py",),
+    ),
+    Fault(
+        "core of LoTR transposed",
+        "lowrank_optax/adapters/lotr.py",
+        "second = product(core, second)",
+        "second = product(core.mT, second)",
+        ("tests/adapters/test_lotr.py",),
+    ),
+    Fault(
+        "cross term of DoRA's norms once and not twice",
+        "lowrank_optax/adapters/dora.py",
+        "kept + 2 * jnp.sum(second * cross, axis=-2)",
+        "kept + jnp.sum(second * cross, axis=-2)",
+        ("tests/adapters/test_dora.py",),
+    ),
+)
+
+ACTIVATIONS = (
+    Fault(
+        "cotangent rounded to bfloat16 before the product",
+        "lowrank_optax/activations/coded_backward.py",
+        "gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32))",
+        "gradient.astype(jnp.bfloat16)",
+        ("tests/activations/test_few_bit.py",),
+    ),
+    Fault(
+        "NaN takes its whole block along",
+        "lowrank_optax/activations/block_codes.py",
+        "jnp.where(jnp.isfinite(blocks), blocks, 0)",
+        "blocks",
+        ("tests/activations/test_gated.py",),
+    ),
+    Fault(
+        "gradient of the gate without the other factor",
+        "lowrank_optax/activations/gating.py",
+        "pull(wide * up)[0]",
+        "pull(wide)[0]",
+        ("tests/activations/test_gated.py",),
+    ),
+    Fault(
+        "number on a boundary coded as above it",
+        "lowrank_optax/activations/coding.py",
+        "code += jnp.where(x > boundary, above - below, 0)",
+        "code += jnp.where(x >= boundary, above - below, 0)",
+        ("tests/activations/test_coding.py",),
+    ),
+    Fault(
+        "halves of packed bytes swapped",
+        "lowrank_optax/activations/packing.py",
+        "jnp.concatenate([part & 15, part >> 4], axis)",
+        "jnp.concatenate([part >> 4, part & 15], axis)",
+        ("tests/activations/test_packing.py",),
+    ),
+    Fault(
+        "calls in a scan counted once",
+        "lowrank_optax/activations/rewriting.py",
+        "count=site.count * times,",
+        "count=site.count,",
+        ("tests/activations/test_calls.py",),
+    ),
+    Fault(
+        "gelu exact by default",
+        "lowrank_optax/activations/functions.py",
+        "def gelu(x: ArrayLike, bits: int = 3, approximate: bool = True)",
+        "def gelu(x: ArrayLike, bits: int = 3, approximate: bool = False)",
+        ("tests/activations/test_functions.py",),
+    ),
+)
+
+LAYERS = (
+    Fault(
+        "slope of a power without the exponent",
+        "lowrank_optax/layers/powerpropagation/power.py",
+        "alpha * _nonzero(wide) ** (alpha - 1))",
+        "_nonzero(wide) ** (alpha - 1))",
+        ("tests/layers/test_powerprop.py",),
+    ),
+    Fault(
+        "gradient from chosen rows not scaled up to all",
+        "lowrank_optax/layers/randomized/sketches.py",
+        "return count / size if kind in ROW_KINDS else 1.0",
+        "return 1.0",
+        ("tests/layers/test_randomized_linear.py",),
+    ),
+    Fault(
+        "layers of a stack pruned as one",
+        "lowrank_optax/layers/powerpropagation/pruning.py",
+        "matrix.reshape(math.prod(matrix.shape[:-2]), math.prod(matrix.shape[-2:]))",
+        "matrix.reshape(1, -1)",
+        ("tests/layers/test_powerprop_pruning.py",),
+    ),
+    Fault(
+        "weights that a task owns drawn again",
+        "lowrank_optax/layers/powerpropagation/packnet.py",
+        "jnp.where(owner == 0, new, x)",
+        "jnp.where(owner != 0, new, x)",
+        ("tests/layers/test_powerprop_packnet.py",),
+    ),
+    Fault(
+        "sign in the variance of a Gaussian sketch",
+        "lowrank_optax/layers/randomized/variances.py",
+        "variance = (of.a * of.c + of.g) / size",
+        "variance = (of.a * of.c - of.g) / size",
+        ("tests/layers/test_randomized_linear_variances.py",),
+    ),
+)
+
+MODELS = (
+    Fault(
+        "sign in the rotary embedding",
+        "lowrank_optax/models/rotary.py",
+        "first * cos - second * sin",
+        "first * cos + second * sin",
+        ("tests/models/test_decoder.py",),
+    ),
+    Fault(
+        "sliding window one token too long",
+        "lowrank_optax/models/attention.py",
+        "(self.sliding_window - 1, 0)",
+        "(self.sliding_window, 0)",
+        ("tests/models/test_decoder.py",),
+    ),
+)
+
+BELOW = (
+    Fault(
+        "axes of a weight put back in the wrong order",
+        "lowrank_optax/matrices/views.py",
+        "matrix.transpose(inverse)",
+        "matrix.transpose(order)",
+        ("tests/matrices/test_views.py",),
+    ),
+    Fault(
+        "lowest bits of a float32 factor lost in a product",
+        "lowrank_optax/matrices/bfloat16.py",
+        "return high + (middle + low)",
+        "return high + middle",
+        ("tests/matrices/test_bfloat16.py",),
+    ),
+    Fault(
+        "one scale for an array and not for a block",
+        "lowrank_optax/quantization/blocks.py",
+        "scales = jnp.max(jnp.abs(blocks), axis=-1)",
+        "scales = jnp.full(blocks.shape[:-1], jnp.max(jnp.abs(blocks), initial=0.0))",
+        ("tests/quantization/test_blocks.py",),
+    ),
+    Fault(
+        "beta1 in the second moment of the fused Adam",
+        "lowrank_optax/kernels/adam.py",
+        "(1 - s.b2) * jnp.square(gradient)",
+        "(1 - s.b1) * jnp.square(gradient)",
+        ("tests/states/test_fused.py", "tests/kernels/test_low_bit_adam.py"),
+    ),
+    Fault(
+        "compensated parameters rounded towards zero",
+        "lowrank_optax/states/rounding.py",
+        "upper = ((raw + 0x8000) >> 16) << 16",
+        "upper = (raw >> 16) << 16",
+        ("tests/states/test_rounding.py",),
+    ),
+    Fault(
+        "folder copied over the earlier one and not swapped",
+        "lowrank_optax/storage/folders.py",
+        "_swap(staging, folder)",
+        "shutil.copytree(staging, folder, dirs_exist_ok=True)",
+        ("tests/models/test_huggingface.py",),
+    ),
+    Fault(
+        "state of a sharded parameter replicated",
+        "lowrank_optax/sharding.py",
+        "return PartitionSpec() if x.sharding is None else x.sharding.spec",
+        "return PartitionSpec()",
+        ("tests/sharded/test_state_shardings.py",),
+    ),
+)
+
+FAULTS: tuple[Fault, ...] = (
+    *PROJECTION,
+    *OPTIMIZERS,
+    *SCHEDULES,
+    *ADAPTERS,
+    *ACTIVATIONS,
+    *LAYERS,
+    *MODELS,
+    *BELOW,
+)

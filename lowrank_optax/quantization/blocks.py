@@ -6,6 +6,7 @@ what they stand for.
 """
 
 from collections.abc import Callable, Sequence
+import functools
 import itertools
 import math
 from typing import Any, NamedTuple
@@ -82,6 +83,7 @@ def layout_of(shape: tuple[int, ...], block_size: int) -> Layout:
     return Layout(shape[: len(shape) - merged], merged, width, block, -(-width // block))
 
 
+@functools.partial(jax.jit, static_argnames="fmt")  # one program, also where `init` runs eagerly
 def quantize(
     x: jax.Array,
     fmt: BlockFormat,
@@ -133,6 +135,7 @@ def quantize(
     return Quantized(explicit_sharding.constrain(codes, explicit_sharding.partition_of(x)), scales)
 
 
+@functools.partial(jax.jit, static_argnames=("fmt", "shape"))
 def dequantize(quantized: Quantized, fmt: BlockFormat, shape: tuple[int, ...]) -> jax.Array:
     """The float32 array of this shape that codes and scales stand for."""
 

@@ -11,7 +11,7 @@ import pytest
 import lowrank_optax as lro
 from lowrank_optax.models import Decoder, decoder_config
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.optimized]
 
 
 def _nbytes(tree):
@@ -59,6 +59,7 @@ def _llama_1b():
     return loss, params, lro.weight_dimension_numbers(model)
 
 
+@pytest.mark.full  # the step of llama-60m below is of the same program
 @pytest.mark.parametrize(("name", "rank"), [("galore", 128), ("apollo", 512)])
 def test_a_whole_step_of_llama_1b_compiles_with_its_refresh(compile_for, name, rank):
     """State as the formulas say: 24 layers of seven weights, and Adam for the rest."""
@@ -71,19 +72,18 @@ def test_a_whole_step_of_llama_1b_compiles_with_its_refresh(compile_for, name, r
         value, gradients = jax.value_and_grad(loss)(params, tokens)
         return value, *_apply(tx)(params, state, gradients)
 
-    start, busy = time.perf_counter(), time.process_time()
+    start = time.process_time()
     compiled = compile_for("v5e", step, params, state, tokens, donate_argnums=(0, 1))
-    seconds, busy = time.perf_counter() - start, time.process_time() - busy
+    seconds = time.process_time() - start
     memory = compiled.memory_analysis()
     sizes = f"state {_nbytes(state) / 1e9:.2f}, peak {_peak(memory) / 1e9:.2f} GB"
-    print(f"{name}: compiled in {seconds:.0f} s, {busy:.0f} s of processor time; {sizes}")
+    print(f"{name}: compiled in {seconds:.0f} processor seconds; {sizes}")
     moments = 24 * 2 * rank * (4 * 2048 + 3 * 5461)
     bases = 24 * rank * 7 * 2048 if name == "galore" else 0
     others = 2 * (2 * 32000 + 24 * 2 + 1) * 2048
     assert abs(_nbytes(state) / (4 * (moments + bases + others)) - 1) < 1e-5
     assert memory.alias_size_in_bytes >= _nbytes((params, state))
-    # 148 for GaLore, 87 of them the model's and Adam's; a busy machine takes more wall time.
-    assert busy < 300
+    assert seconds < 300  # 148 for GaLore, 87 of them the model's and Adam's
 
 
 @pytest.mark.parametrize(
@@ -109,9 +109,9 @@ def test_high_ranks_compile_too(compile_for):
     params = {"kernel": jax.ShapeDtypeStruct((1024, 2752), jnp.float32)}
     tx = lro.galore(1e-2, rank=512)
     state = jax.eval_shape(tx.init, params)
-    start = time.perf_counter()
+    start = time.process_time()
     compile_for("v5e", _apply(tx), params, state, params, donate_argnums=(0, 1))
-    assert time.perf_counter() - start < 120
+    assert time.process_time() - start < 240
 
 
 def _peak(memory):

@@ -11,19 +11,31 @@ import pytest
 import lowrank_optax as lro
 from lowrank_optax.models import Decoder, decoder_config
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.optimized]
 
 
 def nbytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def test_no_moment_is_whole_in_float32_in_a_fused_step(compile_for: Any) -> None:
-    """Every weight of llama-1b, in bfloat16, its arrays row-major: see the page on kernels."""
+def llama_1b() -> Any:
+    """Every weight of the model, as shapes."""
     model = nnx.eval_shape(lambda: Decoder(decoder_config("llama-1b"), rngs=nnx.Rngs(0)))
-    params = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), nnx.as_pure(nnx.split(model)[1])
-    )
+    return nnx.as_pure(nnx.split(model)[1])
+
+
+def two_of_its_stacks() -> Any:
+    """An attention weight and an MLP weight of its 24 layers."""
+    shapes = {"query": (24, 2048, 2048), "down": (24, 5461, 2048)}
+    return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize(
+    "weights", [two_of_its_stacks, pytest.param(llama_1b, marks=pytest.mark.full)]
+)
+def test_no_moment_is_whole_in_float32_in_a_fused_step(compile_for: Any, weights: Any) -> None:
+    """In bfloat16, the arrays row-major: see the page on kernels."""
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), weights())
     smallest_stack = 4 * 24 * 2048 * 2048  # bytes of a moment of one attention weight in float32
     composed, fused = lro.low_bit(optax.adamw(1e-3)), lro.fused_adamw(1e-3)
     state = jax.eval_shape(fused.init, params)

@@ -39,7 +39,8 @@ def perturb_products(seed: int) -> None:
     def lower(ctx: Any, lhs: Any, rhs: Any, **params: Any) -> Any:
         products = exact(ctx, lhs, rhs, **params)
         (aval,) = ctx.avals_out
-        if aval.dtype != jnp.float32:
+        is_float = all(jnp.issubdtype(x.dtype, jnp.floating) for x in ctx.avals_in)
+        if aval.dtype != jnp.float32 or not is_float:
             return products
         sizes = exact(ctx, hlo.abs(lhs), hlo.abs(rhs), **params)
         salt = next(salts)

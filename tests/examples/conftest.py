@@ -10,10 +10,14 @@ import sys
 
 import pytest
 
-for package in ("flax", "grain", "matplotlib", "orbax.checkpoint", "rich", "tokenizers"):
+PACKAGES = ("flax", "grain", "matplotlib", "orbax.checkpoint", "rich", "safetensors", "tokenizers")
+for package in PACKAGES:
     pytest.importorskip(package)
 
-PROGRAM = Path(__file__).parents[2] / "examples" / "pretrain.py"
+import finetune  # noqa: E402
+import pretrain  # noqa: E402
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards boil jam".split()  # noqa: SIM905
 CONFIG = {
     "model_type": "llama",
@@ -54,25 +58,35 @@ def flags(text: Path, config: Path) -> list[str]:
 
 
 @pytest.fixture(scope="session")
+def finished(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two optimizers, which other runs are compared with."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    arguments = ["--compare", "adamw", "galore", "--set", "rank=4", "galore.refresh_every=2"]
+    assert pretrain.main([*flags, *arguments, "--output", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def without_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs within a test draw nothing; those of fixtures do."""
+    for program in (pretrain, finetune):
+        monkeypatch.setattr(program, "plot", lambda *args: None)
+
+
+@pytest.fixture(scope="session")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.Popen]:
-    """Starts the program in a process of its own, on one device."""
+    """Starts a program in a process of its own, on one device."""
     cache = tmp_path_factory.getbasetemp() / "jax_compilations"
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "PYTHONPATH": str(PROGRAM.parents[1]),
+        "PYTHONPATH": str(EXAMPLES.parent),
         "PYTHONUNBUFFERED": "1",
     }
 
-    def start(*arguments: str, before: str = "") -> subprocess.Popen:
-        command = [sys.executable, str(PROGRAM), *arguments]
-        if before:
-            code = (
-                f"import runpy, sys; sys.path.insert(0, {str(PROGRAM.parent)!r}); {before}; "
-                f"runpy.run_path({str(PROGRAM)!r}, run_name='__main__')"
-            )
-            command = [sys.executable, "-c", code, *arguments]
+    def start(program: str, *arguments: str) -> subprocess.Popen:
+        command = [sys.executable, str(EXAMPLES / program), *arguments]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         return subprocess.Popen(command, env=environment, text=True, **pipes)
 

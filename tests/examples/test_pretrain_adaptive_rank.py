@@ -14,6 +14,7 @@ import pretrain
 import pytest
 
 import lowrank_optax as lro
+from tests.examples.interruptions import forget_end
 from tests.examples.logs import read_losses
 
 FALLING = ["--optimizer", "adarankgrad", "--set", "rank=16", "refresh_every=2", "threshold=0.6"]
@@ -33,6 +34,7 @@ def output(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[
     return folder, lines
 
 
+@pytest.mark.slow
 def test_memory_of_ranks_that_fell_is_given_back_and_said(output: tuple[Path, list[str]]) -> None:
     folder, lines = output
     result = json.loads((folder / "results.json").read_text())["adarankgrad"]
@@ -43,15 +45,15 @@ def test_memory_of_ranks_that_fell_is_given_back_and_said(output: tuple[Path, li
     assert f"-> {last:,} bytes" in said[-1]
 
 
+@pytest.mark.slow
+@pytest.mark.bitwise  # the same program, which is lowered once more
 def test_run_killed_after_the_ranks_fell_goes_on_to_the_last_bit(
     output: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
     """The checkpoint of step 4 holds smaller arrays than a new optimizer state."""
     finished, folder = output[0], tmp_path / "killed"
     shutil.copytree(finished, folder)
-    for name in ("results.json", "curves.png", "adarankgrad/result.json"):
-        (folder / name).unlink()
-    shutil.rmtree(folder / "adarankgrad" / "checkpoints" / "6")
+    forget_end(folder, "adarankgrad")
     assert pretrain.main(["--output", str(folder), "--resume"]) == 0
     log = Path("adarankgrad", "log.jsonl")
     assert read_losses(folder / log) == read_losses(finished / log)
@@ -60,7 +62,7 @@ def test_run_killed_after_the_ranks_fell_goes_on_to_the_last_bit(
         assert now["adarankgrad"][key] == was["adarankgrad"][key]
 
 
-@pytest.mark.slow
+@pytest.mark.full  # that cut states make the same steps, the tests of `compact` say
 def test_giving_back_leaves_the_losses_close(
     output: tuple[Path, list[str]], flags: list[str], tmp_path: Path
 ) -> None:
@@ -79,24 +81,24 @@ def test_giving_back_leaves_the_losses_close(
 
 def test_nothing_is_compiled_anew_where_no_rank_fell() -> None:
     tx = lro.adarankgrad(0.1, rank=2)
-    params = {"kernel": jnp.eye(4, 8)}
-    state = tx.init(params)
+    params, low = {"kernel": jnp.eye(4, 8)}, {"kernel": jnp.ones((4, 8))}
+    init, update = jax.jit(tx.init), jax.jit(tx.update)
+    state = init(params)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     assert has_adaptive_rank(state)
     assert compacted(state, device, print) is None  # no gradient yet
-    state = tx.update(params, state)[1]
+    state = update(params, state)[1]
     assert compacted(state, device, print) is None  # all directions count the same
-    low = {"kernel": jnp.ones((4, 8))}
-    smaller = compacted(tx.update(low, tx.init(params))[1], device, print)
+    smaller = compacted(update(low, init(params))[1], device, print)
     assert state_bytes(smaller) < state_bytes(state)
-    assert not has_adaptive_rank(optax.adam(0.1).init(params))
+    assert not has_adaptive_rank(jax.jit(optax.adam(0.1).init)(params))
 
 
 def test_state_is_restored_in_the_shapes_it_was_saved_with(tmp_path: Path) -> None:
     tx = lro.adarankgrad(0.1, rank=4)
     params = {"kernel": jnp.ones((4, 8)), "bias": jnp.ones(8)}
-    first = tx.init(params)
-    smaller = lro.compact(tx.update(params, first)[1])
+    first = jax.jit(tx.init)(params)
+    smaller = lro.compact(jax.jit(tx.update)(params, first)[1])
     with ocp.CheckpointManager(tmp_path) as manager:
         pretrain.save(manager, 1, params, smaller, {"at": 3})
     with ocp.CheckpointManager(tmp_path) as manager:

@@ -13,10 +13,11 @@ import pretrain
 import pytest
 
 from lowrank_optax.schedules import GradientNoise
+from tests.examples.interruptions import forget_end
 from tests.examples.logs import read_losses
 
-ADAPTIVE = ["--batch-size", "adaptive", "--initial-batch-size", "4", "--max-batch-size", "14"]
-STEPS = 40
+ADAPTIVE = ["--batch-size", "adaptive", "--initial-batch-size", "4", "--max-batch-size", "6"]
+STEPS = 21
 
 
 def losses_of(folder: Path) -> list[dict]:
@@ -47,8 +48,8 @@ def test_batch_grows_within_its_bounds_and_the_budget_of_text_is_kept(run: Any) 
     records = losses_of(run[0])
     sizes = [r["batch_size"] for r in records]
     assert sizes[0] == 4
-    assert set(sizes[:-1]) <= {4, 8, 14}
-    assert max(sizes) == 14
+    assert set(sizes[:-1]) <= {4, 6}
+    assert max(sizes) == 6
     assert sizes[:-1] == sorted(sizes[:-1])  # the last step takes what is left
     assert sum(sizes) == STEPS * 4
     assert len(sizes) < STEPS
@@ -77,34 +78,21 @@ def test_report_has_steps_sizes_and_noise(run: Any) -> None:
     assert result["batch_size"] == records[-1]["batch_size"]
     assert result["noise_scale"] == records[-1]["noise_scale"]
     assert result["tokens_per_second"] > 0
-    assert "batch 14" in run[2]
+    assert "batch 6" in run[2]
     assert (run[0] / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
+@pytest.mark.bitwise  # the same program, which is lowered once more
 def test_killed_run_goes_on_to_the_last_bit(run: Any, tmp_path: Path) -> None:
     finished, folder = run[0], tmp_path / "killed"
     shutil.copytree(finished, folder)
-    for name in ("results.json", "curves.png", "adamw/result.json"):
-        (folder / name).unlink()
-    steps = sorted(int(p.name) for p in (folder / "adamw" / "checkpoints").iterdir())
-    shutil.rmtree(folder / "adamw" / "checkpoints" / str(steps[-1]))
+    forget_end(folder, "adamw")
     assert pretrain.main(["--output", str(folder), "--resume"]) == 0
     log = Path("adamw", "log.jsonl")
     assert read_losses(folder / log) == read_losses(finished / log)
     was, now = (json.loads((f / "results.json").read_text())["adamw"] for f in (finished, folder))
     assert now["sample"] == was["sample"]
-
-
-def test_a_batch_that_may_not_grow_trains_as_a_fixed_one(flags: list[str], tmp_path: Path) -> None:
-    """With schedules by the text that was read, instead of by steps."""
-    common = [*flags, "--optimizer", "adamw", "--accumulate", "2"]
-    adaptive = ["--batch-size", "adaptive", "--initial-batch-size", "8", "--max-batch-size", "8"]
-    assert pretrain.main([*common, "--output", str(tmp_path / "fixed")]) == 0
-    assert pretrain.main([*common, *adaptive, "--output", str(tmp_path / "adaptive")]) == 0
-    for a, b in zip(losses_of(tmp_path / "fixed"), losses_of(tmp_path / "adaptive"), strict=True):
-        assert b.pop("batch_size") == 8
-        assert a == pytest.approx(b, rel=1e-4)
-    assert "noise_scale" in a
 
 
 def test_learning_rate_falls_with_the_text_that_was_read(flags: list[str], tmp_path: Path) -> None:
@@ -116,15 +104,16 @@ def test_learning_rate_falls_with_the_text_that_was_read(flags: list[str], tmp_p
     graphdef, params = pretrain.nnx.split(pretrain.make_model(settings, corpus.vocab_size))
     feed = Feed(corpus, settings)
     tokens = jnp.asarray(feed.next())
-    lengths = []
+    lengths, step = [], None
+    before = [np.array(x) for x in pretrain.jax.tree.leaves(params)]
     for done in (0.0, 3.0, 6.0):
         copied = pretrain.jax.tree.map(jnp.copy, params)
         state = job.make_tx(job.schedule).init(copied)
         arguments = copied, state, tokens, None, jnp.float32(done)  # without a key
-        step, _ = pretrain.compile_step(job, graphdef, *arguments)
-        after = step(*arguments)[0]
-        difference = pretrain.jax.tree.map(jnp.subtract, after, params)
-        lengths.append(float(pretrain.optax.tree.norm(difference)))
+        step = step or pretrain.compile_step(job, graphdef, *arguments)[0]
+        after = pretrain.jax.tree.leaves(step(*arguments)[0])
+        moved = [np.sum((a - b) ** 2) for a, b in zip(after, before, strict=True)]
+        lengths.append(np.sum(moved) ** 0.5)
     rates = [job.schedule(done) for done in (0.0, 3.0, 6.0)]
     np.testing.assert_allclose(
         np.array(lengths) / lengths[0], np.array(rates) / rates[0], rtol=1e-3

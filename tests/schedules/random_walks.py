@@ -9,7 +9,7 @@ import optax
 
 from lowrank_optax.schedules.weight_decay import Measurements, measurements
 
-SIZE = 2000
+SIZE = 500
 
 
 def random_walk(

@@ -15,12 +15,13 @@ from lowrank_optax.schedules.weight_decay import measurements, monitor_weight_de
 def measured(params: Any, updates: Any) -> dict[str, Any]:
     """The numbers of all parameters."""
     tx = monitor_weight_decay()
-    return measurements(jax.jit(tx.update)(updates, tx.init(params), params)[1])["all"]
+    step = jax.jit(lambda updates, params: tx.update(updates, tx.init(params), params)[1])
+    return measurements(step(updates, params))["all"]
 
 
 def decayed_in(dtype: Any, wrap: Any = lambda tx: tx) -> Any:
     """0.37 after 1000 steps of nothing but decay, and the last measurement."""
-    params = {"kernel": jnp.full((8, 4), 0.37, dtype)}
+    params = {"kernel": np.full((8, 4), 0.37, dtype)}
     monitor = monitor_weight_decay(learning_rate=1e-3, weight_decay=0.1)
     tx = optax.chain(wrap(optax.adamw(1e-3, weight_decay=0.1)), monitor)
     zero = jax.tree.map(jnp.zeros_like, params)
@@ -30,8 +31,8 @@ def decayed_in(dtype: Any, wrap: Any = lambda tx: tx) -> Any:
         updates, state = tx.update(zero, state, params)
         return (optax.apply_updates(params, updates), state), None
 
-    run = jax.jit(lambda carry: jax.lax.scan(step, carry, None, 1000)[0])
-    params, state = run((params, tx.init(params)))
+    run = jax.jit(lambda params: jax.lax.scan(step, (params, tx.init(params)), None, 1000)[0])
+    params, state = run(params)
     return params["kernel"].astype(jnp.float32), measurements(state)["matrices"]
 
 

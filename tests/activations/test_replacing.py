@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 import warnings
 
+from close import assert_close
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,9 @@ import lowrank_optax as lro
 from lowrank_optax.models import Decoder, decoder_config
 
 quantize_model, restore_model = lro.activations.quantize_model, lro.activations.restore_model
-X = jax.random.normal(jax.random.key(0), (4, 6))
-TOKENS = jnp.arange(10).reshape(2, 5)
+pytestmark = pytest.mark.usefixtures("coarse_grid")
+X = jnp.asarray(np.random.default_rng(0).standard_normal((4, 6), np.float32))
+TOKENS = jnp.asarray(np.arange(10).reshape(2, 5))
 
 
 def decoder(**options: Any) -> Decoder:
@@ -72,8 +74,9 @@ def same(a: Any, b: Any) -> None:
         np.testing.assert_array_equal(x, y)
 
 
+@nnx.jit
 def gradient(model: Any) -> Any:
-    return nnx.jit(nnx.grad(lambda model: (model(TOKENS) ** 2).mean()))(model)
+    return nnx.grad(lambda model: (model(TOKENS) ** 2).mean())(model)
 
 
 @nnx.jit
@@ -84,7 +87,7 @@ def call(model: Any, *args: Any) -> jax.Array:
 @pytest.mark.parametrize(
     "options", [{}, {"scan_layers": False}, {"remat": "full"}], ids=["scan", "list", "remat"]
 )
-def test_a_decoder_is_bit_equal_and_its_graph_comes_back(options: dict[str, Any]) -> None:
+def test_a_decoder_computes_the_same_and_its_graph_comes_back(options: dict[str, Any]) -> None:
     model = decoder(**options)
     graphdef, before, exact = nnx.graphdef(model), call(model, TOKENS), gradient(model)
     report = quantize_model(model, 4, inputs=(TOKENS,))
@@ -93,7 +96,7 @@ def test_a_decoder_is_bit_equal_and_its_graph_comes_back(options: dict[str, Any]
     assert (row.function, row.count, row.kept_for) == ("silu", 2, ("multiplication",))
     assert "decoder.py" in row.source
     assert row.remat == ("remat" in options)
-    same(call(model, TOKENS), before)
+    assert_close(call(model, TOKENS), before, 100)
     whole = gradient(model)
     assert jax.tree.structure(whole) == jax.tree.structure(exact)
     restore_model(model)
@@ -104,11 +107,11 @@ def test_a_decoder_is_bit_equal_and_its_graph_comes_back(options: dict[str, Any]
     assert report.calls is not None
     assert sum(row.count for row in report.calls.rows) == 2
     assert all("mlp" in row.scope for row in report.calls.rows)
-    same(call(model, TOKENS), before)
-    same(gradient(model), whole)
+    assert_close(call(model, TOKENS), before, 100)
+    assert_close(nnx.to_pure_dict(gradient(model)), nnx.to_pure_dict(whole), 400)
     graphdef, state = nnx.split(model)
     merged = jax.jit(lambda state: nnx.merge(graphdef, state)(TOKENS))
-    same(merged(state), before)
+    assert_close(merged(state), before, 100)
 
 
 def test_the_gradient_is_that_of_the_model_written_by_hand() -> None:
@@ -116,14 +119,17 @@ def test_the_gradient_is_that_of_the_model_written_by_hand() -> None:
     by_hand.layers[1] = lro.activations.gelu
     by_hand.layers[3] = lro.activations.relu
     quantize_model(model)
-    loss = lambda model: (model(X) ** 2).sum()
-    same(nnx.as_pure(nnx.grad(loss)(model)), nnx.as_pure(nnx.grad(loss)(by_hand)))
-    same(model(X), by_hand(X))
+    both = nnx.jit(nnx.value_and_grad(lambda model: (model(X) ** 2).sum()))
+    assert_close(nnx.as_pure(both(model)), nnx.as_pure(both(by_hand)), 100)
+    plain = nnx.as_pure(both(sequential())[1])["layers"][0]["kernel"]
+    found = nnx.as_pure(both(model)[1])["layers"][0]["kernel"]
+    assert np.abs(np.subtract(found, plain)).max() > 1e-3
 
 
 def test_less_is_kept() -> None:
     model = nnx.Sequential(nnx.gelu, nnx.silu)
-    shapes = lambda: [x.dtype for x in jax.tree.leaves(jax.vjp(lambda x: model(x), X)[1])]
+    kept = lambda: jax.eval_shape(lambda x: jax.vjp(model, x)[1], X)
+    shapes = lambda: [x.dtype for x in jax.tree.leaves(kept())]
     assert jnp.float32 in shapes()
     quantize_model(model, 4)
     assert shapes() == [jnp.uint4, jnp.uint4]
@@ -147,12 +153,8 @@ def test_what_a_call_writes_is_written(jitted: bool) -> None:
     same(few_rngs, rngs)
     assert state["calls"] == 4
     assert len(state["hidden"]) == 4
-    if jitted:  # op by op and as one program sums may round differently
-        close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
-        keys = lambda tree: [x for x in jax.tree.leaves(tree) if x.dtype == jnp.float32]
-        jax.tree.map(close, keys((few_out, few_state)), keys((out, state)))
-    else:
-        same((few_out, few_state), (out, state))
+    numbers = lambda tree: [x for x in jax.tree.leaves(tree) if x.dtype == jnp.float32]
+    assert_close(numbers((few_out, few_state)), numbers((out, state)), 400)
     assert nnx.graphdef(restore_model(few)) == nnx.graphdef(plain)
 
 
@@ -160,9 +162,10 @@ def test_captured_intermediates_are_those_of_the_plain_model() -> None:
     plain, few = Stateful(nnx.Rngs(0)), Stateful(nnx.Rngs(0))
     quantize_model(few)
     capture = nnx.capture(lambda model: model(X), nnx.Intermediate)
-    same(capture(few), capture(plain))
+    assert_close(*(nnx.to_pure_dict(capture(model)) for model in (few, plain)), 100)
 
 
+@pytest.mark.combinations(2)
 @pytest.mark.parametrize("method", [lro.adapters.LoRA(rank=2), lro.adapters.LoTR(rank=2)])
 @pytest.mark.parametrize("order", ["attach first", "quantize first"])
 @pytest.mark.parametrize("back", ["detach first", "restore first"])
@@ -170,7 +173,7 @@ def test_adapters_are_attached_and_detached_in_any_order(
     method: Any, order: str, back: str
 ) -> None:
     model = decoder()
-    graphdef, before = nnx.graphdef(model), model(TOKENS)
+    graphdef, before = nnx.graphdef(model), call(model, TOKENS)
     attach = lambda: lro.adapters.attach(model, method, "mlp", rngs=0)
     quantize = lambda: quantize_model(model, where="blocks/mlp$")
     for step in (attach, quantize) if order == "attach first" else (quantize, attach):
@@ -213,13 +216,14 @@ def test_several_methods_and_modules_with_options_of_their_own() -> None:
             return self.second(self.first(self.encode(x)))
 
     model = Model()
-    before, encoded = model(X), model.encode(X)
+    run = nnx.jit(lambda model: (model(X), model.encode(X)))
+    before = run(model)
     quantize_model(model, 8, methods=("__call__", "encode"))
     (row,) = quantize_model(model, 2, where="second").rows
     assert (row.path, row.bits, row.methods) == ("second", 2, ("__call__",))
-    same((model(X), model.encode(X)), (before, encoded))
-    dtypes = [x.dtype for x in jax.tree.leaves(jax.vjp(model.encode, X)[1])]
-    assert dtypes == [jnp.uint8]
+    assert_close(run(model), before)
+    kept = jax.tree.leaves(jax.eval_shape(lambda x: jax.vjp(model.encode, x)[1], X))
+    assert [x.dtype for x in kept] == [jnp.uint8]
     restore_model(model)
     assert type(model) is Model
     (row,) = quantize_model(model, where=["first", "first/layers"]).rows
@@ -249,7 +253,7 @@ def test_layers_stacked_by_nnx_scan_and_rematerialised() -> None:
         assert report.calls is not None
         (row,) = report.calls.rows
         assert (row.count, row.remat) == (3, True)
-        same(call(model, X), before)
+        assert_close(call(model, X), before, 100)
         nnx.jit(nnx.grad(lambda model: model(X).sum()))(model)
         restore_model(model)
 

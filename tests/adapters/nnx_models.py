@@ -1,5 +1,6 @@
 """Small Flax NNX models that adapters are attached to, and what is asked of them."""
 
+import functools
 from typing import Any
 
 from flax import nnx
@@ -57,9 +58,13 @@ class Scanned(nnx.Module):
         return self.head(scan(self.blocks, self.embed(tokens)))
 
 
-def tokens(batch: int = 2, length: int = 5) -> jax.Array:
+call = nnx.jit(lambda model, x: model(x))
+"""The model's output as one program; eagerly, each operation is one, and each scan a new one."""
+
+
+def tokens(batch: int = 2, length: int = 5) -> np.ndarray:
     """Token numbers."""
-    return jnp.arange(batch * length).reshape(batch, length) % 11
+    return np.arange(batch * length, dtype=np.int32).reshape(batch, length) % 11
 
 
 def randomized(model: Any, seed: int = 0) -> Any:
@@ -71,11 +76,11 @@ def randomized(model: Any, seed: int = 0) -> Any:
     return model
 
 
-def weights(model: Any) -> dict[str, jax.Array]:
+def weights(model: Any) -> dict[str, np.ndarray]:
     """The model's own parameters by path."""
     own = nnx.All(nnx.Param, nnx.Not(lro.adapters.AdapterParam))
     flat = nnx.to_flat_state(nnx.state(model, own))
-    return {"/".join(map(str, path)): x[...] for path, x in flat}
+    return {"/".join(map(str, path)): np.asarray(x[...]) for path, x in flat}
 
 
 def loss_of(model: Any, x: jax.Array) -> jax.Array:
@@ -85,5 +90,15 @@ def loss_of(model: Any, x: jax.Array) -> jax.Array:
 
 def gradients(model: Any, x: jax.Array, wrt: Any = lro.adapters.trainable) -> Any:
     """Gradients of `loss_of`, a plain dict."""
-    grads = nnx.grad(loss_of, argnums=nnx.DiffState(0, wrt))(model, x)
-    return nnx.to_pure_dict(grads)
+    return loss_and_gradients(model, x, wrt)[1]
+
+
+def loss_and_gradients(model: Any, x: jax.Array, wrt: Any = lro.adapters.trainable) -> Any:
+    """`loss_of` and its gradients, by one program."""
+    loss, grads = _compiled_gradient(wrt)(model, x)
+    return loss, nnx.to_pure_dict(grads)
+
+
+@functools.cache
+def _compiled_gradient(wrt: Any) -> Any:
+    return nnx.jit(nnx.value_and_grad(loss_of, argnums=nnx.DiffState(0, wrt)))

@@ -23,12 +23,19 @@ NAMES = {
 }
 
 
+def initial(seed):
+    """Initial values of kernels that compile nothing, one after the other."""
+    rng = np.random.default_rng(seed)
+    draw = lambda key, shape, dtype: jnp.asarray(rng.normal(size=shape) * 0.4, dtype)
+    return {"kernel_init": draw, "rngs": nnx.Rngs(seed)}
+
+
 class Layer(nnx.Module):
-    def __init__(self, rngs):
-        self.query = nnx.LinearGeneral(DIM, (HEADS, WIDTH), rngs=rngs)
-        self.out = nnx.LinearGeneral((HEADS, WIDTH), DIM, axis=(-2, -1), rngs=rngs)
-        self.mlp = nnx.Linear(DIM, DIM, use_bias=False, rngs=rngs)
-        self.norm = nnx.LayerNorm(DIM, rngs=rngs)
+    def __init__(self, options):
+        self.query = nnx.LinearGeneral(DIM, (HEADS, WIDTH), **options)
+        self.out = nnx.LinearGeneral((HEADS, WIDTH), DIM, axis=(-2, -1), **options)
+        self.mlp = nnx.Linear(DIM, DIM, use_bias=False, **options)
+        self.norm = nnx.LayerNorm(DIM, rngs=options["rngs"])
 
     def __call__(self, x):
         return x + self.mlp(jnp.tanh(self.out(self.query(self.norm(x)))))
@@ -39,16 +46,17 @@ class Model(nnx.Module):
 
     def __init__(self, stacked, layers=3, seed=0):
         self.table = nnx.Embed(7, DIM, rngs=nnx.Rngs(seed))
-        self.picture = nnx.Conv(2, DIM, (2, 3), padding="VALID", rngs=nnx.Rngs(seed + 1))
-        rngs = nnx.Rngs(seed + 2)
-        one_by_one = [Layer(rngs) for _ in range(layers)]
+        options = initial(seed)
+        self.picture = nnx.Conv(2, DIM, (2, 3), padding="VALID", **options)
+        one_by_one = [Layer(options) for _ in range(layers)]
         if stacked:
             graphdef = nnx.graphdef(one_by_one[0])
             states = [nnx.state(layer) for layer in one_by_one]
-            self.layers = nnx.merge(graphdef, jax.tree.map(lambda *x: jnp.stack(x), *states))
+            stack = lambda *x: jnp.asarray(np.stack(x))
+            self.layers = nnx.merge(graphdef, jax.tree.map(stack, *states))
         else:
             self.layers = nnx.List(one_by_one)
-        self.head = nnx.Linear(DIM, 7, use_bias=False, rngs=nnx.Rngs(seed + 3))
+        self.head = nnx.Linear(DIM, 7, use_bias=False, **options)
 
     def __call__(self, tokens, picture):
         x = self.table(tokens) + self.picture(picture).mean((1, 2))[:, None]
@@ -62,9 +70,11 @@ class Model(nnx.Module):
 
 
 def output(model):
-    tokens = jnp.arange(10).reshape(2, 5) % 7
-    picture = jax.random.normal(jax.random.key(5), (2, 4, 5, 2))
-    return np.asarray(model(tokens, picture))
+    picture = np.random.default_rng(5).normal(size=(2, 4, 5, 2)).astype(np.float32)
+    return np.asarray(_compiled(model, np.arange(10).reshape(2, 5) % 7, picture))
+
+
+_compiled = nnx.jit(lambda model, tokens, picture: model(tokens, picture))
 
 
 def adapted(stacked, method, where=".*", seed=3, **options):
@@ -73,8 +83,9 @@ def adapted(stacked, method, where=".*", seed=3, **options):
     lro.adapters.attach(model, method, where, rngs=seed, **options)
     state = nnx.state(model, lro.adapters.trainable)
     leaves, treedef = jax.tree.flatten(state)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    moved = [x + 0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    rng = np.random.default_rng(seed)
+    move = lambda x: jnp.asarray(np.asarray(x) + 0.3 * rng.normal(size=x.shape), x.dtype)
+    moved = [move(x) for x in leaves]
     nnx.update(model, jax.tree.unflatten(treedef, moved))
     return model
 

@@ -13,9 +13,10 @@ import pytest
 
 import lowrank_optax as lro
 from lowrank_optax.adapters.tucker import TuckerFactors, unfolding_vectors
+from tests.adapters.compiled import compiled
 
-# Few shapes, many values: every shape is compiled anew.
-sizes = st.sampled_from([(1, 4, 4), (3, 2, 5), (4, 6, 3)])
+# Few shapes and ranks, many values: each is compiled.
+sizes_and_ranks = st.sampled_from([((1, 4, 4), 1), ((3, 2, 5), 3), ((4, 6, 3), 3)])
 quick = settings(max_examples=12, deadline=None)
 
 
@@ -33,10 +34,11 @@ def unfoldings(stack: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 @quick
-@given(sizes, st.sampled_from([1, 3]), st.integers(0, 3), st.integers(0, 9))
+@given(sizes_and_ranks, st.integers(0, 3), st.integers(0, 9))
 def test_the_error_is_what_is_lost_and_below_its_bound(
-    shape: tuple[int, int, int], rank: int, sweeps: int, seed: int
+    case: tuple[tuple[int, int, int], int], sweeps: int, seed: int
 ) -> None:
+    shape, rank = case
     stack = random_stack(shape, seed)
     found = lro.adapters.lotr_from_updates(jnp.asarray(stack, jnp.float32), rank, sweeps=sweeps)
     norm = np.linalg.norm(stack)
@@ -52,10 +54,11 @@ def test_the_error_is_what_is_lost_and_below_its_bound(
 
 
 @quick
-@given(sizes, st.sampled_from([1, 3]), st.integers(0, 9))
+@given(sizes_and_ranks, st.integers(0, 9))
 def test_no_sweep_ever_makes_the_error_larger(
-    shape: tuple[int, int, int], rank: int, seed: int
+    case: tuple[tuple[int, int, int], int], seed: int
 ) -> None:
+    shape, rank = case
     stack = jnp.asarray(random_stack(shape, seed), jnp.float32)
     errors = [lro.adapters.lotr_from_updates(stack, rank, sweeps=n).error for n in range(4)]
     slack = 1e-5 * float(jnp.linalg.norm(stack))
@@ -146,10 +149,11 @@ def test_blocks_have_the_vectors_of_their_own_layers() -> None:
 
 
 @quick
-@given(st.sampled_from([[1], [1, 3], [2, 1, 2]]), st.sampled_from([2, 5]), st.integers(0, 9))
+@given(st.sampled_from([([1], 2), ([2, 1, 2], 2), ([2, 1, 2], 5)]), st.integers(0, 9))
 def test_factors_of_loras_are_decomposed_as_their_products(
-    ranks: list[int], rank: int, seed: int
+    case: tuple[list[int], int], seed: int
 ) -> None:
+    ranks, rank = case
     pairs = [
         (random_stack((7, k), seed + i), random_stack((k, 5), seed + 50 + i))
         for i, k in enumerate(ranks)
@@ -170,11 +174,11 @@ def test_factors_of_loras_are_decomposed_as_their_products(
 
 def test_a_trained_lora_stack_becomes_a_lotr_with_a_scale() -> None:
     weights = jnp.zeros((3, 8, 6))
-    lora = lro.adapters.LoRA(rank=2, alpha=4, initial="random")
+    lora = compiled(lro.adapters.LoRA)(rank=2, alpha=4, initial="random")
     trained = lora.init(jax.random.key(0), weights)
     factors = lora.to_lora(lora.stack_arrays(trained, 3))
     found = lro.adapters.lotr_from_lora([factors], rank=6)
-    method = lro.adapters.LoTR(rank=6, alpha=3)
+    method = compiled(lro.adapters.LoTR)(rank=6, alpha=3)
     params = method.init(jax.random.key(1), weights)
     arrays = {"A": found.A, "B": found.B, "core": found.core / 0.5}
     assert jax.tree.map(jnp.shape, arrays) == jax.tree.map(jnp.shape, dict(params.trainable))
@@ -185,17 +189,14 @@ def test_a_trained_lora_stack_becomes_a_lotr_with_a_scale() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("updates", "words"),
-    [
-        ([jnp.ones((2, 3)), jnp.ones((2, 4))], "of one shape"),
+def test_what_cannot_share_factors_is_refused() -> None:
+    for updates, words in (
+        ([np.ones((2, 3)), np.ones((2, 4))], "of one shape"),
         ([], "must be matrices or stacks"),
-        (jnp.ones(3), "must be matrices or stacks"),
-    ],
-)
-def test_what_cannot_share_factors_is_refused(updates: Any, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        lro.adapters.lotr_from_updates(updates, 1)
+        (np.ones(3), "must be matrices or stacks"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            lro.adapters.lotr_from_updates(updates, 1)
 
 
 def test_bad_arguments_are_refused() -> None:

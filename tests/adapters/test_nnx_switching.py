@@ -13,7 +13,7 @@ import pytest
 import lowrank_optax as lro
 from lowrank_optax.adapters.base import AdapterParams, Arrays, Weights, product
 from lowrank_optax.adapters.operands import Operand, Rows
-from tests.adapters.nnx_models import Scanned, Unrolled, randomized, tokens, weights
+from tests.adapters.nnx_models import Scanned, Unrolled, call, randomized, tokens, weights
 
 LoRA = lro.adapters.LoRA
 
@@ -77,6 +77,7 @@ def model_of(kind: str, dtype: Any = jnp.float32) -> Any:
 METHODS = {"LoRA": LoRA(rank=2, alpha=3), "LoTR": lro.adapters.LoTR(rank=2), "moved": Moved(rank=1)}
 
 
+@pytest.mark.combinations(1)
 @pytest.mark.parametrize("kind", ["unrolled", "scanned"])
 @pytest.mark.parametrize("name", METHODS)
 def test_a_merged_model_computes_the_same_and_unmerging_gives_the_weights_back(
@@ -85,17 +86,16 @@ def test_a_merged_model_computes_the_same_and_unmerging_gives_the_weights_back(
     model = model_of(kind)
     lro.adapters.attach(model, METHODS[name], rngs=0)
     randomized(model)
-    own, after = weights(model), model(tokens())
+    own, after = weights(model), call(model, tokens())
     report = lro.adapters.merge(model)
-    np.testing.assert_allclose(model(tokens()), after, atol=2e-5)
+    np.testing.assert_allclose(call(model, tokens()), after, atol=2e-5)
     assert all(float(row.rounding_error) == 0 for row in report.rows)
     assert "relative size" in str(report)
     merged = weights(model)
     lro.adapters.unmerge(model)
     for path, x in weights(model).items():
-        ulp = np.spacing(np.maximum(np.abs(own[path]), np.abs(merged[path])))
-        assert bool((np.abs(x - own[path]) <= ulp).all())
-    np.testing.assert_allclose(model(tokens()), after, atol=2e-5)
+        assert_close(x, own[path], size=np.abs(own[path]).max() + np.abs(merged[path]).max())
+    np.testing.assert_allclose(call(model, tokens()), after, atol=2e-5)
 
 
 def test_in_bfloat16_sums_are_rounded_once_and_the_report_says_by_how_much() -> None:
@@ -124,31 +124,31 @@ def test_merging_then_detaching_leaves_the_untouched_structure() -> None:
     graphdef = nnx.graphdef(model)
     lro.adapters.attach(model, LoRA(rank=2, dropout=0.1), rngs=0)
     model.eval()
-    after = randomized(model)(tokens())
+    after = call(randomized(model), tokens())
     lro.adapters.merge(model)
     lro.adapters.detach(model)
     assert nnx.graphdef(model) == graphdef
-    np.testing.assert_allclose(model(tokens()), after, atol=2e-5)
+    np.testing.assert_allclose(call(model, tokens()), after, atol=2e-5)
 
 
 def test_a_changed_base_is_given_back_when_detached_and_seen_through_when_switched_off() -> None:
     model = model_of("scanned")
-    own, before = weights(model), model(tokens())
+    own, before = weights(model), call(model, tokens())
     lro.adapters.attach(model, Moved(rank=1), rngs=0)
-    np.testing.assert_allclose(model(tokens()), before, atol=2e-5)
+    np.testing.assert_allclose(call(model, tokens()), before, atol=2e-5)
     assert not np.allclose(weights(model)["blocks/up/kernel"], own["blocks/up/kernel"], atol=1e-2)
     randomized(model)
     with lro.adapters.disabled(model):
-        np.testing.assert_allclose(model(tokens()), before, atol=2e-5)
-    assert not np.allclose(model(tokens()), before, atol=1e-2)
+        np.testing.assert_allclose(call(model, tokens()), before, atol=2e-5)
+    assert not np.allclose(call(model, tokens()), before, atol=1e-2)
     lro.adapters.detach(model)
     for path, x in weights(model).items():
         np.testing.assert_allclose(x, own[path], atol=1e-6)
 
 
 def test_several_adapters_are_switched_weighted_and_merged_together() -> None:
-    model, x = nnx.Linear(4, 3, rngs=nnx.Rngs(0)), jax.random.normal(jax.random.key(0), (5, 4))
-    y = model(x)
+    model, x = nnx.Linear(4, 3, rngs=nnx.Rngs(0)), np.eye(4, dtype=np.float32)
+    y = np.asarray(model(x))
     alone = {}
     for number, name in enumerate("ab"):
         lro.adapters.attach(model, LoRA(rank=2), ".*", rngs=number, name=name)

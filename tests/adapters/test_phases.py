@@ -14,7 +14,7 @@ import lowrank_optax as lro
 from lowrank_optax.adapters.base import byte_count
 
 D, WIDTH, RANK, ROWS, LAYERS = 12, 20, 4, 32, 2
-X = jnp.asarray(np.random.default_rng(0).normal(size=(ROWS, D)), jnp.float32)
+X = np.random.default_rng(0).normal(size=(ROWS, D)).astype(np.float32)
 
 
 class Model(nnx.Module):
@@ -136,8 +136,9 @@ def test_states_are_carried_by_their_paths() -> None:
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.constant_schedule(0.1)))
     params = {"S": jnp.ones(2), "B": {"B": jnp.ones(3)}}
     state = tx.init(params)
+    update = jax.jit(tx.update)
     for _ in range(3):
-        _, state = tx.update(params, state)
+        _, state = update(params, state)
     fewer = {"S": params["S"]}
     carried = lro.adapters.carry_state(jax.eval_shape(tx.init, fewer), state)
     assert jax.tree.structure(carried) == jax.tree.structure(tx.init(fewer))
@@ -145,7 +146,7 @@ def test_states_are_carried_by_their_paths() -> None:
     assert adam.count == schedule.count == 3
     np.testing.assert_array_equal(adam.mu["S"], state[1][0].mu["S"])
     np.testing.assert_array_equal(adam.nu["S"], state[1][0].nu["S"])
-    tx.update(fewer, carried)
+    jax.eval_shape(tx.update, fewer, carried)
 
 
 def test_states_that_do_not_belong_together_are_refused() -> None:

@@ -11,8 +11,9 @@ import pytest
 import lowrank_optax as lro
 from lowrank_optax.adapters.base import Arrays, parameter_count
 from lowrank_optax.adapters.operands import Lookup, Rows
+from tests.adapters.compiled import compiled, gradient, times
 
-PiSSA = lro.adapters.PiSSA
+PiSSA = compiled(lro.adapters.PiSSA)
 KEY = jax.random.key(0)
 SCALES = [{}, {"alpha": 6.0}, {"alpha": 6.0, "rank_stabilized": True}, {"rank_stabilized": True}]
 every_scale = pytest.mark.parametrize("scale", SCALES, ids=str)
@@ -28,7 +29,7 @@ def scale_of(rank: int, alpha: float | None = None, rank_stabilized: bool = Fals
 
 def initial(method: Any, weights: np.ndarray) -> tuple[Any, list[Arrays]]:
     """The parameters of a stack and those of each layer."""
-    params = method.init(KEY, jnp.asarray(weights))
+    params = method.init(KEY, weights)
     return params, [method.layer_arrays(params, i) for i in range(len(weights))]
 
 
@@ -38,46 +39,54 @@ def moved(p: Arrays, seed: int = 9) -> Arrays:
     return p | {"A": change(0, p["A"]), "B": change(1, p["B"])}
 
 
-def output(method: Any, p: Arrays, x: np.ndarray, weight: jax.Array) -> jax.Array:
-    return method.apply(p, Rows(jnp.asarray(x)), jnp.asarray(x) @ weight, weight=weight)
+def size_of(p: Arrays, base: np.ndarray, scale: float) -> np.ndarray:
+    """The sum of the base and the factors' product with all terms made positive."""
+    return np.abs(base) + scale * np.abs(p["A"]) @ np.abs(p["B"])
+
+
+def output(method: Any, p: Arrays, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    return method.apply(p, Rows(x), times(x, weight), weight=weight)
 
 
 @every_scale
 def test_the_start_function_is_the_models(scale: dict) -> None:
-    weights, x = normal(0, 2, 16, 16) / 4, normal(1, 5, 16)
+    weights, x = normal(0, 2, 10, 8) / 3, normal(1, 6, 10)
     method = PiSSA(rank=3, **scale)
     params, layers = initial(method, weights)
     assert method.changes_base
     whole = params.base + method.deltas(params, params.base)
-    np.testing.assert_allclose(whole, weights, atol=1e-7)
-    for w, base, p in zip(weights, params.base, layers, strict=True):
-        np.testing.assert_allclose(output(method, p, x, base), x @ w, atol=3e-6)
+    for w, base, p, sum_ in zip(weights, params.base, layers, whole, strict=True):
+        size = size_of(p, base, scale_of(3, **scale))
+        assert_close(sum_, w, size=size)
+        assert_close(output(method, p, x, base), x @ w, size=np.abs(x) @ size)
 
 
+@pytest.mark.combinations(1)
 @every_scale
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_without_a_residual_the_start_is_bit_for_bit_the_models(scale: dict, dtype: str) -> None:
-    weights = jnp.asarray(normal(0, 2, 16, 12), dtype)
-    x = jnp.asarray(normal(1, 5, 16), dtype)
+    weights, x = (z.astype(jnp.dtype(dtype)) for z in (normal(0, 2, 10, 8), normal(1, 6, 10)))
     method = PiSSA(rank=3, residual=False, **scale)
     params, layers = initial(method, weights)
     assert params.base is None
     assert not method.changes_base
     for w, p in zip(weights, layers, strict=True):
-        np.testing.assert_array_equal(output(method, p, x, w), x @ w)
+        y = output(method, p, x, w)
+        assert y.dtype == x.dtype
+        np.testing.assert_array_equal(y, times(x, w))
 
 
 @every_scale
 def test_factors_are_balanced_and_leave_the_smaller_singular_values(scale: dict) -> None:
-    weights = normal(2, 2, 9, 14)
-    params, layers = initial(PiSSA(rank=4, **scale), weights)
+    weights = normal(2, 2, 10, 8)
+    params, layers = initial(PiSSA(rank=3, **scale), weights)
     for w, base, p in zip(weights, params.base, layers, strict=True):
         s = np.linalg.svd(w.astype(np.float64), compute_uv=False)
-        diagonal = np.diag(s[:4]) / scale_of(4, **scale)
+        diagonal = np.diag(s[:3]) / scale_of(3, **scale)
         np.testing.assert_allclose(p["A"].T @ p["A"], diagonal, atol=1e-5)
         np.testing.assert_allclose(p["B"] @ p["B"].T, diagonal, atol=1e-5)
-        assert_close(np.sum(np.square(base)), np.sum(s[4:] ** 2), 100)
-        assert_close(np.linalg.norm(base, 2), s[4], 100)
+        assert_close(np.sum(np.square(base)), np.sum(s[3:] ** 2), 100, dtype=np.float32)
+        assert_close(np.linalg.norm(base, 2), s[3], 100, dtype=np.float32)
 
 
 @every_scale
@@ -85,9 +94,9 @@ def test_factors_are_balanced_and_leave_the_smaller_singular_values(scale: dict)
 def test_the_converted_lora_on_the_original_weight_gives_the_same(
     scale: dict, residual: bool
 ) -> None:
-    w, x = normal(3, 1, 10, 8) / 3, normal(4, 6, 10)
+    w, x = normal(3, 2, 10, 8) / 3, normal(4, 6, 10)
     method = PiSSA(rank=3, residual=residual, **scale)
-    params, (p,) = initial(method, w)
+    params, (p, _) = initial(method, w)
     untrained = np.matmul(*method.to_lora(p))
     np.testing.assert_array_equal(untrained, np.zeros((10, 8)))
     p = moved(p)
@@ -97,31 +106,35 @@ def test_the_converted_lora_on_the_original_weight_gives_the_same(
     c = scale_of(3, **scale)
     change = np.hstack([a, a_0]) @ np.vstack([c * b, -c * b_0])
     np.testing.assert_allclose(first @ second, change, atol=1e-5)
-    base = params.base[0] if residual else jnp.asarray(w[0])
+    base = params.base[0] if residual else w[0]
     np.testing.assert_allclose(output(method, p, x, base), x @ (w[0] + change), atol=2e-5)
     merged = method.merged(p, base)
     np.testing.assert_allclose(merged.weight, w[0] + change, atol=1e-5)
     np.testing.assert_allclose(method.unmerged(p, merged.weight), base, atol=1e-5)
     np.testing.assert_allclose(method.original(p, base), w[0], atol=1e-6)
     y = output(method, p, x, base)
-    before = method.before(p, Rows(jnp.asarray(x)), jnp.asarray(x) @ base)
+    before = method.before(p, Rows(x), x @ base)
     np.testing.assert_allclose(before, x @ w[0], atol=5e-6)
     assert np.abs(y - before).max() > 0.1
 
 
 @every_scale
 def test_both_forms_have_the_gradients_of_the_product(scale: dict) -> None:
-    w, x, g = normal(5, 1, 7, 6), normal(6, 4, 7), normal(7, 4, 6)
-    c = scale_of(2, **scale)
+    w, x, g = normal(5, 2, 10, 8), normal(6, 6, 10), normal(7, 6, 8)
+    c = scale_of(3, **scale)
     found = []
     for residual in (True, False):
-        method = PiSSA(rank=2, residual=residual, **scale)
-        params, (start,) = initial(method, w)
-        base = params.base[0] if residual else jnp.asarray(w[0])
+        method = PiSSA(rank=3, residual=residual, **scale)
+        params, (start, _) = initial(method, w)
+        base = params.base[0] if residual else w[0]
+
+        @jax.jit
+        def slopes(p: Arrays, method: Any = method, base: np.ndarray = base) -> Arrays:
+            return jax.grad(lambda p: jnp.sum(g * output(method, p, x, base)))(p)
+
         for p in (start, moved(start)):
-            loss = lambda a, b: jnp.sum(g * output(method, p | {"A": a, "B": b}, x, base))  # noqa: B023
             a, b = (np.asarray(p[k], np.float64) for k in "AB")
-            da, db = jax.grad(loss, (0, 1))(p["A"], p["B"])
+            da, db = map(slopes(p).get, "AB")
             np.testing.assert_allclose(da, c * x.T @ g @ b.T, rtol=1e-3, atol=1e-4)
             np.testing.assert_allclose(db, c * a.T @ x.T @ g, rtol=1e-3, atol=1e-4)
             found.append((da, db))
@@ -132,25 +145,26 @@ def test_both_forms_have_the_gradients_of_the_product(scale: dict) -> None:
 def test_the_first_step_of_sgd_is_the_gradient_weighted_by_the_principal_subspaces(
     scale: dict,
 ) -> None:
-    w, d, rate = normal(8, 1, 9, 7), normal(9, 9, 7).astype(np.float64), 1e-4
+    w, d, rate = normal(8, 2, 10, 8), normal(9, 10, 8).astype(np.float64), 1e-4
     method, c = PiSSA(rank=3, **scale), scale_of(3, **scale)
-    _, (p,) = initial(method, w)
+    _, (p, _) = initial(method, w)
     a, b = (np.asarray(p[k], np.float64) for k in "AB")
     change = c * ((a - rate * c * d @ b.T) @ (b - rate * c * a.T @ d) - a @ b)
     u, s, vt = np.linalg.svd(w[0].astype(np.float64), full_matrices=False)
     left, right = (u[:, :3] * s[:3]) @ u[:, :3].T, (vt[:3].T * s[:3]) @ vt[:3]
     np.testing.assert_allclose(change, -rate * c * (left @ d + d @ right), rtol=0.02, atol=2e-6)
-    np.testing.assert_allclose(c * a @ a.T, left, atol=1e-5)
-    np.testing.assert_allclose(c * b.T @ b, right, atol=1e-5)
+    # The error of singular vectors grows with the inverse of the gap between singular values.
+    assert_close(c * a @ a.T, left, 400, dtype=np.float32)
+    assert_close(c * b.T @ b, right, 400, dtype=np.float32)
 
 
 def test_the_worked_example() -> None:
     w = np.diag([9.0, 4.0, 1.0]).astype(np.float32)[None]
     for alpha, size in ((None, 3.0), (4.0, 1.5)):
         params, (p,) = initial(PiSSA(rank=1, alpha=alpha), w)
-        np.testing.assert_allclose(p["A"], [[size], [0], [0]], atol=1e-6)
-        np.testing.assert_allclose(p["B"], [[size, 0, 0]], atol=1e-6)
-        np.testing.assert_allclose(params.base[0], np.diag([0.0, 4.0, 1.0]), atol=1e-6)
+        assert_close(p["A"], np.array([[size], [0], [0]]), dtype=np.float32)
+        assert_close(p["B"], np.array([[size, 0, 0]]), dtype=np.float32)
+        assert_close(params.base[0], np.diag([0.0, 4.0, 1.0]), size=9, dtype=np.float32)
 
 
 def test_a_scaled_weight_has_factors_scaled_by_the_square_root() -> None:
@@ -197,14 +211,17 @@ def test_components_of_singular_value_zero_can_still_be_trained(residual: bool) 
     for p, dead in zip(layers, (slice(1, 3), slice(0, 3)), strict=True):
         np.testing.assert_allclose(np.linalg.norm(p["A"][:, dead], axis=0), 1, atol=1e-5)
         np.testing.assert_array_equal(p["B"][dead], 0)
-        gradient = jax.grad(lambda b: jnp.sum(method.delta(p | {"B": b}, weights[0]) ** 3))  # noqa: B023
-        assert np.isfinite(gradient(p["B"])).all()
-        loss = lambda b: jnp.sum(normal(3, 6, 5) * method.delta(p | {"B": b}, weights[0]))  # noqa: B023
-        assert (np.abs(jax.grad(loss)(p["B"])).max(1) > 0.01).all()
+        for power, least in ((3, -1), (1, 0.01)):
+            weighted = lambda b, p: jnp.sum(
+                normal(3, 6, 5) * method.delta(p | {"B": b}, weights[0]) ** power  # noqa: B023
+            )
+            slope = gradient(weighted, p["B"], p)
+            assert np.isfinite(slope).all()
+            assert (np.abs(slope).max(1) > least).all()
 
 
 def test_a_bfloat16_base_is_the_residual_rounded_once() -> None:
-    w = jnp.asarray(normal(4, 1, 12, 10), jnp.bfloat16)
+    w = normal(4, 1, 12, 10).astype(jnp.bfloat16)
     for dtype in ("float32", "bfloat16"):
         params, (p,) = initial(PiSSA(rank=3, param_dtype=dtype), w)
         assert params.base.dtype == jnp.bfloat16
@@ -230,38 +247,37 @@ def test_layers_of_unlike_ranks_are_those_of_their_own_rank(options: dict) -> No
         if alone.base is not None:
             np.testing.assert_allclose(params.base[i], alone.base[0], atol=1e-5)
         loss = lambda p: jnp.sum(normal(6, 8, 6) * method.delta(p, weights[0]))
-        slopes = jax.grad(loss)(layers[i])
+        slopes = gradient(loss, layers[i])
         assert np.abs(slopes["A"][:, rank:]).sum() + np.abs(slopes["B"][rank:]).sum() == 0
     with pytest.raises(ValueError, match=r"rank=\(1, 4, 2\) has 3 ranks"):
         method.init(KEY, jnp.zeros((2, 8, 6)))
 
 
 def test_rows_of_an_embedding_are_looked_up() -> None:
-    w, index = normal(7, 1, 11, 4), jnp.array([3, 0, 10])
+    w, index = normal(7, 1, 11, 4), np.array([3, 0, 10])
     method = PiSSA(rank=2)
-    params = method.init(KEY, jnp.asarray(w), embedding=True)
+    params = method.init(KEY, w, embedding=True)
     p, base = method.layer_arrays(params, 0), params.base[0]
     y = method.apply(p, Lookup(index), base[index], weight=base)
     np.testing.assert_allclose(y, w[0][np.asarray(index)], atol=1e-6)
 
 
 def test_trained_arrays_may_be_donated() -> None:
-    params, _ = initial(PiSSA(rank=2), normal(0, 1, 6, 5))
+    params = lro.adapters.PiSSA(rank=2).init(KEY, normal(0, 1, 6, 5))
     kept = np.asarray(params.frozen["A_0"])
     jax.jit(lambda t: jax.tree.map(lambda x: 2 * x, t), donate_argnums=0)(params.trainable)
     np.testing.assert_array_equal(params.frozen["A_0"], kept)
 
 
 def test_under_jit_the_start_is_the_same() -> None:
-    w = jnp.asarray(normal(1, 2, 7, 6))
+    w, PiSSA = normal(1, 2, 7, 6), lro.adapters.PiSSA
     for method in (PiSSA(rank=2), PiSSA(rank=(1, 2), power_iterations=2)):
         eager, traced = method.init(KEY, w), jax.jit(lambda w: method.init(KEY, w))(w)  # noqa: B023
-        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), eager, traced)
+        assert_close(eager, traced)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_bad_options_are_refused_by_name() -> None:
+    for options, message in (
         ({"dropout": 0.1}, r"dropout=0.1 must be 0: .* pretrained"),
         ({"alpha": 0}, "alpha=0 must be above 0"),
         ({"alpha": -1.0}, r"alpha=-1.0 must be above 0"),
@@ -269,11 +285,9 @@ def test_under_jit_the_start_is_the_same() -> None:
         ({"power_iterations": -1}, "power_iterations=-1"),
         ({"nf4_rounds": -1}, "nf4_rounds=-1"),
         ({"nf4_rounds": 1, "residual": False}, "leave one of them out"),
-    ],
-)
-def test_bad_options_are_refused_by_name(options: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        PiSSA(**options)
+    ):
+        with pytest.raises(ValueError, match=message):
+            PiSSA(**options)
 
 
 def test_shapes_alone_are_refused() -> None:

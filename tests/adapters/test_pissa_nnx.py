@@ -1,8 +1,10 @@
 """PiSSA and SVFit in the scanned and the unrolled decoder."""
 
 import dataclasses
+import functools
 from typing import Any
 
+from close import assert_close
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -23,7 +25,8 @@ CONFIG = dataclasses.replace(
     num_key_value_heads=1,
     head_dim=8,
 )
-TOKENS = jnp.arange(12).reshape(2, 6)
+TOKENS = np.arange(12).reshape(2, 6)
+WHERE = "query|value|down"
 METHODS = [
     PiSSA(rank=3, alpha=6),
     PiSSA(rank=3, alpha=6, residual=False),
@@ -32,10 +35,16 @@ METHODS = [
     SVFit(energy=0.5),
 ]
 NAMES = ["pissa", "pissa-free", "pissa-ranks", "svfit", "svfit-energy"]
+FULL = ("pissa-ranks", "svfit")  # run the same code of a model as the others
 logits_of = nnx.jit(lambda model: model(TOKENS))
 
 
 def decoder() -> Any:
+    return nnx.clone(_decoder())
+
+
+@functools.cache
+def _decoder() -> Any:
     model = Decoder(CONFIG, rngs=nnx.Rngs(0), remat="full")
     # Weights of the usual initialisation hardly show in the logits.
     state = nnx.state(model, nnx.Param)
@@ -74,73 +83,85 @@ def parameters(model: Any) -> dict:
     return nnx.to_pure_dict(nnx.state(model))
 
 
-@pytest.mark.parametrize("method", METHODS, ids=NAMES)
-def test_in_a_stack_it_starts_equal_trains_and_leaves_the_weights(method: Any) -> None:
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(method, id=name, marks=[pytest.mark.full] if name in FULL else [])
+        for method, name in zip(METHODS, NAMES, strict=True)
+    ],
+)
+def test_in_a_stack_it_starts_equal_trains_is_merged_and_leaves_the_weights(method: Any) -> None:
     model = decoder()
-    weights, start = parameters(model), logits_of(model)
-    lro.adapters.attach(model, method, "attention|mlp", rngs=1)
-    tolerance = 2e-4 if method.changes_base else 1e-6
-    np.testing.assert_allclose(logits_of(model), start, atol=tolerance)
+    weights, start = parameters(model), np.asarray(logits_of(model))
+    lro.adapters.attach(model, method, WHERE, rngs=1)
+    assert_close(logits_of(model), start, 800)
     losses = trained(model)
     assert losses[-1] < losses[0]
-    assert np.abs(logits_of(model) - start).max() > 0.01
-    with lro.adapters.disabled(model):
-        np.testing.assert_allclose(logits_of(model), start, atol=tolerance)
-    lro.adapters.detach(model)
-    assert type(model) is Decoder
-    given_back = parameters(model)
-    same = lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6 if method.changes_base else 0)
-    jax.tree.map(same, weights, given_back)
-
-
-@pytest.mark.parametrize("method", METHODS[:4], ids=NAMES[:4])
-def test_merged_and_detached_it_computes_the_same(method: Any) -> None:
-    model = decoder()
-    structure = jax.tree.structure(parameters(model))
-    lro.adapters.attach(model, method, "query|value|down", rngs=1)
-    trained(model)
-    adapted = logits_of(model)
+    adapted = np.asarray(logits_of(model))
+    assert np.abs(adapted - start).max() > 0.01
+    if method.changes_base:
+        with lro.adapters.disabled(model):
+            assert_close(logits_of(model), start, 800)
+    before = parameters(model)
     lro.adapters.merge(model)
-    np.testing.assert_allclose(logits_of(model), adapted, atol=2e-4)
+    merged = nnx.clone(model)
+    lro.adapters.detach(merged)
+    assert_close(logits_of(merged), adapted, 800)
     lro.adapters.unmerge(model)
-    np.testing.assert_allclose(logits_of(model), adapted, atol=2e-4)
-    lro.adapters.merge(model)
+    assert_close(parameters(model), before, 200)
     lro.adapters.detach(model)
-    assert jax.tree.structure(parameters(model)) == structure
-    np.testing.assert_allclose(logits_of(model), adapted, atol=2e-4)
+    assert type(model) is type(merged) is Decoder
+    assert_close(parameters(model), weights, 200)
+    assert jax.tree.structure(parameters(merged)) == jax.tree.structure(weights)
 
 
-@pytest.mark.parametrize("method", [METHODS[0], METHODS[3]], ids=["pissa", "svfit"])
+def test_detached_without_merging_the_weights_are_bit_for_bit_those_before() -> None:
+    """For methods that do not change them."""
+    model = decoder()
+    weights = parameters(model)
+    for method in METHODS:
+        if not method.changes_base:
+            lro.adapters.attach(model, method, WHERE, rngs=1)
+            lro.adapters.detach(model)
+            jax.tree.map(np.testing.assert_array_equal, weights, parameters(model))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(METHODS[0], id="pissa"),
+        pytest.param(METHODS[3], id="svfit", marks=pytest.mark.full),
+    ],
+)
 def test_layers_that_are_not_stacked_are_trained_the_same(method: Any) -> None:
     losses = []
     for model in (decoder(), unrolled(decoder())):
-        lro.adapters.attach(model, method, "query|value", rngs=1)
+        lro.adapters.attach(model, method, WHERE, rngs=1)
         losses.append(trained(model))
-    np.testing.assert_allclose(*losses, atol=2e-4)
+    assert_close(np.array(losses[1]), np.array(losses[0]), 800, dtype=np.float32)
 
 
 def test_a_quantized_base_is_merged_but_not_given_back() -> None:
     model = decoder()
-    lro.adapters.attach(model, PiSSA(rank=3, nf4_rounds=2), "query|value", rngs=1)
-    trained(model)
+    lro.adapters.attach(model, PiSSA(rank=3, nf4_rounds=2), WHERE, rngs=1)
     adapted = logits_of(model)
     with pytest.raises(TypeError, match="cannot give the weight back"):
         lro.adapters.detach(model)
-    np.testing.assert_array_equal(logits_of(model), adapted)
+    assert_close(logits_of(model), adapted, 800)
     lro.adapters.merge(model)
     lro.adapters.detach(model)
-    np.testing.assert_allclose(logits_of(model), adapted, atol=2e-4)
+    assert_close(logits_of(model), adapted, 800)
 
 
 @pytest.mark.parametrize("residual", [True, False])
 def test_a_strength_is_of_the_change_of_the_original_weights(residual: bool) -> None:
-    layer, x = nnx.Linear(6, 5, rngs=nnx.Rngs(0)), jax.random.normal(jax.random.key(1), (4, 6))
-    before, kernel = layer(x), layer.kernel[...]
+    layer, x = nnx.Linear(6, 5, rngs=nnx.Rngs(0)), np.eye(6, dtype=np.float32)
+    before, kernel = np.asarray(layer(x)), np.asarray(layer.kernel[...])
     method = PiSSA(rank=2, alpha=4, residual=residual)
     lro.adapters.attach(layer, method, where=".*", rngs=0)
     arrays = layer.adapters["default"].arrays
-    arrays["B"].set_value(arrays["B"][...] + 0.3)
-    after = layer(x)
+    arrays["B"].set_value(jnp.asarray(np.asarray(arrays["B"][...]) + np.float32(0.3)))
+    after = np.asarray(layer(x))
     for strength in (0.0, 0.25):
         lro.adapters.activate(layer, "default", strengths={"default": strength})
         expected = before + strength * (after - before)

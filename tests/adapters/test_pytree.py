@@ -1,8 +1,6 @@
 """Adapters for functions of any tree of parameters."""
 
 from close import assert_close
-from hypothesis import given, settings
-from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,10 +15,12 @@ LAST = WeightDimensionNumbers(-2, -1)
 METHODS = [LORA, lro.adapters.LoTR(rank=2), lro.adapters.PiSSA(rank=2), lro.adapters.DoRA(rank=2)]
 
 
+def _normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
 def _params():
-    keys = jax.random.split(jax.random.key(0))
-    up, down = (jax.random.normal(k, s) for k, s in zip(keys, ((3, 4, 6), (3, 6, 4)), strict=True))
-    return {"up": {"kernel": up}, "down": {"kernel": down}}
+    return {"up": {"kernel": _normal(0, 3, 4, 6)}, "down": {"kernel": _normal(1, 3, 6, 4)}}
 
 
 def _run(params, x):
@@ -32,21 +32,22 @@ def _run(params, x):
     return jax.lax.scan(layer, x, params)[0]
 
 
-X = jax.random.normal(jax.random.key(1), (5, 4))
+_jitted = jax.jit(_run)
+X = np.random.default_rng(2).normal(size=(5, 4)).astype(np.float32)
 
 
 def _moved(tree):
-    noise = lambda a: 0.1 * jax.random.normal(jax.random.key(a.size), a.shape)
-    return jax.tree.map(lambda a: a + noise(a), tree)
+    return jax.tree.map(lambda a: np.asarray(a) + 0.1 * np.asarray(_normal(a.size, *a.shape)), tree)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
 def test_sums_and_factors_and_the_merged_parameters_give_the_same(method):
     params = _params()
     adapter = pytree.init(jax.random.key(1), params, method, "up|down", LAST)
+    by_effective = jax.jit(lambda params, t: pytree.effective(params, adapter.replace(t)))
     if method is not LORA:
-        start = _run(pytree.effective(params, adapter), X)
-        np.testing.assert_allclose(start, _run(params, X), atol=1e-5)
+        start = _jitted(by_effective(params, adapter.trainable), X)
+        assert_close(start, _jitted(params, X), 100)
     trained = _moved(adapter.trainable)
     by = {
         "effective": lambda a: _run(pytree.effective(params, a), X),
@@ -54,7 +55,7 @@ def test_sums_and_factors_and_the_merged_parameters_give_the_same(method):
         "apply": lambda a: pytree.apply(_run, params, a, X),
     }
     loss = lambda name: lambda t: (by[name](adapter.replace(t)) ** 2).sum()
-    value, gradient = jax.value_and_grad(loss("effective"))(trained)
+    value, gradient = jax.jit(jax.value_and_grad(loss("effective")))(trained)
     for name in ("factored", "apply"):
         other, others = jax.jit(jax.value_and_grad(loss(name)))(trained)
         assert_close(other, value, 800)
@@ -62,25 +63,33 @@ def test_sums_and_factors_and_the_merged_parameters_give_the_same(method):
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
     moved = adapter.replace(trained)
     merged = pytree.merge(params, moved)
-    assert_close((_run(merged, X) ** 2).sum(), value, 800)
+    assert_close(np.square(_jitted(merged, X)).sum(), value, 800)
     for a, b in zip(
         jax.tree.leaves(pytree.unmerge(merged, moved)), jax.tree.leaves(params), strict=True
     ):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+        assert_close(a, b, 100)
 
 
-@pytest.mark.parametrize("host", [pytree.effective, pytree.factored])
-def test_a_lora_starts_bit_for_bit_at_the_function(host):
+def test_a_lora_starts_bit_for_bit_at_the_function():
     params = _params()
     adapter = pytree.init(jax.random.key(1), params, lro.adapters.LoRA(rank=2), "up", LAST)
-    np.testing.assert_array_equal(_run(host(params, adapter), X), _run(params, X))
+    whole = pytree.effective(params, adapter)
+    jax.tree.map(np.testing.assert_array_equal, whole, params)
+    factored = jax.jit(lambda p, a: _run(pytree.factored(p, a), X))
+    assert_close(factored(params, adapter), _jitted(params, X))
 
 
-@settings(max_examples=8, deadline=None)
-@given(st.data())
-def test_axes_of_any_order_are_changed_as_numpy_does(data):
-    sizes = data.draw(st.lists(st.integers(1, 3), min_size=3, max_size=4))
-    order = data.draw(st.permutations(range(len(sizes))))
+@pytest.mark.parametrize(
+    ("sizes", "order"),
+    [
+        ((2, 3, 1), (0, 1, 2)),
+        ((2, 3, 3), (2, 0, 1)),
+        ((3, 1, 2), (1, 2, 0)),
+        ((3, 2, 1, 2), (3, 1, 0, 2)),
+        ((1, 3, 2, 3), (0, 3, 1, 2)),
+    ],
+)
+def test_axes_of_any_order_are_changed_as_numpy_does(sizes, order):
     summed, kept, batch = order[0], order[1], sorted(order[2:])
     params = [np.ones(sizes, np.float32), {"b": np.ones(3, np.float32)}]
     spec = [WeightDimensionNumbers(summed, kept), None]
@@ -92,7 +101,7 @@ def test_axes_of_any_order_are_changed_as_numpy_does(data):
     merged = pytree.merge(params, adapter)
     np.testing.assert_allclose(merged[0], expected, rtol=1e-5, atol=1e-5)
     assert merged[1]["b"] is params[1]["b"]
-    ((first, second),) = pytree.to_lora(adapter).values()
+    ((first, second),) = jax.device_get(pytree.to_lora(adapter)).values()
     np.testing.assert_allclose(first @ second, change, rtol=1e-4, atol=1e-5)
 
 
@@ -143,7 +152,7 @@ def test_a_factored_weight_is_no_array():
 
 
 def test_weights_with_outputs_first_are_used_transposed():
-    params = {"w": jax.random.normal(jax.random.key(2), (5, 4))}
+    params = {"w": _normal(2, 5, 4)}
     adapter = pytree.init(jax.random.key(0), params, LORA, None, WeightDimensionNumbers(1, 0))
     leaf = pytree.factored(params, adapter)["w"]
     expected = X @ pytree.effective(params, adapter)["w"].T

@@ -11,8 +11,9 @@ import pytest
 import lowrank_optax as lro
 from lowrank_optax.adapters.base import Arrays, parameter_count
 from lowrank_optax.adapters.operands import Rows
+from tests.adapters.compiled import compiled, gradient, times
 
-SVFit = lro.adapters.SVFit
+SVFit = compiled(lro.adapters.SVFit)
 KEY = jax.random.key(0)
 
 
@@ -22,13 +23,12 @@ def normal(seed: int, *shape: int) -> np.ndarray:
 
 def initial(method: Any, weights: np.ndarray) -> tuple[Any, list[Arrays]]:
     """The parameters of a stack and those of each layer."""
-    params = method.init(KEY, jnp.asarray(weights))
+    params = method.init(KEY, weights)
     return params, [method.layer_arrays(params, i) for i in range(len(weights))]
 
 
-def output(method: Any, p: Arrays, x: np.ndarray, weight: np.ndarray) -> jax.Array:
-    x, weight = jnp.asarray(x), jnp.asarray(weight)
-    return method.apply(p, Rows(x), x @ weight, weight=weight)
+def output(method: Any, p: Arrays, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    return method.apply(p, Rows(x), times(x, weight), weight=weight)
 
 
 def residual_form(w: np.ndarray, s: np.ndarray) -> np.ndarray:
@@ -41,13 +41,15 @@ def residual_form(w: np.ndarray, s: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_starts_as_the_model_bit_for_bit(dtype: str) -> None:
-    weights, x = jnp.asarray(normal(0, 2, 8, 5), dtype), jnp.asarray(normal(1, 4, 8), dtype)
+    weights, x = (z.astype(jnp.dtype(dtype)) for z in (normal(0, 2, 8, 5), normal(1, 4, 8)))
     method = SVFit(rank=3)
     params, layers = initial(method, weights)
     assert params.base is None
     assert {a.dtype for a in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
     for w, p in zip(weights, layers, strict=True):
-        np.testing.assert_array_equal(output(method, p, x, w), x @ w)
+        y = output(method, p, x, w)
+        assert y.dtype == x.dtype
+        np.testing.assert_array_equal(y, times(x, w))
 
 
 @pytest.mark.parametrize("shape", [(8, 5), (5, 8)])
@@ -58,29 +60,30 @@ def test_is_the_papers_residual_form(shape: tuple[int, int]) -> None:
     s = np.linalg.svd(w[0].astype(np.float64), compute_uv=False)[:3]
     np.testing.assert_allclose(residual_form(w[0], s), w[0], atol=1e-12)
     expected = residual_form(w[0], s + t)
-    p = p | {"t": jnp.asarray(t)}
+    p = p | {"t": t}
     np.testing.assert_allclose(output(method, p, x, w[0]), x @ expected, atol=2e-5)
-    merged = method.merged(p, jnp.asarray(w[0]))
+    merged = method.merged(p, w[0])
     np.testing.assert_allclose(merged.weight, expected, atol=1e-5)
     np.testing.assert_allclose(method.unmerged(p, merged.weight), w[0], atol=1e-6)
 
 
 def test_the_gradient_is_the_diagonal_of_the_weights_in_the_singular_bases() -> None:
-    w, x, g = normal(5, 1, 7, 6), normal(6, 4, 7), normal(7, 4, 6)
+    w, x, g = normal(5, 1, 8, 5), normal(6, 4, 8), normal(7, 4, 5)
     method = SVFit(rank=4)
     _, (p,) = initial(method, w)
     d = x.T.astype(np.float64) @ g
     u, _, vt = np.linalg.svd(w[0].astype(np.float64))
     loss = lambda t: jnp.sum(g * output(method, p | {"t": t}, x, w[0]))
-    for t in (p["t"], jnp.asarray(normal(8, 4))):  # it does not depend on t
-        np.testing.assert_allclose(jax.grad(loss)(t), np.diag(u.T @ d @ vt.T)[:4], atol=1e-4)
+    slope = jax.jit(jax.grad(loss))
+    for t in (p["t"], normal(8, 4)):  # it does not depend on t
+        np.testing.assert_allclose(slope(t), np.diag(u.T @ d @ vt.T)[:4], atol=1e-4)
 
 
 def test_the_change_is_diagonal_in_the_singular_bases_and_as_large_as_t() -> None:
     w, t = normal(9, 1, 6, 9), normal(10, 4)
     method = SVFit(rank=4)
     _, (p,) = initial(method, w)
-    change = np.asarray(method.delta(p | {"t": jnp.asarray(t)}, w[0]), np.float64)
+    change = np.asarray(method.delta(p | {"t": t}, w[0]), np.float64)
     u, _, vt = np.linalg.svd(w[0].astype(np.float64), full_matrices=False)
     np.testing.assert_allclose(u.T @ change @ vt.T, np.diag([*t, 0, 0]), atol=1e-5)
     assert_close(np.linalg.norm(change), np.linalg.norm(t), 100)
@@ -94,7 +97,7 @@ def test_with_every_singular_value_they_are_the_new_ones(rank: int) -> None:
     method = SVFit(rank=rank)
     params, (p,) = initial(method, w)
     assert params.trainable["t"].shape == (1, 5)
-    new = w[0] + method.delta(p | {"t": jnp.asarray(t)}, w[0])
+    new = w[0] + method.delta(p | {"t": t}, w[0])
     u, s, vt = np.linalg.svd(w[0].astype(np.float64), full_matrices=False)
     np.testing.assert_allclose(new, w[0] + u @ np.diag(t) @ vt, atol=1e-5)  # SVFT: U (S + M) Vᵀ
     found = np.linalg.svd(np.asarray(new, np.float64), compute_uv=False)
@@ -105,15 +108,18 @@ def test_turning_inputs_and_weight_together_changes_no_step() -> None:
     w, x, goal = normal(13, 1, 6, 5), normal(14, 20, 6), normal(15, 20, 5)
     turn = np.linalg.qr(normal(16, 6, 6).astype(np.float64))[0].astype(np.float32)
     method, ends = SVFit(rank=3), []
+
+    @jax.jit
+    @jax.grad
+    def slope(t: jax.Array, p: Arrays, inputs: np.ndarray, weight: np.ndarray) -> jax.Array:
+        y = method.method.apply(p | {"t": t}, Rows(inputs), inputs @ weight, weight=weight)
+        return jnp.mean((y - goal) ** 2)
+
     for inputs, weight in ((x, w), (x @ turn, turn.T @ w)):
         _, (p,) = initial(method, weight)
-
-        def loss(t: jax.Array, p: Arrays, inputs: np.ndarray, weight: np.ndarray) -> jax.Array:
-            return jnp.mean((output(method, p | {"t": t}, inputs, weight[0]) - goal) ** 2)
-
         t = p["t"]
         for _ in range(3):
-            t = t - 0.5 * jax.grad(loss)(t, p, inputs, weight)
+            t = t - 0.5 * np.asarray(slope(t, p, inputs, weight[0]))
         ends.append(t)
     assert np.abs(ends[0]).max() > 0.05
     np.testing.assert_allclose(*ends, atol=1e-5)
@@ -123,7 +129,7 @@ def test_a_step_of_sgd_is_a_projection_of_the_gradient() -> None:
     w, d, rate = normal(17, 1, 7, 6), normal(18, 7, 6), 0.3
     method = SVFit(rank=4)
     _, (p,) = initial(method, w)
-    slope = jax.grad(lambda t: jnp.sum(d * method.delta(p | {"t": t}, w[0])))(p["t"])
+    slope = gradient(lambda t: jnp.sum(d * method.delta(p | {"t": t}, w[0])), p["t"])
     step = np.asarray(method.delta(p | {"t": -rate * slope}, w[0]), np.float64)
     u, _, vt = np.linalg.svd(w[0].astype(np.float64))
     terms = [u[:, i] @ d @ vt[i] * np.outer(u[:, i], vt[i]) for i in range(4)]
@@ -135,7 +141,7 @@ def test_converts_to_a_lora_exactly() -> None:
     w = normal(19, 2, 6, 5)
     method = SVFit(rank=2)
     params, _ = initial(method, w)
-    params = params._replace(trainable={"t": jnp.asarray(normal(20, 2, 2))})
+    params = params._replace(trainable={"t": normal(20, 2, 2)})
     for i, change in enumerate(method.deltas(params, w)):
         first, second = method.to_lora(method.layer_arrays(params, i))
         assert (first.shape, second.shape) == ((6, 2), (2, 5))
@@ -147,10 +153,10 @@ def test_the_worked_example() -> None:
     method = SVFit(rank=1)
     params, (p,) = initial(method, w)
     np.testing.assert_allclose(np.abs(params.frozen["U"][0]), [[1], [0]], atol=1e-7)
-    d = jnp.array([[2.0, 5.0], [5.0, 7.0]])
-    slope = jax.grad(lambda t: jnp.sum(d * method.delta(p | {"t": t}, w[0])))(p["t"])
+    d = np.array([[2, 5], [5, 7]], np.float32)
+    slope = gradient(lambda t: jnp.sum(d * method.delta(p | {"t": t}, w[0])), p["t"])
     assert_close(slope, [2.0])
-    new = method.merged(p | {"t": -0.5 * slope}, jnp.asarray(w[0])).weight
+    new = method.merged(p | {"t": -0.5 * slope}, w[0]).weight
     np.testing.assert_allclose(new, np.diag([2.0, 1.0]), atol=1e-6)
 
 
@@ -170,13 +176,14 @@ def test_the_energy_rank_is_the_smallest_that_holds_the_fraction() -> None:
 def test_each_layer_has_the_rank_of_its_energy() -> None:
     flat, steep = np.diag([1.0, 1, 1, 1]), np.diag([10.0, 1, 1, 0.1])
     weights = np.stack([steep, flat, np.zeros((4, 4))]).astype(np.float32)
-    params, _ = initial(SVFit(energy=0.99), weights)
+    eager = lambda **options: lro.adapters.SVFit(**options).init(KEY, weights)
+    params = eager(energy=0.99)
     assert params.trainable["t"].shape == (3, 4)
     counts = (np.abs(params.frozen["U"]).max(1) > 0).sum(1)
     assert counts.tolist() == [2, 4, 0]  # nothing to train of a weight that is zero
-    randomized, _ = initial(SVFit(energy=0.5, power_iterations=3), weights)
+    randomized = eager(energy=0.5, power_iterations=3)
     assert randomized.trainable["t"].shape == (3, 2)
-    traced = jax.jit(lambda w: SVFit(energy=0.5).init(KEY, w))(jnp.asarray(weights))
+    traced = jax.jit(lambda w: lro.adapters.SVFit(energy=0.5).init(KEY, w))(weights)
     used = (np.abs(traced.frozen["U"]).max(1) > 0).tolist()
     assert used == [[True, False, False, False], [True, True, False, False], [False] * 4]
 
@@ -189,11 +196,11 @@ def test_what_is_masked_does_not_move() -> None:
     _, layers = initial(method, weights)
     loss = lambda t, p: jnp.sum((normal(3, 6, 5) - method.delta(p | {"t": t}, weights[0])) ** 2)
     for p in layers:
-        slope = jax.grad(loss)(jnp.ones(3), p)
+        slope = gradient(loss, np.ones(3, np.float32), p)
         assert abs(float(slope[0])) > 1e-3
         np.testing.assert_array_equal(slope[1:], 0)
     with pytest.raises(ValueError, match=r"rank=\(3, 1\) has 2 ranks"):
-        method.init(KEY, jnp.asarray(weights[:1]))
+        method.init(KEY, weights[:1])
 
 
 def test_a_weight_has_as_many_trained_numbers_as_its_rank() -> None:
@@ -207,8 +214,8 @@ def test_backward_keeps_the_rank_and_not_the_width_of_each_token() -> None:
     w, x = normal(0, 1, width, width), normal(1, tokens, width)
     method = SVFit(rank=rank)
     _, (p,) = initial(method, w)
-    forward = lambda t: method.apply(
-        p | {"t": t}, Rows(jnp.asarray(x)), jnp.zeros((tokens, width)), weight=w[0]
+    forward = lambda t: method.method.apply(
+        p | {"t": t}, Rows(x), np.zeros((tokens, width), np.float32), weight=w[0]
     )
     kept = jax.eval_shape(lambda t: jax.vjp(forward, t)[1], p["t"])
     shapes = [leaf.shape for leaf in jax.tree.leaves(kept)]
@@ -216,17 +223,14 @@ def test_backward_keeps_the_rank_and_not_the_width_of_each_token() -> None:
     assert (tokens, width) not in shapes
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_bad_options_are_refused_by_name() -> None:
+    for options, message in (
         ({"alpha": 2.0}, "alpha=2.0 must be None"),
         ({"energy": 0.0}, "energy=0.0"),
         ({"energy": 1.1}, "energy=1.1"),
         ({"power_iterations": -2}, "power_iterations=-2"),
         ({"rank": 0}, "rank=0"),
         ({"dropout": 1.0}, "dropout=1.0"),
-    ],
-)
-def test_bad_options_are_refused_by_name(options: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        SVFit(**options)
+    ):
+        with pytest.raises(ValueError, match=message):
+            SVFit(**options)

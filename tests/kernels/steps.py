@@ -1,13 +1,17 @@
 """Random steps for the kernels, and the same steps in NumPy float64."""
 
+import functools
 from typing import Any, NamedTuple
 
+from close import assert_close
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lowrank_optax.kernels import AdamScalars
+from lowrank_optax.kernels.moments import coded_shapes
 from lowrank_optax.quantization import BlockFormat, Quantized, code_map, dequantize, quantize
+from tests.quantization.tables import assert_same_codes
 
 SCALARS = AdamScalars(0.1, 0.9, 0.99, 1e-8, 0.01, 1 - 0.9**3, 1 - 0.99**3, 0.5)
 Formats = tuple[BlockFormat, BlockFormat]
@@ -47,30 +51,55 @@ def step_of(
     """A step in the middle of a run: nothing in it is zero."""
     rng = np.random.default_rng(seed)
     normal = lambda *size: rng.normal(size=size)
+    array = lambda x, dtype=jnp.float32: jnp.asarray(np.asarray(x, dtype))  # compiles nothing
     batch, basis, moment = shape[:-2], None, shape
     if rank is not None:
         d = shape[axis]
-        basis = jnp.asarray(np.linalg.qr(normal(*batch, d, rank))[0], jnp.float32)
+        basis = array(np.linalg.qr(normal(*batch, d, rank))[0])
         moment = (*batch, rank, shape[-1]) if axis == -2 else (*shape[:-1], rank)
-    first = jnp.asarray(0.1 * normal(*moment), jnp.float32)
-    second = jnp.asarray(normal(*moment) ** 2 + 0.1, jnp.float32)
+    first = array(0.1 * normal(*moment))
+    second = array(normal(*moment) ** 2 + 0.1)
     if formats is not None:
-        first, second = quantize(first, formats[0]), quantize(second, formats[1])
-    gradient, param = jnp.asarray(normal(*shape), dtype), jnp.asarray(normal(*shape), dtype)
+        largest, least = formats[1].map.largest, formats[1].map.least_positive
+        first = random_codes(moment, formats[0], rng)
+        # Over a second moment near zero the rounding of a projected gradient would count.
+        second = random_codes(moment, formats[1], rng, least if rank is None else largest // 2)
+    gradient, param = (array(normal(*shape), dtype) for _ in range(2))
     return Step(gradient, basis, first, second, param)
+
+
+def random_codes(
+    shape: tuple[int, ...], fmt: BlockFormat, rng: np.random.Generator, least: int = 0
+) -> Quantized:
+    """Any code of the map from the least on in any place, and scales of about one."""
+    codes_shape, scales_shape = coded_shapes(shape, fmt)
+    draw = lambda: rng.integers(least, fmt.map.largest + 1, codes_shape).astype(np.uint8)
+    codes = draw() if fmt.map.bits == 8 else draw() | (draw() << 4)
+    scales = rng.uniform(0.5, 1.5, scales_shape).astype(np.float32)
+    return Quantized(jnp.asarray(codes), jnp.asarray(scales))
+
+
+@functools.partial(jax.jit, static_argnames=("formats", "shape"))
+def decoded(moments: Any, formats: Formats, shape: tuple[int, ...]) -> list[jax.Array]:
+    return [dequantize(x, fmt, shape) for x, fmt in zip(moments, formats, strict=True)]
+
+
+@functools.partial(jax.jit, static_argnames="formats")
+def coded(moments: Any, formats: Formats) -> list[Quantized]:
+    return [quantize(x, fmt) for x, fmt in zip(moments, formats, strict=True)]
 
 
 def expected_of(
     step: Step, formats: Formats | None, axis: int = -2, s: AdamScalars = SCALARS
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """The new parameter (or the update) and both moments before they are put in codes."""
-    g = np.asarray(step.gradient.astype(jnp.float32), np.float64)
+    g = np.asarray(step.gradient, np.float64)
     if step.basis is not None:
         basis = np.asarray(step.basis, np.float64)
         g = np.swapaxes(basis, -1, -2) @ g if axis == -2 else g @ basis
     moments = [step.first, step.second]
     if formats is not None:
-        moments = [dequantize(x, f, g.shape) for x, f in zip(moments, formats, strict=True)]
+        moments = decoded(moments, formats, g.shape)
     first, second = (np.asarray(x, np.float64) for x in moments)
     first = s.b1 * first + (1 - s.b1) * g
     second = s.b2 * second + (1 - s.b2) * g * g
@@ -79,7 +108,7 @@ def expected_of(
         update = basis @ update if axis == -2 else update @ np.swapaxes(basis, -1, -2)
     if step.param is None:
         return update, [first, second]
-    p = np.asarray(step.param.astype(jnp.float32), np.float64)
+    p = np.asarray(step.param, np.float64)
     return p - s.learning_rate * (update + s.weight_decay * p), [first, second]
 
 
@@ -87,25 +116,9 @@ def assert_moments(found: list[Any], expected: list[np.ndarray], formats: Format
     """That moments are the expected ones, or their codes, but for ties in the last place."""
     if formats is None:
         for x, wanted in zip(found, expected, strict=True):
-            np.testing.assert_allclose(x, wanted, rtol=3e-6, atol=5e-7)
+            assert_close(x, wanted, 100)
         return
-    for x, wanted, fmt in zip(found, expected, formats, strict=True):
-        codes = quantize(jnp.asarray(wanted, jnp.float32), fmt)
-        assert_codes(x, codes, fmt, wanted.shape)
-
-
-def assert_codes(found: Quantized, wanted: Quantized, fmt: BlockFormat, shape: Any) -> None:
-    """Scales to rounding; of the codes one in two hundred may be that of a neighbour."""
-    assert found.codes.dtype == wanted.codes.dtype
-    assert found.codes.shape == wanted.codes.shape
-    np.testing.assert_allclose(found.scales, wanted.scales, rtol=2e-6, atol=1e-7)
-    unit = BlockFormat(fmt.map, fmt.block_size, fmt.positive)
-    ones = jax.tree.map(jnp.ones_like, wanted.scales)
-    numbers = [
-        np.asarray(dequantize(Quantized(x.codes, ones), unit, shape)) for x in (found, wanted)
-    ]
-    table = np.unique(np.asarray(fmt.map.decode(jnp.arange(2**fmt.map.bits))))
-    at = [np.searchsorted(table, x) for x in numbers]
-    apart = np.abs(at[0] - at[1])
-    assert apart.max(initial=0) <= 1
-    assert np.mean(apart != 0) <= 0.005
+    codes = coded([np.asarray(x, np.float32) for x in expected], formats)
+    for x, wanted, fmt in zip(found, codes, formats, strict=True):
+        assert_same_codes(x.codes, wanted.codes, fmt.map.bits)
+        assert_close(x.scales, wanted.scales, 100)

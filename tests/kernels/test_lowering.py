@@ -57,6 +57,7 @@ def has_kernel(exported: export.Exported) -> bool:
     return "tpu_custom_call" in text or "triton" in text
 
 
+@pytest.mark.combinations(1)
 @pytest.mark.parametrize("shape", [(300, 600), (1, 256), (24, 71, 512), (128, 256)])
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("implementation", ["mosaic_tpu", None], ids=str)
@@ -71,6 +72,7 @@ def test_low_bit_adam_lowers_for_tpus(shape: Any, bits: int, implementation: Any
     assert has_kernel(exported) != refused
 
 
+@pytest.mark.combinations(1)
 @pytest.mark.parametrize("bits", [32, 8, 4])
 @pytest.mark.parametrize("axis", [-2, -1])
 def test_projected_adam_lowers_for_tpus(axis: int, bits: int) -> None:
@@ -78,6 +80,7 @@ def test_projected_adam_lowers_for_tpus(axis: int, bits: int) -> None:
     assert has_kernel(export.export(jax.jit(step), platforms=["tpu"])(*arguments))
 
 
+@pytest.mark.combinations(1)
 @pytest.mark.parametrize("shape", [(300, 512), (24, 7, 256), (128, 256)])
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("implementation", ["triton", None], ids=str)

@@ -16,9 +16,10 @@ from lowrank_optax.layers.randomized.sketch import SketchKind
 
 KINDS = get_args(SketchKind)
 KEY = jax.random.key(3)
-X = jax.random.normal(jax.random.key(0), (8, 16, 6))
-KERNEL = jax.random.normal(jax.random.key(1), (6, 4))
-Y = jax.random.normal(jax.random.key(2), (8, 16, 4))
+X, KERNEL, Y = (
+    np.random.default_rng(seed).standard_normal(shape, np.float32)
+    for seed, shape in enumerate([(8, 16, 6), (6, 4), (8, 16, 4)])
+)
 
 
 def loss(kernel: jax.Array, x: jax.Array, y: jax.Array, key: Any, sketch: Sketch) -> jax.Array:
@@ -27,22 +28,27 @@ def loss(kernel: jax.Array, x: jax.Array, y: jax.Array, key: Any, sketch: Sketch
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_jit_vmap_and_checkpoint_give_the_same_gradient(kind: SketchKind) -> None:
-    sketch = Sketch(kind, size=5)
-    slope = jax.jit(jax.grad(functools.partial(loss, sketch=sketch)))
-    keys = jax.random.split(KEY, 8)
-    each = jnp.stack([slope(KERNEL, *args) for args in zip(X, Y, keys, strict=True)])
-    mapped = jax.jit(jax.vmap(slope, (None, 0, 0, 0)))(KERNEL, X, Y, keys)
-    np.testing.assert_allclose(mapped, each, rtol=1e-4, atol=1e-4)
-    again = jax.jit(jax.grad(jax.checkpoint(functools.partial(loss, sketch=sketch))))
-    np.testing.assert_allclose(again(KERNEL, X[0], Y[0], keys[0]), each[0], rtol=1e-4, atol=1e-4)
+    of = functools.partial(loss, sketch=Sketch(kind, size=5))
+    keys = jax.random.split(KEY, 4)
+    slope, again = jax.grad(of), jax.grad(jax.checkpoint(of))
+
+    @jax.jit
+    def run(kernel: jax.Array, *args: Any) -> Any:
+        mapped = jax.vmap(slope, (None, 0, 0, 0))(kernel, *args)
+        return mapped, jax.lax.map(lambda args: again(kernel, *args), args)
+
+    each = np.stack([jax.jit(slope)(KERNEL, *args) for args in zip(X, Y, keys, strict=False)])
+    for found in run(KERNEL, X[:4], Y[:4], keys):
+        assert_close(found, each, 100)
 
 
+@pytest.mark.combinations(1)
 @pytest.mark.parametrize("kind", ["stratified", "rademacher", "norm_weighted"])
 @pytest.mark.parametrize("remat", [False, True])
 def test_layers_in_a_scan_with_a_key_each_are_those_in_a_loop(
     kind: SketchKind, remat: bool
 ) -> None:
-    kernels = jnp.stack([KERNEL @ KERNEL.T, KERNEL @ KERNEL.T]) / 4
+    kernels = np.stack([KERNEL @ KERNEL.T, KERNEL @ KERNEL.T]) / 4
     keys = jax.random.split(KEY, 2)
 
     def layer(x: jax.Array, parts: Any) -> tuple[jax.Array, None]:
@@ -59,8 +65,7 @@ def test_layers_in_a_scan_with_a_key_each_are_those_in_a_loop(
             x, _ = layer(x, (kernels[i], keys[i]))
         return jnp.sum(x**2)
 
-    expected = jax.jit(jax.grad(looped))(kernels)
-    np.testing.assert_allclose(jax.jit(jax.grad(scanned))(kernels), expected, rtol=1e-4, atol=1e-4)
+    assert_close(*jax.jit(lambda k: (jax.grad(scanned)(k), jax.grad(looped)(k)))(kernels), 100)
 
 
 def test_a_subset_of_a_module_is_differentiated() -> None:
@@ -75,19 +80,31 @@ def test_a_subset_of_a_module_is_differentiated() -> None:
             )
 
     value = lambda model, x: jnp.sum(Y * model(x))
-    of_bias = nnx.grad(value, argnums=nnx.DiffState(0, nnx.PathContains("bias")))(Model(), X)
+    chosen = nnx.DiffState(0, nnx.PathContains("bias"))
+    of_bias = nnx.jit(nnx.grad(value, argnums=chosen))(Model(), X)
     assert "kernel" not in of_bias
     assert_close(of_bias["bias"][...], Y.sum((0, 1)), 100)
     both = nnx.jit(nnx.grad(value))(Model(), X)
-    assert_close(both["kernel"][...], jax.grad(loss)(KERNEL, X, Y, KEY, Sketch(size=9)), 800)
+    expected = jax.jit(jax.grad(loss), static_argnums=4)(KERNEL, X, Y, KEY, Sketch(size=9))
+    assert_close(both["kernel"][...], expected, 100)
 
 
 def mesh_of(kind: AxisType) -> jax.sharding.Mesh:
     return jax.make_mesh((8,), ("data",), axis_types=(kind,))
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "axis_type"),
+    [(kind, AxisType.Auto) for kind in KINDS]
+    + [
+        pytest.param(
+            kind,
+            AxisType.Explicit,
+            marks=[] if kind in ("stratified", "norm_weighted", "srht") else pytest.mark.full,
+        )
+        for kind in KINDS
+    ],
+)
 def test_a_batch_on_eight_devices_has_the_gradient_of_one(
     kind: SketchKind, axis_type: AxisType
 ) -> None:
@@ -99,7 +116,7 @@ def test_a_batch_on_eight_devices_has_the_gradient_of_one(
         slope = jax.jit(jax.grad(loss), static_argnums=4)
         compiled = slope.lower(kernel, x, y, KEY, sketch).compile()
         got, text = compiled(kernel, x, y, KEY), compiled.as_text()
-    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+    assert_close(got, expected, 100)
     if kind == "stratified":  # each device keeps its own rows: the sum of gradients is all there is
         assert text.count(" all-reduce(") == 1
         assert "all-gather" not in text
@@ -124,8 +141,8 @@ def test_under_shard_map_each_shard_draws_its_own(kind: SketchKind) -> None:
     keys = [jax.random.fold_in(KEY, i) for i in range(8)]
     slope = jax.jit(jax.grad(functools.partial(loss, sketch=Sketch(kind, size=4))))
     expected = sum(slope(KERNEL, x, y, key) for x, y, key in zip(X, Y, keys, strict=True))
-    np.testing.assert_allclose(of_kernel, expected, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(of_x, Y @ KERNEL.T, rtol=1e-4, atol=1e-5)
+    assert_close(of_kernel, expected, 100)
+    assert_close(of_x, Y @ KERNEL.T)
 
 
 @pytest.mark.parametrize("kind", ["rows", "stratified"])
@@ -133,10 +150,11 @@ def test_rows_need_fewer_operations_than_the_dense_step(kind: SketchKind) -> Non
     x, y = jnp.ones((1024, 64)), jnp.ones((1024, 64))
     kernel = jnp.ones((64, 64))
 
-    def operations(size: int) -> float:
-        both = jax.grad(functools.partial(loss, sketch=Sketch(kind, size=size)), (0, 1))
-        return jax.jit(both).lower(kernel, x, y, KEY).compile().cost_analysis()["flops"]
+    def operations(fn: Any) -> float:
+        compiled = jax.jit(jax.grad(fn, (0, 1))).lower(kernel, x, y, KEY).compile()
+        return compiled.cost_analysis()["flops"]
 
-    product = 2 * 1024 * 64 * 64
-    saved = operations(1024) - operations(128)
-    assert saved == pytest.approx(7 / 8 * product, rel=0.15)
+    dense = operations(lambda kernel, x, y, _: jnp.sum(y * (x @ kernel)))
+    found = operations(functools.partial(loss, sketch=Sketch(kind, size=128)))
+    # Of two products one has an eighth of the rows.
+    assert found / dense == pytest.approx(9 / 16, rel=0.05)

@@ -16,8 +16,8 @@ import lowrank_optax as lro
 from lowrank_optax.layers import Sketch, choose_sketches, randomize, sketch_noise
 from lowrank_optax.models import Decoder, decoder_config
 
-X = jnp.asarray(np.random.default_rng(0).normal(size=(4, 8, 3)), jnp.float32)
-T = jnp.asarray(np.random.default_rng(1).normal(size=(4, 8, 2)), jnp.float32)
+X = np.random.default_rng(0).standard_normal((4, 8, 3), np.float32)
+T = np.random.default_rng(1).standard_normal((4, 8, 2), np.float32)
 
 
 class Net(nnx.Module):
@@ -82,18 +82,18 @@ def test_figures_are_those_of_the_definitions_in_float64(kind: Any) -> None:
     for path, (x, y) in by_hand(model).items():
         figures, expected = noise[path], variances(x, y, 8)
         assert (figures.rows, figures.size) == (32, 8)
-        assert_close(figures.variance, expected[kind], 800)
-        assert_close(figures.minibatch_variance, expected["minibatch"], 800)
+        assert_close(figures.variance, expected[kind], 100, dtype=np.float32)
+        assert_close(figures.minibatch_variance, expected["minibatch"], 100, dtype=np.float32)
         ratio = expected[kind] / expected["minibatch"]
-        assert_close(figures.ratio, ratio, 800)
+        assert_close(figures.ratio, ratio, 100, dtype=np.float32)
         alignment = np.sum((x.T @ y) ** 2) / np.sum(x**2) / np.sum(y**2)
-        assert_close(figures.alignment, alignment, 800)
+        assert_close(figures.alignment, alignment, 100, dtype=np.float32)
 
 
 def test_the_variance_is_that_of_the_gradients_that_are_drawn() -> None:
     model = net({"down": Sketch("stratified", size=8)})
     figures = sketch_noise(model, loss, X, T)["down"]
-    exact = nnx.grad(loss)(nnx.view(model, deterministic=True), X, T).down.kernel[...]
+    exact = nnx.jit(nnx.grad(loss))(nnx.view(model, deterministic=True), X, T).down.kernel[...]
     graphdef, keys, rest = nnx.split(model, nnx.RngKey, ...)
 
     def squared_error(key: jax.Array) -> jax.Array:
@@ -137,7 +137,7 @@ def decoder(**options: Any) -> Decoder:
 
 
 def test_layers_of_a_scan_have_figures_each_and_the_model_stays_as_it_is() -> None:
-    tokens = jnp.arange(16).reshape(2, 8)
+    tokens = np.arange(16).reshape(2, 8)
     mean = lambda model, tokens: (jnp.mean(model(tokens)[..., 3] ** 2), "more")
     stacked, unrolled = decoder(remat="full"), decoder(scan_layers=False)
     for name in ("embed", "norm", "lm_head"):
@@ -162,23 +162,25 @@ def test_of_a_layer_called_twice_variances_are_sums() -> None:
     once = net({"down": Sketch("rows", size=8)})
     double = lambda model, x, t: loss(model, x, t) + loss(model, x, t)
     one, two = (sketch_noise(once, f, X, T)["down"] for f in (loss, double))
-    assert_close(two.variance, 2 * one.variance, 100)
-    assert_close(two.minibatch_variance, 2 * one.minibatch_variance, 100)
+    assert_close(two.variance, 2 * one.variance, 100, dtype=np.float32)
+    expected = 2 * one.minibatch_variance
+    assert_close(two.minibatch_variance, expected, 100, dtype=np.float32)
     assert (two.rows, two.size, two.wanted_size) == (one.rows, one.size, one.wanted_size)
-    assert_close(two.alignment, one.alignment, 100)
+    assert_close(two.alignment, one.alignment, 100, dtype=np.float32)
 
 
 def test_rows_that_are_not_valid_count_as_zeros() -> None:
     layer = lro.layers.RandomizedLinear(3, 2, sketch=Sketch("rows", size=8), rngs=nnx.Rngs(0))
-    valid = jnp.arange(32).reshape(4, 8) % 3 > 0
+    valid = np.arange(32).reshape(4, 8) % 3 > 0
     masked = lambda layer, x: jnp.sum(
         jnp.where(valid[..., None], layer(x, valid=valid) - T, 0) ** 2
     )
     found = sketch_noise(layer, masked, X)[""]
-    y = np.asarray(2 * (layer(X) - T), np.float64) * np.asarray(valid)[..., None]
-    x = np.asarray(X, np.float64) * np.asarray(valid)[..., None]
+    kernel, bias = (np.asarray(part[...], np.float64) for part in (layer.kernel, layer.bias))
+    y = 2 * (X @ kernel + bias - T) * valid[..., None]
+    x = X.astype(np.float64) * valid[..., None]
     expected = variances(x.reshape(32, 3), y.reshape(32, 2), 8)["rows"]
-    assert_close(found.variance, expected, 800)
+    assert_close(found.variance, expected, 100, dtype=np.float32)
 
 
 def test_measured_again_nothing_is_compiled() -> None:

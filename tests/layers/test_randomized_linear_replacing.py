@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from close import assert_close
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +19,7 @@ from lowrank_optax.activations.replacing import quantize_model, restore_model
 from lowrank_optax.layers import RandomizedLinear, Sketch, randomize, restore_linears
 from lowrank_optax.models import Decoder, decoder_config
 
-TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 32, (2, 9)))
+TOKENS = np.random.default_rng(0).integers(0, 32, (2, 9), np.int32)
 QUARTER = Sketch("rows", fraction=0.25)
 
 
@@ -57,6 +58,9 @@ class Net(nnx.Module):
         self.down = Named(6, 4, rngs=rngs)
         self.lm_head = nnx.Linear(4, 8, rngs=rngs)
 
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        return self.lm_head(self.down(jnp.tanh(self.up(self.embed(tokens)))))
+
 
 class Named(nnx.Linear):
     """A subclass with a call that is nnx.Linear's."""
@@ -75,10 +79,10 @@ class Doubled(nnx.Linear):
 @pytest.mark.parametrize(
     ("scan_layers", "remat", "dtype"),
     [
-        (True, None, jnp.float32),
-        (True, "full", jnp.bfloat16),
-        (False, "full", jnp.float32),
+        (True, "full", jnp.float32),
         (False, None, jnp.bfloat16),
+        pytest.param(True, None, jnp.bfloat16, marks=pytest.mark.full),
+        pytest.param(False, "full", jnp.float32, marks=pytest.mark.full),
     ],
 )
 def test_a_decoder_has_the_same_loss_and_other_gradients_of_its_kernels_each_step(
@@ -112,7 +116,7 @@ def test_remat_computes_again_with_the_same_key() -> None:
         randomize(model, QUARTER, rngs=1)
         gradients.append(flat(value_and_grad(model, TOKENS)[1]))
     for path, gradient in gradients[0].items():
-        np.testing.assert_allclose(gradients[1][path], gradient, rtol=1e-5, atol=1e-7)
+        assert_close(gradients[1][path], gradient, 100)
 
 
 def test_layers_of_a_stack_and_of_a_model_have_keys_of_their_own() -> None:
@@ -224,8 +228,8 @@ def test_the_summary_prints_what_is_kept() -> None:
 def kept_bytes(model: nnx.Module, wrt: Any) -> int:
     graphdef, trained, rest = nnx.split(model, wrt, ...)
     call = lambda trained: loss(nnx.merge(graphdef, trained, rest, copy=True), TOKENS)
-    _, backward = jax.vjp(call, trained)
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(backward))
+    backward = jax.eval_shape(lambda trained: jax.vjp(call, trained)[1], trained)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(backward))
 
 
 def test_what_is_kept_is_less_by_the_inputs_that_were_kept_for_kernels() -> None:
@@ -242,15 +246,14 @@ def test_under_adapters_the_frozen_layers_keep_nothing_and_gradients_are_exact()
     lora = lro.adapters.LoRA(rank=2)
     lro.adapters.attach(model, lora, where="mlp|query", rngs=3)
     trained = nnx.DiffState(0, lro.adapters.trainable)
-    expected = flat(nnx.grad(loss, argnums=trained)(model, TOKENS))
+    gradient = nnx.jit(nnx.grad(loss, argnums=trained))
+    expected = flat(gradient(model, TOKENS))
     plain = kept_bytes(model, lro.adapters.trainable)
     lro.adapters.detach(model)
     randomize(model, QUARTER, rngs=1)
     lro.adapters.attach(model, lora, where="mlp|query", rngs=3)
-    found = flat(nnx.grad(loss, argnums=trained)(model, TOKENS))
-    assert found.keys() == expected.keys()
-    for path, gradient in expected.items():
-        np.testing.assert_array_equal(found[path], gradient)
+    found = flat(gradient(model, TOKENS))
+    assert_close(found, expected, 100)
     assert kept_bytes(model, lro.adapters.trainable) <= plain
     with pytest.raises(ValueError, match="wrapped by adapters: take that off first"):
         restore_linears(model)
@@ -263,14 +266,14 @@ def test_a_run_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(tmp_path: Path
 
     optimizer = optax.adam(1e-2)
 
-    def start() -> tuple[Decoder, nnx.Optimizer]:
-        model = decoder()
+    def start() -> tuple[Net, nnx.Optimizer]:
+        model = Net(nnx.Rngs(0))
         randomize(model, QUARTER, rngs=1)
         return model, nnx.Optimizer(model, optimizer, wrt=nnx.Param)
 
     @nnx.jit
-    def step(model: Decoder, optimizer: nnx.Optimizer) -> jax.Array:
-        value, gradient = nnx.value_and_grad(loss)(model, TOKENS)
+    def step(model: Net, optimizer: nnx.Optimizer) -> jax.Array:
+        value, gradient = nnx.value_and_grad(loss)(model, TOKENS % 8)
         optimizer.update(model, gradient)
         return value
 
@@ -278,10 +281,10 @@ def test_a_run_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(tmp_path: Path
     for _ in range(2):
         step(model, state)
     ocp.save(tmp_path / "saved", nnx.state((model, state)))
-    expected = [float(step(model, state)) for _ in range(3)]
+    expected = np.array([step(model, state) for _ in range(3)])
     again = start()
     nnx.update(again, ocp.load(tmp_path / "saved", nnx.state(again)))
-    assert [float(step(*again)) for _ in range(3)] == expected
+    assert_close(np.array([step(*again) for _ in range(3)]), expected, 100)
     assert expected[-1] < expected[0]
 
 

@@ -1,31 +1,17 @@
 """The decoder's own properties."""
 
 import dataclasses
-import os
-import subprocess
-import sys
 
 from close import assert_close
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import numpy as np
 import pytest
 
 from lowrank_optax.models import Decoder, DecoderConfig, decoder_config
-
-CONFIG = DecoderConfig(
-    vocab_size=61,
-    hidden_size=32,
-    intermediate_size=56,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    initializer_range=0.2,
-)
-TOKENS = jax.random.randint(jax.random.key(1), (2, 12), 0, CONFIG.vocab_size)
-
-logits_of = jax.jit(lambda model, tokens: model(tokens))
+from tests.models.decoders import CONFIG, TOKENS, like, logits_of, random_decoder
 
 
 def reference_logits(parameters: dict, tokens: np.ndarray, config: DecoderConfig) -> np.ndarray:
@@ -69,21 +55,7 @@ def reference_logits(parameters: dict, tokens: np.ndarray, config: DecoderConfig
 
 @pytest.fixture(scope="module")
 def model() -> Decoder:
-    model = Decoder(CONFIG, rngs=nnx.Rngs(0))
-    for name in ("attention_norm", "mlp_norm"):  # away from one
-        scale = getattr(model.blocks, name).scale
-        scale.set_value(1 + 0.3 * jax.random.normal(jax.random.key(2), scale.shape))
-    return model
-
-
-def unrolled_from(model: Decoder, **options) -> Decoder:
-    """The unrolled decoder with the weights of a scanned one."""
-    unrolled = Decoder(model.config, rngs=nnx.Rngs(1), scan_layers=False, **options)
-    state = nnx.to_pure_dict(nnx.state(model))
-    layers = range(model.config.num_hidden_layers)
-    state["blocks"] = {i: jax.tree.map(lambda x: x[i], state["blocks"]) for i in layers}  # noqa: B023
-    nnx.update(unrolled, state)
-    return unrolled
+    return random_decoder()
 
 
 def test_logits_equal_a_numpy_reference(model):
@@ -93,18 +65,16 @@ def test_logits_equal_a_numpy_reference(model):
     expected = reference_logits(parameters, np.asarray(TOKENS), CONFIG)
     logits = logits_of(model, TOKENS)
     assert logits.dtype == jnp.float32
-    np.testing.assert_allclose(logits, expected, atol=2e-5)
+    assert_close(logits, expected, 100)
     assert np.abs(expected).max() > 0.5
 
 
 def test_scanned_and_unrolled_layers_give_the_same_numbers(model):
-    unrolled = unrolled_from(model)
+    unrolled = like(model, scan_layers=False)
     assert isinstance(unrolled.blocks, nnx.List)
     assert unrolled.blocks[0].mlp.gate.kernel.shape == (32, 56)
-    assert model.blocks.mlp.gate.kernel.shape == (3, 32, 56)
-    np.testing.assert_allclose(
-        logits_of(model, TOKENS), logits_of(unrolled, TOKENS), atol=1e-5, rtol=1e-5
-    )
+    assert model.blocks.mlp.gate.kernel.shape == (2, 32, 56)
+    assert_close(logits_of(unrolled, TOKENS), logits_of(model, TOKENS), 100)
 
 
 def test_stacked_layers_start_from_different_weights_of_the_right_spread():
@@ -116,8 +86,9 @@ def test_stacked_layers_start_from_different_weights_of_the_right_spread():
 
 
 def test_a_later_token_changes_no_earlier_logit(model):
-    changed = TOKENS.at[:, 8].set((TOKENS[:, 8] + 1) % CONFIG.vocab_size)
-    before, after = logits_of(model, TOKENS), logits_of(model, changed)
+    changed = TOKENS.copy()
+    changed[:, 8] = (changed[:, 8] + 1) % CONFIG.vocab_size
+    before, after = (np.asarray(logits_of(model, tokens)) for tokens in (TOKENS, changed))
     np.testing.assert_array_equal(before[:, :8], after[:, :8])
     assert (before[:, 8:] != after[:, 8:]).any(axis=(0, 2)).all()
 
@@ -132,9 +103,11 @@ def test_a_sliding_window_forgets_what_lies_outside_it():
         sliding_window=4,
         model_type="mistral",
     )
-    model = Decoder(config, rngs=nnx.Rngs(0))
-    changed = TOKENS.at[:, 2].set((TOKENS[:, 2] + 1) % CONFIG.vocab_size)
-    same = (logits_of(model, TOKENS) == logits_of(model, changed)).all(axis=(0, 2))
+    model = random_decoder(config)
+    changed = TOKENS.copy()
+    changed[:, 2] = (changed[:, 2] + 1) % CONFIG.vocab_size
+    before, after = (np.asarray(logits_of(model, tokens)) for tokens in (TOKENS, changed))
+    same = (before == after).all(axis=(0, 2))
     assert same.tolist() == [True, True] + [False] * 4 + [True] * 6  # itself and three after it
 
 
@@ -154,23 +127,16 @@ def gradients(model: Decoder) -> tuple[nnx.State, int]:
     [(True, "full"), (False, jax.checkpoint_policies.nothing_saveable)],
 )
 def test_rematerialisation_changes_no_gradient(model, scan_layers, remat):
-    if scan_layers:
-        plain, other = model, Decoder(CONFIG, rngs=nnx.Rngs(0), remat=remat)
-        nnx.update(other, nnx.state(model))
-    else:
-        plain, other = unrolled_from(model), unrolled_from(model, remat=remat)
+    plain, other = like(model, scan_layers), like(model, scan_layers, remat=remat)
     (expected, without), (actual, with_remat) = gradients(plain), gradients(other)
     assert without == 0
     assert with_remat > 0
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5), actual, expected
-    )
+    assert_close(nnx.to_pure_dict(actual), nnx.to_pure_dict(expected), 200)
 
 
 def test_a_remat_policy_decides_what_is_kept_for_the_backward_pass(model):
     def kept(remat: str | None) -> int:
-        other = Decoder(CONFIG, rngs=nnx.Rngs(0), remat=remat)
-        graphdef, state = nnx.split(other)
+        graphdef, state = nnx.split(like(model, remat=remat))
         _, backward = jax.eval_shape(
             lambda state: jax.vjp(lambda s: nnx.merge(graphdef, s)(TOKENS), state), state
         )
@@ -191,35 +157,37 @@ def test_a_wrong_remat_name_is_refused_with_the_list():
 @pytest.mark.parametrize("tie_word_embeddings", [False, True])
 def test_bfloat16_gives_float32_logits_near_those_of_float32(tie_word_embeddings):
     config = dataclasses.replace(CONFIG, tie_word_embeddings=tie_word_embeddings)
-    model = Decoder(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
-    wide = Decoder(config, rngs=nnx.Rngs(0))
-    nnx.update(wide, jax.tree.map(lambda x: x.astype(jnp.float32), nnx.state(model)))
-    logits, expected = logits_of(model, TOKENS), logits_of(wide, TOKENS)
-    assert logits.dtype == jnp.float32
-    assert 0 < jnp.abs(logits - expected).mean() < 0.03 * jnp.abs(expected).mean()
+    model = random_decoder(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    wide = random_decoder(config)
+    to_float32 = lambda x: jnp.asarray(np.asarray(x, np.float32))
+    nnx.update(wide, jax.tree.map(to_float32, nnx.to_pure_dict(nnx.state(model))))
+    logits, expected = (np.asarray(logits_of(m, TOKENS)) for m in (model, wide))
+    assert logits.dtype == np.float32
+    assert 0 < np.abs(logits - expected).mean() < 0.03 * np.abs(expected).mean()
 
 
 def test_bfloat16_weights_have_finite_bfloat16_gradients():
     config = dataclasses.replace(CONFIG, num_hidden_layers=1, tie_word_embeddings=True)
     types = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
-    found, _ = gradients(Decoder(config, rngs=nnx.Rngs(0), scan_layers=False, **types))
+    found, _ = gradients(random_decoder(config, scan_layers=False, **types))
     assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype(jnp.bfloat16)}
-    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(found))
-    assert all(bool(jnp.abs(x).max() > 0) for x in jax.tree.leaves(found))
+    assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(found))
+    assert all(np.any(x) for x in jax.tree.leaves(found))
 
 
 def test_the_model_may_be_a_constant_of_jit_and_grad(model):
-    expected = logits_of(model, TOKENS)
-    np.testing.assert_allclose(jax.jit(lambda t: model(t))(TOKENS), expected, atol=1e-6)
-    onehot = jax.nn.one_hot(TOKENS, CONFIG.vocab_size)
+    expected = np.asarray(logits_of(model, TOKENS))
+    assert_close(jax.jit(lambda t: model(t))(TOKENS), expected, 100)
+    onehot = np.eye(CONFIG.vocab_size, dtype=np.float32)[TOKENS]
     slope = jax.jit(jax.grad(lambda scale: jnp.sum(scale * onehot * model(TOKENS))))(1.0)
-    assert_close(slope, jnp.sum(onehot * expected), 100)
+    summed = onehot * expected
+    assert_close(slope, summed.sum(), 100, size=np.abs(summed).sum())
 
 
 def test_nnx_transformations_take_the_model_as_an_argument(model):
     value, gradient = nnx.jit(nnx.value_and_grad(lambda model: model(TOKENS).var()))(model)
-    assert_close(value, logits_of(model, TOKENS).var(), 100)
-    assert all(jnp.abs(x).max() > 0 for x in jax.tree.leaves(gradient))
+    assert_close(value, np.asarray(logits_of(model, TOKENS)).var(), 100)
+    assert all(np.any(x) for x in jax.tree.leaves(gradient))
 
 
 class DroppingMLP(nnx.Module):
@@ -236,63 +204,40 @@ def test_dropout_put_into_the_blocks_draws_anew_at_every_call(model, scan_layers
     if scan_layers:
         model = nnx.clone(model)
         make = nnx.vmap(lambda rngs: nnx.Dropout(0.5, rngs=rngs))
-        model.blocks.mlp = DroppingMLP(model.blocks.mlp, nnx.split_rngs(splits=3)(make)(rngs))
+        model.blocks.mlp = DroppingMLP(
+            model.blocks.mlp, nnx.split_rngs(splits=CONFIG.num_hidden_layers)(make)(rngs)
+        )
     else:
-        model = unrolled_from(model)
+        model = like(model, scan_layers=False)
         for block in model.blocks:
             block.mlp = DroppingMLP(block.mlp, nnx.Dropout(0.5, rngs=rngs))
     call = nnx.jit(lambda model: model(TOKENS))
-    assert jnp.abs(call(model) - call(model)).max() > 0.1
+    assert np.abs(np.asarray(call(model)) - np.asarray(call(model))).max() > 0.1
 
 
 def test_tokens_of_a_wrong_kind_are_refused(model):
     with pytest.raises(ValueError, match=r"integers of shape \[batch, length\], got float32"):
-        model(jnp.zeros((1, 2)))
+        model(np.zeros((1, 2), np.float32))
     with pytest.raises(ValueError, match=r"got int32 of shape \(3,\)"):
-        model(jnp.zeros(3, jnp.int32))
+        model(np.zeros(3, np.int32))
 
 
-SHARDED = """
-import jax, jax.numpy as jnp, numpy as np
-from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from lowrank_optax.models import Decoder, decoder_config
-config = decoder_config(
-    "llama-tiny", vocab_size=61, num_hidden_layers=2, hidden_size=32, intermediate_size=56
-)
-tokens = jax.random.randint(jax.random.key(1), (8, 6), 0, 61)
-graphdef, state = nnx.split(Decoder(config, rngs=nnx.Rngs(0)))
+def test_a_batch_sharded_over_devices_gives_the_same_step(model):
+    graphdef, state = nnx.split(model)
+    tokens = np.resize(TOKENS, (8, 6))
 
-@jax.jit
-def step(state, tokens):
-    def loss(state):
-        logits = nnx.merge(graphdef, state)(tokens)
-        return jnp.square(logits).mean(), logits
-    return jax.grad(loss, has_aux=True)(state)
+    @jax.jit
+    def step(state, tokens):
+        def loss(state):
+            logits = nnx.merge(graphdef, state)(tokens)
+            return jnp.square(logits).mean(), logits
 
-one = step(state, tokens)
-mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
-put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
-many = step(put(state, P()), put(tokens, P("data")))
-jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), one, many)
-logits = many[1]
-print(jax.device_count(), logits.sharding.shard_shape(logits.shape))
-"""
+        return jax.grad(loss, has_aux=True)(state)
 
-
-@pytest.mark.slow
-def test_a_batch_sharded_over_devices_gives_the_same_step():
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "JAX_PLATFORMS": "cpu",
-    }
-    run = subprocess.run(
-        [sys.executable, "-c", SHARDED],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.strip() == "4 (2, 6, 61)"
+    one = step(state, tokens)
+    mesh = jax.make_mesh((4,), ("data",), (AxisType.Auto,), devices=jax.devices()[:4])
+    put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
+    many = step(put(state), put(tokens, "data"))
+    assert_close(nnx.to_pure_dict(many[0]), nnx.to_pure_dict(one[0]), 200)
+    assert_close(many[1], one[1], 100)
+    assert many[1].sharding.shard_shape(many[1].shape) == (2, 6, CONFIG.vocab_size)

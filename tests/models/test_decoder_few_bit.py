@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+from close import assert_close
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -10,23 +11,14 @@ import numpy as np
 import pytest
 
 from lowrank_optax.models import Decoder, load_huggingface, save_huggingface
-from tests.models.test_decoder import CONFIG, TOKENS, logits_of, unrolled_from
+from tests.models.decoders import CONFIG, TOKENS, like, logits_of, random_decoder
 
 KEEP_CODES = jax.checkpoint_policies.save_only_these_names("few_bit_codes")
 
 
 @pytest.fixture(scope="module")
 def model() -> Decoder:
-    return Decoder(CONFIG, rngs=nnx.Rngs(0))
-
-
-def like(model: Decoder, **options) -> Decoder:
-    """A decoder with other options and the same weights."""
-    if not options.pop("scan_layers", True):
-        return unrolled_from(model, **options)
-    other = Decoder(model.config, rngs=nnx.Rngs(1), **options)
-    nnx.update(other, nnx.state(model))
-    return other
+    return random_decoder()
 
 
 def gradient(model: Decoder) -> np.ndarray:
@@ -36,42 +28,46 @@ def gradient(model: Decoder) -> np.ndarray:
     found = nnx.to_pure_dict(jax.jit(jax.grad(loss))(state))
     if isinstance(model.blocks, nnx.List):
         layers = [found["blocks"][i] for i in range(len(model.blocks))]
-        found["blocks"] = jax.tree.map(lambda *x: jnp.stack(x), *layers)
+        found["blocks"] = jax.tree.map(lambda *x: np.stack(x), *layers)
     return np.concatenate([np.ravel(x) for x in jax.tree.leaves(found)])
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_logits_are_those_of_the_plain_decoder_to_the_last_bit(dtype):
-    plain = Decoder(CONFIG, rngs=nnx.Rngs(0), dtype=dtype)
-    few_bit = like(plain, activation_bits=3, dtype=dtype)
-    np.testing.assert_array_equal(logits_of(few_bit, TOKENS), logits_of(plain, TOKENS))
+def test_logits_are_those_of_the_plain_decoder(model, dtype):
+    plain, few_bit = like(model, dtype=dtype), like(model, activation_bits=3, dtype=dtype)
+    units = 100 if dtype == jnp.float32 else 2
+    assert_close(logits_of(few_bit, TOKENS), logits_of(plain, TOKENS), units, dtype=dtype)
 
 
-def test_the_gradient_is_the_closer_the_more_bits(model):
-    expected = gradient(model)
+@functools.cache
+def gradient_with(bits: int | None) -> np.ndarray:
+    return gradient(random_decoder(activation_bits=bits))
+
+
+def test_the_gradient_is_the_closer_the_more_bits():
+    expected = gradient_with(None)
     cosines = []
-    for bits in (2, 3, 4, 8):
-        found = gradient(like(model, activation_bits=bits))
+    for bits in (2, 3, 8):
+        found = gradient_with(bits)
         norms = np.linalg.norm(found) * np.linalg.norm(expected)
         cosines.append(float(found @ expected / norms))
     assert cosines == sorted(cosines)
     assert cosines[1] > 0.97
-    assert cosines[2] > 0.99
-    assert cosines[3] > 0.9999
-
-
-@functools.cache
-def few_bit_gradient() -> np.ndarray:
-    return gradient(like(Decoder(CONFIG, rngs=nnx.Rngs(0)), activation_bits=3))
+    assert cosines[2] > 0.9999
 
 
 @pytest.mark.parametrize(
     ("scan_layers", "remat"),
-    [(True, "full"), (True, KEEP_CODES), (False, None), (False, KEEP_CODES)],
+    [
+        pytest.param(True, "full", marks=pytest.mark.full),
+        (True, KEEP_CODES),
+        (False, None),
+        pytest.param(False, KEEP_CODES, marks=pytest.mark.full),
+    ],
 )
 def test_unrolling_and_rematerialisation_change_no_few_bit_gradient(model, scan_layers, remat):
     other = like(model, activation_bits=3, scan_layers=scan_layers, remat=remat)
-    expected = few_bit_gradient()
+    expected = gradient_with(3)
     # An input that rounding moves over a threshold gets another code.
     difference = np.linalg.norm(gradient(other) - expected) / np.linalg.norm(expected)
     assert difference < 1e-3
@@ -87,7 +83,7 @@ def kept(model: Decoder) -> list[jax.ShapeDtypeStruct]:
 
 
 def test_fewer_bytes_are_kept_for_the_backward_pass(model):
-    hidden = (3, TOKENS.size, CONFIG.intermediate_size)
+    hidden = (CONFIG.num_hidden_layers, TOKENS.size, CONFIG.intermediate_size)
     floats = lambda model: sum(x.shape == hidden and x.dtype == jnp.float32 for x in kept(model))
     few_bit = like(model, activation_bits=4)
     # Of the MLP's width only the input of `down` is left, which its kernel's gradient needs.
@@ -112,7 +108,7 @@ def test_weights_and_files_are_those_of_the_plain_decoder(model, tmp_path):
     loaded = load_huggingface(tmp_path / "plain", activation_bits=2)
     assert loaded.blocks.mlp.activation_bits == 2
     assert load_huggingface(tmp_path / "few_bit").blocks.mlp.activation_bits is None
-    np.testing.assert_array_equal(logits_of(loaded, TOKENS), logits_of(model, TOKENS))
+    assert_close(logits_of(loaded, TOKENS), logits_of(model, TOKENS), 100)
 
 
 def test_without_bits_the_nonlinearity_is_the_plain_one(model):

@@ -1,6 +1,7 @@
 """Runs of transformations under direction rules, and the rules in float64."""
 
 from collections.abc import Sequence
+import functools
 from typing import Any
 
 import jax
@@ -9,6 +10,8 @@ import numpy as np
 import optax
 
 MODES = ("grams", "cautious")
+
+_update = jax.jit(lambda tx, *args: tx.update(*args), static_argnums=0)
 
 
 def updates_of(
@@ -20,7 +23,7 @@ def updates_of(
 ) -> list[Any]:
     """The updates for a list of gradients."""
     state = tx.init(gradients[0] if params is None else params)
-    step = jax.jit(tx.update) if jitted else tx.update
+    step = functools.partial(_update, tx) if jitted else tx.update
     found = []
     for gradient in gradients:
         updates, state = step(gradient, state, params)

@@ -56,7 +56,7 @@ def test_before_and_after_the_learning_rate_are_the_same(mode: Any) -> None:
 
 @settings(deadline=None, max_examples=8)
 @given(
-    shape=st.sampled_from([(), (1,), (7,), (0, 3), (3, 4), (2, 3, 4)]),
+    shape=st.sampled_from([(), (0, 3), (2, 3, 4)]),
     dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
     seed=st.integers(0, 99),
 )
@@ -82,7 +82,8 @@ def test_the_signs_never_agree_with_the_gradient(
 @pytest.mark.parametrize("scale", SCALES)
 def test_the_mask_of_cautious_keeps_its_sum(scale: Any) -> None:
     """Point 7: kept elements times their scale are all elements, while there are enough of them."""
-    gradients = [jnp.ones(2000), jnp.where(jnp.arange(2000) < 500, 0.1, -0.1)]
+    gradients = [np.ones(2000), np.where(np.arange(2000) < 500, 0.1, -0.1)]
+    gradients = [g.astype(np.float32) for g in gradients]
     inner = optax.trace(0.9)
     tx = with_gradient_direction(inner, "cautious", scale, along_gradient=True)
     update, plain = (updates_of(x, gradients)[-1] for x in (tx, inner))
@@ -93,7 +94,8 @@ def test_the_mask_of_cautious_keeps_its_sum(scale: Any) -> None:
 
 
 def test_a_mask_of_few_elements_is_scaled_by_a_thousand_at_most() -> None:
-    gradients = [jnp.ones(5000), jnp.full(5000, -0.1).at[0].set(0.1)]
+    gradients = np.ones((2, 5000), np.float32)
+    gradients[1] = np.where(np.arange(5000) == 0, 0.1, -0.1)
     tx = with_gradient_direction(optax.trace(0.9), "cautious", along_gradient=True)
     update = updates_of(tx, gradients)[-1]
     assert_close(update[0], 1000.0, 100)
@@ -110,10 +112,10 @@ def test_a_mask_without_elements_leaves_nothing(scale: Any) -> None:
 
 @pytest.mark.parametrize("kept", [0, 1])
 def test_scales_beyond_the_range_of_float16(kept: int) -> None:
-    first = jnp.ones(200_000, jnp.float16)
-    gradients = [first, (-0.1 * first).at[:kept].set(0.1)]
+    first = np.ones(200_000, np.float16)
+    gradients = [first, np.where(np.arange(200_000) < kept, 0.1, -0.1).astype(np.float16)]
     tx = with_gradient_direction(optax.sgd(1e-3, 0.9), "cautious", "count_plus_one")
-    update = np.float64(updates_of(tx, gradients, jitted=False)[-1])
+    update = np.float64(updates_of(tx, gradients)[-1])
     wanted = np.where(np.arange(200_000) < kept, -1e-3 * 200_000 / 2, 0)
     np.testing.assert_allclose(update, wanted, rtol=2e-3)
 
@@ -136,7 +138,7 @@ def test_nan_is_seen_in_its_element(mode: Any) -> None:
 # Layers stacked in one array
 
 
-@pytest.mark.parametrize("scale", SCALES[:2])
+@pytest.mark.parametrize("scale", [pytest.param(SCALES[0], marks=pytest.mark.full), SCALES[1]])
 def test_stacked_layers_move_as_separate_ones(scale: Any) -> None:
     """Matrices, norms and biases of three layers; and of two times three in two leading axes."""
     tx = with_gradient_direction(optax.sgd(1.0, momentum=0.9), "cautious", scale)
@@ -243,5 +245,5 @@ def test_complex_gradients_are_refused_and_split() -> None:
     with pytest.raises(ValueError, match="split_real_and_imaginary"):
         tx.update(gradient, tx.init(gradient))
     split = optax.contrib.split_real_and_imaginary(tx)
-    updates, _ = split.update(gradient, split.init(gradient))
+    updates, _ = jax.jit(split.update)(gradient, split.init(gradient))
     np.testing.assert_array_equal(updates, [-1.0 + 2.0j])

@@ -41,7 +41,7 @@ class PointForm:
 # What must hold: the specification's numbers
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     alpha=st.floats(1e-3, 3.0),
     mu=st.sampled_from([0.0, 1e-4, 0.3, 1.0, 10.0]),
@@ -86,7 +86,7 @@ def test_two_hundred_steps_on_a_square_end_where_the_references_do(
     with jax.enable_x64(True):
         x, state = final(tx, lambda x: 2 * x, jnp.ones(3, jnp.float64), 200)
         assert x.dtype == state.momentum.dtype == jnp.float64
-    assert_close(x, expected, 200)
+    assert_close(x, expected, 200, dtype=np.float32)  # the printed digits
     if "constant_gamma" not in options:
         assert abs(float(state.gamma) - 1.0000289) < 2e-7
 

@@ -1,12 +1,14 @@
 """Transport problems, their optima by SciPy, and Mirror Sinkhorn in NumPy, in kernels."""
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import linprog
 
+import lowrank_optax as lro
 from lowrank_optax.optimizers import MirrorSinkhorn, minimize_over_couplings
 
 HALF = np.array([0.5, 0.5])
@@ -58,6 +60,59 @@ def violation(plan: Any, rows: Any, columns: Any) -> float:
     """The largest difference from a marginal."""
     plan = np.asarray(plan, np.float64)
     return max(np.abs(plan.sum(1) - rows).max(), np.abs(plan.sum(0) - columns).max())
+
+
+OPTIONS = ("average", "first", "bound", "learning_rate")
+
+
+class Solved(NamedTuple):
+    """State, iterate and answers of the solver; of `path`, of all steps from the start on."""
+
+    state: Any
+    coupling: jax.Array
+    plan: jax.Array | None
+    mean: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames=("steps", *OPTIONS))
+def solve(
+    cost: Any,
+    rows: Any,
+    columns: Any,
+    steps: int,
+    *,
+    state: Any = None,
+    mask: Any = None,
+    **options: Any,
+) -> Solved:
+    """`mirror_sinkhorn` for a linear cost, in one program for each shape."""
+    solver = lro.mirror_sinkhorn(rows, columns, mask=mask, **options)
+    state = minimize_over_couplings(solver, lambda _: cost, steps, state=state)
+    return Solved(state, solver.coupling(state), solver.plan(state), solver.plan(state, False))
+
+
+@functools.partial(jax.jit, static_argnames=OPTIONS)
+def path(costs: Any, rows: Any, columns: Any, slope: Any = 0.0, **options: Any) -> Solved:
+    """Every step for costs ``[steps, n, m]``; gradients are the cost and ``slope`` iterates."""
+    solver = lro.mirror_sinkhorn(rows, columns, **options)
+    read = lambda state: Solved(state, solver.coupling(state), None, solver.plan(state, False))
+
+    def step(state: Any, cost: Any) -> Any:
+        state = solver.update(cost + slope * solver.coupling(state), state)
+        return state, read(state)
+
+    start = solver.init()
+    seen = jax.lax.scan(step, start, costs)[1]
+    return jax.tree.map(lambda x, y: jnp.concatenate([x[None], y]), read(start), seen)
+
+
+def repeated(cost: Any, steps: int) -> np.ndarray:
+    """The same cost at every step."""
+    return np.broadcast_to(cost, (steps, *np.shape(cost)))
+
+
+transport = functools.partial(jax.jit, static_argnames=("steps", *OPTIONS))(lro.optimal_transport)
+rounded = jax.jit(lro.round_to_polytope)
 
 
 def run(solver: MirrorSinkhorn, gradient: Any, steps: int, **kwargs: Any) -> Any:

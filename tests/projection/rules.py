@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ _subspaces = lro.subspaces
 
 def _eye(rank: int, length: int) -> Any:
     """A basis that the user gives: some coordinates."""
-    return jnp.eye(length)[:, ::-1][:, :rank]
+    return jnp.asarray(np.eye(length, dtype=np.float32)[:, ::-1][:, :rank])
 
 
 # From the rank and the size of the compressed axis.
@@ -40,6 +40,16 @@ EVERY_RULE = pytest.mark.parametrize("name", RULES)
 AXES = pytest.mark.parametrize("axis", [-2, -1], ids=["rows", "columns"])
 
 
+class First(NamedTuple):
+    """A basis, and what it makes of a gradient and of projected numbers."""
+
+    basis: Any
+    projected: Any  # the gradient
+    lifted: Any  # the numbers
+    captured: Any  # the gradient, lifted again
+    dense: Any  # see `Case.dense`
+
+
 class Case:
     """A rule on gradients of one shape, compiled once for all tests."""
 
@@ -52,22 +62,49 @@ class Case:
             lambda old, new, x, squared=False: rule.turn(old, new, x, view, squared),
             static_argnums=3,
         )
+        self._found = jax.jit(lambda key, g: rule.refresh(key, g, rule.init(view), None, view))
         self._dense = jax.jit(self._lifted_identity)
+        self._first = jax.jit(self._refreshed)
+        self._turned = jax.jit(
+            lambda old, new, x: {s: rule.turn(old, new, x, view, s) for s in (False, True)}
+        )
 
     def found(self, matrix: jax.Array, seed: int = 0) -> Any:
         """The first basis."""
-        return self.refresh(jax.random.key(seed), matrix, self.rule.init(self.view))
+        return self._found(jax.random.key(seed), matrix)
+
+    def first(self, matrix: jax.Array, x: Any = None, seed: int = 0, last: Any = None) -> "First":
+        """What a refresh of ``last``, or the first one, gives, from one program."""
+        last = self.rule.init(self.view) if last is None else last
+        x = np.zeros(self.view.projected_shape, np.float32) if x is None else x
+        found = self._first(jax.random.key(seed), matrix, last, x)
+        return First(found[0], *map(np.asarray, found[1:]))
+
+    def _refreshed(self, key: jax.Array, matrix: jax.Array, last: Any, x: Any) -> Any:
+        rule, view = self.rule, self.view
+        basis = rule.refresh(key, matrix, last, None, view)
+        projected = rule.project(basis, matrix, view)
+        lifted = [rule.lift(basis, z, view) for z in (x, projected, self._identity())]
+        return First(basis, projected, *lifted[:2], self._dense_of(lifted[2]))
+
+    def turned(self, old: Any, new: Any, x: Any) -> dict[bool, jax.Array]:
+        """Projected numbers in another basis, plain and squared, from one program."""
+        return self._turned(old, new, x)
 
     def dense(self, basis: Any) -> np.ndarray:
         """The basis as a matrix ``[*batch, d, r]``: what the identity is lifted to."""
-        lifted = np.asarray(self._dense(basis))
-        return lifted if self.view.axis == -2 else lifted.swapaxes(-1, -2)
+        return np.asarray(self._dense(basis))
+
+    def _dense_of(self, lifted: Any) -> Any:
+        return lifted if self.view.axis == -2 else lifted.mT
 
     def _lifted_identity(self, basis: Any) -> jax.Array:
+        return self._dense_of(self.rule.lift(basis, self._identity(), self.view))
+
+    def _identity(self) -> jax.Array:
         view = self.view
         shape = (*view.batch, view.rank, view.rank)
-        eye = jnp.broadcast_to(jnp.eye(view.rank, dtype=view.dtype), shape)
-        return self.rule.lift(basis, eye, view)
+        return jnp.broadcast_to(jnp.eye(view.rank, dtype=view.dtype), shape)
 
 
 @functools.cache

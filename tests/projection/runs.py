@@ -1,6 +1,7 @@
 """Trajectories of optimizers, and the parts that float64 references are made of."""
 
 from collections.abc import Sequence
+import functools
 from typing import Any
 
 import jax
@@ -13,23 +14,36 @@ def run(
     tx: optax.GradientTransformation, params: Any, gradients: Sequence[Any]
 ) -> list[tuple[Any, Any]]:
     """Parameters and states after each of a list of gradient trees."""
-    step, state, trajectory = jax.jit(tx.update), tx.init(params), []
+    state, trajectory = tx.init(params), []
     for gradient in gradients:
-        updates, state = step(gradient, state, params)
-        params = optax.apply_updates(params, updates)
+        params, state = _step(tx, params, state, gradient)
         trajectory.append((params, state))
     return trajectory
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _step(tx: optax.GradientTransformation, params: Any, state: Any, gradient: Any) -> Any:
+    updates, state = tx.update(gradient, state, params)
+    return optax.apply_updates(params, updates), state
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def first(tx: optax.GradientTransformation, gradient: Any, params: Any = None) -> tuple[Any, Any]:
+    """Updates and state after the first gradient."""
+    return tx.update(gradient, tx.init(gradient if params is None else params), params)
+
+
 def moved(tx: optax.GradientTransformation, start: Any, gradients: Sequence[Any]) -> np.ndarray:
     """The kernel after all gradients; ``start`` is a tree, or the shape of a kernel of zeros."""
-    params = {"kernel": jnp.zeros(start)} if isinstance(start, tuple) else start
+    params = (
+        {"kernel": jnp.asarray(np.zeros(start, np.float32))} if isinstance(start, tuple) else start
+    )
     return np.asarray(run(tx, params, gradients)[-1][0]["kernel"])
 
 
 def normal_gradients(shape: tuple[int, ...], count: int, seed: int = 0) -> list[Any]:
-    keys = jax.random.split(jax.random.key(seed), count)
-    return [{"kernel": jax.random.normal(key, shape)} for key in keys]
+    drawn = np.random.default_rng(seed).normal(size=(count, *shape))
+    return [{"kernel": jnp.asarray(x, jnp.float32)} for x in drawn]
 
 
 def state_bytes(tree: Any) -> int:

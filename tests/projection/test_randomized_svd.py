@@ -10,7 +10,7 @@ from tests.projection.rules import AXES, Case, case, decaying, normal
 
 
 def _captured(one: Case, gradient: jax.Array) -> float:
-    return float(jnp.sum(one.project(one.found(gradient), gradient) ** 2))
+    return float(np.sum(np.asarray(one.first(gradient).projected, np.float64) ** 2))
 
 
 @AXES
@@ -18,7 +18,7 @@ def test_svd_captures_the_leading_singular_values(axis: int) -> None:
     gradient = normal(12, 9)
     expected = (np.linalg.svd(np.asarray(gradient, np.float64))[1][:4] ** 2).sum()
     captured = _captured(case("svd", (12, 9), axis, 4), gradient)
-    assert_close(captured, expected, 100)
+    assert_close(captured, expected, 100, dtype=np.float32)
 
 
 @AXES
@@ -67,4 +67,4 @@ def test_a_warm_start_is_as_good_as_another_power_iteration() -> None:
 def test_a_warm_start_begins_with_gaussians_where_there_is_no_last_basis() -> None:
     gradient = normal(8, 10)
     cold, warm = (case(name, (8, 10)) for name in ("randomized_svd", "warm_start"))
-    np.testing.assert_array_equal(cold.found(gradient), warm.found(gradient))
+    np.testing.assert_allclose(cold.found(gradient), warm.found(gradient), atol=1e-5)

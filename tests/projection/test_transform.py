@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import lowrank_optax as lro
-from tests.projection.runs import Adam, float64, normal_gradients, run
+from tests.projection.runs import Adam, first, float64, normal_gradients, run
 
 SVD = lro.subspaces.svd
 
@@ -71,8 +71,8 @@ def test_full_rank_without_refresh_is_the_inner_optimizer_in_rotated_coordinates
 def test_first_adam_update_has_the_norm_of_the_closed_form() -> None:
     gradient = {"kernel": jax.random.normal(jax.random.key(0), (8, 20))}
     tx = lro.galore(0.01, rank=3, scale=0.25, eps=1e-12, subspace=SVD(3))
-    updates, _ = tx.update(gradient, tx.init(gradient))
-    norm = jnp.linalg.norm(updates["kernel"])
+    updates, _ = first(tx, gradient)
+    norm = np.linalg.norm(updates["kernel"])
     assert_close(norm, 0.01 * 0.25 * np.sqrt(3 * 20), 100)
 
 
@@ -103,8 +103,9 @@ def test_flipping_a_basis_vector_with_its_moments_changes_nothing() -> None:
         basis={"kernel": state.basis["kernel"] * flip},
         inner=state.inner._replace(mu={"kernel": state.inner.mu["kernel"] * flip[:, None]}),
     )
+    update = jax.jit(tx.update)
     chex.assert_trees_all_close(
-        tx.update(gradients[2], state)[0], tx.update(gradients[2], flipped)[0], atol=1e-6
+        update(gradients[2], state)[0], update(gradients[2], flipped)[0], atol=1e-6
     )
 
 
@@ -149,15 +150,16 @@ def test_an_unusable_gradient_keeps_the_basis_and_the_refresh_is_tried_again(
 
 
 def test_one_unusable_layer_of_a_stack_does_not_hold_up_the_others() -> None:
-    stack = jax.random.normal(jax.random.key(0), (3, 5, 9)).at[1].set(0.0)
+    stack = np.array(normal_gradients((3, 5, 9), 1)[0]["kernel"])
+    stack[1] = 0
     tx = lro.scale_by_projection(
         optax.scale_by_adam(),
         lro.subspaces.randomized_svd(3),
         weight_dimension_numbers=lro.WeightDimensionNumbers(-2, -1),
     )
-    _, state = tx.update({"kernel": stack}, tx.init({"kernel": stack}))
+    _, state = first(tx, {"kernel": stack})
     assert state.next_refresh["kernel"].tolist() == [200, 0, 200]
-    assert (jnp.linalg.norm(state.basis["kernel"], axis=(1, 2)) > 0).tolist() == [True, False, True]
+    assert (np.linalg.norm(state.basis["kernel"], axis=(1, 2)) > 0).tolist() == [True, False, True]
 
 
 def test_attention_kernels_are_projected_in_the_view_they_are_given() -> None:
@@ -165,9 +167,8 @@ def test_attention_kernels_are_projected_in_the_view_they_are_given() -> None:
     spec = lro.WeightDimensionNumbers(0, (1, 2))
     tx = lro.scale_by_projection(optax.scale_by_adam(), SVD(3), weight_dimension_numbers=spec)
     flat = lro.scale_by_projection(optax.scale_by_adam(), SVD(3))
-    seen = tx.update({"kernel": kernel}, tx.init({"kernel": kernel}))[0]["kernel"]
-    matrix = {"kernel": kernel.reshape(6, 8)}
-    expected = flat.update(matrix, flat.init(matrix))[0]["kernel"]
+    seen = first(tx, {"kernel": kernel})[0]["kernel"]
+    expected = first(flat, {"kernel": np.asarray(kernel).reshape(6, 8)})[0]["kernel"]
     np.testing.assert_allclose(seen.reshape(6, 8), expected, atol=1e-6)
 
 
@@ -175,7 +176,7 @@ def test_an_inner_optimizer_that_needs_parameters_gets_projected_ones() -> None:
     params = {"kernel": jax.random.normal(jax.random.key(0), (5, 9))}
     gradient = normal_gradients((5, 9), 1)[0]
     tx = lro.scale_by_projection(optax.add_decayed_weights(0.1), SVD(5))
-    updates, _ = tx.update(gradient, tx.init(params), params)
+    updates, _ = first(tx, gradient, params)
     expected = gradient["kernel"] + 0.1 * params["kernel"]  # the basis is complete
     np.testing.assert_allclose(updates["kernel"], expected, atol=1e-5)
 
@@ -183,7 +184,7 @@ def test_an_inner_optimizer_that_needs_parameters_gets_projected_ones() -> None:
 def test_state_is_float32_for_bfloat16_parameters_and_updates_are_not() -> None:
     params = {"kernel": jnp.ones((4, 6), jnp.bfloat16), "bias": jnp.ones(6, jnp.bfloat16)}
     tx = lro.scale_by_projection(optax.scale_by_adam(), lro.subspaces.randomized_svd(2))
-    updates, state = tx.update(params, tx.init(params))
+    updates, state = jax.eval_shape(lambda g: tx.update(g, tx.init(g)), params)
     chex.assert_trees_all_equal_dtypes(updates, params)
     floats = [x.dtype for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
     assert set(floats) == {jnp.dtype("float32")}
@@ -195,7 +196,7 @@ def test_state_is_float32_for_bfloat16_parameters_and_updates_are_not() -> None:
 def test_side_says_which_axis_is_compressed(side: str, expected: int) -> None:
     params = {"kernel": jnp.ones((8, 24))}
     tx = lro.scale_by_projection(optax.scale_by_adam(), SVD(2), side=side)
-    state = tx.init(params)
+    state = jax.eval_shape(tx.init, params)
     assert state.basis["kernel"].shape == (expected, 2)
     moments = sum(x.size for x in jax.tree.leaves((state.inner.mu, state.inner.nu)))
     assert moments == 2 * 2 * (8 + 24 - expected)

@@ -49,8 +49,24 @@ def make_mesh(axis_type: AxisType) -> Mesh:
     return jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-@pytest.mark.parametrize("name", RECIPES)
+# The others are compiled on explicit axes by the test of collectives.
+ON_EXPLICIT_AXES = ("galore", "dct_adamw")
+CASES = [
+    *(pytest.param(name, AxisType.Auto, id=f"{name}-auto") for name in RECIPES),
+    *(
+        pytest.param(
+            name,
+            AxisType.Explicit,
+            id=f"{name}-explicit",
+            marks=[] if name in ON_EXPLICIT_AXES else pytest.mark.full,
+        )
+        for name in RECIPES
+    ),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "axis_type"), CASES)
 def test_eight_devices_give_what_one_gives_and_state_stays_where_it_was_put(
     name: str, axis_type: AxisType
 ) -> None:
@@ -79,14 +95,9 @@ def assert_on(tree: Tree, shardings: Tree) -> None:
         assert x.sharding.is_equivalent_to(sharding, x.ndim)
 
 
+@pytest.mark.combinations(2)
 @pytest.mark.parametrize("sharded", ["kept", "compressed"])
-@pytest.mark.parametrize(
-    "axis_type",
-    [
-        pytest.param(AxisType.Auto, id="auto"),
-        pytest.param(AxisType.Explicit, id="explicit", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize("name", RECIPES)
 def test_no_collective_of_a_step_is_as_large_as_the_gradient(
     name: str, axis_type: AxisType, sharded: str

@@ -2,12 +2,14 @@
 
 from typing import Any
 
+from close import assert_close
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 import lowrank_optax as lro
+from tests.quantization.tables import assert_same_codes
 
 SHAPE = (16, 64)
 
@@ -38,3 +40,12 @@ def run(tx: Any, params: Any, steps: int) -> tuple[Any, Any]:
         return jax.lax.scan(step, (params, tx.init(params)), keys)[0]
 
     return jax.jit(whole)(params)
+
+
+def assert_same_state(found: Any, wanted: Any, bits: int) -> None:
+    """Of two programs: to rounding, which decides some codes."""
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        if y.dtype == np.uint8:
+            assert_same_codes(x, y, bits)
+        else:
+            assert_close(x, y)

@@ -61,8 +61,8 @@ def test_8_bits_of_feedback_stay_close_to_32() -> None:
         moved(lro.ldadam(0.1, RANK, error_feedback=bits, subspace=rule), SHAPE, gradients)
         for bits in (32, 8, None)
     )
-    assert np.abs(rounded - exact).max() < 0.02
-    assert np.abs(none - exact).max() > 0.05
+    assert np.abs(rounded - exact).max() < 0.01
+    assert np.abs(none - exact).max() > 0.04
 
 
 def test_with_one_basis_and_no_momentum_weight_it_is_adam_in_the_subspace() -> None:

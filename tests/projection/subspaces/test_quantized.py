@@ -13,8 +13,8 @@ from lowrank_optax.quantization import Affine, affine_dequantize
 from tests.projection.runs import normal_gradients, run
 
 ALL_BITS = pytest.mark.parametrize("bits", [16, 8, 4])
-FOUR_QUICK = pytest.mark.parametrize(
-    "bits", [*(pytest.param(x, marks=pytest.mark.slow) for x in (16, 8)), 4]
+BEYOND_FOUR_FULL = pytest.mark.parametrize(
+    "bits", [*(pytest.param(x, marks=pytest.mark.full) for x in (16, 8)), 4]
 )
 LAST_TWO = lro.WeightDimensionNumbers(-2, -1)
 SHAPE, RANK = (32, 48), 8
@@ -43,7 +43,7 @@ def first_basis(bits: Any, gradient: Any) -> tuple[np.ndarray, Any]:
     return np.asarray(found, np.float64), stored
 
 
-@FOUR_QUICK
+@ALL_BITS
 def test_bases_are_nearly_orthonormal_and_of_few_bytes(bits: Any) -> None:
     gradient = normal_gradients(SHAPE, 1)[0]
     basis, stored = first_basis(bits, gradient)
@@ -73,7 +73,7 @@ SHAPES = {"wide": SHAPE, "tall": SHAPE[::-1], "stack": (3, *SHAPE)}
         ("wide", 8),
         ("tall", 4),
         pytest.param("stack", 4, marks=pytest.mark.slow),
-        pytest.param("stack", 16, marks=pytest.mark.slow),
+        pytest.param("stack", 16, marks=pytest.mark.full),
     ],
 )
 def test_project_and_lift_are_adjoint(name: str, bits: Any) -> None:
@@ -92,7 +92,7 @@ def test_project_and_lift_are_adjoint(name: str, bits: Any) -> None:
     assert (singular[..., RANK:] < 1e-4 * singular[..., :1]).all()
 
 
-@FOUR_QUICK
+@BEYOND_FOUR_FULL
 def test_stacked_weights_are_separate_ones(bits: Any) -> None:
     """Of fewer elements than a group: it is not filled with the next weight."""
     subspace = rule(bits, rank=2)

@@ -1,0 +1,93 @@
+"""Adapters whose functions are compiled whole.
+
+Called eagerly, a function of an adapter compiles each of its operations by itself, for each shape:
+most of the time of a test. Here each function is one program, and what it returns is NumPy's, so
+that indexing and arithmetic of tests compile nothing.
+"""
+
+from collections.abc import Callable
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+
+from lowrank_optax.adapters.operands import Lookup, Rows
+
+OF_OPERANDS = {"apply", "before", "branch"}
+FUNCTIONS = OF_OPERANDS | {
+    "delta",
+    "deltas",
+    "init",
+    "init_layers",
+    "init_shared",
+    "merged",
+    "original",
+    "stack_arrays",
+    "to_lora",
+    "unmerged",
+}
+
+
+class Compiled:
+    """An adapter's method; all but the names in `FUNCTIONS` are its own."""
+
+    def __init__(self, method: Any) -> None:
+        self.method = method
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self.method, name)
+        return functools.partial(_called, self.method, name) if name in FUNCTIONS else found
+
+
+def compiled(kind: type) -> Callable[..., Any]:
+    """The class of a method, whose instances are `Compiled`."""
+    return lambda **options: Compiled(kind(**options))
+
+
+def on_host(tree: Any) -> Any:
+    """The same arrays, NumPy's; those that are traced stay as they are."""
+    return jax.tree.map(lambda x: x if isinstance(x, jax.core.Tracer) else np.asarray(x), tree)
+
+
+def times(x: Any, w: Any) -> np.ndarray:
+    """`x @ w` by NumPy, in the dtype of x: NumPy's own product of bfloat16 is float32."""
+    return np.matmul(x, w).astype(x.dtype)
+
+
+def gradient(loss: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """`jax.grad` as one program, NumPy's arrays."""
+    return on_host(jax.jit(jax.grad(loss, **options))(*args))
+
+
+def _called(method: Any, name: str, *args: Any, **options: Any) -> Any:
+    args, kind, rest = list(args), None, ()
+    if name in OF_OPERANDS:
+        kind, rest = type(args[1]), (getattr(args[1], "dtype", None),)
+        args[1] = args[1].x if kind is Rows else args[1].index
+        rest = rest if kind is Lookup else ()
+    fixed = {k: x for k, x in options.items() if isinstance(x, bool)}
+    fixed |= {i: x for i, x in enumerate(args) if _is_shape(x) or isinstance(x, int)}
+    args = [None if i in fixed else x for i, x in enumerate(args)]
+    options = {k: x for k, x in options.items() if k not in fixed}
+    made = (kind, rest) if kind else None
+    return on_host(_run(method, name, made, tuple(fixed.items()), args, options))
+
+
+def _is_shape(x: Any) -> bool:
+    return isinstance(x, jax.ShapeDtypeStruct)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _run(
+    method: Any, name: str, operand: Any, fixed: Any, args: list[Any], options: dict[str, Any]
+) -> Any:
+    for key, value in fixed:
+        if isinstance(key, int):
+            args[key] = value
+        else:
+            options[key] = value
+    if operand is not None:
+        kind, rest = operand
+        args[1] = kind(args[1], *rest)
+    return getattr(method, name)(*args, **options)

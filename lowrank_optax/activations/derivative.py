@@ -112,7 +112,7 @@ def derivative(slopes: Callable[..., np.ndarray], domain: float, density: Densit
     """
     half = np.linspace(0, domain, 321)
     edges = _distinct(np.concatenate([-half[:0:-1], half, density.breaks]), 1e-7 * domain)
-    tolerance = _TOLERANCES[-1]
+    refined, tolerance = edges, _TOLERANCES[-1]
     for tolerance in _TOLERANCES:
         refined = _refined(slopes, edges, density, tolerance)
         if refined.size < _MOST_CELLS:

@@ -12,8 +12,10 @@ every entry may, pass `size`: for a product `x @ w` it is `abs(x) @ abs(w)`.
 
 A sum of k terms is off by at most k units, and by about sqrt(k) of them. The default of 32 covers
 the sums of up to some hundred terms that most tests compare; 800, which is 1e-4 in float32, is the
-most that a test of correct arithmetic may ask for. What is statistical (a variance over many draws,
-say) is compared with `numpy.testing` and a bound of its own.
+most that may be asked for. In bfloat16 and float16 sums are float32 and their results are rounded a
+few times, so that at most 4 units of these dtypes' own eps are allowed, whatever is asked for. What
+is statistical (a variance over many draws, say) or a truncated series is compared with
+`numpy.testing` and a bound of its own.
 """
 
 from typing import Any
@@ -23,6 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 
 Tree = Any
+MOST_UNITS, MOST_HALF_UNITS = 800, 4
+EPS32 = float(jnp.finfo(jnp.float32).eps)
 
 
 def eps_of(*arrays: Any) -> float:
@@ -40,20 +44,26 @@ def assert_close(
     Args:
         actual: array, or tree of arrays.
         expected: the same; shapes may broadcast.
-        units: largest difference allowed, in units of `eps * size`.
+        units: largest difference allowed, in units of `eps * size`; at most 800, and see above.
         size: magnitude of what was summed, a number or an array that broadcasts against the leaves;
             the largest finite magnitude in each leaf of `expected` by default.
         dtype: dtype in which `actual` was computed, if it was converted since.
     """
     if hasattr(actual, "dtype") or hasattr(expected, "dtype"):  # the other may be a list of numbers
         actual, expected = (x if hasattr(x, "dtype") else np.asarray(x) for x in (actual, expected))
+    if units > MOST_UNITS:
+        raise ValueError(f"units={units} is more than {MOST_UNITS}: see the module's docstring.")
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     pairs = zip(jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True)
     for (path, x), y in pairs:
         eps = eps_of(x, y) if dtype is None else float(jnp.finfo(dtype).eps)
         x, y = (z if np.iscomplexobj(z) else z.astype(np.float64) for z in map(np.asarray, (x, y)))
         magnitude = np.abs(np.where(np.isfinite(y), y, 0)).max(initial=0) if size is None else size
-        bound = units * eps * np.asarray(magnitude, np.float64)
+        bound = (
+            (min(units, MOST_HALF_UNITS) if eps > EPS32 else units)
+            * eps
+            * np.asarray(magnitude, np.float64)
+        )
         with np.errstate(invalid="ignore"):  # inf - inf
             error = np.where((x == y) | (np.isnan(x) & np.isnan(y)), 0.0, np.abs(x - y))
         if not np.all(error <= bound):

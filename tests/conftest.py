@@ -36,10 +36,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Keeps compiled programs under `.pytest_cache`: a second run compiles next to nothing."""
     config.stash[START] = time.monotonic()
-    if (seed := config.getoption("perturb")) is not None:
+    if config.getoption("perturb") is not None:
         from perturbation import perturb_products
 
-        perturb_products(seed)
+        perturb_products()
     cache = getattr(config, "cache", None)
     if cache is None:  # -p no:cacheprovider
         return
@@ -53,24 +53,27 @@ START = pytest.StashKey[float]()
 
 @pytest.hookimpl(tryfirst=True)  # before pytest reads the marks for `-m`
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves what is `full` out, unless `--full` or the name of a test asks for it."""
+    """Leaves what is `full` out, unless `--full`, `-m full` or the name of a test asks for it."""
     for cases in by_function(items).values():
         if (marker := cases[0].get_closest_marker("combinations")) is not None:
             for item in beyond_combinations(cases, *marker.args):
                 item.add_marker("full")
-    if config.getoption("full") or any("::" in argument for argument in config.args):
+    if config.getoption("full") or config.getoption("markexpr") == "full":
         return
-    full = {item for item in items if item.get_closest_marker("full")}
+    named = tuple(argument for argument in config.args if "::" in argument)
+    is_named = lambda item: any(argument.endswith(item.nodeid.split("[")[0]) for argument in named)
+    is_full = lambda item: item.get_closest_marker("full") and not (named and is_named(item))
+    full = {item for item in items if is_full(item)}
     if full:
         items[:] = [item for item in items if item not in full]
         config.hook.pytest_deselected(items=list(full))
 
 
 def by_function(items: list[pytest.Item]) -> dict[str, list[pytest.Item]]:
-    """The parametrized cases of each test function."""
+    """The parametrized cases of each test function, but for those marked `full` by themselves."""
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
-        if hasattr(item, "callspec"):
+        if hasattr(item, "callspec") and item.get_closest_marker("full") is None:
             cases.setdefault(item.nodeid.split("[")[0], []).append(item)
     return cases
 
@@ -79,6 +82,8 @@ def beyond_combinations(cases: list[pytest.Item], strength: int) -> list[pytest.
     """The cases that are not needed for every combination of `strength` values to occur."""
     parts = {}
     for case in cases:
+        if len(case.callspec.params) < strength:
+            raise pytest.UsageError(f"combinations({strength}): {case.nodeid} has fewer parameters")
         values = sorted((name, id(value)) for name, value in case.callspec.params.items())
         parts[case] = set(itertools.combinations(values, strength))
     missing = set().union(*parts.values())
@@ -94,7 +99,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skips what the options leave out."""
     budget = item.config.getoption("budget")
     if budget is not None and time.monotonic() - item.config.stash[START] > budget:
-        pytest.skip(f"cut off: {budget:.0f} seconds have passed")
+        pytest.skip(f"cut off after {budget:.0f} s: {item.path.relative_to(item.config.rootpath)}")
     if item.config.getoption("perturb") is not None and item.get_closest_marker("bitwise"):
         pytest.skip("bitwise: noise in products is meant to change it")
 
@@ -114,17 +119,30 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(autouse=True)
 def optimized(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Compiles as users do in tests marked `optimized`, which ask what the compiler made."""
+    """Turns the optimizations back on in tests marked `optimized`, which ask what they made.
+
+    The flags of XLA above stay: fusions are then built by another emitter than users have.
+    """
     if request.node.get_closest_marker("optimized") is None:
         yield
         return
+    disabled = jax.config.jax_disable_most_optimizations
     jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", False)
     try:
         yield
     finally:
-        jax.config.update("jax_disable_most_optimizations", True)
+        jax.config.update("jax_disable_most_optimizations", disabled)
         jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def noise(request: pytest.FixtureRequest) -> None:
+    """With `--perturb`: the same noise in a test, whichever ran before it."""
+    if (seed := request.config.getoption("perturb")) is not None:
+        from perturbation import start_noise
+
+        start_noise(f"{seed} {request.node.nodeid}")
 
 
 @pytest.fixture(autouse=True)

@@ -69,6 +69,7 @@ def test_bone_is_renamed_to_miss(tmp_path):
     assert (tensors[name.format("miss")] == block).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
     [
@@ -87,6 +88,7 @@ def test_plain_loras_give_the_same_outputs_at_alpha_equal_to_rank(base, tmp_path
     assert_close(logits_of(model, TOKENS), expected, 200)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "where"),
     [

@@ -61,33 +61,23 @@ def gradient(loss: Callable[..., Any], *args: Any, **options: Any) -> Any:
 
 
 def _called(method: Any, name: str, *args: Any, **options: Any) -> Any:
-    args, kind, rest = list(args), None, ()
+    args, operand = list(args), None
     if name in OF_OPERANDS:
-        kind, rest = type(args[1]), (getattr(args[1], "dtype", None),)
-        args[1] = args[1].x if kind is Rows else args[1].index
-        rest = rest if kind is Lookup else ()
-    fixed = {k: x for k, x in options.items() if isinstance(x, bool)}
-    fixed |= {i: x for i, x in enumerate(args) if _is_shape(x) or isinstance(x, int)}
-    args = [None if i in fixed else x for i, x in enumerate(args)]
-    options = {k: x for k, x in options.items() if k not in fixed}
-    made = (kind, rest) if kind else None
-    return on_host(_run(method, name, made, tuple(fixed.items()), args, options))
-
-
-def _is_shape(x: Any) -> bool:
-    return isinstance(x, jax.ShapeDtypeStruct)
+        x = args[1]
+        operand = (Rows,) if isinstance(x, Rows) else (Lookup, x.dtype)
+        args[1] = x.x if isinstance(x, Rows) else x.index
+    # What is no array belongs to the program: shapes, numbers of layers, flags.
+    given = {str(i): x for i, x in enumerate(args)} | options
+    fixed = {k: x for k, x in given.items() if isinstance(x, jax.ShapeDtypeStruct | int)}
+    arrays = {k: x for k, x in given.items() if k not in fixed}
+    return on_host(_run(method, name, operand, tuple(fixed.items()), arrays))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _run(
-    method: Any, name: str, operand: Any, fixed: Any, args: list[Any], options: dict[str, Any]
-) -> Any:
-    for key, value in fixed:
-        if isinstance(key, int):
-            args[key] = value
-        else:
-            options[key] = value
+def _run(method: Any, name: str, operand: Any, fixed: Any, arrays: dict[str, Any]) -> Any:
+    given = dict(fixed) | arrays
+    args = [given.pop(k) for k in sorted(filter(str.isdigit, given))]
     if operand is not None:
-        kind, rest = operand
+        kind, *rest = operand
         args[1] = kind(args[1], *rest)
-    return getattr(method, name)(*args, **options)
+    return getattr(method, name)(*args, **given)

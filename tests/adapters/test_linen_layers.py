@@ -127,6 +127,7 @@ def test_partitioned_parameters_stay_in_their_boxes():
     np.testing.assert_allclose(result, adapted.apply(variables, x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_layers_and_their_arrays_equal_those_of_nnx():
     from flax import nnx
 

@@ -95,7 +95,6 @@ def _unstacked(tree):
     return rest | {f"blocks_{i}": cut(i) for i in range(2)}
 
 
-@pytest.mark.combinations(1)
 @pytest.mark.parametrize("kind", ["scan", "remat", "jit"])
 @pytest.mark.parametrize("method", [LORA, LOTR], ids=["lora", "lotr"])
 def test_a_scan_equals_the_loop_and_both_start_at_the_model(kind, method):

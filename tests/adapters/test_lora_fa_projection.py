@@ -159,7 +159,7 @@ def test_gradients_keep_their_dtype_and_are_projected_in_float32():
     np.testing.assert_allclose(np.asarray(got, np.float64), exact, rtol=0.005, atol=1e-3)
 
 
-@pytest.mark.parametrize("scanned", [False, True])
+@pytest.mark.parametrize("scanned", [pytest.param(False, marks=pytest.mark.full), True])
 def test_an_nnx_model_trains_with_it(scanned):
     make = lambda rngs: nnx.Linear(6, 6, rngs=rngs)
     rngs = nnx.Rngs(0)

@@ -173,9 +173,8 @@ def shared_and_cores(gradient: dict[Any, jax.Array]) -> tuple[dict[Any, Any], di
     return shared, {k: x[0] if len(x) == 1 else np.stack(x) for k, x in cores.items()}
 
 
-@pytest.mark.parametrize(
-    "share", ["both", *(pytest.param(s, marks=pytest.mark.slow) for s in ("input", "output"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("share", ["both", "input", pytest.param("output", marks=pytest.mark.full)])
 def test_a_scan_and_a_list_give_the_same_loss_and_gradients(share: Any) -> None:
     method = LoTR(rank=2, alpha=3, share=share)
     results = [loss_and_gradient(decoder(scan, method)) for scan in (True, False)]
@@ -188,6 +187,7 @@ def test_a_scan_and_a_list_give_the_same_loss_and_gradients(share: Any) -> None:
             close(x, theirs[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", [True, pytest.param(False, marks=pytest.mark.full)])
 def test_the_gradient_of_a_shared_factor_is_the_sum_over_separate_copies(scan: bool) -> None:
     by_kind = loss_and_gradient(decoder(scan, LoTR(rank=2, group_by="kind")))
@@ -209,6 +209,7 @@ def test_the_gradient_of_a_shared_factor_is_the_sum_over_separate_copies(scan: b
         close(cores[kind, "core"], cores_of_copies[kind, "core"])
 
 
+@pytest.mark.slow
 def test_blocks_of_two_layers_agree_in_a_scan_and_in_a_list() -> None:
     method = LoTR(rank=2, group_by="kind_and_block", block_size=2)
     models = [decoder(scan, method) for scan in (True, False)]

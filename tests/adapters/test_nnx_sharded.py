@@ -7,6 +7,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 import optax
+import pytest
 
 import lowrank_optax as lro
 from tests.adapters.nnx_models import loss_of, randomized
@@ -74,6 +75,7 @@ def test_metadata_of_logical_axes_is_passed_on() -> None:
     assert arrays["B"].get_metadata()["out_sharding"] == (None, "mlp")
 
 
+@pytest.mark.slow
 def test_a_sharded_model_trains_and_merges_as_on_one_device() -> None:
     results = []
     for model in (Model(), sharded()):

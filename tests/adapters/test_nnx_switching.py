@@ -77,7 +77,6 @@ def model_of(kind: str, dtype: Any = jnp.float32) -> Any:
 METHODS = {"LoRA": LoRA(rank=2, alpha=3), "LoTR": lro.adapters.LoTR(rank=2), "moved": Moved(rank=1)}
 
 
-@pytest.mark.combinations(1)
 @pytest.mark.parametrize("kind", ["unrolled", "scanned"])
 @pytest.mark.parametrize("name", METHODS)
 def test_a_merged_model_computes_the_same_and_unmerging_gives_the_weights_back(

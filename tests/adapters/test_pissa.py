@@ -15,8 +15,11 @@ from tests.adapters.compiled import compiled, gradient, times
 
 PiSSA = compiled(lro.adapters.PiSSA)
 KEY = jax.random.key(0)
-SCALES = [{}, {"alpha": 6.0}, {"alpha": 6.0, "rank_stabilized": True}, {"rank_stabilized": True}]
-every_scale = pytest.mark.parametrize("scale", SCALES, ids=str)
+BOTH = {"alpha": 6.0, "rank_stabilized": True}
+OTHERS = [{"alpha": 6.0}, {"rank_stabilized": True}]
+every_scale = pytest.mark.parametrize(
+    "scale", [{}, BOTH, *(pytest.param(x, marks=pytest.mark.full) for x in OTHERS)], ids=str
+)
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:

@@ -35,7 +35,7 @@ METHODS = [
     SVFit(energy=0.5),
 ]
 NAMES = ["pissa", "pissa-free", "pissa-ranks", "svfit", "svfit-energy"]
-FULL = ("pissa-ranks", "svfit")  # run the same code of a model as the others
+FULL = ("pissa-free", "pissa-ranks", "svfit")  # run the same code of a model as the others
 logits_of = nnx.jit(lambda model: model(TOKENS))
 
 
@@ -83,6 +83,7 @@ def parameters(model: Any) -> dict:
     return nnx.to_pure_dict(nnx.state(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
     [
@@ -126,13 +127,8 @@ def test_detached_without_merging_the_weights_are_bit_for_bit_those_before() -> 
             jax.tree.map(np.testing.assert_array_equal, weights, parameters(model))
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        pytest.param(METHODS[0], id="pissa"),
-        pytest.param(METHODS[3], id="svfit", marks=pytest.mark.full),
-    ],
-)
+@pytest.mark.full  # of other methods: test_nnx_stacks.py, test_nnx_switching.py
+@pytest.mark.parametrize("method", [METHODS[0], METHODS[3]], ids=["pissa", "svfit"])
 def test_layers_that_are_not_stacked_are_trained_the_same(method: Any) -> None:
     losses = []
     for model in (decoder(), unrolled(decoder())):
@@ -142,15 +138,18 @@ def test_layers_that_are_not_stacked_are_trained_the_same(method: Any) -> None:
 
 
 def test_a_quantized_base_is_merged_but_not_given_back() -> None:
-    model = decoder()
-    lro.adapters.attach(model, PiSSA(rank=3, nf4_rounds=2), WHERE, rngs=1)
-    adapted = logits_of(model)
+    model = nnx.Sequential(nnx.Linear(6, 5, rngs=nnx.Rngs(0)))
+    x = np.eye(6, dtype=np.float32)
+    before = np.asarray(model(x))
+    lro.adapters.attach(model, PiSSA(rank=2, nf4_rounds=2), ".*", rngs=1)
+    adapted = np.asarray(model(x))
+    assert 1e-3 < np.abs(adapted - before).max() < 0.2  # NF4's error
     with pytest.raises(TypeError, match="cannot give the weight back"):
         lro.adapters.detach(model)
-    assert_close(logits_of(model), adapted, 800)
+    assert_close(model(x), adapted)
     lro.adapters.merge(model)
     lro.adapters.detach(model)
-    assert_close(logits_of(model), adapted, 800)
+    assert_close(model(x), adapted, 100)
 
 
 @pytest.mark.parametrize("residual", [True, False])

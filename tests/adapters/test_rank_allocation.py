@@ -81,6 +81,7 @@ def test_flat_spectra_get_more_than_steep_ones() -> None:
     assert allocate_ranks({"steep": steep, "flat": flat}, (2, 4, 8), 5) == {"steep": 2, "flat": 8}
 
 
+@pytest.mark.slow
 def test_ranks_of_a_model_are_what_attach_takes() -> None:
     class Model(nnx.Module):
         def __init__(self, rngs: nnx.Rngs) -> None:

@@ -15,6 +15,7 @@ from harness.trees import (
     PARAMS,
     STEPS,
     Tree,
+    assert_close,
     assert_equal,
     at,
     stack,
@@ -54,7 +55,7 @@ def check_nnx_optimizer(row: Row) -> None:
         row.assert_close(stack(updates), at(row.trajectory, slice(count)))
         add = lambda p, *u: jnp.asarray(np.sum([p, *u], 0))
         total = jax.tree.map(add, PARAMS, *updates)
-        row.assert_close(nnx.to_pure_dict(nnx.state(model, nnx.Param)), total)
+        assert_close(nnx.to_pure_dict(nnx.state(model, nnx.Param)), total)
 
 
 def check_orbax_round_trip(row: Row) -> None:

@@ -88,13 +88,18 @@ def assert_agrees(step: Step, formats: Formats, found: Any) -> None:
     assert_moments(found[1:], wanted_moments, formats)
 
 
+QUICK = {f"{x}: whole blocks" for x in ("xla", "tpu", "gpu")} | {"tpu: 4 bits by layers"}
 # Each is a part of what another case does.
 IN_FULL = ("tpu: 4 bits by rows", "gpu: stacked")
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(x, marks=[pytest.mark.full] * (x in IN_FULL)) for x in CASES]
-)
+def marks_of(name: str) -> list[pytest.MarkDecorator]:
+    if name in IN_FULL:
+        return [pytest.mark.full]
+    return [] if name in QUICK else [pytest.mark.slow]
+
+
+@pytest.mark.parametrize("name", [pytest.param(x, marks=marks_of(x)) for x in CASES])
 def test_agrees_with_float64(name: str) -> None:
     implementation, shape, bits, block = CASES[name]
     formats = formats_of(bits, block, second="log" if implementation == "triton" else "")
@@ -173,6 +178,7 @@ class TestEveryImplementation:
                 least = table("dynamic", 8, False)[1] if fmt.positive else 0
                 assert_close(x[1, 130], np.float64(least * moment.scales[1, 1]))
 
+    @pytest.mark.slow
     def test_under_vmap_each_is_as_alone(self, implementation: str) -> None:
         formats = formats_of(8, 128)
         steps = [step_of(EIGHT_BITS, formats, seed=i) for i in range(3)]

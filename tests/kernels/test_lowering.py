@@ -57,7 +57,7 @@ def has_kernel(exported: export.Exported) -> bool:
     return "tpu_custom_call" in text or "triton" in text
 
 
-@pytest.mark.combinations(1)
+@pytest.mark.combinations(2)
 @pytest.mark.parametrize("shape", [(300, 600), (1, 256), (24, 71, 512), (128, 256)])
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("implementation", ["mosaic_tpu", None], ids=str)

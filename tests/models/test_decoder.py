@@ -222,6 +222,7 @@ def test_tokens_of_a_wrong_kind_are_refused(model):
         model(np.zeros(3, np.int32))
 
 
+@pytest.mark.slow
 def test_a_batch_sharded_over_devices_gives_the_same_step(model):
     graphdef, state = nnx.split(model)
     tokens = np.resize(TOKENS, (8, 6))

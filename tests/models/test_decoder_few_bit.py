@@ -44,6 +44,7 @@ def gradient_with(bits: int | None) -> np.ndarray:
     return gradient(random_decoder(activation_bits=bits))
 
 
+@pytest.mark.slow
 def test_the_gradient_is_the_closer_the_more_bits():
     expected = gradient_with(None)
     cosines = []

@@ -89,7 +89,11 @@ def in_turn(variant: str, groups: int = WORKERS, **options: Any) -> tuple[Any, A
 
 @pytest.mark.parametrize(
     ("variant", "check"),
-    [(variant, True) for variant in VARIANTS] + [("past_local", False), ("same", False)],
+    [
+        *((variant, True) for variant in VARIANTS),
+        ("past_local", False),
+        pytest.param("same", False, marks=pytest.mark.full),
+    ],
 )
 def test_eight_devices_do_what_eight_workers_in_turn_do(variant: str, check: bool) -> None:
     """The noise too: it belongs to the worker, not to the device."""

@@ -186,7 +186,6 @@ def test_decay_is_masked_by_leaf() -> None:
         assert not np.any(updates["bias"])
 
 
-@pytest.mark.combinations(1)
 @pytest.mark.parametrize("recipe", [grams, cautious_adamw])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_moments_in_few_bits_train_as_before(recipe: Any, bits: Any) -> None:

@@ -84,6 +84,7 @@ def test_values_and_lower_bounds_close_in_on_the_optimum(seed: int) -> None:
     assert gaps["last"][-1] < gaps["uniform"][-1] < 0.01
 
 
+@pytest.mark.full
 def test_forty_points_improve_as_in_the_table_of_the_specification() -> None:
     cost, rows, columns = random_problem(40, 40)
     best = optimum(cost, rows, columns)

@@ -41,7 +41,7 @@ class PointForm:
 # What must hold: the specification's numbers
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     alpha=st.floats(1e-3, 3.0),
     mu=st.sampled_from([0.0, 1e-4, 0.3, 1.0, 10.0]),

@@ -38,7 +38,9 @@ def _adaptive(on_refresh: Any, inner: Any = None, **options: Any) -> Any:
 
 
 # "keep" runs the inner optimizer on the whole tree, the others on each leaf.
-@pytest.mark.parametrize("on_refresh", ["keep", "reset", "rotate_moments"])
+@pytest.mark.parametrize(
+    "on_refresh", ["keep", pytest.param("reset", marks=pytest.mark.full), "rotate_moments"]
+)
 def test_updates_are_the_same_with_the_smaller_state(on_refresh: Any) -> None:
     steps, gradients = 2, _gradients(5)
     start = jax.tree.map(jnp.zeros_like, gradients[0])

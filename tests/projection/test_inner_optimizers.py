@@ -26,7 +26,9 @@ INNER: dict[str, Callable[[], Any]] = {
     "sgd_nesterov": lambda: optax.sgd(0.1, momentum=0.9, nesterov=True),
 }
 NEED_PARAMETERS = ["adamw", "lamb", "lion", "adafactor", "muon", "ademamix"]
-EVERY_INNER = pytest.mark.parametrize("name", INNER)
+EVERY_INNER = pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=[pytest.mark.full] if x == "ademamix" else []) for x in INNER]
+)
 
 
 def _projected(inner: Any, **options: Any) -> Any:

@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+from close import assert_close
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,9 +68,7 @@ def test_the_closed_form_of_a_stack_is_that_of_each_layer() -> None:
     view = lro.View.of(stack, -2, 2)
     projected = basis.swapaxes(-1, -2) @ stack
     expected = jax.vmap(_gradient, (0, 0, None))(basis, stack, 0.1)
-    np.testing.assert_allclose(
-        _closed_form(basis, stack, projected, 0.1, view), expected, atol=1e-5
-    )
+    assert_close(_closed_form(basis, stack, projected, 0.1, view), expected, 100)
 
 
 def test_an_orthonormal_basis_loses_what_it_does_not_capture_and_moves_at_right_angles() -> None:
@@ -123,7 +122,7 @@ def test_the_basis_moves_after_every_step_but_the_first() -> None:
     found = lro.subspaces.online_pca(3, optax.set_to_zero())
     frozen = lro.scale_by_projection(optax.identity(), found, refresh_every=None)
     start = first(frozen, gradients[0])[1].basis.basis["kernel"]
-    np.testing.assert_allclose(bases[0], start, atol=1e-6)
+    np.testing.assert_allclose(bases[0], start, atol=1e-5)
     assert (bases[1] != bases[0]).any()
     assert (bases[2] != bases[1]).any()
     # The update is made with the basis from before it moved.

@@ -42,6 +42,7 @@ def _projected(subspace: lro.subspaces.Subspace, on_refresh: Any, **options: Any
     )
 
 
+@pytest.mark.combinations(1)
 @pytest.mark.parametrize("on_refresh", ["rotate", "rotate_moments"])
 @pytest.mark.parametrize("subspace", [lro.subspaces.fixed(BASIS), lro.subspaces.dct(5)])
 def test_an_unchanged_basis_changes_nothing(subspace: Any, on_refresh: Any) -> None:

@@ -63,6 +63,7 @@ def test_codes_and_scales_lie_where_their_parameters_do(bits: Any, axis_type: Ax
                 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("bits", "axis_type"),
     [
@@ -101,6 +102,7 @@ def test_nothing_is_exchanged_where_devices_have_whole_blocks(bits: Any, partiti
     assert collectives(low_bit(bits), (256, 64), partition, AxisType.Auto) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("bits", "axis_type"),
     [

@@ -132,6 +132,7 @@ def make_step(tx: Any, loss: Any) -> Any:
     return step
 
 
+@pytest.mark.slow
 def test_q_galore_trains_a_regression_to_nearly_the_loss_of_float32() -> None:
     loss, params = regression()
     rate = optax.linear_schedule(0.1, 0.0, 200)
@@ -150,6 +151,7 @@ def test_q_galore_trains_a_regression_to_nearly_the_loss_of_float32() -> None:
     assert narrow < 1.25 * wide
 
 
+@pytest.mark.slow
 def test_q_galore_with_donation_and_through_orbax(tmp_path: Path) -> None:
     loss, params = regression()
     tx = q_galore(1e-2)

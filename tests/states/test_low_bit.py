@@ -57,6 +57,7 @@ def naive_linear(inner: Any) -> Any:
     return optax.GradientTransformation(inner.init, update)
 
 
+@pytest.mark.slow
 def test_a_quadratic_of_mixed_curvatures_is_minimised_where_linear_maps_explode() -> None:
     """Point 9 of the specification: what makes a zero in the second moment's map diverge."""
     size, rng = 4096, np.random.default_rng(0)

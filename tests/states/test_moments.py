@@ -132,6 +132,7 @@ def test_masks_and_partitions_inside_and_outside() -> None:
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((new, state)))
 
 
+@pytest.mark.slow
 def test_projected_moments_are_quantized_inside_or_outside_and_the_basis_is_not() -> None:
     params, rule = kernel((16, 32)), lro.subspaces.randomized_svd(rank=8)
     inside = lro.scale_by_projection(low_bit(optax.scale_by_adam(), block_size=16), rule)

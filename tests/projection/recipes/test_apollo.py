@@ -60,7 +60,7 @@ def test_mini_is_apollo_of_rank_one_with_one_factor_a_matrix() -> None:
     gradients = normal_gradients((6, 9), 3)
     mini = lro.apollo_mini(0.1, scale=16.0, seed=2)
     same = lro.apollo(0.1, 1, scale=16.0, granularity="tensor", seed=2)
-    np.testing.assert_array_equal(moved(mini, (6, 9), gradients), moved(same, (6, 9), gradients))
+    assert_close(moved(mini, (6, 9), gradients), moved(same, (6, 9), gradients), 100)
     seen = moved(mini, (6, 9), gradients[:1]) / np.asarray(gradients[0]["kernel"])
     assert_close(seen, seen[0, 0], 800)
 

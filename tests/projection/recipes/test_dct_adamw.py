@@ -39,6 +39,7 @@ def _reference(gradients: list[np.ndarray], feedback: bool, decay: float) -> np.
     return weight
 
 
+@pytest.mark.combinations(1)
 @pytest.mark.parametrize(("feedback", "decay"), [(32, 0.2), (None, 0.0)])
 @pytest.mark.parametrize("transform", ["products", "fft"])
 def test_agrees_with_a_float64_reference(feedback: Any, decay: float, transform: Any) -> None:

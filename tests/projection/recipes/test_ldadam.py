@@ -38,6 +38,7 @@ def _reference(
     return weight
 
 
+@pytest.mark.combinations(1)
 @pytest.mark.parametrize("feedback", [True, False])
 @pytest.mark.parametrize("decay", [0.0, 0.2])
 def test_agrees_with_a_float64_reference(decay: float, feedback: bool) -> None:

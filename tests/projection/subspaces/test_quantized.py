@@ -13,6 +13,7 @@ from lowrank_optax.quantization import Affine, affine_dequantize
 from tests.projection.runs import normal_gradients, run
 
 ALL_BITS = pytest.mark.parametrize("bits", [16, 8, 4])
+EIGHT_FULL = pytest.mark.parametrize("bits", [16, pytest.param(8, marks=pytest.mark.full), 4])
 BEYOND_FOUR_FULL = pytest.mark.parametrize(
     "bits", [*(pytest.param(x, marks=pytest.mark.full) for x in (16, 8)), 4]
 )
@@ -131,8 +132,7 @@ def test_a_bad_gradient_never_enters_the_basis(bits: Any, bad: float) -> None:
     assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(last.basis))
 
 
-@pytest.mark.slow
-@ALL_BITS
+@EIGHT_FULL
 def test_moments_are_turned_into_the_next_basis(bits: Any) -> None:
     gradients = normal_gradients(SHAPE, 6)
     options = {"on_refresh": "rotate", "refresh_every": 2}

@@ -126,7 +126,7 @@ def optimized(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.node.get_closest_marker("optimized") is None:
         yield
         return
-    disabled = jax.config.jax_disable_most_optimizations
+    disabled = jax.config.read("jax_disable_most_optimizations")
     jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", False)
     try:

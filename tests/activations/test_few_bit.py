@@ -167,6 +167,7 @@ def temporary_bytes(gelu: Any, layers: int) -> int:
 
 
 # On a CPU, XLA gives a uint4 a whole byte.
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("bits", "packing"), [(1, "auto"), (2, "auto"), (3, "auto"), (4, "planes"), (8, "auto")]
 )

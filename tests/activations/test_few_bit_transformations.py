@@ -163,6 +163,7 @@ def test_the_sharded_gradient_is_the_unsharded_one(gelu: Any, spec: P, axis_type
     equal(found, y * levels_at(gelu, x))
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("spec", [P("x"), P(None, None, "x"), P("x", None, "y")], ids=str)
 def test_devices_exchange_nothing_for_batches_and_features(gelu: Any, spec: P) -> None:
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)

@@ -84,6 +84,7 @@ def test_no_gradient_of_a_weights_shape_is_computed() -> None:
     assert up not in jaxpr
 
 
+@pytest.mark.optimized
 def test_a_training_step_needs_no_memory_of_the_size_of_the_stacked_weights() -> None:
     depth, width = 8, 128
 

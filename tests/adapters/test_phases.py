@@ -64,6 +64,7 @@ def backward_flops(model: Model) -> float:
     return gradient.lower(model).compile().cost_analysis()["flops"]
 
 
+@pytest.mark.optimized
 @pytest.mark.slow
 def test_after_lamdas_freezing_the_gradient_of_b_and_its_moments_are_gone() -> None:
     model = adapted(lro.adapters.LaMDA(rank=RANK, core_init="sigma"))
@@ -101,6 +102,7 @@ def test_phases_give_what_one_phase_gives() -> None:
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), *found)
 
 
+@pytest.mark.optimized
 @pytest.mark.slow
 def test_after_afloras_freezing_the_gradients_of_the_factors_are_gone() -> None:
     model = adapted(lro.adapters.AFLoRA(rank=RANK))

@@ -96,14 +96,16 @@ def test_accumulated_micro_batches_make_the_same_steps(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["adamw", pytest.param("galore", marks=pytest.mark.full)])
 def test_eight_devices_make_the_same_step_as_one(
-    finished: Path, flags: list[str], tmp_path: Path
+    finished: Path, flags: list[str], tmp_path: Path, name: str
 ) -> None:
     if jax.device_count() < 8:
         pytest.skip("needs eight devices, which tests/conftest.py asks for")
-    options = ["--devices", "8", "--optimizer", "adamw", "--output", str(tmp_path / "run")]
+    options = ["--devices", "8", "--optimizer", name, "--output", str(tmp_path / "run")]
+    options += ["--set", "rank=4", "refresh_every=2"] if name == "galore" else []
     assert pretrain.main([*flags, *options]) == 0
-    _assert_close(finished / "adamw", tmp_path / "run" / "adamw")
+    _assert_close(finished / name, tmp_path / "run" / name)
 
 
 def _assert_close(one: Path, other: Path) -> None:

@@ -143,6 +143,7 @@ def test_inside_shard_map_none_is_the_kernel_on_a_tpu(arguments, check_vma: bool
     assert "tpu_custom_call" in exported.mlir_module()
 
 
+@pytest.mark.optimized
 def test_the_compiled_step_is_written_over_its_donated_arguments(arguments) -> None:
     options = {"implementation": "mosaic_tpu", "interpret": True}
     donating = jax.jit(lambda *x: step(*x, **options), donate_argnums=(1, 2, 3))

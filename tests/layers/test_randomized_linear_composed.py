@@ -93,6 +93,7 @@ def mesh_of(kind: AxisType) -> jax.sharding.Mesh:
     return jax.make_mesh((8,), ("data",), axis_types=(kind,))
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("kind", "axis_type"),
     [(kind, AxisType.Auto) for kind in KINDS]
@@ -145,6 +146,7 @@ def test_under_shard_map_each_shard_draws_its_own(kind: SketchKind) -> None:
     assert_close(of_x, Y @ KERNEL.T)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("kind", ["rows", "stratified"])
 def test_rows_need_fewer_operations_than_the_dense_step(kind: SketchKind) -> None:
     x, y = jnp.ones((1024, 64)), jnp.ones((1024, 64))

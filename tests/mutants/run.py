@@ -5,9 +5,8 @@
     python tests/mutants/run.py --check          only whether they can be put in
 
 The repository itself is not touched: each worker has a copy, into which it writes one fault, runs
-the tests that should fail, and writes the line back. A fault is noticed if pytest reports a failed
-test (status 1), a module that cannot be imported (2), or nothing in time. It survives if all tests
-pass.
+the tests that should fail, and writes the line back. A fault is noticed if a test fails that passes
+without the fault. It survives if all tests pass; anything else is an error of the table.
 """
 
 import argparse
@@ -164,7 +163,10 @@ def _run(fault: Fault, copies: "queue.SimpleQueue[Path]", cache: Path, full: boo
     copy = copies.get()
     try:
         with _applied(fault, copy):
-            return _tested(fault, copy, cache, full)
+            result = _tested(fault.tests, copy, cache, full)
+        if result.noticed and _tested([result.by], copy, cache, full).noticed is not False:
+            return Result(None, f"{result.by} fails without the fault too", result.seconds)
+        return result
     finally:
         copies.put(copy)
 
@@ -186,10 +188,11 @@ def _write(file: Path, text: str) -> None:
     Path(importlib.util.cache_from_source(str(file))).unlink(missing_ok=True)
 
 
-def _tested(fault: Fault, copy: Path, cache: Path, full: bool) -> Result:
+def _tested(tests: Sequence[str], copy: Path, cache: Path, full: bool) -> Result:
+    """What pytest says of these tests in this copy, up to the first failure."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:randomly"]
     # One folder for all: programs that a fault does not change are compiled once.
-    command += ["-o", f"cache_dir={cache}", *(["--full"] if full else []), *fault.tests]
+    command += ["-o", f"cache_dir={cache}", *(["--full"] if full else []), *tests]
     started = time.monotonic()
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
         try:
@@ -205,13 +208,13 @@ def _tested(fault: Fault, copy: Path, cache: Path, full: bool) -> Result:
                 check=False,
             ).returncode
         except subprocess.TimeoutExpired:
-            return Result(True, "timed out", time.monotonic() - started)
+            return Result(None, "timed out", time.monotonic() - started)
         seconds = time.monotonic() - started
         output.seek(0)
         lines = output.read().splitlines()
     if status == 0:
         return Result(False, "all tests passed", seconds)
-    if status in (1, 2):
+    if status == 1:
         return Result(True, _first_failure(lines), seconds)
     last = next((line for line in reversed(lines) if line.strip()), "no output")
     return Result(None, f"pytest ended with status {status}: {last}", seconds)

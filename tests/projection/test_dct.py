@@ -83,8 +83,8 @@ def test_scores_of_the_worked_example() -> None:
     for scores in _scores(WORKED.T):
         scale = np.sqrt(2 / 4)
         sums, squares = np.asarray(scores[1]) * scale, np.asarray(scores[2]) * scale**2
-        np.testing.assert_allclose(sums, [15, 6.691327, 0, 2.006272], atol=1e-5)
-        np.testing.assert_allclose(squares, [59, 13.510408, 0, 1.489592], atol=1e-5)
+        assert_close(sums, [15, 6.691327, 0, 2.006272], dtype=np.float32)
+        assert_close(squares, [59, 13.510408, 0, 1.489592], dtype=np.float32)
 
 
 @pytest.mark.combinations(1)

@@ -108,7 +108,7 @@ def test_other_leaves_get_the_transformation_given_for_them(on_refresh: Any) -> 
     seen, kernel = (run(t, params, gradients)[-1][0] for t in (tx, alone))
     bias = run(optax.adamw(0.3), params, gradients)[-1][0]["bias"]
     np.testing.assert_allclose(seen["bias"], bias, atol=1e-6)
-    np.testing.assert_allclose(seen["kernel"], kernel["kernel"], atol=1e-6)
+    np.testing.assert_allclose(seen["kernel"], kernel["kernel"], atol=1e-5)
 
 
 def test_the_state_of_other_leaves_is_theirs_alone() -> None:

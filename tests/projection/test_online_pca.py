@@ -76,10 +76,10 @@ def test_an_orthonormal_basis_loses_what_it_does_not_capture_and_moves_at_right_
     basis = np.linalg.qr(np.random.default_rng(1).normal(size=(7, 3)))[0].astype(np.float32)
     projected = basis.T @ gradient
     captured = np.sum(projected**2) / np.sum(gradient**2)
-    np.testing.assert_allclose(jax.jit(_loss)(basis, gradient, 0.1), 1 - captured, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(_loss)(basis, gradient, 0.1), 1 - captured, atol=1e-5)
     assert 0 <= captured <= 1
     descent = _closed_form(basis, gradient, projected, 0.1, lro.View.of(gradient, -2, 3))
-    np.testing.assert_allclose(basis.T @ np.asarray(descent), np.zeros((3, 3)), atol=1e-6)
+    np.testing.assert_allclose(basis.T @ np.asarray(descent), np.zeros((3, 3)), atol=1e-5)
 
 
 def test_it_descends_to_the_leading_singular_vectors_of_a_constant_gradient() -> None:
@@ -89,7 +89,7 @@ def test_it_descends_to_the_leading_singular_vectors_of_a_constant_gradient() ->
     basis = one.rule.init(one.view)._replace(basis=start)
     bases = [one.dense(b) for b in _tracked(one, basis, gradient, 150)]
     losses = np.array([jax.jit(_loss)(b, gradient, 0.1) for b in bases[::10]])
-    assert (np.diff(losses) < 1e-6).all()
+    assert (np.diff(losses) < 1e-5).all()
     assert losses[0] > 2 * losses[-1]
     np.testing.assert_allclose(bases[-1] @ bases[-1].T, np.diag([1, 1, 0, 0]), atol=1e-3)
     np.testing.assert_allclose(bases[-1].T @ bases[-1], np.eye(2), atol=1e-3)
@@ -109,7 +109,7 @@ def test_without_a_rate_it_is_galore_that_never_refreshes() -> None:
     theirs = lro.galore(0.1, 3, refresh_every=None)
     mine, other = (run(tx, gradients[0], gradients) for tx in (ours, theirs))
     for (one, _), (two, _) in zip(mine, other, strict=True):
-        np.testing.assert_allclose(one["kernel"], two["kernel"], atol=1e-6)
+        np.testing.assert_allclose(one["kernel"], two["kernel"], atol=1e-5)
 
 
 def test_the_basis_moves_after_every_step_but_the_first() -> None:

@@ -51,7 +51,7 @@ def test_lift_is_the_exact_adjoint_of_project_in_any_shape(
 @EVERY_RULE
 @AXES
 def test_lift_is_the_exact_adjoint_of_project(name: str, axis: int) -> None:
-    gradient = normal(*(STACK if axis == -2 else (8, 6)))
+    gradient = normal(*STACK)
     one = case(name, gradient.shape, axis)
     found = _assert_adjoint(one, gradient)
     if one.rule.orthonormal:
@@ -70,7 +70,7 @@ def _assert_adjoint(one: Case, gradient: jax.Array) -> First:
     assert found.lifted.shape == gradient.shape
     dot = lambda a, b: float(np.vdot(np.asarray(a, np.float64), np.asarray(b, np.float64)))
     size = np.sqrt(dot(gradient, gradient) * dot(found.lifted, found.lifted))
-    assert abs(dot(found.projected, x) - dot(gradient, found.lifted)) <= 1e-6 * size
+    assert abs(dot(found.projected, x) - dot(gradient, found.lifted)) <= 5e-6 * size
     return found
 
 
@@ -90,7 +90,7 @@ def test_projecting_the_identity_is_lifting_it_transposed(name: str, axis: int) 
     square = one.view._replace(shape=(6, 6))
     project = jax.jit(lambda basis, x: one.rule.project(basis, x, square))
     projected = np.asarray(project(basis, np.eye(6, dtype=np.float32)))
-    np.testing.assert_allclose(projected, dense.T if axis == -2 else dense, atol=1e-6)
+    np.testing.assert_allclose(projected, dense.T if axis == -2 else dense, atol=1e-5)
 
 
 @EVERY_RULE

@@ -105,7 +105,7 @@ def test_flipping_a_basis_vector_with_its_moments_changes_nothing() -> None:
     )
     update = jax.jit(tx.update)
     chex.assert_trees_all_close(
-        update(gradients[2], state)[0], update(gradients[2], flipped)[0], atol=1e-6
+        update(gradients[2], state)[0], update(gradients[2], flipped)[0], atol=1e-5
     )
 
 
@@ -169,7 +169,7 @@ def test_attention_kernels_are_projected_in_the_view_they_are_given() -> None:
     flat = lro.scale_by_projection(optax.scale_by_adam(), SVD(3))
     seen = first(tx, {"kernel": kernel})[0]["kernel"]
     expected = first(flat, {"kernel": np.asarray(kernel).reshape(6, 8)})[0]["kernel"]
-    np.testing.assert_allclose(seen.reshape(6, 8), expected, atol=1e-6)
+    np.testing.assert_allclose(seen.reshape(6, 8), expected, atol=1e-5)
 
 
 def test_an_inner_optimizer_that_needs_parameters_gets_projected_ones() -> None:

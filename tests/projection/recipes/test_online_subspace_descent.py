@@ -54,7 +54,7 @@ def test_with_a_basis_that_does_not_move_it_is_galore_without_refresh() -> None:
     still = lro.online_subspace_descent(0.1, RANK, subspace_learning_rate=0.0)
     galore = lro.galore(0.1, RANK, refresh_every=None)
     np.testing.assert_allclose(
-        moved(still, SHAPE, gradients), moved(galore, SHAPE, gradients), atol=1e-6
+        moved(still, SHAPE, gradients), moved(galore, SHAPE, gradients), atol=1e-5
     )
 
 

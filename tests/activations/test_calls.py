@@ -44,6 +44,7 @@ def test_forward_is_bit_equal():
     np.testing.assert_array_equal(few(WEIGHTS, X), jax.jit(mlp)(WEIGHTS, X))
 
 
+@pytest.mark.slow
 def test_the_gradient_is_that_of_the_model_written_by_hand():
     few = few_bit_calls(mlp, 3)
     by_hand = functools.partial(mlp, act=lambda x: lro.activations.gelu(x, 3))
@@ -149,6 +150,7 @@ def deep(stack, x):
     return jax.lax.cond(x.sum() > 0, nn.relu, nn.mish, x)
 
 
+@pytest.mark.slow
 def test_bodies_of_scans_branches_checkpoints_and_jitted_functions_are_searched():
     stack = np.random.default_rng(0).standard_normal((3, 8, 8), np.float32) / 4
     few = few_bit_calls(deep)

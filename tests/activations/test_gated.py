@@ -68,6 +68,7 @@ def test_geglu_has_both_forms_of_gelu():
     assert bool((found != geglu(gate, up)).any())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_errors_of_the_gradient_fall_with_the_bits_as_documented(dtype):
     inputs = arrays(dtype=dtype)

@@ -54,6 +54,7 @@ def same(a: Any, b: Any) -> None:
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+@pytest.mark.slow
 def test_results_and_what_is_written_are_the_same_under_scan_and_remat() -> None:
     few = FewBit(Net())
     variables, plain = (jax.jit(lambda m=m: m.init(RNGS, X))() for m in (few, Net()))
@@ -67,6 +68,7 @@ def test_results_and_what_is_written_are_the_same_under_scan_and_remat() -> None
     assert_close(run(few), run(Net()), 400)
 
 
+@pytest.mark.slow
 def test_the_gradient_is_that_of_the_model_written_by_hand() -> None:
     by_hand = Net(lro.activations.gelu, lro.activations.silu)
     variables = jax.jit(Net().init)(RNGS, X)

@@ -136,6 +136,7 @@ def decoder(**options: Any) -> Decoder:
     return model
 
 
+@pytest.mark.slow
 def test_layers_of_a_scan_have_figures_each_and_the_model_stays_as_it_is() -> None:
     tokens = np.arange(16).reshape(2, 8)
     mean = lambda model, tokens: (jnp.mean(model(tokens)[..., 3] ** 2), "more")

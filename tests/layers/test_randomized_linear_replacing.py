@@ -76,6 +76,7 @@ class Doubled(nnx.Linear):
         return 2 * super().__call__(inputs, out_sharding)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scan_layers", "remat", "dtype"),
     [
@@ -109,6 +110,7 @@ def test_a_decoder_has_the_same_loss_and_other_gradients_of_its_kernels_each_ste
             )
 
 
+@pytest.mark.slow
 def test_remat_computes_again_with_the_same_key() -> None:
     gradients = []
     for remat in (None, "full"):
@@ -130,6 +132,7 @@ def test_layers_of_a_stack_and_of_a_model_have_keys_of_their_own() -> None:
     assert len(np.unique(every, axis=0)) == 14
 
 
+@pytest.mark.slow
 def test_the_gradient_of_a_stack_has_the_exact_one_as_its_mean() -> None:
     model = decoder()
     _, exact = value_and_grad(model, TOKENS)
@@ -241,6 +244,7 @@ def test_what_is_kept_is_less_by_the_inputs_that_were_kept_for_kernels() -> None
     assert kept_bytes(model, nnx.Param) == plain - 2 * (16 - 4) * 24 * 4 + streams
 
 
+@pytest.mark.slow
 def test_under_adapters_the_frozen_layers_keep_nothing_and_gradients_are_exact() -> None:
     model = decoder(scan_layers=False)
     lora = lro.adapters.LoRA(rank=2)
@@ -261,6 +265,7 @@ def test_under_adapters_the_frozen_layers_keep_nothing_and_gradients_are_exact()
     assert type(restore_linears(model).blocks[0].mlp.up) is nnx.Linear
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     from orbax.checkpoint import v1 as ocp
 
@@ -324,6 +329,7 @@ def test_layers_that_it_would_break_are_refused() -> None:
         randomize(stacked, QUARTER, rngs=0)
 
 
+@pytest.mark.slow
 def test_beside_few_bit_nonlinearities_both_take_effect_and_are_undone() -> None:
     model = decoder()
     graphdef, _ = nnx.split(model)

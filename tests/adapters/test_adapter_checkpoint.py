@@ -39,4 +39,4 @@ def test_orbax_keeps_adapters_and_trained_parameters(tmp_path, case):
     nnx.replace_by_pure_dict(state, restored)
     nnx.update(again, state)
     jax.tree.map(np.testing.assert_array_equal, state, nnx.state(model, OWN))
-    assert_close(output(again), output(model))
+    assert_close(output(again), output(model), 800)

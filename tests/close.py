@@ -59,11 +59,8 @@ def assert_close(
         eps = eps_of(x, y) if dtype is None else float(jnp.finfo(dtype).eps)
         x, y = (z if np.iscomplexobj(z) else z.astype(np.float64) for z in map(np.asarray, (x, y)))
         magnitude = np.abs(np.where(np.isfinite(y), y, 0)).max(initial=0) if size is None else size
-        bound = (
-            (min(units, MOST_HALF_UNITS) if eps > EPS32 else units)
-            * eps
-            * np.asarray(magnitude, np.float64)
-        )
+        allowed = min(units, MOST_HALF_UNITS) if eps > EPS32 else units
+        bound = allowed * eps * np.asarray(magnitude, np.float64)
         with np.errstate(invalid="ignore"):  # inf - inf
             error = np.where((x == y) | (np.isnan(x) & np.isnan(y)), 0.0, np.abs(x - y))
         if not np.all(error <= bound):
@@ -72,6 +69,6 @@ def assert_close(
             x, y, error, bound = (np.broadcast_to(z, excess.shape) for z in (x, y, error, bound))
             raise AssertionError(
                 f"{jax.tree_util.keystr(path)}[{', '.join(map(str, worst))}] is {x[worst]}, not "
-                f"{y[worst]}: off by {error[worst]:.3g}, allowed {bound[worst]:.3g} ({units} "
+                f"{y[worst]}: off by {error[worst]:.3g}, allowed {bound[worst]:.3g} ({allowed} "
                 f"units); {np.count_nonzero(~(error <= bound))} of {error.size} entries are off"
             )

@@ -60,9 +60,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker("full")
     if config.getoption("full") or config.getoption("markexpr") == "full":
         return
-    named = tuple(argument for argument in config.args if "::" in argument)
+    named = [argument for argument in config.args if "::" in argument]
     is_named = lambda item: any(argument.endswith(item.nodeid.split("[")[0]) for argument in named)
-    is_full = lambda item: item.get_closest_marker("full") and not (named and is_named(item))
+    is_full = lambda item: item.get_closest_marker("full") and not is_named(item)
     full = {item for item in items if is_full(item)}
     if full:
         items[:] = [item for item in items if item not in full]

@@ -97,7 +97,7 @@ def assert_mostly_close(actual: Tree, expected: Tree, units: float = 800) -> Non
 
     Rounding may flip a code, and then a few entries differ by a code's step. So the first update,
     which no code has touched, is held to rounding; in each later one at most a quarter of the
-    entries of each row may be off by more, and none by more than a third of the leaf's largest. A
+    entries may be off by more, and none by more than a third of the leaf's largest. A
     fault of 1e-4 in the arithmetic moves all entries, a flipped code few.
     """
     assert_same_dtypes(actual, expected)

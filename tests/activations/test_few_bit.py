@@ -4,6 +4,7 @@ import functools
 import pickle
 from typing import Any
 
+from close import assert_close
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,9 +84,9 @@ def test_the_gradient_is_the_cotangent_times_the_level(bits: int) -> None:
 @pytest.mark.parametrize("packing", ["uint4", "planes", "uint8"])
 def test_the_forward_pass_is_the_functions_own(packing: Any, dtype: Any) -> None:
     fn, x = few_bit(wave, 3, packing=packing), normal((8, 33), dtype)
-    for run in (lambda f: f, jax.jit):
-        np.testing.assert_array_equal(run(fn)(x), run(wave)(x))
-        np.testing.assert_array_equal(run(lambda x: jax.vjp(fn, x)[0])(x), run(wave)(x))
+    for forward in (fn, lambda x: jax.vjp(fn, x)[0]):
+        np.testing.assert_array_equal(forward(x), wave(x))  # the same small programs
+        assert_close(jax.jit(forward)(x), jax.jit(wave)(x))  # another fusion may round anew
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from typing import Any
 import warnings
 
+from close import assert_close
 from flax import nnx
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 import lowrank_optax as lro
@@ -20,7 +20,7 @@ def older_ways_of_flax_are_allowed() -> Iterator[None]:
         yield
 
 
-def test_a_llama_of_tunix_is_bit_equal_and_comes_back() -> None:
+def test_a_llama_of_tunix_computes_the_same_and_comes_back() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         models = pytest.importorskip("tunix.models.llama3.model", exc_type=ImportError)
@@ -48,7 +48,7 @@ def test_a_llama_of_tunix_is_bit_equal_and_comes_back() -> None:
         assert report.calls is not None
         assert {row.function for row in report.calls.rows} == {"silu"}
         assert sum(row.count for row in report.calls.rows) == 2
-        np.testing.assert_array_equal(call(model), before)
+        assert_close(call(model), before, 100)
         gradient = nnx.jit(nnx.grad(lambda model: model(*inputs)[0].sum()))(model)
         assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(gradient))
         lro.activations.restore_model(model)

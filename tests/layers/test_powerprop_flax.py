@@ -148,7 +148,7 @@ def test_linen_dense_starts_as_the_plain_layer_and_has_the_gradients_of_the_form
     )
     assert_close(outputs, expected, 100)
     if alpha == 1:
-        jax.tree.map(np.testing.assert_array_equal, variables, reference)
+        assert_close(variables, reference)
     loss = lambda variables, module: jnp.sum(module.apply(variables, X) ** 2)
     gradient = jax.jit(jax.grad(loss), static_argnums=1)(variables, layer)["params"]
     theta = np.asarray(variables["params"]["kernel"], np.float64)

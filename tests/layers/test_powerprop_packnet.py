@@ -98,7 +98,7 @@ def test_the_bisection_finds_the_smallest_share_of_the_grid(tasks: Any) -> None:
         return exactly.score
 
     assert score_at(levels[levels.index(pruned.keep) - 1]) < 0.95 * pruned.dense_score
-    assert score_at(pruned.keep) == pruned.score
+    assert abs(score_at(pruned.keep) - pruned.score) < 1e-6
 
 
 def test_owners_are_never_overwritten_and_the_rest_stays_free(tasks: Any) -> None:

@@ -45,7 +45,7 @@ def initial(module: nn.Module) -> Any:
 def test_outputs_and_other_gradients_are_those_of_the_plain_layer(options: dict[str, Any]) -> None:
     layer, plain = Dense(4, sketch=QUARTER, **options), nn.Dense(4, **options)
     variables = initial(layer)
-    jax.tree.map(np.testing.assert_array_equal, variables, initial(plain))
+    assert_close(variables, initial(plain))
     run = jax.jit(lambda v, key: layer.apply(v, X, rngs={"sketch": key}))
     outputs, expected = run(variables, jax.random.key(1)), jax.jit(plain.apply)(variables, X)
     assert outputs.dtype == expected.dtype

@@ -43,6 +43,13 @@ PROJECTION = (
         ("tests/projection/test_refresh.py",),
     ),
     Fault(
+        "one array twice in a state, which can't be donated then",
+        "lowrank_optax/projection/refresh.py",
+        "zeros = lambda: zeros_per_matrix(view, jnp.float32)  # no buffer twice, for donation",
+        "zeros = lambda kept=zeros_per_matrix(view, jnp.float32): kept",
+        ("tests/test_transformations.py", "-k", "donated_buffers"),
+    ),
+    Fault(
         "norm of a gradient that is not finite remembered",
         "lowrank_optax/projection/limiter.py",
         "return factor, jnp.where(jnp.isfinite(norm), norm * factor, previous)",
@@ -440,6 +447,13 @@ BELOW = (
         "scales = jnp.max(jnp.abs(blocks), axis=-1)",
         "scales = jnp.full(blocks.shape[:-1], jnp.max(jnp.abs(blocks), initial=0.0))",
         ("tests/quantization/test_blocks.py",),
+    ),
+    Fault(
+        "second moments in few bits may be zero",
+        "lowrank_optax/states/low_bit.py",
+        "BlockFormat(code_map(map, bits, signed=False), size, positive=True)",
+        "BlockFormat(code_map(map, bits, signed=False), size)",
+        ("tests/states/test_low_bit.py",),
     ),
     Fault(
         "beta1 in the second moment of the fused Adam",

@@ -10,10 +10,10 @@ ROOT = Path(__file__).resolve().parents[2]
 each_fault = pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 
 
-def test_there_are_sixty_faults_of_different_names_and_places() -> None:
-    assert len(FAULTS) == 60
-    assert len({fault.name for fault in FAULTS}) == 60
-    assert len({(fault.path, fault.old) for fault in FAULTS}) == 60
+def test_there_are_sixty_faults_or_more_of_different_names_and_places() -> None:
+    assert len(FAULTS) >= 60
+    assert len({fault.name for fault in FAULTS}) == len(FAULTS)
+    assert len({(fault.path, fault.old) for fault in FAULTS}) == len(FAULTS)
 
 
 @each_fault

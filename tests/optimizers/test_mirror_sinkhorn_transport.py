@@ -118,7 +118,7 @@ def test_rounding_is_feasible_and_moves_little(shape: tuple[int, int], seed: int
 def test_rounding_a_coupling_and_rounding_nothing() -> None:
     coupling = np.outer(ROWS, COLUMNS)
     for plan in (coupling, np.zeros((2, 2))):
-        np.testing.assert_allclose(rounded(plan, ROWS, COLUMNS), coupling, atol=1e-7)
+        np.testing.assert_allclose(rounded(plan, ROWS, COLUMNS), coupling, atol=1e-6)
     assert np.isnan(rounded(np.full((2, 2), np.nan), ROWS, COLUMNS)).all()
 
 

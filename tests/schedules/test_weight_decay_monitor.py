@@ -160,7 +160,7 @@ def test_a_scan_gives_the_history_that_a_loop_does() -> None:
                     history[group][name][index], number, rtol=2e-5, atol=1e-6
                 )
     rates = history["all"]["learning_rate"]
-    np.testing.assert_allclose(rates, [0.1, 0.1, 0.05, 0.05, 0.0], atol=1e-8)  # every other step
+    np.testing.assert_allclose(rates, [0.1, 0.1, 0.05, 0.05, 0.0], atol=1e-7)  # every other step
     # A rate of zero: no nan but where there is no equilibrium.
     last = measurements(state)["all"]
     assert last["effective_learning_rate"] == last["decay_share"] == last["rotation"] == 0
@@ -196,7 +196,7 @@ def test_unknown_rates_leave_the_rest() -> None:
     numbers = measure(learning_rate=None, weight_decay=None)["all"]
     for name in ("learning_rate", "weight_decay", "effective_learning_rate", "decay_share"):
         assert numbers[name] is None
-    assert numbers["rotation"] == measure()["all"]["rotation"]
+    assert numbers["rotation"] == pytest.approx(measure()["all"]["rotation"], rel=1e-5)
     numbers = measure(weight_decay=None)["all"]
     assert numbers["decay_share"] is None
     assert numbers["effective_learning_rate"] > 0

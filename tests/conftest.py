@@ -13,8 +13,9 @@ import pytest
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # LAPACK's own threads fight with XLA's for the cores: a small QR takes up to 500 times as long.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-# Tests ask what a program computes, not how fast: poor code takes half as long to compile. Set in
-# the environment, so that the processes that tests start do the same.
+# Tests ask what a program computes, not how fast: poor code takes half as long to compile. What it
+# allocates, exchanges and counts is decided before, and is as users have it. Set in the
+# environment, so that the processes that tests start do the same.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ["XLA_FLAGS"] = (
     "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 "
@@ -29,6 +30,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="also run the tests marked `full`")
+    parser.addoption("--quick", action="store_true", help="run one case of each that is not `slow`")
     parser.addoption("--budget", type=float, metavar="SECONDS", help="skip what starts later")
     parser.addoption("--perturb", type=int, metavar="SEED", help="put noise into products")
 
@@ -53,20 +55,25 @@ START = pytest.StashKey[float]()
 
 @pytest.hookimpl(tryfirst=True)  # before pytest reads the marks for `-m`
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves what is `full` out, unless `--full`, `-m full` or the name of a test asks for it."""
+    """Leaves out what is of another tier: see CONTRIBUTING.md."""
     for cases in by_function(items).values():
         if (marker := cases[0].get_closest_marker("combinations")) is not None:
             for item in beyond_combinations(cases, *marker.args):
                 item.add_marker("full")
-    if config.getoption("full") or config.getoption("markexpr") == "full":
-        return
-    named = [argument for argument in config.args if "::" in argument]
-    is_named = lambda item: any(argument.endswith(item.nodeid.split("[")[0]) for argument in named)
-    is_full = lambda item: item.get_closest_marker("full") and not is_named(item)
-    full = {item for item in items if is_full(item)}
-    if full:
-        items[:] = [item for item in items if item not in full]
-        config.hook.pytest_deselected(items=list(full))
+    out = set()
+    if not (config.getoption("full") or config.getoption("markexpr") == "full"):
+        named = [argument for argument in config.args if "::" in argument]
+        is_named = lambda item: any(a.endswith(item.nodeid.split("[")[0]) for a in named)
+        out = {item for item in items if item.get_closest_marker("full") and not is_named(item)}
+    if config.getoption("quick"):
+        if config.getoption("full"):
+            raise pytest.UsageError("--quick is a part of the standard tier: give it, or --full.")
+        out |= {item for item in items if item.get_closest_marker("slow")}
+        for cases in by_function([item for item in items if item not in out]).values():
+            out |= set(cases[1:])
+    if out:
+        items[:] = [item for item in items if item not in out]
+        config.hook.pytest_deselected(items=list(out))
 
 
 def by_function(items: list[pytest.Item]) -> dict[str, list[pytest.Item]]:
@@ -115,25 +122,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
                 seconds[path.parts[1] if is_folder else path.name] += report.duration
     slowest = ", ".join(f"{name} {total:.0f}" for name, total in seconds.most_common(5))
     terminalreporter.write_line(f"seconds of tests: {slowest}; all {seconds.total():.0f}")
-
-
-@pytest.fixture(autouse=True)
-def optimized(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Turns the optimizations back on in tests marked `optimized`, which ask what they made.
-
-    The flags of XLA above stay: fusions are then built by another emitter than users have.
-    """
-    if request.node.get_closest_marker("optimized") is None:
-        yield
-        return
-    disabled = jax.config.read("jax_disable_most_optimizations")
-    jax.clear_caches()
-    jax.config.update("jax_disable_most_optimizations", False)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", disabled)
-        jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)

@@ -105,6 +105,7 @@ def test_a_merged_model_gives_the_adapters_outputs(base, tmp_path, method, where
     assert {p.name for p in (tmp_path / "m").iterdir()} == {p.name for p in base.iterdir()}
 
 
+@pytest.mark.slow
 def test_merging_rounds_a_bfloat16_base_once(tmp_path):
     small = decoder(param_dtype=jnp.bfloat16)
     save_huggingface(small, tmp_path / "base")
@@ -188,6 +189,7 @@ def test_wrong_arguments_are_said_with_the_usage(capsys, arguments, match):
     assert match in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_module_runs_as_a_program():
     command = [sys.executable, "-m", "lowrank_optax.cli", "convert", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

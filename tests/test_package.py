@@ -40,11 +40,13 @@ print(json.dumps({
     return json.loads(_python(program))
 
 
+@pytest.mark.slow
 def test_importing_loads_nothing_that_jax_and_optax_do_not(imported: dict[str, Any]) -> None:
     assert imported["loaded"] == ["lowrank_optax"]
     assert not imported["initialized"]
 
 
+@pytest.mark.slow
 def test_the_optax_side_works_where_flax_cannot_be_imported() -> None:
     program = """
 import sys

@@ -38,6 +38,7 @@ def found(fn, *args, **options):
     return [row.function for row in few_bit_calls(fn, **options).report(*args).rows]
 
 
+@pytest.mark.slow
 @pytest.mark.bitwise  # the same small programs, which are lowered once more
 def test_forward_is_bit_equal():
     """Outside `jit`: within it fusions may round anew."""
@@ -64,6 +65,7 @@ def test_kept_bytes_fall_to_the_codes():
     assert (report.bytes_now, report.bytes_then) == (kept_bytes(fn, X), X.size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_every_function_is_known_by_what_it_computes(dtype):
     x = jax.ShapeDtypeStruct((5, 8), dtype)
@@ -129,12 +131,14 @@ def test_what_is_something_else_is_left_alone(fn):
         few_bit_calls(fn)(X)
 
 
+@pytest.mark.slow
 def test_a_function_of_the_user_is_found_where_a_program_computes_it():
     quick_gelu = lambda x: x * nn.sigmoid(1.702 * x)
     fn = lambda x: jax.lax.logistic(x * 1.702) * x
     assert_nearly_the_same(few_bit_calls(fn, 8, functions=["gelu", quick_gelu]), fn)
 
 
+@pytest.mark.slow
 def test_values_in_between_that_are_used_elsewhere_stay_right():
     def fn(x):
         gate = nn.sigmoid(x)

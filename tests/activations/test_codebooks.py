@@ -219,6 +219,7 @@ def test_coding_the_value_is_never_worse(name):
         assert value <= interval + 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("coding", CODINGS)
 @pytest.mark.parametrize("density", ["uniform", "normal"])
 def test_error_falls_fourfold_with_each_bit(density, coding):
@@ -370,6 +371,7 @@ def test_derivatives_that_jump_have_boundaries_at_the_jumps(name):
         assert np.abs(np.array(books[-1].boundaries) - jump).min() < 1e-6
 
 
+@pytest.mark.slow
 def test_measured_inputs_weigh_the_error():
     samples = np.random.default_rng(0).normal(1.0, 0.5, 20_000)
     book = codebook(jax.nn.gelu, 2, density=np.append(samples, [400.0, -400.0]))

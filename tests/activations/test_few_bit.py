@@ -63,6 +63,7 @@ def slope(fn: Any) -> Any:
     return jax.jit(jax.vmap(jax.grad(fn)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 def test_the_gradient_is_the_cotangent_times_the_level(bits: int) -> None:
     fn = few_bit(wave if bits < 5 else jax.nn.gelu, bits)
@@ -79,6 +80,7 @@ def test_the_gradient_is_the_cotangent_times_the_level(bits: int) -> None:
         np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=digits, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.combinations(1)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("packing", ["uint4", "planes", "uint8"])
@@ -117,6 +119,7 @@ def test_the_papers_codes_are_kept() -> None:
     np.testing.assert_array_equal(codes, [0, 1, 2, 3, 3, 4, 5, 6, 7])
 
 
+@pytest.mark.slow
 def test_gradients_converge_to_the_exact_one_as_four_to_the_bits() -> None:
     x, y = normal((20_000,)), normal((20_000,), seed=1)
     fns = [jax.nn.gelu, *(few_bit(jax.nn.gelu, b) for b in BITS)]
@@ -168,7 +171,6 @@ def temporary_bytes(gelu: Any, layers: int) -> int:
 
 
 # On a CPU, XLA gives a uint4 a whole byte.
-@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("bits", "packing"), [(1, "auto"), (2, "auto"), (3, "auto"), (4, "planes"), (8, "auto")]
 )
@@ -259,6 +261,7 @@ def test_it_decorates() -> None:
     assert kept_bytes(square, np.ones(16, np.float32)) == 8
 
 
+@pytest.mark.slow
 def test_python_numbers_and_numpy_arrays_are_taken() -> None:
     gelu = few_bit(jax.nn.gelu, 3)
     assert float(gelu(2.0)) == float(jax.nn.gelu(2.0))
@@ -266,6 +269,7 @@ def test_python_numbers_and_numpy_arrays_are_taken() -> None:
     equal(gelu(np.float32([1, 2])), jax.nn.gelu(np.float32([1, 2])))
 
 
+@pytest.mark.slow
 def test_a_codebook_of_measured_inputs_fits_them_better() -> None:
     x = 0.5 * normal((4000,)) + 1
     error = lambda fn: float(np.mean(np.square(compiled(fn, x, np.ones_like(x)) - slope(wave)(x))))

@@ -89,6 +89,7 @@ def test_checkpoint_keeps_the_codes_by_name_or_makes_them_again(gelu: Any) -> No
     assert products == [2, 2, 3]
 
 
+@pytest.mark.slow
 def test_remat_of_flax_and_checkpoint_within_scan_see_first_derivatives_only(gelu: Any) -> None:
     class Layer(nnx.Module):
         def __init__(self) -> None:
@@ -163,7 +164,6 @@ def test_the_sharded_gradient_is_the_unsharded_one(gelu: Any, spec: P, axis_type
     equal(found, y * levels_at(gelu, x))
 
 
-@pytest.mark.optimized
 @pytest.mark.parametrize("spec", [P("x"), P(None, None, "x"), P("x", None, "y")], ids=str)
 def test_devices_exchange_nothing_for_batches_and_features(gelu: Any, spec: P) -> None:
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)

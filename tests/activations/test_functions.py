@@ -49,6 +49,7 @@ def slopes(*fns: Any) -> Any:
     return lambda x: [np.asarray(slope, np.float64) for slope in run(np.asarray(x, np.float32))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "options"), CASES, ids=str)
 def test_forward_is_that_of_jax_to_the_last_bit(name: str, options: dict[str, Any]) -> None:
     """Outside `jit`, where both run the same small programs: within it fusions may round anew."""
@@ -79,6 +80,7 @@ def test_gradients_are_near_those_of_jax(name: str, options: dict[str, Any]) -> 
     assert four < three / 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"),
     [

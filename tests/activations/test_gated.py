@@ -48,6 +48,7 @@ def relative(found: Any, expected: Any) -> float:
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
 @pytest.mark.parametrize("fn", PLAIN)
 def test_the_forward_pass_is_that_of_the_plain_function_to_the_last_bit(fn, dtype):
@@ -160,6 +161,7 @@ def test_vmap_and_scan_compute_what_a_loop_does(bits):
         assert_close(list(found), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "name"), [(3, "few_bit_codes"), (None, "few_bit_factors")])
 def test_remat_keeps_what_is_named_and_changes_no_gradient(bits, name):
     x, weights, _ = arrays((8, 16))
@@ -201,6 +203,7 @@ def test_a_policy_of_another_name_keeps_none_of_it():
     assert not any(x.dtype in (jnp.uint4, jnp.uint8) for x in kept)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_sharded_rows_give_the_gradients_of_one_device(axis_type):
     if jax.device_count() < 4:

@@ -278,7 +278,6 @@ def test_nothing_is_computed() -> None:
     assert report.total_bytes == 1 << 44
 
 
-@pytest.mark.optimized
 def test_temporaries_are_the_compilers_on_any_device() -> None:
     report = kept_for_backward(mlp, PARAMS, X)
     step = jax.jit(jax.value_and_grad(mlp)).lower(PARAMS, X).compile()

@@ -77,6 +77,7 @@ def test_the_gradient_is_that_of_the_model_written_by_hand() -> None:
     assert_close(gradient(FewBit(Net())), gradient(by_hand), 400)
 
 
+@pytest.mark.slow
 def test_where_is_the_path_of_a_module_and_the_report_counts_turns_of_scans() -> None:
     variables = jax.eval_shape(lambda: Net().init(RNGS, X))
     rows = FewBit(Net()).report(variables, X, **TRAIN).rows
@@ -99,6 +100,7 @@ def test_what_is_trained_decides_what_is_kept_anyway() -> None:
     assert few.report(variables, X, wrt="adapters").rows[0].kept_for == ()
 
 
+@pytest.mark.slow
 def test_a_model_with_adapters() -> None:
     model = nn.Sequential([nn.Dense(8), nn.gelu, nn.Dense(2)])
     adapted = lro.adapters.linen.Adapted(model, lro.adapters.LoRA(rank=2))

@@ -139,7 +139,6 @@ def square_times_codes(bits: int, packing: Any) -> Any:
     return fn
 
 
-@pytest.mark.optimized
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize("packing", ["planes", "nibbles", "uint4", "uint8", "auto"])
 def test_batches_stay_on_their_devices(packing: Any, axis_type: AxisType) -> None:
@@ -158,7 +157,6 @@ def test_batches_stay_on_their_devices(packing: Any, axis_type: AxisType) -> Non
     np.testing.assert_array_equal(result, x)
 
 
-@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("packing", "exchanged"), [("uint4", False), ("uint8", False), ("planes", True)]
 )

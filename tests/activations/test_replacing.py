@@ -115,6 +115,7 @@ def test_a_decoder_computes_the_same_and_its_graph_comes_back(options: dict[str,
     assert_close(merged(state), before, 100)
 
 
+@pytest.mark.slow
 def test_the_gradient_is_that_of_the_model_written_by_hand() -> None:
     model, by_hand = sequential(), sequential()
     by_hand.layers[1] = lro.activations.gelu
@@ -207,6 +208,7 @@ def test_the_report_knows_what_is_trained() -> None:
     assert "Give inputs=" in str(quantize_model(model))
 
 
+@pytest.mark.slow
 def test_several_methods_and_modules_with_options_of_their_own() -> None:
     class Model(nnx.Module):
         def __init__(self) -> None:
@@ -233,6 +235,7 @@ def test_several_methods_and_modules_with_options_of_their_own() -> None:
     assert row.path == "first"
 
 
+@pytest.mark.slow
 def test_layers_stacked_by_nnx_scan_and_rematerialised() -> None:
     class Block(nnx.Module):
         def __init__(self, rngs: nnx.Rngs) -> None:

@@ -46,6 +46,7 @@ def _same(found: Codebook, expected: Codebook) -> None:
     np.testing.assert_allclose(found.error, expected.error, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", SOME)
 def test_shipped_row_is_what_the_generator_makes(row):
     _same(table(*row), fit_tables.row(*row))

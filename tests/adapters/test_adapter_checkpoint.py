@@ -20,6 +20,7 @@ METHODS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", METHODS)
 def test_orbax_keeps_adapters_and_trained_parameters(tmp_path, case):
     model = adapted(True, METHODS[case], "query")

@@ -129,6 +129,7 @@ def test_backward_keeps_no_input_of_the_layer_once_factors_are_frozen() -> None:
     assert (X.shape[0], R) in shapes
 
 
+@pytest.mark.slow
 def test_to_lora_gives_the_same_change() -> None:
     method = AFLoRA(rank=R, alpha=3.0)
     params = moved(method.init(KEY, WEIGHTS))
@@ -138,6 +139,7 @@ def test_to_lora_gives_the_same_change() -> None:
     np.testing.assert_allclose(first @ second, method.deltas(params, WEIGHTS), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_bfloat16_layer_keeps_float32_parameters_and_its_own_dtype() -> None:
     layer = nnx.Linear(4, 6, param_dtype=jnp.bfloat16, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     x = jnp.ones((2, 4), jnp.bfloat16)

@@ -52,6 +52,7 @@ def trajectory(tx: Any, steps: int, params: Any = None) -> list[tuple[Any, Any]]
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", INNER)
 def test_frozen_matrices_are_bit_identical_ever_after(name: str) -> None:
     seen = trajectory(lro.adapters.aflora_freezing(INNER[name], **RUN), 50)

@@ -209,6 +209,7 @@ def test_counts_are_the_papers() -> None:
     assert parameter_count(lora.trainable) == 262_144
 
 
+@pytest.mark.slow
 @every_start
 def test_attached_to_a_bfloat16_model_and_detached_again(core_init: Any) -> None:
     layer = nnx.Linear(6, 5, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
@@ -227,6 +228,7 @@ def test_attached_to_a_bfloat16_model_and_detached_again(core_init: Any) -> None
     )
 
 
+@pytest.mark.slow
 def test_weight_decay_can_leave_the_pretrained_part_alone() -> None:
     """By a mask, or towards the start: with no gradient nothing moves."""
     params = LaMDA(rank=R).init(KEY, WEIGHTS).trainable

@@ -95,6 +95,7 @@ def _unstacked(tree):
     return rest | {f"blocks_{i}": cut(i) for i in range(2)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["scan", "remat", "jit"])
 @pytest.mark.parametrize("method", [LORA, LOTR], ids=["lora", "lotr"])
 def test_a_scan_equals_the_loop_and_both_start_at_the_model(kind, method):
@@ -125,6 +126,7 @@ def test_a_jitted_layer_is_not_run_with_shared_arrays_of_another_call():
     assert np.abs(first - second).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_a_model_that_flax_has_jitted_before_is_traced_again():
     random = lambda alpha: lro.adapters.LoRA(rank=1, alpha=alpha, initial="random")
     adapted, base, variables = _attached(Jitted(), random(1.0))
@@ -135,6 +137,7 @@ def test_a_model_that_flax_has_jitted_before_is_traced_again():
     assert np.abs(once).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_the_gradient_of_a_shared_factor_is_the_sum_of_the_layers():
     adapted, _, variables = _attached(Net("loop"), LOTR, "up")
     trained = _moved(variables["adapters"])["default"]
@@ -154,6 +157,7 @@ def test_the_gradient_of_a_shared_factor_is_the_sum_of_the_layers():
     np.testing.assert_allclose(summed, each[0] + each[1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method", [LORA, LOTR, lro.adapters.PiSSA(rank=1), lro.adapters.DoRA(rank=2)], ids=str
 )
@@ -179,6 +183,7 @@ def test_merge_unmerge_and_detach(method):
         adapted.merge(merged)
 
 
+@pytest.mark.slow
 def test_setup_modules_and_layers_in_a_vmap():
     adapted, base, variables = _attached(SetupNet(), LORA)
     arrays = variables["adapters"]["default"]
@@ -191,6 +196,7 @@ def test_setup_modules_and_layers_in_a_vmap():
     np.testing.assert_allclose(result, _run(adapted, variables), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_dropout_needs_a_key_and_layers_of_a_scan_drop_apart():
     method = lro.adapters.LoRA(rank=2, dropout=0.5, initial="random")
     adapted, _, variables = _attached(Net("scan"), method)
@@ -250,6 +256,7 @@ def test_shapes_suffice_to_attach_and_patterns_set_ranks():
     assert "down" not in arrays["blocks_0"]
 
 
+@pytest.mark.slow
 def test_mutable_collections_come_back_without_adapters():
     adapted, _, variables = _attached(Net("scan"), LORA)
     apply = lambda v: adapted.apply(v, X, mutable=["params", "intermediates"])

@@ -219,6 +219,7 @@ def test_rslora_is_lora_with_another_alpha():
     assert_close(run(stabilized, params, x, weights), run(plain, params, x, weights), size=size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stabilized", [False, True])
 def test_ranks_of_their_own_are_as_many_loras(stabilized):
     """Sizes of what is summed are the same sums with all terms made positive."""
@@ -249,6 +250,7 @@ def test_ranks_of_their_own_are_as_many_loras(stabilized):
         assert not grads["B"][rank:].any()
 
 
+@pytest.mark.slow
 def test_dropout_drops_the_input_of_the_branch_alone_and_keeps_its_mean():
     weights, x = normal(0, 1, 8, 5), normal(1, 2, 8)
     method = LoRA(rank=2, alpha=4, dropout=0.25)

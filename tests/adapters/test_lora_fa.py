@@ -40,6 +40,7 @@ def test_starts_as_the_base_model_with_half_the_parameters():
     )
 
 
+@pytest.mark.slow
 def test_output_and_gradients_are_those_of_lora():
     w, x, g = (jnp.asarray(normal(i, *s)) for i, s in enumerate([(7, 5), (4, 7), (4, 5)]))
     p = arrays(LoRAFA(rank=3, alpha=5))
@@ -211,14 +212,13 @@ def temporaries(method, activation, layers=8, tokens=512, width=64, hidden=256):
     return lowered.compile().memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.optimized
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", [jax.nn.silu, jax.nn.relu])
 def test_compiled_temporaries_are_a_quarter_below_those_of_lora(activation):
     fa, plain = (temporaries(kind(rank=8), activation) for kind in (LoRAFA, LoRA))
     assert fa < 0.75 * plain
 
 
-@pytest.mark.optimized
 def test_also_beside_an_activation_that_keeps_five_arrays_itself():
     fa, plain = (temporaries(kind(rank=8), jax.nn.gelu) for kind in (LoRAFA, LoRA))
     # Less are the input of the layer and that of its second product, nothing is more.

@@ -60,6 +60,7 @@ def test_nothing_changes_if_the_columns_are_mixed():
     np.testing.assert_allclose(2.0 * mixed @ projected(mixed, 2.0, d), step, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_with_a_square_factor_training_is_that_of_the_whole_weight():
     x, y, w = normal(0, 12, 5), normal(1, 12, 3), normal(2, 5, 3)
     method = LoRAFA(rank=5, alpha=2, orthonormal=True)
@@ -80,6 +81,7 @@ def test_with_a_square_factor_training_is_that_of_the_whole_weight():
     np.testing.assert_allclose(of(b), full, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_of_an_orthonormal_factor_it_is_a_division_by_the_squared_scale():
     method = LoRAFA(rank=3, alpha=12, orthonormal=True)
     params = method.init(KEY, np.zeros((2, 9, 4)))
@@ -113,6 +115,7 @@ def test_no_gradient_stays_none():
     assert not tx.update(b, tx.init(b))[0]["B"].any()
 
 
+@pytest.mark.slow
 def test_ranks_of_their_own_are_as_many_projections():
     method = LoRAFA(rank=(1, 3), alpha=5)
     params = method.init(KEY, np.zeros((2, 9, 4)))
@@ -159,6 +162,7 @@ def test_gradients_keep_their_dtype_and_are_projected_in_float32():
     np.testing.assert_allclose(np.asarray(got, np.float64), exact, rtol=0.005, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scanned", [pytest.param(False, marks=pytest.mark.full), True])
 def test_an_nnx_model_trains_with_it(scanned):
     make = lambda rngs: nnx.Linear(6, 6, rngs=rngs)

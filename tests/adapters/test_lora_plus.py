@@ -77,6 +77,7 @@ def test_the_decay_is_multiplied_too():
         assert_close(alone(got), expected, 100)
 
 
+@pytest.mark.slow
 def test_a_ratio_of_one_is_lora():
     chain = optax.chain(optax.adamw(0.01), lro.adapters.scale_lora_plus(1.0))
     assert_close(trajectory(chain), trajectory(optax.adamw(0.01)))

@@ -183,6 +183,7 @@ def test_all_updates_together_have_the_rank() -> None:
         assert np.linalg.matrix_rank(matrix, tol=1e-4) == 3
 
 
+@pytest.mark.slow
 def test_a_rank_above_the_sides_is_allowed() -> None:
     weights = weights_of((2, 3, 4))
     for initial in INITIALS:
@@ -240,6 +241,7 @@ def test_beyond_a_layers_own_rank_nothing_has_a_part(share: Any) -> None:
         np.testing.assert_allclose(method.deltas(params, weights)[layer], alone, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_layers_added_later_start_at_zero_and_leave_the_others_as_they_are() -> None:
     weights = weights_of((4, 6, 5))
     for method in (LoTR(rank=2), LoTR(rank=2, group_by="kind_and_block", block_size=2)):

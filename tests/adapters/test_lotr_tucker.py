@@ -33,6 +33,7 @@ def unfoldings(stack: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(list(stack), axis=1), np.concatenate(list(stack), axis=0).T
 
 
+@pytest.mark.slow
 @quick
 @given(sizes_and_ranks, st.integers(0, 3), st.integers(0, 9))
 def test_the_error_is_what_is_lost_and_below_its_bound(
@@ -148,6 +149,7 @@ def test_blocks_have_the_vectors_of_their_own_layers() -> None:
     np.testing.assert_allclose(a[1] @ a[1].T, alone @ alone.T, atol=1e-5)
 
 
+@pytest.mark.slow
 @quick
 @given(st.sampled_from([([1], 2), ([2, 1, 2], 2), ([2, 1, 2], 5)]), st.integers(0, 9))
 def test_factors_of_loras_are_decomposed_as_their_products(
@@ -172,6 +174,7 @@ def test_factors_of_loras_are_decomposed_as_their_products(
         assert thin.error < 1e-5 * norm
 
 
+@pytest.mark.slow
 def test_a_trained_lora_stack_becomes_a_lotr_with_a_scale() -> None:
     weights = jnp.zeros((3, 8, 6))
     lora = compiled(lro.adapters.LoRA)(rank=2, alpha=4, initial="random")

@@ -22,6 +22,7 @@ def chosen(model: Any, where: Any) -> list[str]:
     return sorted(row.path for row in lro.adapters.summary(model).rows)
 
 
+@pytest.mark.slow
 def test_layers_are_chosen_by_patterns_types_filters_and_functions() -> None:
     for where, expected in (
         (None, ["blocks/0/down", "blocks/0/up"]),
@@ -74,6 +75,7 @@ def test_models_without_adapters_say_so() -> None:
         lro.adapters.merge(model, "defualt")
 
 
+@pytest.mark.slow
 @pytest.mark.combinations(1)
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("method", [LoRA(rank=2, alpha=3, dropout=0.1), lro.adapters.LoTR(rank=2)])
@@ -122,6 +124,7 @@ def test_a_layer_used_twice_has_one_adapter() -> None:
     np.testing.assert_allclose(call(model, x), after, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_ranks_and_alphas_by_pattern_and_by_layer_of_a_stack() -> None:
     model = Scanned(3, nnx.Rngs(0))
     lro.adapters.attach(
@@ -170,6 +173,7 @@ def test_other_names_and_seeds_draw_other_numbers_and_the_same_seed_the_same() -
     assert np.all(first(0) != first(1))
 
 
+@pytest.mark.slow
 def test_a_stack_along_another_axis_than_the_first_is_refused() -> None:
     make = lambda rngs: nnx.Linear(4, 3, use_bias=False, rngs=rngs)
     model = nnx.vmap(make, out_axes=1)(nnx.Rngs(0).split(5))

@@ -112,6 +112,7 @@ def input_of(shape: tuple[int, ...]) -> np.ndarray:
     return np.random.default_rng(1).normal(size=shape).astype(np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_layer_computes_with_the_changed_weight(name: str) -> None:
     make, shape = LAYERS[name]
@@ -155,6 +156,7 @@ def test_a_layer_starts_bit_for_bit_and_has_the_gradients_of_the_changed_weight(
     assert_close(layer(x), call(plain, x))
 
 
+@pytest.mark.slow
 def test_an_embedding_gets_a_table_of_r_columns_and_its_attend_stays_the_models_own() -> None:
     embed = nnx.Embed(7, 4, embedding_init=drawn, rngs=nnx.Rngs(0))
     query, index = np.ones((2, 4), np.float32), np.array([[1, 6], [0, 1]])

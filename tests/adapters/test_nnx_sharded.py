@@ -50,6 +50,7 @@ def specs(model: Model, layer: str) -> dict[str, P]:
     return {name: arrays[name][...].sharding.spec for name in arrays}
 
 
+@pytest.mark.slow
 def test_a_is_sharded_as_the_inputs_and_b_as_the_outputs() -> None:
     model = lro.adapters.attach(sharded(), lro.adapters.LoRA(rank=2), rngs=0)
     stacked = {"A": P(None, "data", None), "B": P(None, None, "model")}

@@ -38,6 +38,7 @@ def copied_from(scanned: Any, depth: int) -> Any:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.combinations(1)
 @pytest.mark.parametrize("method", [LoRA(rank=2, alpha=3), LoTR(rank=2, alpha=3)])
 @pytest.mark.parametrize("remat", [False, True])
@@ -79,6 +80,7 @@ def test_a_part_of_the_model_cannot_be_called_without_what_it_shares() -> None:
     assert model.blocks[0](np.ones((2, 6), np.float32)).shape == (2, 6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrap", [nnx.jit, nnx.remat, None])
 def test_a_part_compiled_by_itself_is_not_taken_for_that_with_other_shared_arrays(
     wrap: Callable[..., Any] | None,
@@ -135,6 +137,7 @@ def test_the_models_own_methods_lend_too() -> None:
     assert model.layer.adapters["default"].lent is None
 
 
+@pytest.mark.slow
 def test_a_model_that_is_one_layer_can_share_and_not_share_at_once() -> None:
     model = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
     graphdef = nnx.graphdef(model)
@@ -148,6 +151,7 @@ def test_a_model_that_is_one_layer_can_share_and_not_share_at_once() -> None:
     assert nnx.graphdef(model) == graphdef
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Scanned, Unrolled])
 def test_dropout_acts_in_training_alone_and_each_layer_draws_its_own(kind: Any) -> None:
     model = kind(2, nnx.Rngs(0))
@@ -167,6 +171,7 @@ def test_dropout_acts_in_training_alone_and_each_layer_draws_its_own(kind: Any) 
     assert len(drawn) == 4  # two layers with two adapted weights each
 
 
+@pytest.mark.slow
 def test_experts_in_a_stack_have_adapters_of_their_own() -> None:
     make = lambda rngs: nnx.Einsum("ebd,edf->ebf", (3, 4, 4), rngs=rngs)
     stack = nnx.vmap(make)(nnx.Rngs(0).split(2))
@@ -185,6 +190,7 @@ def test_experts_in_a_stack_have_adapters_of_their_own() -> None:
     np.testing.assert_allclose(run(stack, x), after, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_stack_of_stacks_has_adapters_and_streams_of_its_own() -> None:
     make = lambda rngs: nnx.Linear(4, 4, rngs=rngs)
     stack = nnx.vmap(nnx.vmap(make))(nnx.Rngs(0).split((2, 3)))

@@ -77,6 +77,7 @@ def model_of(kind: str, dtype: Any = jnp.float32) -> Any:
 METHODS = {"LoRA": LoRA(rank=2, alpha=3), "LoTR": lro.adapters.LoTR(rank=2), "moved": Moved(rank=1)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["unrolled", "scanned"])
 @pytest.mark.parametrize("name", METHODS)
 def test_a_merged_model_computes_the_same_and_unmerging_gives_the_weights_back(
@@ -145,6 +146,7 @@ def test_a_changed_base_is_given_back_when_detached_and_seen_through_when_switch
         np.testing.assert_allclose(x, own[path], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_several_adapters_are_switched_weighted_and_merged_together() -> None:
     model, x = nnx.Linear(4, 3, rngs=nnx.Rngs(0)), np.eye(4, dtype=np.float32)
     y = np.asarray(model(x))

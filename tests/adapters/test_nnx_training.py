@@ -41,6 +41,7 @@ def adapted(depth: int = 2, method: Any = None, dtype: Any = jnp.float32) -> Any
     return lro.adapters.attach(model, method or LoRA(rank=2, alpha=3), rngs=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "tx",
     [
@@ -66,6 +67,7 @@ def test_frozen_weights_have_no_optimizer_state() -> None:
     assert shapes == {(2, 6, 2), (2, 2, 12), (2, 12, 2), (2, 2, 6)}
 
 
+@pytest.mark.slow
 def test_gradients_flow_through_frozen_weights_to_layers_below() -> None:
     model = Unrolled(2, nnx.Rngs(0))
     lro.adapters.attach(model, LoRA(rank=2, initial="random"), "blocks/0", rngs=0)
@@ -84,7 +86,7 @@ def test_no_gradient_of_a_weights_shape_is_computed() -> None:
     assert up not in jaxpr
 
 
-@pytest.mark.optimized
+@pytest.mark.slow
 def test_a_training_step_needs_no_memory_of_the_size_of_the_stacked_weights() -> None:
     depth, width = 8, 128
 
@@ -116,6 +118,7 @@ def test_a_training_step_needs_no_memory_of_the_size_of_the_stacked_weights() ->
     assert bytes_made(model, nnx.Param) > plain + 2 * width * width * 4
 
 
+@pytest.mark.slow
 def test_donated_buffers_are_used() -> None:
     model = adapted()
     graphdef, *states = nnx.split(model, trainable, ...)
@@ -132,6 +135,7 @@ def test_donated_buffers_are_used() -> None:
     assert all(x.is_deleted() for x in jax.tree.leaves(trained))
 
 
+@pytest.mark.slow
 def test_a_bfloat16_model_trains_adapters_in_float32() -> None:
     model = adapted(dtype=jnp.bfloat16)
     optimizer = nnx.Optimizer(model, optax.adam(0.05), wrt=trainable)
@@ -173,6 +177,7 @@ def test_a_parameter_of_a_users_own_type_keeps_it_while_it_is_also_trained() -> 
     assert nnx.graphdef(model) == graphdef
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", ["B", "arrays/B$", lambda path, x: path[-1] == "B"])
 def test_arrays_that_are_frozen_lose_their_gradient_and_state(names: Any) -> None:
     model = randomized(adapted())

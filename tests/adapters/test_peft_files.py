@@ -39,6 +39,8 @@ METHODS = {
 }
 
 
+@pytest.mark.slow
+@pytest.mark.combinations(1)
 @pytest.mark.parametrize("stacked", [True, False])
 @pytest.mark.parametrize("case", METHODS)
 def test_a_round_trip_is_bit_equal_in_stacked_and_single_layers(tmp_path, case, stacked):
@@ -79,6 +81,7 @@ def test_tensors_are_transposed_and_heads_flat(tmp_path, stacked):
             np.testing.assert_array_equal(np.asarray(arrays["B"][...])[at], b.T)
 
 
+@pytest.mark.slow
 def test_a_merged_weight_is_the_base_and_scale_times_b_a(tmp_path):
     """Independent of the layouts: the kernel itself, in NumPy and float64."""
     model = adapted(False, LORA, "query|out|picture|table|mlp")
@@ -117,6 +120,7 @@ def _kernels(model):
     return {"query": layer.query, "out": layer.out, "mlp": layer.mlp, "picture": model.picture}
 
 
+@pytest.mark.slow
 def test_ranks_of_the_layers_are_written_exactly(tmp_path):
     ranks = {"query": (1, 3, 2)}
     model = adapted(True, LORA, "query|mlp", rank_pattern=ranks, alpha_pattern={"mlp": 7})
@@ -200,6 +204,7 @@ def test_trained_parameters_and_biases_come_along(tmp_path, stacked):
         assert read(tmp_path / "b")[0] == config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["LoTR", "LaMDA", "AFLoRA", "PiSSA"])
 def test_methods_that_peft_lacks_are_plain_loras_of_the_same_change(tmp_path, name):
     model = adapted(True, getattr(lro.adapters, name)(rank=2, alpha=5), "query|mlp")
@@ -211,6 +216,7 @@ def test_methods_that_peft_lacks_are_plain_loras_of_the_same_change(tmp_path, na
     np.testing.assert_allclose(output(again), output(model), rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_ranks_of_converted_methods_are_exact(tmp_path):
     method = lro.adapters.PiSSA(rank=(1, 3, 2), alpha=5)
     model = adapted(True, method, "query")

@@ -212,6 +212,7 @@ def test_names_are_needed_and_must_be_right(folder, tmp_path):
         save_peft(adapted(True, LORA, "query|mlp"), tmp_path / "b", names=some)
 
 
+@pytest.mark.slow
 def test_what_a_file_cannot_hold_is_not_saved(tmp_path):
     model = adapted(True, LORA, "query|mlp")
     with pytest.raises(ValueError, match="no adapter named 'x': it has 'default'"):

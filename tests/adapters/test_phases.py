@@ -64,7 +64,6 @@ def backward_flops(model: Model) -> float:
     return gradient.lower(model).compile().cost_analysis()["flops"]
 
 
-@pytest.mark.optimized
 @pytest.mark.slow
 def test_after_lamdas_freezing_the_gradient_of_b_and_its_moments_are_gone() -> None:
     model = adapted(lro.adapters.LaMDA(rank=RANK, core_init="sigma"))
@@ -87,6 +86,7 @@ def test_after_lamdas_freezing_the_gradient_of_b_and_its_moments_are_gone() -> N
     assert flops - backward_flops(model) >= 2 * ROWS * RANK * (WIDTH + D)
 
 
+@pytest.mark.slow
 def test_phases_give_what_one_phase_gives() -> None:
     """Freezing by the masked optimizer alone and by phases: the same parameters."""
     tx = lro.adapters.lamda_freezing(optax.adam(1e-2), 10, 0.3)
@@ -102,7 +102,6 @@ def test_phases_give_what_one_phase_gives() -> None:
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), *found)
 
 
-@pytest.mark.optimized
 @pytest.mark.slow
 def test_after_afloras_freezing_the_gradients_of_the_factors_are_gone() -> None:
     model = adapted(lro.adapters.AFLoRA(rank=RANK))

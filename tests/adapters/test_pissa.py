@@ -176,6 +176,7 @@ def test_a_scaled_weight_has_factors_scaled_by_the_square_root() -> None:
     jax.tree.map(lambda x, y: np.testing.assert_allclose(3 * x, y, atol=1e-5), small, large)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("iterations", [0, 4])
 def test_a_randomized_start_is_exact_too(iterations: int) -> None:
     w = normal(1, 2, 30, 20)
@@ -236,6 +237,7 @@ def test_a_bfloat16_base_is_the_residual_rounded_once() -> None:
         assert error.max() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"residual": False}, {"alpha": 2.0}], ids=str)
 def test_layers_of_unlike_ranks_are_those_of_their_own_rank(options: dict) -> None:
     weights = normal(5, 3, 8, 6)
@@ -274,6 +276,7 @@ def test_trained_arrays_may_be_donated() -> None:
         np.testing.assert_array_equal(params.frozen[name], same.frozen[name])
 
 
+@pytest.mark.slow
 def test_under_jit_the_start_is_the_same() -> None:
     w, PiSSA = normal(1, 2, 7, 6), lro.adapters.PiSSA
     for method in (PiSSA(rank=2), PiSSA(rank=(1, 2), power_iterations=2)):

@@ -137,6 +137,7 @@ def test_layers_that_are_not_stacked_are_trained_the_same(method: Any) -> None:
     assert_close(np.array(losses[1]), np.array(losses[0]), 800, dtype=np.float32)
 
 
+@pytest.mark.slow
 def test_a_quantized_base_is_merged_but_not_given_back() -> None:
     model = nnx.Sequential(nnx.Linear(6, 5, rngs=nnx.Rngs(0)))
     x = np.eye(6, dtype=np.float32)
@@ -152,6 +153,7 @@ def test_a_quantized_base_is_merged_but_not_given_back() -> None:
     assert_close(model(x), adapted, 100)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("residual", [True, False])
 def test_a_strength_is_of_the_change_of_the_original_weights(residual: bool) -> None:
     layer, x = nnx.Linear(6, 5, rngs=nnx.Rngs(0)), np.eye(6, dtype=np.float32)

@@ -73,6 +73,7 @@ def start(rounds: int, **options: Any) -> tuple[Any, Any, jax.Array]:
     return method, params, params.base + method.deltas(params, params.base)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rounds", "ratio"), [(1, 32.4), (2, 37.2), (5, 42.7)])
 def test_reduction_ratios_are_those_of_the_specification(rounds: int, ratio: float) -> None:
     """Over random singular vectors they vary by half a per cent."""
@@ -118,6 +119,7 @@ def test_the_scale_changes_nothing_of_what_the_layer_stands_for() -> None:
     assert distance.max() < 0.31 * np.abs(one).max()  # the widest step between codes of NF4
 
 
+@pytest.mark.slow
 def test_a_randomized_decomposition_serves_as_well() -> None:
     w = jnp.asarray(weights(), jnp.float32)
     found = lro.adapters.reduction_ratio(w, start(5, power_iterations=4)[2])

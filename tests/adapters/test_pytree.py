@@ -40,6 +40,7 @@ def _moved(tree):
     return jax.tree.map(lambda a: np.asarray(a) + 0.1 * np.asarray(_normal(a.size, *a.shape)), tree)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
 def test_sums_and_factors_and_the_merged_parameters_give_the_same(method):
     params = _params()

@@ -74,6 +74,7 @@ def test_bfloat16_weights_are_decomposed_in_float32() -> None:
     assert_close(found, wide, 100)
 
 
+@pytest.mark.slow
 def test_the_randomized_one_has_the_errors_of_the_specification() -> None:
     w = decaying()
     exact = principal(w, 16)
@@ -107,7 +108,6 @@ def test_the_same_key_gives_the_same_vectors_and_layers_have_their_own() -> None
     assert not np.allclose(once.u[0], once.u[1], atol=1e-3)
 
 
-@pytest.mark.optimized
 def test_a_deeper_stack_needs_no_larger_workspace() -> None:
     def workspace(layers: int) -> int:
         stack = jax.ShapeDtypeStruct((layers, 64, 96), jnp.float16)

@@ -173,6 +173,7 @@ def test_the_energy_rank_is_the_smallest_that_holds_the_fraction() -> None:
             energy_rank(s, energy)
 
 
+@pytest.mark.slow
 def test_each_layer_has_the_rank_of_its_energy() -> None:
     flat, steep = np.diag([1.0, 1, 1, 1]), np.diag([10.0, 1, 1, 0.1])
     weights = np.stack([steep, flat, np.zeros((4, 4))]).astype(np.float32)

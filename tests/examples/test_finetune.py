@@ -21,6 +21,8 @@ from lowrank_optax.models import load_huggingface
 from tests.examples.interruptions import checkpoints_of, forget_end, interrupted, tear_log
 from tests.examples.logs import read_losses
 
+pytestmark = pytest.mark.slow
+
 TRAINED = {"lora": 992, "full": 12_656}  # of the conftest's model, at rank 2
 
 
@@ -145,7 +147,6 @@ def test_failed_check_is_a_line_and_exit_status_1(
     assert capsys.readouterr().err == "finetune.py: error: Damaged\n"
 
 
-@pytest.mark.slow
 @pytest.mark.bitwise  # the same program, which is lowered once more
 def test_killed_and_stopped_run_goes_on_to_the_last_bit(
     adapted: Path, tmp_path: Path, capsys: pytest.CaptureFixture
@@ -196,7 +197,6 @@ def test_merged_model_can_be_adapted_in_turn(
     assert second["before"]["old_text_loss"] is None
 
 
-@pytest.mark.slow
 def test_every_recipe_fits_the_model_by_shapes_alone(adapting: list[str]) -> None:
     jobs = finetune.prepare(_settings([*adapting, "--compare", "all", "--set", "svfit.rank=4"]))
     assert [job.adapter.name for job in jobs] == list(RECIPES)
@@ -223,7 +223,6 @@ def test_every_recipe_trains_saves_and_goes_on_to_the_last_bit(
         assert losses[-1]["held_out_loss"] < losses[0]["held_out_loss"]
 
 
-@pytest.mark.slow
 def test_equal_parameters_brings_counts_together(
     adapting: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,7 +239,6 @@ def test_equal_parameters_brings_counts_together(
         assert counts[name][1] == pytest.approx(TRAINED["lora"], rel=0.25)
 
 
-@pytest.mark.slow
 def test_model_is_made_first_where_none_is_named(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

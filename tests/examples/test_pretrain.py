@@ -16,6 +16,8 @@ from lowrank_optax.models import Decoder, decoder_config
 from tests.examples.interruptions import checkpoints_of, forget_end, interrupted, tear_log
 from tests.examples.logs import read_losses
 
+pytestmark = pytest.mark.slow
+
 
 def test_run_leaves_logs_results_picture_and_checkpoints(finished: Path) -> None:
     for name in ("adamw", "galore"):
@@ -50,7 +52,6 @@ def test_run_ends_with_table_paths_and_a_sample(
     assert "continues the held-out text" in out
 
 
-@pytest.mark.slow
 @pytest.mark.bitwise  # the same program, which is lowered once more
 def test_killed_and_stopped_run_goes_on_to_the_last_bit(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture
@@ -78,7 +79,6 @@ def test_killed_and_stopped_run_goes_on_to_the_last_bit(
         assert now[name]["sample"] == was[name]["sample"]
 
 
-@pytest.mark.slow
 def test_accumulated_micro_batches_make_the_same_steps(
     finished: Path, flags: list[str], tmp_path: Path
 ) -> None:
@@ -95,7 +95,6 @@ def test_accumulated_micro_batches_make_the_same_steps(
     _assert_close(finished / "adamw", tmp_path / "fixed" / "adamw")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", pytest.param("galore", marks=pytest.mark.full)])
 def test_eight_devices_make_the_same_step_as_one(
     finished: Path, flags: list[str], tmp_path: Path, name: str
@@ -126,7 +125,6 @@ def test_optimizers_of_optax_train(flags: list[str], tmp_path: Path) -> None:
         assert losses[1]["loss"] < 6
 
 
-@pytest.mark.slow
 def test_tuned_optimizers_and_those_of_optax_fit_the_model_by_shapes_alone(
     flags: list[str], text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,7 +147,6 @@ def test_every_projected_optimizer_trains_by_name(flags: list[str], tmp_path: Pa
         assert losses[-1]["held_out_loss"] < losses[0]["loss"] < 6
 
 
-@pytest.mark.slow
 def test_bfloat16_and_remat_train_what_float32_does(
     finished: Path, flags: list[str], tmp_path: Path
 ) -> None:
@@ -169,7 +166,6 @@ def test_bfloat16_and_remat_train_what_float32_does(
     assert ratio == pytest.approx(0.5, abs=0.01)
 
 
-@pytest.mark.slow
 @pytest.mark.bitwise  # the same program, which is lowered once more
 @pytest.mark.parametrize("rounding", [pytest.param(None, marks=pytest.mark.full), "stochastic"])
 def test_fewer_bits_train_what_float32_does(

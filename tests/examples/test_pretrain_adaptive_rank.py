@@ -79,6 +79,7 @@ def test_giving_back_leaves_the_losses_close(
     assert result["optimizer_state_bytes"] == result["first_optimizer_state_bytes"]
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_anew_where_no_rank_fell() -> None:
     tx = lro.adarankgrad(0.1, rank=2)
     params, low = {"kernel": jnp.eye(4, 8)}, {"kernel": jnp.ones((4, 8))}
@@ -94,6 +95,7 @@ def test_nothing_is_compiled_anew_where_no_rank_fell() -> None:
     assert not has_adaptive_rank(jax.jit(optax.adam(0.1).init)(params))
 
 
+@pytest.mark.slow
 def test_state_is_restored_in_the_shapes_it_was_saved_with(tmp_path: Path) -> None:
     tx = lro.adarankgrad(0.1, rank=4)
     params = {"kernel": jnp.ones((4, 8)), "bias": jnp.ones(8)}

@@ -16,6 +16,8 @@ from lowrank_optax.schedules import GradientNoise
 from tests.examples.interruptions import forget_end
 from tests.examples.logs import read_losses
 
+pytestmark = pytest.mark.slow
+
 ADAPTIVE = ["--batch-size", "adaptive", "--initial-batch-size", "4", "--max-batch-size", "6"]
 STEPS = 21
 
@@ -82,7 +84,6 @@ def test_report_has_steps_sizes_and_noise(run: Any) -> None:
     assert (run[0] / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.slow
 @pytest.mark.bitwise  # the same program, which is lowered once more
 def test_killed_run_goes_on_to_the_last_bit(run: Any, tmp_path: Path) -> None:
     finished, folder = run[0], tmp_path / "killed"

@@ -83,6 +83,7 @@ def test_folder_that_is_not_ours_is_left_alone(
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.slow
 def test_output_that_is_a_file_is_refused(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -68,6 +68,7 @@ def test_interpret_is_for_one_kernel(arguments) -> None:
             step(*arguments, implementation=implementation, interpret=True)
 
 
+@pytest.mark.slow
 def test_none_is_the_reference_on_a_cpu(arguments) -> None:
     assert_same(step(*arguments), reference_results())
     assert_same(jax.jit(step)(*arguments), reference_results())
@@ -75,6 +76,7 @@ def test_none_is_the_reference_on_a_cpu(arguments) -> None:
     assert_same(jax.jit(both)(*arguments), reference_results())
 
 
+@pytest.mark.slow
 def test_under_vmap_none_is_the_reference_on_a_cpu(arguments) -> None:
     stacked = jax.tree.map(lambda x: np.stack([x, x]), arguments)
     together = jax.jit(jax.vmap(step))(*stacked)
@@ -123,6 +125,7 @@ def test_sharding_that_only_the_compiler_sees_gets_the_reference(arguments) -> N
     assert "tpu_custom_call" in export.export(alone, platforms=["tpu"])(*structs).mlir_module()
 
 
+@pytest.mark.slow
 def test_inside_shard_map_the_kernel_runs_on_what_a_device_has(arguments) -> None:
     mesh, sharded = on_mesh(arguments, AxisType.Auto)
 
@@ -143,7 +146,7 @@ def test_inside_shard_map_none_is_the_kernel_on_a_tpu(arguments, check_vma: bool
     assert "tpu_custom_call" in exported.mlir_module()
 
 
-@pytest.mark.optimized
+@pytest.mark.slow
 def test_the_compiled_step_is_written_over_its_donated_arguments(arguments) -> None:
     options = {"implementation": "mosaic_tpu", "interpret": True}
     donating = jax.jit(lambda *x: step(*x, **options), donate_argnums=(1, 2, 3))

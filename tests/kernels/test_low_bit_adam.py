@@ -88,18 +88,14 @@ def assert_agrees(step: Step, formats: Formats, found: Any) -> None:
     assert_moments(found[1:], wanted_moments, formats)
 
 
-QUICK = {f"{x}: whole blocks" for x in ("xla", "tpu", "gpu")} | {"tpu: 4 bits by layers"}
 # Each is a part of what another case does.
 IN_FULL = ("tpu: 4 bits by rows", "gpu: stacked")
 
 
-def marks_of(name: str) -> list[pytest.MarkDecorator]:
-    if name in IN_FULL:
-        return [pytest.mark.full]
-    return [] if name in QUICK else [pytest.mark.slow]
-
-
-@pytest.mark.parametrize("name", [pytest.param(x, marks=marks_of(x)) for x in CASES])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=[pytest.mark.full] if x in IN_FULL else []) for x in CASES]
+)
 def test_agrees_with_float64(name: str) -> None:
     implementation, shape, bits, block = CASES[name]
     formats = formats_of(bits, block, second="log" if implementation == "triton" else "")
@@ -195,6 +191,7 @@ class TestEveryImplementation:
                 assert_close(np.asarray(x)[i], y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("implementation", "maps"),
     [

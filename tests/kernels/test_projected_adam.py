@@ -57,6 +57,7 @@ def assert_agrees(step: Step, axis: int, formats: Formats | None, found: Any) ->
 class TestEveryImplementation:
     """Kernels are interpreted: this is a CPU."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", CASES)
     def test_agrees_with_float64(self, implementation: str, name: str) -> None:
         shape, rank, axis, bits = CASES[name]

@@ -146,6 +146,7 @@ def test_exponents_change_under_jit_on_a_schedule() -> None:
     np.testing.assert_allclose(found, weights, rtol=1e-4, atol=1e-30)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64])
 def test_powers_of_narrow_numbers_are_rounded_once(dtype: Any) -> None:
     with jax.enable_x64(dtype == jnp.float64):

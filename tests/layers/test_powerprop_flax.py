@@ -93,6 +93,7 @@ def test_nnx_layers_refuse_zeros_and_small_exponents() -> None:
         lro.layers.PowerpropLinear(3, 4, alpha=0.5, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.slow
 def test_stacked_nnx_layers_run_in_a_scan() -> None:
     @nnx.vmap(in_axes=0, out_axes=0)
     def create(rngs: nnx.Rngs) -> Any:
@@ -109,6 +110,7 @@ def test_stacked_nnx_layers_run_in_a_scan() -> None:
     np.testing.assert_allclose(run(X, layers), X @ weights[0] @ weights[1], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_any_nnx_module_is_wrapped_and_its_other_variables_change_as_ever() -> None:
     x = np.random.default_rng(1).standard_normal((4, 6, 2), np.float32)
     plain, inside = Network(nnx.Rngs(0)), Network(nnx.Rngs(0))

@@ -10,6 +10,8 @@ import pytest
 
 import lowrank_optax as lro
 
+pytestmark = pytest.mark.slow
+
 packnet = lro.layers.packnet
 ALPHA = 1.5
 UNITS, INPUTS, OUTPUTS = 32, 6, 3

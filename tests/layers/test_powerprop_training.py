@@ -160,6 +160,7 @@ def regression(alpha: float, steps: int) -> tuple[jax.Array, jax.Array, jax.Arra
 PROBLEMS = [problem(seed) for seed in range(SEEDS)]
 
 
+@pytest.mark.slow
 def test_sparse_weights_are_found_and_pruning_costs_less() -> None:
     plain, fit, size = regression(1.0, 6000)
     assert 0.2 < plain < 0.7  # 0.367 with the specification's draws

@@ -62,21 +62,24 @@ def assert_product(found: Any, x: np.ndarray, y: np.ndarray) -> None:
     assert_close(found, x.T @ y, size=np.abs(x).T @ np.abs(y))
 
 
+@pytest.mark.slow
+@pytest.mark.combinations(1)
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.float16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_output_and_gradients_of_input_and_bias_are_the_dense_ones_bit_by_bit(
-    kind: SketchKind,
+    kind: SketchKind, dtype: Any
 ) -> None:
     """Outside `jit`, where both run the same small programs: within it fusions may round anew."""
     linear = lambda *args: randomized_linear(*args, key=KEY, sketch=Sketch(kind, size=5))
-    for dtype in (np.float32, jnp.bfloat16, np.float16):
-        args = arrays(3, 7, dtype=dtype)
-        found, expected = (value_and_gradients(fn, *args) for fn in (linear, dense))
-        for i in (0, 1, 3):  # output, gradients of x and of the bias
-            np.testing.assert_array_equal(found[i], expected[i])
-        assert (found[2].dtype, found[2].shape) == (args[1].dtype, args[1].shape)
-        assert not np.array_equal(found[2], expected[2])
+    args = arrays(3, 7, dtype=dtype)
+    found, expected = (value_and_gradients(fn, *args) for fn in (linear, dense))
+    for i in (0, 1, 3):  # output, gradients of x and of the bias
+        np.testing.assert_array_equal(found[i], expected[i])
+    assert (found[2].dtype, found[2].shape) == (args[1].dtype, args[1].shape)
+    assert not np.array_equal(found[2], expected[2])
 
 
+@pytest.mark.slow
 @settings(max_examples=6, deadline=None)
 @given(
     shape=st.lists(st.integers(0, 5), max_size=3),
@@ -179,6 +182,7 @@ def test_kept_are_the_sketch_the_key_and_the_kernel(kind: SketchKind, dtype: Any
     assert sum(array.shape == kernel.shape for array in kept) == 1
 
 
+@pytest.mark.slow
 def test_what_is_not_differentiated_costs_nothing() -> None:
     x, kernel, bias, _ = arrays(4, 8)
     kept = lambda fn, *args: {array.shape for array in residuals(fn, *args)}
@@ -235,6 +239,7 @@ def test_an_output_of_another_dtype_has_the_dense_gradients() -> None:
     assert_close(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["rows", "gaussian"])
 def test_second_derivatives_are_right_on_average(kind: SketchKind) -> None:
     x, kernel, _, y = arrays(8, features=2, outputs=2)

@@ -42,6 +42,7 @@ def test_jit_vmap_and_checkpoint_give_the_same_gradient(kind: SketchKind) -> Non
         assert_close(found, each, 100)
 
 
+@pytest.mark.slow
 @pytest.mark.combinations(1)
 @pytest.mark.parametrize("kind", ["stratified", "rademacher", "norm_weighted"])
 @pytest.mark.parametrize("remat", [False, True])
@@ -93,7 +94,6 @@ def mesh_of(kind: AxisType) -> jax.sharding.Mesh:
     return jax.make_mesh((8,), ("data",), axis_types=(kind,))
 
 
-@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("kind", "axis_type"),
     [(kind, AxisType.Auto) for kind in KINDS]
@@ -146,7 +146,6 @@ def test_under_shard_map_each_shard_draws_its_own(kind: SketchKind) -> None:
     assert_close(of_x, Y @ KERNEL.T)
 
 
-@pytest.mark.optimized
 @pytest.mark.parametrize("kind", ["rows", "stratified"])
 def test_rows_need_fewer_operations_than_the_dense_step(kind: SketchKind) -> None:
     x, y = jnp.ones((1024, 64)), jnp.ones((1024, 64))

@@ -90,6 +90,7 @@ def test_figures_are_those_of_the_definitions_in_float64(kind: Any) -> None:
         assert_close(figures.alignment, alignment, 100, dtype=np.float32)
 
 
+@pytest.mark.slow
 def test_the_variance_is_that_of_the_gradients_that_are_drawn() -> None:
     model = net({"down": Sketch("stratified", size=8)})
     figures = sketch_noise(model, loss, X, T)["down"]

@@ -40,6 +40,7 @@ def test_what_is_not_finite_in_the_matrix_stays_in_its_row():
     assert np.isfinite(got).all(axis=-1).tolist() == [True, False, True, True]
 
 
+@pytest.mark.slow
 def test_parts_go_where_the_whole_would_on_explicit_axes():
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
     matrix = jax.random.normal(jax.random.key(0), (8, 6)).astype(jnp.bfloat16)

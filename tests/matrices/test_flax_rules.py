@@ -275,6 +275,7 @@ def test_a_kernel_that_does_not_fit_its_layer_is_left_alone() -> None:
     assert weight_dimension_numbers(layer)["kernel"] is None
 
 
+@pytest.mark.slow
 def test_matrices_work_where_flax_cannot_be_imported() -> None:
     program = """
 import sys

@@ -49,6 +49,7 @@ def numpy_matrix(x: np.ndarray, spec: WeightDimensionNumbers) -> np.ndarray:
     )
 
 
+@pytest.mark.slow
 @quick
 @given(weights_and_specs())
 def test_matrix_agrees_with_numpy_transpose_and_reshape(case: tuple) -> None:
@@ -58,6 +59,7 @@ def test_matrix_agrees_with_numpy_transpose_and_reshape(case: tuple) -> None:
     np.testing.assert_array_equal(to_matrix(jnp.asarray(weight), spec), expected)
 
 
+@pytest.mark.slow
 @quick
 @given(weights_and_specs())
 def test_from_matrix_undoes_to_matrix(case: tuple) -> None:

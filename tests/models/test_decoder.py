@@ -77,6 +77,7 @@ def test_scanned_and_unrolled_layers_give_the_same_numbers(model):
     assert_close(logits_of(unrolled, TOKENS), logits_of(model, TOKENS), 100)
 
 
+@pytest.mark.slow
 def test_stacked_layers_start_from_different_weights_of_the_right_spread():
     model = Decoder(decoder_config("llama-tiny", vocab_size=257), rngs=nnx.Rngs(0))
     kernels = np.asarray(model.blocks.mlp.gate.kernel[...])
@@ -122,6 +123,7 @@ def gradients(model: Decoder) -> tuple[nnx.State, int]:
     return traced.lower().compile()(state), str(traced.jaxpr).count("remat")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scan_layers", "remat"),
     [(True, "full"), (False, jax.checkpoint_policies.nothing_saveable)],
@@ -166,6 +168,7 @@ def test_bfloat16_gives_float32_logits_near_those_of_float32(tie_word_embeddings
     assert 0 < np.abs(logits - expected).mean() < 0.03 * np.abs(expected).mean()
 
 
+@pytest.mark.slow
 def test_bfloat16_weights_have_finite_bfloat16_gradients():
     config = dataclasses.replace(CONFIG, num_hidden_layers=1, tie_word_embeddings=True)
     types = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
@@ -184,6 +187,7 @@ def test_the_model_may_be_a_constant_of_jit_and_grad(model):
     assert_close(slope, summed.sum(), 100, size=np.abs(summed).sum())
 
 
+@pytest.mark.slow
 def test_nnx_transformations_take_the_model_as_an_argument(model):
     value, gradient = nnx.jit(nnx.value_and_grad(lambda model: model(TOKENS).var()))(model)
     assert_close(value, np.asarray(logits_of(model, TOKENS)).var(), 100)

@@ -57,6 +57,7 @@ def test_the_gradient_is_the_closer_the_more_bits():
     assert cosines[2] > 0.9999
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scan_layers", "remat"),
     [
@@ -83,6 +84,7 @@ def kept(model: Decoder) -> list[jax.ShapeDtypeStruct]:
     return jax.tree.leaves(backward)
 
 
+@pytest.mark.slow
 def test_fewer_bytes_are_kept_for_the_backward_pass(model):
     hidden = (CONFIG.num_hidden_layers, TOKENS.size, CONFIG.intermediate_size)
     floats = lambda model: sum(x.shape == hidden and x.dtype == jnp.float32 for x in kept(model))

@@ -25,6 +25,7 @@ def make(scan_layers: bool = True, **fields) -> Decoder:
     return random_decoder(DecoderConfig(**(SIZES | fields)), scan_layers=scan_layers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model",
     [
@@ -59,6 +60,7 @@ def test_cached_logits_equal_full_ones():
     assert_close(np.concatenate(parts, axis=1), logits_of(model, tokens), 100)
 
 
+@pytest.mark.slow
 def test_samples_follow_the_models_distribution():
     model = make(vocab_size=7, initializer_range=0.15, num_hidden_layers=1)
     prompt = np.tile(np.int32([[1, 2]]), (4_000, 1))

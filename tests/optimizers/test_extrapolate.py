@@ -92,6 +92,7 @@ def test_around_sgd_it_is_optimistic_gradient_descent() -> None:
         params = optax.apply_updates(params, updates)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     ["nesterov", *(pytest.param(n, marks=pytest.mark.full) for n in ("sgd", "adamw", "lars"))],

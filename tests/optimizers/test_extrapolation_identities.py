@@ -162,6 +162,7 @@ def test_under_noise_the_gradient_of_a_quadratic_is_the_plain_one_on_average() -
     assert (error < 4 * spread / np.sqrt(4000)).all()
 
 
+@pytest.mark.slow
 def test_filter_normalized_noise_has_the_norm_of_its_column() -> None:
     """Of a matrix, of one turned around by dimension numbers, of a convolution and of a vector."""
     columns = jnp.array([0.1, 1.0, 10.0])

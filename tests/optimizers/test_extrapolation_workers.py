@@ -87,6 +87,7 @@ def in_turn(variant: str, groups: int = WORKERS, **options: Any) -> tuple[Any, A
     return descend(jax.jit(step), f.init(PARAMS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "check"),
     [
@@ -120,6 +121,7 @@ def test_past_local_is_as_written_down() -> None:
     assert not np.allclose(params["kernel"], apart["kernel"], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_two_workers_on_each_of_four_devices() -> None:
     for variant in ("past_local", "noise"):
         f = lro.extrapolated_value_and_grad(
@@ -133,6 +135,7 @@ def test_two_workers_on_each_of_four_devices() -> None:
         assert_close(state.previous_gradient, turned.previous_gradient, 100)
 
 
+@pytest.mark.slow
 def test_workers_over_two_axes_and_over_one_of_two() -> None:
     mesh = make_mesh((4, 2), ("data", "model"))
     both = ("data", "model")
@@ -175,6 +178,7 @@ def test_past_global_is_the_whole_batch_at_once() -> None:
     assert_close(descend(jax.jit(f), f.init(PARAMS))[0], in_turn("past_global")[0], 100)
 
 
+@pytest.mark.slow
 def test_parameters_sharded_over_the_data_axis_train_without_workers() -> None:
     """FSDP, by the compiler: what the error message of the sharded case advises."""
     mesh = make_mesh((4,), ("data",))

@@ -54,6 +54,7 @@ def test_before_and_after_the_learning_rate_are_the_same(mode: Any) -> None:
         assert_close(one, other)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=8)
 @given(
     shape=st.sampled_from([(), (0, 3), (2, 3, 4)]),

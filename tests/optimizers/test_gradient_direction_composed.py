@@ -48,6 +48,7 @@ def test_in_full_space_the_projected_update_is_turned_and_leaves_the_subspace(mo
     assert np.linalg.matrix_rank(found, tol=1e-5) == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on_refresh", [pytest.param("keep", marks=pytest.mark.full), "rotate"])
 def test_as_the_inner_optimizer_of_galore_for_stacked_layers(on_refresh: Any) -> None:
     inner = with_gradient_direction(optax.scale_by_adam(), "cautious", along_gradient=True)

@@ -50,6 +50,7 @@ def test_two_by_two_with_other_marginals() -> None:
     assert np.sum(COST * late.plan) == pytest.approx(0.450465, abs=3e-6)
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None)
 @given(
     shape=st.sampled_from([(1, 3), (6, 4), (4, 6)]),
@@ -160,6 +161,7 @@ def _mean(average: str, plans: np.ndarray, rates: np.ndarray) -> np.ndarray:
     return np.mean(plans[power // 2 - 1 :], axis=0)
 
 
+@pytest.mark.slow
 def test_jit_and_scan_equal_a_loop() -> None:
     cost, rows, columns = random_problem(6, 4)
     solver = lro.mirror_sinkhorn(rows, columns)

@@ -43,6 +43,7 @@ def test_potentials_equal_the_dense_form(average: Any, first: Any) -> None:
         np.testing.assert_allclose(found.plan, solve(*problem, 21, **options).plan, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_potentials_equal_the_dense_form_with_a_mask() -> None:
     cost, _, _ = random_problem(6, 6)
     rows, mask = np.full(6, 1 / 6), random_mask(6)
@@ -64,6 +65,7 @@ def test_the_average_of_the_worked_example() -> None:
         np.testing.assert_allclose(found.plan, expected, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_values_and_lower_bounds_close_in_on_the_optimum(seed: int) -> None:
     cost, rows, columns = random_problem(12, 9, seed)
@@ -138,6 +140,7 @@ def test_masked_cells_stay_empty_and_marginals_are_right() -> None:
     assert values[1] < values[0]
 
 
+@pytest.mark.slow
 def test_partial_transport_moves_the_cheapest_part() -> None:
     cost, rows, columns = random_problem(8, 6)
     columns = 1.3 * columns
@@ -194,6 +197,7 @@ def test_gradients_are_those_of_the_optimum() -> None:
     np.testing.assert_allclose(gradients[0], transport(*problem, 6000).plan, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_batches_by_vmap_with_padding() -> None:
     small, large = random_problem(3, 4, 0), random_problem(5, 4, 1)
     cost = np.stack([np.pad(small[0], ((0, 2), (0, 0))), large[0]])
@@ -208,6 +212,7 @@ def test_batches_by_vmap_with_padding() -> None:
         np.testing.assert_allclose(found.lower_bound[i], alone.lower_bound, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_rows_sharded_over_eight_devices(kind: AxisType) -> None:
     cost, rows, columns = (jnp.asarray(x, jnp.float32) for x in random_problem(16, 6))

@@ -40,6 +40,7 @@ def test_logits_follow_the_solver(options: Any) -> None:
     np.testing.assert_allclose(logits, expected, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_uniform_marginals_of_each_shape_and_stacked_matrices() -> None:
     costs = {"a": random_problem(3, 4)[0], "b": random_problem(5, 2)[0]}
     costs = {name: jnp.asarray(cost, jnp.float32) for name, cost in costs.items()}
@@ -131,6 +132,7 @@ def test_bad_gradients_are_seen_in_updates_and_never_in_the_state() -> None:
     assert not np.any(updates)
 
 
+@pytest.mark.slow
 def test_forbidden_cells_and_empty_leaves_stay() -> None:
     tx = mirror_sinkhorn_updates()
     logits = jnp.where(jnp.eye(3) > 0, -jnp.inf, 0.0)

@@ -41,6 +41,7 @@ class PointForm:
 # What must hold: the specification's numbers
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None)
 @given(
     alpha=st.floats(1e-3, 3.0),

@@ -70,6 +70,7 @@ def test_the_state_is_half_of_adams_and_less_in_few_bits(bits: Any, share: float
     assert own == pytest.approx(share * adam, rel=0.02)
 
 
+@pytest.mark.slow
 def test_low_bit_momentum_in_a_subspace_that_turns_reaches_the_minimum() -> None:
     target = normal((24, 192))
     tx = lro.low_bit(

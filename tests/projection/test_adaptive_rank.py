@@ -22,6 +22,7 @@ def _ranks(gradient: jax.Array, rank: int, thresholds: Any, **options: Any) -> l
     return [int(one.found(gradient).rank) for one in rules]
 
 
+@pytest.mark.slow
 def test_ranks_of_the_worked_spectrum() -> None:
     """What is lost of (4, 2, 1, 1/2), as a share of the norm: .4970, .2425, .1085, 0."""
     gradient = jnp.diag(jnp.array([4.0, 2.0, 1.0, 0.5]))

@@ -38,6 +38,7 @@ def _adaptive(on_refresh: Any, inner: Any = None, **options: Any) -> Any:
 
 
 # "keep" runs the inner optimizer on the whole tree, the others on each leaf.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "on_refresh", ["keep", pytest.param("reset", marks=pytest.mark.full), "rotate_moments"]
 )
@@ -76,6 +77,7 @@ def test_a_state_in_a_chain_is_found_and_its_bytes_are_reported() -> None:
     assert said[1].endswith("(ranks: as they were)")
 
 
+@pytest.mark.slow
 def test_the_largest_rank_of_a_stack_counts() -> None:
     stack = jnp.stack([_of_rank(rank, (8, 12), rank) for rank in (1, 3)])
     spec = lro.WeightDimensionNumbers(-2, -1)
@@ -117,6 +119,7 @@ def test_square_matrices_of_full_rank_lose_the_right_axis(side: Any) -> None:
     chex.assert_trees_all_close(params, whole[-1][0], atol=2e-4)
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_are_cut_as_well() -> None:
     gradients = _gradients(3)
     tx = _adaptive("keep", accumulate_steps=2)

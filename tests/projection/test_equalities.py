@@ -70,6 +70,7 @@ def test_a_fixed_basis_is_lora_with_a_frozen_factor_merged_at_every_step() -> No
     np.testing.assert_allclose(projected, merged, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transform", ["products", "fft"])
 def test_all_cosines_and_gradient_descent_are_gradient_descent(transform: Any) -> None:
     gradients = normal_gradients(SHAPE, 3)
@@ -91,6 +92,7 @@ def test_heavy_ball_in_turning_complete_bases_is_heavy_ball_if_rotated(side: Any
     assert np.abs(moved(make("reset"), (5, 5), gradients) - expected).max() > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("residual", "on_refresh"), [("fira", "reset"), ("error_feedback", "rotate")]
 )
@@ -110,6 +112,7 @@ def test_a_stack_of_layers_is_the_layers_one_by_one(residual: Any, on_refresh: A
     np.testing.assert_allclose(stacked, np.stack(one_by_one), atol=2e-4)
 
 
+@pytest.mark.slow
 def test_a_state_restored_between_two_refreshes_goes_on_as_if_never_stopped() -> None:
     gradients = normal_gradients((5, 7), 8)
     make = lambda: lro.scale_by_projection(

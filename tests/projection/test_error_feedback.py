@@ -37,6 +37,7 @@ def test_all_that_was_sent_and_the_error_are_the_sum_of_all_gradients(subspace: 
     assert np.linalg.matrix_rank(states[-1].residual["kernel"], tol=1e-4) >= 4
 
 
+@pytest.mark.slow
 def test_in_8_bits_what_is_lost_are_half_steps_of_rounding() -> None:
     gradients = normal_gradients(SHAPE, STEPS)
     sent, states = _sent_and_error(_feeding(8, lro.subspaces.svd(2)), gradients)

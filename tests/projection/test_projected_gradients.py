@@ -93,6 +93,7 @@ def test_a_projected_gradient_is_lifted_with_the_basis_it_was_projected_with(
     assert int(state.basis) != seeds[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["dct", "random"])
 def test_a_virtual_adapter_trains_the_weight(rule: str) -> None:
     """The gradient of ``y = x W + x P B`` in ``B`` at zero is ``Pᵀ dW``: no ``dW`` is needed."""
@@ -132,6 +133,7 @@ def test_a_virtual_adapter_trains_the_weight(rule: str) -> None:
     chex.assert_trees_all_close(seen, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_recipe_takes_projected_gradients_of_stacked_layers_beside_whole_ones() -> None:
     params = {"stack": jnp.ones((2, 6, 9)), "kernel": jnp.ones((6, 9)), "bias": jnp.ones(9)}
     keys = dict(zip(params, jax.random.split(jax.random.key(0), 3), strict=True))

@@ -4,6 +4,7 @@ from close import assert_close
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import lowrank_optax as lro
 from tests.projection.rules import AXES, Case, case, decaying, normal
@@ -37,6 +38,7 @@ def test_it_orders_its_vectors_as_the_exact_one(axis: int) -> None:
     np.testing.assert_allclose(np.abs(np.diag(exact.T @ randomized)), np.ones(4), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_it_captures_what_the_specification_says() -> None:
     """Singular values 1/i, 768 × 2048, rank 128, 16 further columns: exact 0.9961 of the energy."""
     gradient = decaying(768, 2048)
@@ -48,6 +50,7 @@ def test_it_captures_what_the_specification_says() -> None:
         assert captured < 0.99611
 
 
+@pytest.mark.slow
 def test_a_warm_start_is_as_good_as_another_power_iteration() -> None:
     gradient, key = decaying(96, 160), jax.random.key(5)
     view = lro.View.of(gradient, -2, 16)

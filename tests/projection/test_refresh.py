@@ -40,6 +40,7 @@ def test_staggered_leaves_have_phases_of_their_own(steps: int, leaves: int) -> N
         assert np.diff(counts[1:]).tolist() == [steps] * (len(counts) - 2)
 
 
+@pytest.mark.slow
 def test_no_step_but_the_first_refreshes_all_leaves_of_an_optimizer() -> None:
     gradients = {name: normal(2, 3, seed=i) for i, name in enumerate("abc")}
     rule = lro.refresh.every(3, stagger=True)
@@ -94,6 +95,7 @@ def test_a_lazy_rule_waits_for_as_many_overlaps_as_its_patience() -> None:
     assert dues == [10, 20, 40]
 
 
+@pytest.mark.slow
 def test_a_lazy_rule_sees_through_signs_and_rotations_of_the_basis() -> None:
     """A fixed subspace, whose vectors change: its interval doubles all the same."""
     rule = lro.refresh.lazily(1, patience=1)
@@ -155,6 +157,7 @@ def test_norms_that_are_not_finite_are_not_heeded(bad: float) -> None:
     assert [[d if d == 99 else d - 1 for d in due] for due in broken[2:]] == clean[1:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("subspace", [None, lro.subspaces.power_iteration(4)])
 def test_bases_stay_orthonormal_in_bfloat16_training(subspace: Any) -> None:
     params = {"kernel": normal(16, 24).astype(jnp.bfloat16)}

@@ -30,6 +30,7 @@ KINDS = pytest.mark.parametrize("name", ["svd", "online_pca", "dct", "gaussian",
 STACK = (2, 6, 8)
 
 
+@pytest.mark.slow
 @settings(max_examples=6, deadline=None, derandomize=True)
 @given(
     name=st.sampled_from(sorted(RULES)),
@@ -168,6 +169,7 @@ def test_turning_to_the_same_orthonormal_basis_is_the_identity(name: str, axis: 
     np.testing.assert_allclose(turned, projected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_captured_energy_is_a_share_and_better_rules_capture_more_on_average() -> None:
     gradients = [decaying(16, 24, 1.0, seed) for seed in range(4)]
     mean = {}

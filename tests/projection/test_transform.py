@@ -202,6 +202,7 @@ def test_side_says_which_axis_is_compressed(side: str, expected: int) -> None:
     assert moments == 2 * 2 * (8 + 24 - expected)
 
 
+@pytest.mark.slow
 def test_other_axes_of_a_mapped_ensemble_do_not_mix() -> None:
     gradients = jax.random.normal(jax.random.key(0), (3, 5, 9))
     tx = lro.scale_by_projection(optax.scale_by_adam(), lro.subspaces.randomized_svd(2))

@@ -88,6 +88,7 @@ FILLS: dict[str, Fill] = {
 }
 
 
+@pytest.mark.slow
 @every_format
 def test_errors_are_within_half_a_gap_of_the_map(name: Any, bits: Any, signed: bool) -> None:
     fmt, values = make(name, bits, signed), table(name, bits, signed)
@@ -249,6 +250,7 @@ RANDOM = [("dynamic", 8, True), ("dynamic", 4, False), ("linear", 4, False), ("l
 RANDOM += [("fp8", 8, True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "bits", "signed"), RANDOM)
 def test_random_codes_are_one_of_the_two_neighbours_and_right_on_average(
     name: Any, bits: Any, signed: bool

@@ -74,6 +74,7 @@ def test_sizes_ignore_the_scale_of_gradients_and_copies_of_parameters(test: Any)
     assert control.required(NOISE(copied)) == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(
     st.integers(1, 4),

@@ -217,6 +217,7 @@ def test_equal_sizes_change_only_the_unit(regression: Any) -> None:
     assert_same(plain, sized)
 
 
+@pytest.mark.slow
 def test_one_program_serves_any_number_of_groups(regression: Any) -> None:
     params, batch = regression
     divided = in_groups(batch, 8)
@@ -237,6 +238,7 @@ def test_one_program_serves_any_number_of_groups(regression: Any) -> None:
     assert len(traces) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.combinations(1)
 @pytest.mark.parametrize("check", [True, False])
 @pytest.mark.parametrize("local", [1, 2])
@@ -308,6 +310,7 @@ def test_gradients_of_bfloat16_are_summed_in_float32() -> None:
     assert noise.variance == pytest.approx(2.333333, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_coordinates_of_noise_alone_ask_for_any_batch_and_constant_ones_for_none() -> None:
     gradients = jnp.array([[1.0, 1.0, 3.0], [-1.0, 1.0, 1.0]])
     assert coordinate_wise_batch_size(gradients, 1.0, 1.0) == np.inf

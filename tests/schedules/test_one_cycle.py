@@ -96,6 +96,7 @@ def test_both_are_continuous_between_steps(shape: Any) -> None:
         assert np.abs(np.diff(jax.jit(schedule)(steps))).max() < 1e-3
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(
     steps=st.integers(3, 500),
@@ -126,6 +127,7 @@ def test_few_steps_still_warm_up_and_end_low(steps: int) -> None:
     assert momenta.min() < 0.92
 
 
+@pytest.mark.slow
 def test_traced_steps_of_any_type_and_steps_past_the_end() -> None:
     cycle = one_cycle_schedules(101, 1.0)
     for schedule in cycle:

@@ -138,6 +138,7 @@ def test_arrays_of_numpy_keys_and_python_numbers_in_the_state() -> None:
     assert (array == 1).all()
 
 
+@pytest.mark.slow
 def test_all_ways_to_give_batches_agree() -> None:
     step, state, (x, y) = regression()
     expected = lr_range_test(step, state, (x, y), steps=50)
@@ -295,6 +296,7 @@ def test_exponents_are_bisected_around_the_best_weight_decay() -> None:
             refine_weight_decay(bad)
 
 
+@pytest.mark.slow
 def test_the_plot_of_a_curve_and_of_a_grid(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     result = lr_range_test(descend, jnp.ones(1), None)

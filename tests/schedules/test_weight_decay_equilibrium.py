@@ -47,6 +47,7 @@ def adamw(rate: float, decay: float, momentum: float) -> optax.GradientTransform
 MAKE = {"sgd": sgd, "sgdw": sgdw, "adamw": adamw}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("optimizer", "rate", "decay", "momentum", "rotation", "norm"),
     [
@@ -75,6 +76,7 @@ def test_the_specified_values_and_a_simulation_agree_with_the_prediction(
     assert late(history, "rotation_ratio") == pytest.approx(1.0, rel=0.01)
 
 
+@pytest.mark.slow
 def test_decay_after_the_momentum_has_its_own_equilibrium() -> None:
     rate, decay, momentum = 0.02, 0.05, 0.9
     predicted = equilibrium("sgdw", rate, decay, momentum=momentum, unit_gradient_norm=SIZE**0.5)
@@ -83,6 +85,7 @@ def test_decay_after_the_momentum_has_its_own_equilibrium() -> None:
     assert late(history, "rotation_ratio") == pytest.approx(1.0, rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("decay", "low"), [pytest.param(0.5, 0.026, marks=pytest.mark.full), (1.0, 0.046)]
 )

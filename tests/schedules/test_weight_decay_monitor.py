@@ -136,6 +136,7 @@ def test_updates_are_the_same_arrays_and_types_are_constant() -> None:
     assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
 
 
+@pytest.mark.slow
 def test_a_scan_gives_the_history_that_a_loop_does() -> None:
     rate = optax.linear_schedule(0.1, 0.0, 4)
     tx = optax.chain(

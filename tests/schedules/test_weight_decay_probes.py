@@ -64,6 +64,7 @@ def test_the_jacobian_probe_is_unbiased() -> None:
     assert abs(mean - exact) < 5 * draws.std() / 500**0.5
 
 
+@pytest.mark.slow
 def test_the_hessian_trace_is_unbiased_and_exact_on_a_diagonal() -> None:
     matrix = symmetric([5.0, 1.0, 0.5, -2.0, 3.0, 0.1]).astype(np.float32)
     keys = jax.random.split(jax.random.key(0), 4000)

@@ -76,6 +76,7 @@ def test_names_of_groups_survive_any_alphabet() -> None:
     assert list(measurements(tx.init(PARAMS))) == ["all", "η bias", "η embed", "η kernel"]
 
 
+@pytest.mark.slow
 def test_adams_effective_learning_rate_is_that_of_its_raw_second_moment() -> None:
     tx = optax.adam(1e-3, b2=0.9)
     first = (np.arange(5) == 0).astype(np.float32)
@@ -103,6 +104,7 @@ def test_a_state_without_a_second_moment_is_refused() -> None:
     assert adam_elr(optax.adam(0.1).init({}), 0.1) == {}
 
 
+@pytest.mark.slow
 def test_a_plot_draws_groups_and_their_equilibrium(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / "decay.png"

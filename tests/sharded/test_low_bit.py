@@ -44,6 +44,7 @@ def shardings_on(mesh: Mesh) -> dict[str, NamedSharding]:
     return {name: NamedSharding(mesh, leaf[1]) for name, leaf in LEAVES.items()}
 
 
+@pytest.mark.slow
 @axis_types
 @bits_of_codes
 def test_codes_and_scales_lie_where_their_parameters_do(bits: Any, axis_type: AxisType) -> None:

@@ -95,7 +95,6 @@ def assert_on(tree: Tree, shardings: Tree) -> None:
         assert x.sharding.is_equivalent_to(sharding, x.ndim)
 
 
-@pytest.mark.optimized
 @pytest.mark.combinations(2)
 @pytest.mark.parametrize("sharded", ["kept", "compressed"])
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
@@ -112,7 +111,6 @@ def test_no_collective_of_a_step_is_as_large_as_the_gradient(
     assert {kind for kind, size in found if size >= math.prod(shape)} == allowed
 
 
-@pytest.mark.optimized
 def test_the_exact_svd_gathers_the_gradient() -> None:
     tx = lro.galore(1e-2, subspace=lro.subspaces.svd(4))
     found = collectives(tx, (64, 96), partition_of("kept"), AxisType.Auto)

@@ -55,6 +55,7 @@ def test_which_weights_are_stored_so() -> None:
     assert decoded["embed"].dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 def test_the_mean_over_seeds_is_the_sum_of_weight_and_update() -> None:
     stored, count = int8(weights()), 400
     change = jax.tree.map(lambda x: 1e-3 * x, weights(1))
@@ -74,6 +75,7 @@ def test_the_mean_over_seeds_is_the_sum_of_weight_and_update() -> None:
     np.testing.assert_array_less(np.abs(mean - wanted), 5 * 0.5 * step / np.sqrt(count))
 
 
+@pytest.mark.slow
 def test_applied_updates_are_the_new_codes_and_repeat_with_the_seed() -> None:
     stored = int8(weights())
     change = weights(1)

@@ -33,6 +33,7 @@ def test_the_first_step_is_that_of_float32(bits: Any) -> None:
     assert_close(found, wanted)
 
 
+@pytest.mark.slow
 def test_three_steps_stay_within_what_two_roundings_explain() -> None:
     params = kernel((128, 64))
     adam = optax.scale_by_adam()
@@ -89,6 +90,7 @@ def test_a_quadratic_of_mixed_curvatures_is_minimised_where_linear_maps_explode(
     assert linear > 1000 * wide
 
 
+@pytest.mark.slow
 @bits_of_codes
 def test_the_step_uses_moments_before_they_are_rounded(bits: Any) -> None:
     gradient = kernel(seed=2)
@@ -123,6 +125,7 @@ def test_second_moments_have_no_zero_beside_others(map: Any, bits: Any) -> None:
     assert np.all(decoded(state, "nu", "unsigned", bits, map) > 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "bad"), [(8, np.inf), (4, np.nan)])
 def test_a_bad_gradient_leaves_no_trace_in_the_state_but_its_own_element(
     bits: Any, bad: float
@@ -141,6 +144,7 @@ def test_a_bad_gradient_leaves_no_trace_in_the_state_but_its_own_element(
     assert np.isfinite(updates).all()
 
 
+@pytest.mark.slow
 def test_random_rounding_changes_from_step_to_step_and_repeats_with_the_seed() -> None:
     params, gradient = kernel(), kernel(seed=1)
     options = {"stochastic_rounding": True}
@@ -158,6 +162,7 @@ def test_random_rounding_changes_from_step_to_step_and_repeats_with_the_seed() -
     assert step(first).count == 1
 
 
+@pytest.mark.slow
 def test_random_rounding_keeps_the_mean_of_a_slow_average() -> None:
     """A change of a thousandth at a step is lost by the nearest of sixteen codes."""
     gradient = {"kernel": jnp.full((8, 128), 0.5).at[:, 0].set(1.0)}
@@ -179,6 +184,7 @@ def test_random_rounding_keeps_the_mean_of_a_slow_average() -> None:
 # Bytes and types
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "share"), [(8, 0.256), (4, 0.135)])
 def test_state_bytes_of_real_shapes(bits: Any, share: float) -> None:
     shapes = {
@@ -218,6 +224,7 @@ def test_codes_and_scales_are_parallel_trees_of_plain_arrays() -> None:
     assert as_inner(state.inner) == as_inner(state.codes) == as_inner(state.scales)
 
 
+@pytest.mark.slow
 @bits_of_codes
 def test_stacked_parameters_under_vmap_are_separate_ones(bits: Any) -> None:
     tx, stack = low_bit(optax.scale_by_adam(), bits), normal((3, *SHAPE))

@@ -40,6 +40,7 @@ OTHERS = ("lion", "sgd", "ademamix", "adafactor", "amsgrad")
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in OTHERS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adan", *SLOW])
 def test_other_optimizers_stay_near_themselves_in_float32(name: str) -> None:
     """A difference of gradients may be negative: as a square it would be lost."""

@@ -108,6 +108,7 @@ def trained(tx: Any, params: Any, gradient: Any, steps: int) -> np.ndarray:
     return np.asarray(jax.jit(whole)(params), np.float64)
 
 
+@pytest.mark.slow
 def test_weight_decay_of_a_millionth_is_kept_at_random_and_lost_by_the_nearest() -> None:
     params = jnp.ones(2048, jnp.bfloat16)
     decayed = optax.chain(optax.add_decayed_weights(1e-3), optax.scale(-1e-3))

@@ -32,6 +32,8 @@ def compile_for() -> Iterator[Callable[..., Any]]:
     # A program for a chip that is not there can be stored, but not read back.
     cached = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
+    hurried = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
 
     def compile_for(
         chip: str,
@@ -51,3 +53,4 @@ def compile_for() -> Iterator[Callable[..., Any]]:
 
     yield compile_for
     jax.config.update("jax_enable_compilation_cache", cached)
+    jax.config.update("jax_disable_most_optimizations", hurried)

@@ -13,7 +13,7 @@ from lowrank_optax.activations import few_bit, kept_for_backward
 from lowrank_optax.layers import Sketch, randomized_linear
 from lowrank_optax.models import Decoder, decoder_config
 
-pytestmark = [pytest.mark.slow, pytest.mark.optimized]
+pytestmark = pytest.mark.slow
 
 LAYERS, TOKENS, WIDTH, HIDDEN = 8, 8192, 1024, 4096
 CODES = TOKENS * HIDDEN * LAYERS // 2  # bytes, of 4 bits

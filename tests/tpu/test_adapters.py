@@ -12,7 +12,7 @@ import pytest
 import lowrank_optax as lro
 from lowrank_optax.models import Decoder, decoder_config
 
-pytestmark = [pytest.mark.slow, pytest.mark.optimized]
+pytestmark = pytest.mark.slow
 
 CONFIG = decoder_config("llama-350m")
 

@@ -11,7 +11,7 @@ import pytest
 import lowrank_optax as lro
 from lowrank_optax.models import Decoder, decoder_config
 
-pytestmark = [pytest.mark.slow, pytest.mark.optimized]
+pytestmark = pytest.mark.slow
 
 
 def _nbytes(tree):
@@ -123,6 +123,7 @@ def _peak(memory):
     )
 
 
+@pytest.mark.parametrize("chip", ["v5e", pytest.param("v6e", marks=pytest.mark.full)])
 def test_projected_training_step_of_llama_60m_compiles_within_its_memory(compile_for, chip):
     batch, length, mib = 16, 256, 2**20
     config = decoder_config("llama-60m")

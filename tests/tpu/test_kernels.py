@@ -12,7 +12,7 @@ from lowrank_optax.kernels import low_bit_adam, projected_adam
 from lowrank_optax.kernels.moments import coded_shapes
 from lowrank_optax.quantization import Quantized
 
-pytestmark = [pytest.mark.slow, pytest.mark.optimized]
+pytestmark = pytest.mark.slow
 SCALAR_STRUCTS = jax.tree.map(lambda _: jax.ShapeDtypeStruct((), jnp.float32), SCALARS)
 
 

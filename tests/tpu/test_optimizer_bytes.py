@@ -9,7 +9,7 @@ import pytest
 
 import lowrank_optax as lro
 
-pytestmark = [pytest.mark.slow, pytest.mark.optimized]
+pytestmark = pytest.mark.slow
 
 PARAMS = {f"kernel_{i}": jax.ShapeDtypeStruct((2048, 8192), jnp.float32) for i in range(2)}
 ONE_ARRAY = 2048 * 8192 * 4

@@ -26,6 +26,7 @@ def test_ranks_are_of_the_grid(min_rank: int, step: int, rank: int) -> None:
     assert state[0].basis.rank["kernel"].item() == rank
 
 
+@pytest.mark.slow
 def test_with_a_constant_rank_a_fixed_period_and_kept_moments_it_is_galore() -> None:
     gradients, every = normal_gradients((6, 9), 5), lro.refresh.every(3)
     rule = lro.subspaces.randomized_svd(3)
@@ -58,6 +59,7 @@ def test_the_rank_falls_to_the_least_as_the_gradient_of_a_quadratic_collapses() 
     assert (jnp.diff(ranks) <= 0).all()
 
 
+@pytest.mark.slow
 def test_an_int_is_the_longest_stay_and_convergence_ends_it_sooner() -> None:
     still = normal_gradients((6, 9), 1) * 12
     fading = [{"kernel": 0.3**i * g["kernel"]} for i, g in enumerate(still)]

@@ -39,6 +39,7 @@ def _reference(gradients: list[np.ndarray], feedback: bool, decay: float) -> np.
     return weight
 
 
+@pytest.mark.slow
 @pytest.mark.combinations(1)
 @pytest.mark.parametrize(("feedback", "decay"), [(32, 0.2), (None, 0.0)])
 @pytest.mark.parametrize("transform", ["products", "fft"])
@@ -52,6 +53,7 @@ def test_agrees_with_a_float64_reference(feedback: Any, decay: float, transform:
     np.testing.assert_allclose(trajectory[-1][0]["kernel"], expected, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_with_all_columns_it_is_adamw_in_cosine_coordinates() -> None:
     gradients, basis = normal_gradients(SHAPE, 4), _cosines(6).astype(np.float32)
     rotated = [{"kernel": basis.T @ g["kernel"]} for g in gradients]
@@ -60,6 +62,7 @@ def test_with_all_columns_it_is_adamw_in_cosine_coordinates() -> None:
     np.testing.assert_allclose(seen, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_8_bits_of_feedback_stay_close_to_32() -> None:
     gradients = normal_gradients(SHAPE, 4)
     exact, rounded, none = (

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import lowrank_optax as lro
 from tests.projection.runs import first
@@ -23,6 +24,7 @@ def test_worked_example_of_the_specification() -> None:
     np.testing.assert_allclose(moment, [3.127122, 4.472015, 0.907555], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_galore_finds_the_answer_of_a_low_rank_regression() -> None:
     key = jax.random.key(0)
     left, right, inputs = (

@@ -55,6 +55,7 @@ def test_agrees_with_a_float64_reference(decay: float, feedback: bool) -> None:
     np.testing.assert_allclose(moved(tx, SHAPE, gradients), expected, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_8_bits_of_feedback_stay_close_to_32() -> None:
     gradients = normal_gradients(SHAPE, 4)
     rule = lro.subspaces.power_iteration(RANK, RHO, initial=lro.subspaces.svd(RANK))

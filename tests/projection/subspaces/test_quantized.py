@@ -93,6 +93,7 @@ def test_project_and_lift_are_adjoint(name: str, bits: Any) -> None:
     assert (singular[..., RANK:] < 1e-4 * singular[..., :1]).all()
 
 
+@pytest.mark.slow
 @BEYOND_FOUR_FULL
 def test_stacked_weights_are_separate_ones(bits: Any) -> None:
     """Of fewer elements than a group: it is not filled with the next weight."""

@@ -53,6 +53,8 @@ def tests_for(files: list[str]) -> list[str]:
             far += [] if second.startswith("test_") else ["tests"]  # what all tests share
         elif first == "tests":
             near.append(f"tests/{second}")
+        elif first in (".ci", "pyproject.toml"):
+            far.append("tests")
         elif first == "lowrank_optax":
             package = second.removesuffix(".py")
             floor = next((i for i, names in enumerate(FLOORS) if package in names), 0)

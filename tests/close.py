@@ -47,7 +47,8 @@ def assert_close(
         units: largest difference allowed, in units of `eps * size`; at most 800, and see above.
         size: magnitude of what was summed, a number or an array that broadcasts against the leaves;
             the largest finite magnitude in each leaf of `expected` by default.
-        dtype: dtype in which `actual` was computed, if it was converted since.
+        dtype: dtype in which `actual` was computed, if it was converted since, or if it is a
+            half-precision one and `expected` is not.
     """
     if hasattr(actual, "dtype") or hasattr(expected, "dtype"):  # the other may be a list of numbers
         actual, expected = (x if hasattr(x, "dtype") else np.asarray(x) for x in (actual, expected))
@@ -56,6 +57,12 @@ def assert_close(
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     pairs = zip(jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True)
     for (path, x), y in pairs:
+        if dtype is None and eps_of(x) > max(eps_of(y), EPS32):
+            # Else a result that is bfloat16 by mistake would bring its own tolerance along.
+            name = jax.tree_util.keystr(path)
+            raise AssertionError(
+                f"{name} is {x.dtype}, not {y.dtype}: pass `dtype` if that is right"
+            )
         eps = eps_of(x, y) if dtype is None else float(jnp.finfo(dtype).eps)
         x, y = (z if np.iscomplexobj(z) else z.astype(np.float64) for z in map(np.asarray, (x, y)))
         magnitude = np.abs(np.where(np.isfinite(y), y, 0)).max(initial=0) if size is None else size

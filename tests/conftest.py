@@ -60,20 +60,31 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if (marker := cases[0].get_closest_marker("combinations")) is not None:
             for item in beyond_combinations(cases, *marker.args):
                 item.add_marker("full")
+    named = [argument.split("[")[0] for argument in config.args if "::" in argument]
+    free = [item for item in items if not is_named(item, named)]
     out = set()
     if not (config.getoption("full") or config.getoption("markexpr") == "full"):
-        named = [argument for argument in config.args if "::" in argument]
-        is_named = lambda item: any(a.endswith(item.nodeid.split("[")[0]) for a in named)
-        out = {item for item in items if item.get_closest_marker("full") and not is_named(item)}
+        out = {item for item in free if item.get_closest_marker("full")}
     if config.getoption("quick"):
         if config.getoption("full"):
             raise pytest.UsageError("--quick is a part of the standard tier: give it, or --full.")
-        out |= {item for item in items if item.get_closest_marker("slow")}
-        for cases in by_function([item for item in items if item not in out]).values():
-            out |= set(cases[1:])
+        out |= {item for item in free if item.get_closest_marker("slow")}
+        for cases in by_function([item for item in free if item not in out]).values():
+            out |= set() if cases[0].get_closest_marker("distinct") else set(cases[1:])
     if out:
         items[:] = [item for item in items if item not in out]
         config.hook.pytest_deselected(items=list(out))
+
+
+def name_of(item: pytest.Item) -> str:
+    """The file, the class and the function of a case."""
+    return item.nodeid.split("[")[0]
+
+
+def is_named(item: pytest.Item, named: list[str]) -> bool:
+    """Whether one of the arguments is its function or its class."""
+    paths = itertools.accumulate(name_of(item).split("::"), "{}::{}".format)
+    return any(argument.endswith(path) for path in list(paths)[1:] for argument in named)
 
 
 def by_function(items: list[pytest.Item]) -> dict[str, list[pytest.Item]]:
@@ -81,7 +92,7 @@ def by_function(items: list[pytest.Item]) -> dict[str, list[pytest.Item]]:
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
         if hasattr(item, "callspec") and item.get_closest_marker("full") is None:
-            cases.setdefault(item.nodeid.split("[")[0], []).append(item)
+            cases.setdefault(name_of(item), []).append(item)
     return cases
 
 
@@ -107,8 +118,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     budget = item.config.getoption("budget")
     if budget is not None and time.monotonic() - item.config.stash[START] > budget:
         pytest.skip(f"cut off after {budget:.0f} s: {item.path.relative_to(item.config.rootpath)}")
-    if item.config.getoption("perturb") is not None and item.get_closest_marker("bitwise"):
-        pytest.skip("bitwise: noise in products is meant to change it")
+    if item.config.getoption("perturb") is not None:
+        if item.get_closest_marker("bitwise"):
+            pytest.skip("bitwise: noise in products is meant to change it")
+        if isinstance(item, pytest.DoctestItem):
+            pytest.skip("examples print products of small integers, which are exact without noise")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

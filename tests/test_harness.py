@@ -230,12 +230,14 @@ def row_of(factory: Factory) -> Row:
     return Row("broken", factory, {"learning_rate": 1e-2}, convergence=rate, basis="basis")
 
 
+@pytest.mark.distinct
 @pytest.mark.parametrize(("check", "factory"), BROKEN, ids=[name_of(x[0]) for x in BROKEN])
 def test_broken_transformation_is_refused(check: Check, factory: Factory) -> None:
     with pytest.raises(AssertionError):
         check(row_of(factory))
 
 
+@pytest.mark.distinct
 @pytest.mark.parametrize(
     ("check", "factory", "error"), RAISING, ids=[name_of(x[0]) for x in RAISING]
 )

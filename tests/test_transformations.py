@@ -634,6 +634,7 @@ def cases() -> list[object]:
     return params
 
 
+@pytest.mark.distinct
 @pytest.mark.parametrize(("check", "row"), cases())
 def test_transformation(check: Check, row: Row) -> None:
     check(row)

@@ -47,7 +47,7 @@ def few_bit_calls(
 
     ``fn`` is traced, and in its jaxpr equations that compute a known nonlinearity elementwise
     become one call of its few-bit version: the forward pass runs these very equations, so its
-    results are those of ``fn`` to the last bit, and the backward pass keeps codes and not ``x``:
+    results are those of ``fn``, and the backward pass keeps codes and not ``x``:
 
     .. math::
       y = f(x), \qquad \bar x = \bar y \cdot q_{c(x)}, \qquad c(x) \in \{0, \dots, 2^b - 1\}.
@@ -180,7 +180,7 @@ class FewBitCalls(Generic[P, R]):
         self.fn, self.replacement = fn, replacement
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """The value of ``fn``, to the last bit.
+        """The value of ``fn``, by the same operations.
 
         Raises:
           ValueError: If nothing is found to replace.

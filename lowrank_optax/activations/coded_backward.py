@@ -35,7 +35,7 @@ def few_bit(
     .. math::
       y = f(x), \qquad c = c(x) \in \{0, \dots, 2^b - 1\}, \qquad \bar x = \bar y \cdot q_c.
 
-    The forward pass is that of ``fn`` to the last bit. What is kept for the backward pass is the
+    The forward pass is ``fn`` itself. What is kept for the backward pass is the
     packed codes alone: one array or a few, named ``"few_bit_codes"`` for the policies of
     ``jax.checkpoint``. Works under ``jit``, ``vmap``, ``scan``, ``jax.checkpoint`` and sharding. A
     second derivative, and forward mode (``jax.jvp``, ``jax.jacfwd``), raise: the codes know nothing

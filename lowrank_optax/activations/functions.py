@@ -24,7 +24,7 @@ def gelu(x: ArrayLike, bits: int = 3, approximate: bool = True) -> jax.Array:
       approximate: The form with tanh, as ``jax.nn.gelu`` by default; otherwise with erf.
 
     Returns:
-      ``jax.nn.gelu(x, approximate)``, to the last bit.
+      ``jax.nn.gelu(x, approximate)``, by the same operations.
 
     Raises:
       ValueError: If ``bits`` is not 1 to 8.
@@ -58,7 +58,7 @@ def elu(x: ArrayLike, bits: int = 3, alpha: float = 1.0) -> jax.Array:
       alpha: A Python number.
 
     Returns:
-      ``jax.nn.elu(x, alpha)``, to the last bit.
+      ``jax.nn.elu(x, alpha)``, by the same operations.
 
     Raises:
       ValueError: If ``bits`` is not 1 to 8.
@@ -84,7 +84,7 @@ def celu(x: ArrayLike, bits: int = 3, alpha: float = 1.0) -> jax.Array:
       alpha: A Python number other than 0.
 
     Returns:
-      ``jax.nn.celu(x, alpha)``, to the last bit.
+      ``jax.nn.celu(x, alpha)``, by the same operations.
 
     Raises:
       ValueError: If ``bits`` is not 1 to 8.
@@ -110,7 +110,7 @@ def squareplus(x: ArrayLike, bits: int = 3, b: float = 4.0) -> jax.Array:
       b: A Python number above 0.
 
     Returns:
-      ``jax.nn.squareplus(x, b)``, to the last bit.
+      ``jax.nn.squareplus(x, b)``, by the same operations.
 
     Raises:
       ValueError: If ``bits`` is not 1 to 8.
@@ -135,7 +135,7 @@ def leaky_relu(x: ArrayLike, negative_slope: float = 0.01) -> jax.Array:
       negative_slope: :math:`\alpha`, a Python number.
 
     Returns:
-      ``jax.nn.leaky_relu(x, negative_slope)``, to the last bit.
+      ``jax.nn.leaky_relu(x, negative_slope)``, by the same operations.
 
     Raises:
       TypeError: If ``x`` is not of floating point, or ``negative_slope`` no Python number.
@@ -159,7 +159,7 @@ _SMOOTH = """``jax.nn.{name}``, whose backward pass keeps ``bits`` bits of each 
       bits: 1 to 8.
 
     Returns:
-      ``jax.nn.{name}(x)``, to the last bit.
+      ``jax.nn.{name}(x)``, by the same operations.
 
     Raises:
       ValueError: If ``bits`` is not 1 to 8.
@@ -180,7 +180,7 @@ _EXACT = """``jax.nn.{name}`` with its exact gradient, for which one bit of each
       x: Any shape, floating point.
 
     Returns:
-      ``jax.nn.{name}(x)``, to the last bit.
+      ``jax.nn.{name}(x)``, by the same operations.
 
     Raises:
       TypeError: If ``x`` is not of floating point.

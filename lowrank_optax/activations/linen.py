@@ -19,7 +19,7 @@ class FewBit:
     """A Linen module whose nonlinearities are few-bit, wherever its code calls them.
 
     The module and its variables are not touched: `apply` runs ``module.apply`` as `few_bit_calls`
-    does any function, with the same results to the last bit. So nonlinearities are found in the
+    does any function, with the same results. So nonlinearities are found in the
     module's own lines, in modules inside, and in those lifted by ``nn.scan``, ``nn.remat``,
     ``nn.vmap`` or ``nn.jit``. (An interceptor, as of ``nn.intercept_methods``, would see calls of
     modules only: most nonlinearities are calls of functions.)

@@ -38,9 +38,9 @@ def quantize_model(
     A chosen module stays the object it is, with its parameters and their paths; its class becomes a
     subclass whose methods run as `few_bit_calls` of what they were. So nonlinearities are found in
     the module's own lines (``nnx.silu(self.gate(x))``), in modules inside, in functions held as
-    attributes, and in layers run by a scan. The results of a call are the same to the last bit, and
-    so is what it writes: statistics of batches, counts of random numbers, sown values. Adapters may
-    be attached before or after. `restore_model` gives everything back.
+    attributes, and in layers run by a scan. The results of a call come of the same operations, and
+    so does what it writes: statistics of batches, counts of random numbers, sown values. Adapters
+    may be attached before or after. `restore_model` gives everything back.
 
     Where only one module is chosen, a call in which nothing is found raises a ValueError; where
     several are, those without nonlinearities run as they are.

@@ -87,10 +87,10 @@ class Row:
         """The jitted step, compiled once for all checks that use it."""
         return jax.jit(make_step(self.tx))
 
-    def assert_close(self, actual: Tree, expected: Tree, units: float = 100) -> None:
+    def assert_close(self, actual: Tree, expected: Tree) -> None:
         """Two programs' updates differ by rounding, or by the codes that rounding flips."""
         compare = assert_mostly_close if self.quantized else assert_close
-        compare(actual, expected, units)
+        compare(actual, expected)
 
     def types(self, dtype: Any) -> tuple[Tree, Tree, Tree]:
         """Parameters, state and, as shapes, the results of a step in one dtype."""

@@ -41,6 +41,7 @@ def loss(model: Any, tokens: jax.Array) -> jax.Array:
 
 
 value_and_grad = nnx.jit(nnx.value_and_grad(loss))
+forward = nnx.jit(lambda model, tokens: model(tokens))
 
 
 def flat(tree: Any) -> dict[str, np.ndarray]:
@@ -91,6 +92,7 @@ def test_a_decoder_has_the_same_loss_and_other_gradients_of_its_kernels_each_ste
 ) -> None:
     model = decoder(scan_layers=scan_layers, remat=remat, dtype=dtype)
     value, exact = value_and_grad(model, TOKENS)
+    logits = forward(model, TOKENS)
     randomize(model, QUARTER, rngs=1)
     results = [value_and_grad(model, TOKENS) for _ in range(2)]
     (first, one), (second, other) = results
@@ -106,6 +108,7 @@ def test_a_decoder_has_the_same_loss_and_other_gradients_of_its_kernels_each_ste
             assert np.any(one[path] != other[path]), path
         else:  # norms, embedding and head come before any noise, or beside it
             assert_close(one[path], gradient, 400, dtype=dtype)
+    assert_close(forward(model, TOKENS), logits, 100, dtype=dtype)
 
 
 @pytest.mark.slow

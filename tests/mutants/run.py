@@ -164,8 +164,10 @@ def _run(fault: Fault, copies: "queue.SimpleQueue[Path]", cache: Path, full: boo
     try:
         with _applied(fault, copy):
             result = _tested(fault.tests, copy, cache, full)
-        if result.noticed and _tested([result.by], copy, cache, full).noticed is not False:
-            return Result(None, f"{result.by} fails without the fault too", result.seconds)
+        if result.noticed:
+            right = _tested([result.by], copy, cache, full)
+            if right.noticed is not False:
+                return Result(None, f"without the fault too: {right.by}", result.seconds)
         return result
     finally:
         copies.put(copy)

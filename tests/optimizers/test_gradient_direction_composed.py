@@ -105,4 +105,5 @@ def test_bfloat16_in_float32() -> None:
     tx = in_float32(with_gradient_direction(optax.adam(0.1)))
     wide = updates_of(with_gradient_direction(optax.adam(0.1)), [jnp.float32(g) for g in gradients])
     for one, other in zip(updates_of(tx, gradients), wide, strict=True):
+        assert one.dtype == jnp.float32
         assert_close(one, other)

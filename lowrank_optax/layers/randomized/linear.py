@@ -48,7 +48,7 @@ def randomized_linear(
         gradient of bias    Σ_rows Y          exact
         gradient of kernel  (SᵀX)ᵀ·(SᵀY)      its expectation is XᵀY
 
-    All but the kernel's gradient is equal to the dense layer's to the last bit. What SᵀX is:
+    All but the kernel's gradient come of the dense layer's own operations. What SᵀX is:
 
     - ``"stratified"``: one row of each of p consecutive strata, of equal sizes up to 1 (the rows'
       gradients are weighted by them), ``"rows"``: p different rows. Nothing but rows is moved, and

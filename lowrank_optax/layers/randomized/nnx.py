@@ -18,10 +18,10 @@ from lowrank_optax.layers.randomized.sketch import Sketch
 class RandomizedLinear(nnx.Linear):
     r"""``nnx.Linear`` whose backward pass works from a sketch of its input.
 
-    Outputs are those of ``nnx.Linear`` to the last bit, and so are the gradients of the input and
-    the bias; the kernel's is :math:`(S^\top x)^\top (S^\top \bar y)` with a random :math:`S`, drawn
-    anew in each call, and has the exact one as its mean. Kept for the backward pass are the p rows
-    of :math:`S^\top x` in the place of x. After ``model.eval()``, or in
+    Outputs are those of ``nnx.Linear``, by the same operations, and so are the gradients of the
+    input and the bias; the kernel's is :math:`(S^\top x)^\top (S^\top \bar y)` with a random
+    :math:`S`, drawn anew in each call, and has the exact one as its mean. Kept for the backward
+    pass are the p rows of :math:`S^\top x` in the place of x. After ``model.eval()``, or in
     ``nnx.view(model, deterministic=True)``, the layer is ``nnx.Linear``.
 
     Args:

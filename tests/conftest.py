@@ -63,8 +63,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     named = [argument.split("[")[0] for argument in config.args if "::" in argument]
     free = [item for item in items if not is_named(item, named)]
     out = set()
+    if config.getoption("perturb") is not None:
+        # Examples print products of small integers, which are exact without noise.
+        out = {item for item in items if isinstance(item, pytest.DoctestItem)}
     if not (config.getoption("full") or config.getoption("markexpr") == "full"):
-        out = {item for item in free if item.get_closest_marker("full")}
+        out |= {item for item in free if item.get_closest_marker("full")}
     if config.getoption("quick"):
         if config.getoption("full"):
             raise pytest.UsageError("--quick is a part of the standard tier: give it, or --full.")
@@ -118,11 +121,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     budget = item.config.getoption("budget")
     if budget is not None and time.monotonic() - item.config.stash[START] > budget:
         pytest.skip(f"cut off after {budget:.0f} s: {item.path.relative_to(item.config.rootpath)}")
-    if item.config.getoption("perturb") is not None:
-        if item.get_closest_marker("bitwise"):
-            pytest.skip("bitwise: noise in products is meant to change it")
-        if isinstance(item, pytest.DoctestItem):
-            pytest.skip("examples print products of small integers, which are exact without noise")
+    if item.config.getoption("perturb") is not None and item.get_closest_marker("bitwise"):
+        pytest.skip("bitwise: noise in products is meant to change it")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

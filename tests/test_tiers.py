@@ -32,7 +32,8 @@ class Config:
     """Options and arguments of a run."""
 
     def __init__(self, *args: str, full: bool = False, quick: bool = False, m: str = "") -> None:
-        self.args, self.options = list(args), {"full": full, "quick": quick, "markexpr": m}
+        self.args = list(args)
+        self.options = {"full": full, "quick": quick, "markexpr": m, "perturb": None}
         self.hook = type("Hook", (), {"pytest_deselected": staticmethod(lambda items: None)})
 
     def getoption(self, name: str) -> Any:

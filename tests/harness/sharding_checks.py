@@ -43,7 +43,7 @@ def run_sharded(row: Row, mesh: Mesh, expected: list[tuple[Tree, Tree, Tree]]) -
     """
     states = [row.tx.init(place(INPUTS[0], mesh))]
     for i, (params, state, wanted) in enumerate(expected):
-        there = lambda x, like: jax.device_put(x, like.sharding)
+        there = lambda x, like: jax.device_put(x, like.sharding) if like.committed else x
         placed = place(at(INPUTS[1], i), mesh)
         _, state, updates = row.step(
             place(params, mesh), jax.tree.map(there, state, states[-1]), placed

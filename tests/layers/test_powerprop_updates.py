@@ -178,7 +178,8 @@ def test_bfloat16_weights_train_with_state_in_float32() -> None:
     exact, _ = jax.jit(tx.update)(wide[0], state, wide[1])
     for x, y in zip(jax.tree.leaves(updates), jax.tree.leaves(exact), strict=True):
         assert x.dtype == jnp.bfloat16
-        assert_close(x, y, 0.51, size=np.abs(y))  # half a unit of the last place
+        half = 0.51  # of a unit in the last place
+        assert_close(x, y, half, size=np.abs(y), dtype=jnp.bfloat16)
 
 
 def test_it_needs_parameters_and_a_known_mode() -> None:

@@ -85,12 +85,12 @@ def test_worked_example_has_the_numbers_of_the_paper_s_definition() -> None:
     assert_close(gradient, np.float32([2.0, 0.5]))
     for found in (noise, grouped):
         assert found.squared_norm == pytest.approx(4.25)
-        assert found.variance == pytest.approx(2.333333, rel=1e-6)
+        assert found.variance == pytest.approx(2.333333, rel=1e-5)
         assert found.inner_product_variance == pytest.approx(3.75)
         across = found.variance - found.inner_product_variance / found.squared_norm
-        assert across == pytest.approx(1.450980, rel=1e-6)
+        assert across == pytest.approx(1.450980, rel=1e-5)
         assert found.signal == pytest.approx(4.25 - 2.333333 / 4)
-        assert found.noise_scale == pytest.approx(2.333333 / (4.25 - 2.333333 / 4), rel=1e-6)
+        assert found.noise_scale == pytest.approx(2.333333 / (4.25 - 2.333333 / 4), rel=1e-5)
     assert coordinate_wise_batch_size(WORKED, 0.5, 1.0) == pytest.approx(26.667, abs=1e-3)
 
 

@@ -52,7 +52,8 @@ def online_pca(
 
     Raises:
       TypeError: If ``rank`` is none.
-      ValueError: If ``rank`` is below 1, or ``penalty`` below 0.
+      ValueError: If ``rank`` is below 1, or ``penalty`` below 0; if ``initial`` keeps other things
+        than one array of floats, or (when the optimizer's state is made) has another rank.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro, optax
@@ -74,14 +75,17 @@ def online_pca(
     first_rule = randomized_svd(rank) if initial is None else initial
     basis_optimizer = optax.adam(0.005) if optimizer is None else optimizer
 
+    zero_basis = base.zero_basis_before(first_rule)
+
     def init(view: View) -> TrackedBasis:
-        zeros = base.zero_basis(view)
+        zeros = zero_basis(view)
         return TrackedBasis(zeros, basis_optimizer.init(zeros))
 
     def refresh(
         key: jax.Array, matrix: jax.Array, last: TrackedBasis, momentum: Any, view: View
     ) -> Steps:
-        basis = yield from first_rule.steps(key, matrix, last.basis, momentum, view)
+        del momentum
+        basis = yield from base.first_basis(first_rule, key, matrix, last.basis, view)
         return last._replace(basis=basis)
 
     def track(

@@ -83,9 +83,8 @@ def online_subspace_descent(
       https://arxiv.org/abs/2408.12857, Algorithm 1.
     """
     rate = subspace_learning_rate
-    if callable(rate):  # the first step finds the basis, the second is the first to move it
-        rate = lambda count: subspace_learning_rate(count + 1)
-    moves = optax.adam(rate) if subspace_optimizer is None else subspace_optimizer
+    adam = optax.adam(_one_step_later(rate) if callable(rate) else rate)
+    moves = adam if subspace_optimizer is None else subspace_optimizer
     projected = scale_by_projection(
         optax.scale_by_adam(b1, b2, eps) if inner is None else inner,
         online_pca(rank, moves, penalty),
@@ -98,3 +97,8 @@ def online_subspace_descent(
     return optimizer(
         projected, learning_rate, weight_decay, weight_decay_mask, state_bits=state_bits
     )
+
+
+def _one_step_later(schedule: optax.Schedule) -> optax.Schedule:
+    """The schedule for a count that starts at the second step, the first to move a basis."""
+    return lambda count: schedule(count + 1)

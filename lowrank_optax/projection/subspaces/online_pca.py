@@ -11,6 +11,7 @@ from lowrank_optax.projection.subspaces import base
 from lowrank_optax.projection.subspaces.lockstep import Steps
 from lowrank_optax.projection.subspaces.randomized_svd import randomized_svd
 from lowrank_optax.projection.view import View
+from lowrank_optax.states.arguments import transformation
 
 
 class TrackedBasis(NamedTuple):
@@ -73,7 +74,8 @@ def online_pca(
     if isinstance(penalty, int | float) and penalty < 0:
         raise ValueError(f"penalty={penalty!r} must be at least 0.")
     first_rule = randomized_svd(rank) if initial is None else initial
-    basis_optimizer = optax.adam(0.005) if optimizer is None else optimizer
+    moves = optax.adam(0.005) if optimizer is None else optimizer
+    basis_optimizer = transformation("optimizer", moves)
 
     zero_basis = base.zero_basis_before(first_rule)
 

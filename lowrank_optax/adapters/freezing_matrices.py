@@ -16,6 +16,7 @@ from lowrank_optax.adapters.freezing_scores import (
 )
 from lowrank_optax.matrices import explicit_sharding
 from lowrank_optax.matrices.paths import normalised_path, owner_of
+from lowrank_optax.states.arguments import transformation
 
 FreezingMode = Literal["quantile", "fraction"]
 
@@ -120,7 +121,7 @@ def aflora_freezing(
         raise ValueError(f"mode={mode!r} must be one of {get_args(FreezingMode)}.")
     if isinstance(names, str):
         raise ValueError(f"names={names!r} must be a sequence of names, for example ('A', 'B').")
-    inner = optax.with_extra_args_support(inner)
+    inner = transformation("inner", inner)
     stops = below_quantile if mode == "quantile" else lowest_ranked
 
     def decide(

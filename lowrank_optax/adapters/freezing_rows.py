@@ -11,6 +11,7 @@ import optax
 
 from lowrank_optax.adapters.rank_allocation import RankPattern, ranks_at
 from lowrank_optax.matrices.paths import normalised_path
+from lowrank_optax.states.arguments import transformation
 
 
 class LamdaFreezingState(NamedTuple):
@@ -81,7 +82,7 @@ def lamda_freezing(
         raise ValueError(f"eta={eta} must not be negative.")
     if isinstance(names, str):
         raise ValueError(f"names={names!r} must be a sequence of names, for example ('B',).")
-    inner = optax.with_extra_args_support(inner)
+    inner = transformation("inner", inner)
 
     def init_fn(params: optax.Params) -> LamdaFreezingState:
         return LamdaFreezingState(jnp.zeros([], jnp.int32), inner.init(params))

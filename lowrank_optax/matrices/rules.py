@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 import jax
 import optax
 
+from lowrank_optax.matrices.flax_layers import is_linen_module, is_nnx_module
 from lowrank_optax.matrices.paths import normalised_path, path_string
 from lowrank_optax.matrices.views import (
     WeightDimensionNumbers,
@@ -164,6 +165,11 @@ def resolve_dimension_numbers(
       The three forms are those of ``optax.contrib.muon``: https://optax.readthedocs.io
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
+    if is_nnx_module(rule) or is_linen_module(rule):
+        raise TypeError(
+            f"weight_dimension_numbers is a model, {type(rule).__name__}: pass "
+            "lro.weight_dimension_numbers(model)."
+        )
     if rule is None:
         rule = default_rule
     if callable(rule) and not is_dimension_numbers(rule):
@@ -182,8 +188,9 @@ def _match_by_path(rule: Any, paths: list[Any]) -> list[WeightDimensionNumbers |
     entries = jax.tree_util.tree_leaves_with_path(rule, is_leaf=_is_rule_leaf)
     for path, entry in entries:
         if not _is_rule_leaf(entry):
+            held = "an array" if hasattr(entry, "dtype") else repr(entry)
             raise TypeError(
-                f"weight_dimension_numbers holds {entry!r} at {path_string(path)!r}; it takes "
+                f"weight_dimension_numbers holds {held} at {path_string(path)!r}; it takes "
                 "WeightDimensionNumbers (or optax's), None, or a tree or callable of these."
             )
     table = {normalised_path(path): entry for path, entry in entries}

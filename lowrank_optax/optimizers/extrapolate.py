@@ -12,6 +12,7 @@ from lowrank_optax.optimizers.lookahead import (
     Lookahead,
     check_inner_learning_rate,
 )
+from lowrank_optax.states.arguments import transformation
 from lowrank_optax.states.precision import widened
 
 
@@ -91,7 +92,7 @@ def extrapolate(
     """
     check_inner_learning_rate(inner_learning_rate)
     look = Lookahead.checked(direction, max_norm, weight_dimension_numbers)
-    inner = optax.with_extra_args_support(inner)
+    inner = transformation("inner", inner)
 
     def init_fn(params: optax.Params) -> ExtrapolateState:
         zeros = optax.tree.zeros_like(params)

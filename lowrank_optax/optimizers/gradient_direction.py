@@ -18,6 +18,7 @@ import optax
 
 from lowrank_optax.matrices import DimensionNumbersRule, resolve_dimension_numbers
 from lowrank_optax.matrices.paths import normalised_path
+from lowrank_optax.states.arguments import transformation
 
 Mode = Literal["grams", "cautious"]
 MaskScale = Literal["mean_clamped", "count_plus_one", "none"]
@@ -117,7 +118,7 @@ def direct(
         raise ValueError(f"mode={mode!r} must be 'grams' or 'cautious'.")
     if scale not in get_args(MaskScale):
         raise ValueError(f"scale={scale!r} must be 'mean_clamped', 'count_plus_one' or 'none'.")
-    inner = optax.with_extra_args_support(inner)
+    inner = transformation("inner", inner)
 
     def init_fn(params: optax.Params) -> Any:
         state = inner.init(params)

@@ -38,6 +38,7 @@ from lowrank_optax.projection.state import ScaleByProjectionState, pack, unpack
 from lowrank_optax.projection.subspaces import Subspace, both_sides
 from lowrank_optax.projection.transfer import OnRefresh, check_on_refresh
 from lowrank_optax.projection.view import LeafView, Side, compute_dtype, leaf_view
+from lowrank_optax.states.arguments import transformation
 
 
 def scale_by_projection(
@@ -125,7 +126,7 @@ def scale_by_projection(
             f"subspace={subspace!r} must be a subspace rule such as subspaces.randomized_svd(rank)."
         )
     parts = Parts(
-        inner=optax.with_extra_args_support(inner),
+        inner=transformation("inner", inner),
         subspace=both_sides(subspace) if side == "both" else subspace,
         residual=residual_rule(residual),
         refresh=refresh_rule(refresh_every),
@@ -134,7 +135,7 @@ def scale_by_projection(
     )
     _check(parts, side, accumulate_steps)
     micro_steps = accumulate_steps or 1
-    other = None if others is None else optax.with_extra_args_support(others)
+    other = None if others is None else transformation("others", others)
 
     def views_of(tree: Any) -> list[LeafView | None]:
         return _views(tree, weight_dimension_numbers, side, parts.subspace.rank)

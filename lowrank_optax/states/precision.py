@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_optax.states.arguments import transformation
+
 
 def in_float32(
     inner: optax.GradientTransformation,
@@ -28,7 +30,7 @@ def in_float32(
       >>> print(updates["kernel"].dtype, state[0].mu["kernel"].dtype)
       float32 float32
     """
-    inner = optax.with_extra_args_support(inner)
+    inner = transformation("inner", inner)
 
     def init_fn(params: optax.Params) -> Any:
         return inner.init(widened(params))

@@ -138,6 +138,15 @@ def test_a_spec_that_does_not_fit_its_leaf_is_an_error_that_names_it() -> None:
         resolve_dimension_numbers(rule, PARAMS)
 
 
+def test_a_model_or_its_parameters_in_the_place_of_a_rule_are_refused() -> None:
+    nnx, linen = pytest.importorskip("flax.nnx"), pytest.importorskip("flax.linen")
+    for model in (nnx.Linear(3, 4, rngs=nnx.Rngs(0)), linen.Dense(3)):
+        with pytest.raises(TypeError, match=r"is a model, \w+: pass .*weight_dimension_numbers\("):
+            resolve_dimension_numbers(model, PARAMS)
+    with pytest.raises(TypeError, match="weight_dimension_numbers holds an array at 'down/bias'"):
+        resolve_dimension_numbers(PARAMS, PARAMS)
+
+
 @pytest.mark.parametrize("rule", [{"down": None, "up": "kernel"}, 3, [(0, 1)]])
 def test_what_is_no_rule_is_refused(rule: Any) -> None:
     with pytest.raises(TypeError, match="weight_dimension_numbers holds"):

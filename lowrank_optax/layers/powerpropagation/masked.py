@@ -9,6 +9,7 @@ import optax
 
 from lowrank_optax.layers.powerpropagation.pruning import apply_masks
 from lowrank_optax.matrices.paths import normalised_path, path_string
+from lowrank_optax.states.arguments import transformation
 
 
 class MaskUpdatesState(NamedTuple):
@@ -54,7 +55,7 @@ def mask_updates(
     Reference:
       Schwarz et al., 2021, https://arxiv.org/abs/2110.00296: masked training.
     """
-    inner = optax.with_extra_args_support(inner)
+    inner = transformation("inner", inner)
 
     def init_fn(params: optax.Params) -> MaskUpdatesState:
         given = masks(params) if callable(masks) else masks

@@ -9,6 +9,7 @@ import optax
 from lowrank_optax.layers.powerpropagation.power import Alpha, power, root, slope
 from lowrank_optax.layers.powerpropagation.reparameterisation import check_alpha, refuse_zeros
 from lowrank_optax.layers.powerpropagation.where import Where, map_selected
+from lowrank_optax.states.arguments import transformation
 from lowrank_optax.states.moments import moment_kinds
 from lowrank_optax.states.precision import in_float32, keep_dtypes
 
@@ -79,7 +80,7 @@ def powerprop_updates(
     check_alpha(alpha)
     if mode is not None and mode not in get_args(Mode):
         raise ValueError(f"mode={mode!r} must be 'plain', 'weight_space' or None.")
-    inner = optax.with_extra_args_support(inner)
+    inner = transformation("inner", inner)
     if isinstance(alpha, int | float) and alpha == 1:
         return inner
 

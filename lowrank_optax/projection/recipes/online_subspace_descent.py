@@ -46,7 +46,7 @@ def online_subspace_descent(
       learning_rate: A float or an optax schedule: 0.01 at 60M parameters, 0.001 at 350M and 1B.
       rank: Number of directions: see `galore`.
       subspace_learning_rate: Rate of the basis' Adam: 1/200 in the code, which multiplies it by the
-        schedule of the learning rate; give a schedule to do so.
+        schedule of the learning rate; give a schedule of the training step to do so.
       scale: GaLore's :math:`\alpha`.
       b1: Decay of the first moment.
       b2: Decay of the second moment.
@@ -55,7 +55,7 @@ def online_subspace_descent(
         them by 0.01).
       penalty: :math:`\lambda`; 0.1 in the paper, absent (0) in the code.
       subspace_optimizer: Optimizer of the bases, if not Adam; ``optax.sgd`` keeps no state and is
-        what the paper trains 7B with.
+        what the paper trains 7B with. It counts its own steps, from the second training step on.
       weight_decay_mask: Which leaves decay: as ``mask`` of ``optax.adamw``.
       inner: The optimizer in the subspace, if not Adam.
       side: Which side of a matrix is compressed: see `scale_by_projection`.
@@ -82,7 +82,9 @@ def online_subspace_descent(
       Liang et al., Memory-Efficient LLM Training with Online Subspace Descent, 2024,
       https://arxiv.org/abs/2408.12857, Algorithm 1.
     """
-    moves = optax.adam(subspace_learning_rate) if subspace_optimizer is None else subspace_optimizer
+    rate = subspace_learning_rate
+    adam = optax.adam(_one_step_later(rate) if callable(rate) else rate)
+    moves = adam if subspace_optimizer is None else subspace_optimizer
     projected = scale_by_projection(
         optax.scale_by_adam(b1, b2, eps) if inner is None else inner,
         online_pca(rank, moves, penalty),
@@ -95,3 +97,8 @@ def online_subspace_descent(
     return optimizer(
         projected, learning_rate, weight_decay, weight_decay_mask, state_bits=state_bits
     )
+
+
+def _one_step_later(schedule: optax.Schedule) -> optax.Schedule:
+    """The schedule for a count that starts at the second step, the first to move a basis."""
+    return lambda count: schedule(count + 1)

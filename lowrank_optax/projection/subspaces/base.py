@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from lowrank_optax.matrices import explicit_sharding
 from lowrank_optax.matrices.bfloat16 import product_with_bfloat16
 from lowrank_optax.matrices.explicit_sharding import product
-from lowrank_optax.projection.rank import RankSpec, check_rank
+from lowrank_optax.projection.rank import RankSpec, check_rank, resolve_rank
 from lowrank_optax.projection.subspaces.lockstep import Steps, as_steps, in_lockstep
 from lowrank_optax.projection.view import View
 
@@ -127,6 +127,42 @@ def zero_basis(view: View) -> jax.Array:
     """Zeros ``[*batch, d, r]``: a basis that projects everything to nothing."""
     shape = (*view.batch, view.length, view.rank)
     return explicit_sharding.zeros(shape, view.dtype, view.small_partition)
+
+
+def zero_basis_before(initial: Subspace) -> Callable[[View], jax.Array]:
+    """`zero_basis` of a rule whose first basis another one finds, with `first_basis`.
+
+    Raises:
+      ValueError: If that rule keeps anything but its basis as one array of floats; in the function
+        that is returned, if it has another rank.
+    """
+    alone = jax.tree.structure(initial.kept) == jax.tree.structure(0)
+    if initial.shared or initial.track is not None or not alone:
+        raise ValueError(
+            "initial must keep its basis as one array, as randomized_svd and fixed do."
+        )
+
+    def init(view: View) -> jax.Array:
+        rank = resolve_rank(initial.rank, view.path, view.shape)
+        if rank != view.rank:
+            raise ValueError(
+                f"initial has the rank {rank} for {view.path!r}: it must be {view.rank}."
+            )
+        given = initial.init(view)
+        if not jnp.issubdtype(given.dtype, jnp.floating):
+            raise ValueError(f"initial must keep its basis as floats; it keeps {given.dtype}.")
+        return zero_basis(view)
+
+    return init
+
+
+def first_basis(
+    initial: Subspace, key: jax.Array, matrix: Any, basis: jax.Array, view: View
+) -> Steps:
+    """The steps to the basis ``[*batch, d, r]`` that a rule finds, or, if it finds none, keeps."""
+    if not initial.turns:
+        return initial.init(view)[..., : basis.shape[-1]]
+    return (yield from initial.steps(key, matrix, basis, None, view))
 
 
 def project(basis: jax.Array, matrix: jax.Array, view: View) -> jax.Array:

@@ -11,6 +11,7 @@ from lowrank_optax.projection.subspaces import base
 from lowrank_optax.projection.subspaces.lockstep import Steps
 from lowrank_optax.projection.subspaces.randomized_svd import randomized_svd
 from lowrank_optax.projection.view import View
+from lowrank_optax.states.arguments import transformation
 
 
 class TrackedBasis(NamedTuple):
@@ -52,7 +53,8 @@ def online_pca(
 
     Raises:
       TypeError: If ``rank`` is none.
-      ValueError: If ``rank`` is below 1, or ``penalty`` below 0.
+      ValueError: If ``rank`` is below 1, or ``penalty`` below 0; if ``initial`` keeps other things
+        than one array of floats, or (when the optimizer's state is made) has another rank.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro, optax
@@ -72,16 +74,20 @@ def online_pca(
     if isinstance(penalty, int | float) and penalty < 0:
         raise ValueError(f"penalty={penalty!r} must be at least 0.")
     first_rule = randomized_svd(rank) if initial is None else initial
-    basis_optimizer = optax.adam(0.005) if optimizer is None else optimizer
+    moves = optax.adam(0.005) if optimizer is None else optimizer
+    basis_optimizer = transformation("optimizer", moves)
+
+    zero_basis = base.zero_basis_before(first_rule)
 
     def init(view: View) -> TrackedBasis:
-        zeros = base.zero_basis(view)
+        zeros = zero_basis(view)
         return TrackedBasis(zeros, basis_optimizer.init(zeros))
 
     def refresh(
         key: jax.Array, matrix: jax.Array, last: TrackedBasis, momentum: Any, view: View
     ) -> Steps:
-        basis = yield from first_rule.steps(key, matrix, last.basis, momentum, view)
+        del momentum
+        basis = yield from base.first_basis(first_rule, key, matrix, last.basis, view)
         return last._replace(basis=basis)
 
     def track(

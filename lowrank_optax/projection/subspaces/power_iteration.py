@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from lowrank_optax.matrices.orthonormal import orthonormalize
 from lowrank_optax.projection.rank import RankSpec
 from lowrank_optax.projection.subspaces import base
-from lowrank_optax.projection.subspaces.lockstep import Request, Steps
+from lowrank_optax.projection.subspaces.lockstep import Request, Steps, in_lockstep
 from lowrank_optax.projection.view import View
 
 
@@ -31,7 +31,8 @@ def power_iteration(
 
     Raises:
       TypeError: If ``rank`` is none.
-      ValueError: If ``rank`` is below 1, or ``momentum`` not in [0, 1).
+      ValueError: If ``rank`` is below 1, or ``momentum`` not in [0, 1); if ``initial`` keeps other
+        things than one array of floats, or (when the optimizer's state is made) has another rank.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro
@@ -59,13 +60,14 @@ def power_iteration(
         y = _iterated(matrix, start, moment, momentum, view)
         found = yield Request(orthonormalize, (y,))
         if initial is not None:
-            begin = lambda: initial.refresh(key, matrix, basis, None, view)
+            begin = lambda: in_lockstep([base.first_basis(initial, key, matrix, basis, view)])[0]
             found = jax.lax.cond(
                 jnp.any(first), lambda: base.select(first, begin(), found), lambda: found
             )
         return base.agreeing(found, basis)
 
-    return base.from_basis(rank, refresh, follow_momentum=True)
+    init = None if initial is None else base.zero_basis_before(initial)
+    return base.from_basis(rank, refresh, init=init, follow_momentum=True)
 
 
 def _iterated(

@@ -1,6 +1,7 @@
 """Online Subspace Descent against an independent float64 reference."""
 
 import itertools
+from typing import Any
 
 import numpy as np
 import optax
@@ -12,7 +13,7 @@ from tests.projection.runs import Adam, float64, moved, normal_gradients, run
 SHAPE, RANK, STEPS = (6, 9), 2, 8
 
 
-def _reference(gradients: list[np.ndarray], penalty: float, rate: float, adam: bool) -> np.ndarray:
+def _reference(gradients: list[np.ndarray], penalty: float, rate: Any, adam: bool) -> np.ndarray:
     """The weight after all gradients, from zeros."""
     inner, outer = Adam(eps=1e-6), Adam(eps=1e-8)
     weight = np.zeros(SHAPE)
@@ -25,7 +26,8 @@ def _reference(gradients: list[np.ndarray], penalty: float, rate: float, adam: b
         a = g / np.linalg.norm(g)
         error, drift = basis @ basis.T @ a - a, basis.T @ basis - eye
         descent = 2 * (error @ a.T @ basis + a @ error.T @ basis) + 4 * penalty * basis @ drift
-        basis = basis - rate * (outer.update(descent) if adam else descent)
+        now = rate(t) if callable(rate) else rate
+        basis = basis - now * (outer.update(descent) if adam else descent)
     return weight
 
 
@@ -58,9 +60,19 @@ def test_with_a_basis_that_does_not_move_it_is_galore_without_refresh() -> None:
     )
 
 
-def test_the_rate_of_the_basis_may_be_a_schedule() -> None:
+def test_a_schedule_of_the_basis_is_of_the_training_step() -> None:
+    gradients = normal_gradients(SHAPE, STEPS)
+    schedule = lambda count: 0.03 * 0.5**count
+    expected = _reference(float64(gradients), 0.1, schedule, adam=True)
+    tx = lro.online_subspace_descent(0.1, RANK, schedule)
+    np.testing.assert_allclose(moved(tx, SHAPE, gradients), expected, atol=2e-4)
+    late = _reference(float64(gradients), 0.1, lambda t: schedule(t - 1), adam=True)
+    assert np.abs(late - expected).max() > 2e-3
+
+
+def test_a_rate_of_zero_moves_no_basis() -> None:
     gradients = normal_gradients(SHAPE, 4)
-    schedule = optax.piecewise_constant_schedule(0.05, {1: 0.0})
+    schedule = optax.piecewise_constant_schedule(0.05, {2: 0.0})
     tx = lro.online_subspace_descent(0.1, RANK, schedule)
     trajectory = run(tx, {"kernel": np.zeros(SHAPE, np.float32)}, gradients)
     bases = [np.asarray(state[0].basis.basis["kernel"]) for _, state in trajectory]

@@ -121,6 +121,7 @@ def test_merging_rounds_a_bfloat16_base_once(tmp_path):
     assert (merged == exact.astype(jnp.bfloat16)).mean() > 0.98  # but for ties
 
 
+@pytest.mark.slow
 def test_a_tied_embedding_is_not_merged_into(tmp_path, capsys):
     model = decoder(tie_word_embeddings=True)
     save_huggingface(model, tmp_path / "base")
@@ -196,6 +197,7 @@ def test_the_module_runs_as_a_program():
     assert "lowrank-optax convert SOURCE TARGET --base MODEL --merge" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_sharded_base_stays_readable(base, tmp_path):
     save_huggingface(load_huggingface(base), base, max_shard_bytes=3000)
     assert len(json.loads((base / "model.safetensors.index.json").read_text())["weight_map"]) > 5

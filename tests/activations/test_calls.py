@@ -57,6 +57,7 @@ def test_the_gradient_is_that_of_the_model_written_by_hand():
     assert np.abs(np.subtract(gradient(few)["up"], plain["up"])).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_kept_bytes_fall_to_the_codes():
     fn = lambda x: nn.gelu(nn.gelu(x))  # nothing else keeps anything
     assert kept_bytes(fn, X) >= 2 * 4 * X.size

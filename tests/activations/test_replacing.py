@@ -161,6 +161,7 @@ def test_what_a_call_writes_is_written(jitted: bool) -> None:
     assert nnx.graphdef(restore_model(few)) == nnx.graphdef(plain)
 
 
+@pytest.mark.slow
 def test_captured_intermediates_are_those_of_the_plain_model() -> None:
     plain, few = Stateful(nnx.Rngs(0)), Stateful(nnx.Rngs(0))
     quantize_model(few)

@@ -228,6 +228,7 @@ def test_blocks_of_two_layers_agree_in_a_scan_and_in_a_list() -> None:
             close(blocks, np.stack(apart))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", [True, False])
 def test_counts_of_a_model_are_the_formula(scan: bool) -> None:
     model = decoder(scan, LoTR(rank=3), "query|output")  # six weights [8, 8]

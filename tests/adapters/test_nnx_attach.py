@@ -106,6 +106,7 @@ def test_a_layer_stays_of_its_class_while_adapted() -> None:
     assert nnx.graphdef(other) == nnx.graphdef(model)
 
 
+@pytest.mark.slow
 def test_a_layer_used_twice_has_one_adapter() -> None:
     class Twice(nnx.Module):
         def __init__(self) -> None:

@@ -98,6 +98,7 @@ def test_a_merged_model_computes_the_same_and_unmerging_gives_the_weights_back(
     np.testing.assert_allclose(call(model, tokens()), after, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_in_bfloat16_sums_are_rounded_once_and_the_report_says_by_how_much() -> None:
     model = model_of("scanned", jnp.bfloat16)
     lro.adapters.attach(model, LoRA(rank=2, alpha=3), "up", rngs=0)

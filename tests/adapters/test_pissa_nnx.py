@@ -116,6 +116,7 @@ def test_in_a_stack_it_starts_equal_trains_is_merged_and_leaves_the_weights(meth
     assert jax.tree.structure(parameters(merged)) == jax.tree.structure(weights)
 
 
+@pytest.mark.slow
 def test_detached_without_merging_the_weights_are_bit_for_bit_those_before() -> None:
     """For methods that do not change them."""
     model = decoder()

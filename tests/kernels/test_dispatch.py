@@ -111,6 +111,7 @@ def test_sharded_arguments_get_the_reference(arguments, axis_type, transform) ->
             step(*sharded, implementation="mosaic_tpu", interpret=True)
 
 
+@pytest.mark.slow
 def test_sharding_that_only_the_compiler_sees_gets_the_reference(arguments) -> None:
     """No mesh is set, so that nothing tells while the step is traced."""
     mesh, _ = on_mesh(arguments, AxisType.Auto)

@@ -113,6 +113,7 @@ def test_masked_parameters_are_exact_zeros_and_so_are_their_gradients() -> None:
     np.testing.assert_array_equal(gradient["up"]["kernel"], masks["up"]["kernel"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [1.0, 1.5])
 def test_neither_momentum_nor_decay_moves_a_pruned_weight(alpha: float) -> None:
     masks = magnitude_masks(PARAMS, 0.3)

@@ -122,6 +122,7 @@ def test_decay_of_the_inner_optimizer_takes_its_power_to_the_weights() -> None:
     assert_close(new["bias"], 0.95 * PARAMS["bias"], 100)
 
 
+@pytest.mark.slow
 def test_no_gradient_is_no_update_and_zero_weights_stay() -> None:
     kernel = PARAMS["kernel"].copy()
     kernel[1] = 0

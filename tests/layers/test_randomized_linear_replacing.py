@@ -199,6 +199,7 @@ def test_patterns_choose_the_layers_and_their_sketches_the_first_counting() -> N
     assert [(row.path, row.weight) for row in rows] == [("blocks/mlp/down", "2 × (24 × 16)")]
 
 
+@pytest.mark.slow
 def test_randomized_again_a_layer_has_its_new_sketch_and_its_old_stream() -> None:
     model = decoder()
     randomize(model, QUARTER, rngs=1)

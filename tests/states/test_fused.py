@@ -56,6 +56,7 @@ def test_steps_and_state_are_those_of_low_bit_adamw(bits: Any) -> None:
             assert_close(x, y, 800)
 
 
+@pytest.mark.slow
 def test_bfloat16_parameters_are_rounded_once() -> None:
     params = {"kernel": jnp.ones((8, 32), jnp.bfloat16)}
     fused = lro.fused_adamw(2.0**-8, weight_decay=0.0, min_size=1)

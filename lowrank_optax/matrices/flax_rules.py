@@ -15,7 +15,7 @@ from lowrank_optax.matrices.flax_layers import (
     read_layer,
 )
 from lowrank_optax.matrices.paths import compiled_pattern, normalised_path
-from lowrank_optax.matrices.rules import NOT_MATRICES, default_rule
+from lowrank_optax.matrices.rules import default_rule, is_no_matrix
 from lowrank_optax.matrices.views import WeightDimensionNumbers
 
 _Path: TypeAlias = tuple[str, ...]
@@ -48,8 +48,8 @@ def weight_dimension_numbers(
       shapes tell, see ``matrices.rules.default_rule``; so they do in an optimizer whose
       ``weight_dimension_numbers`` is None.
 
-    No matrices unless included: embeddings; output heads and whatever else has a name of
-    ``matrices.rules.NOT_MATRICES``; the factors of ``nnx.LoRA``, already of low rank; convolutions
+    No matrices unless included: embeddings; output heads and whatever else is none by its name,
+    ``matrices.rules.is_no_matrix``; the factors of ``nnx.LoRA``, already of low rank; convolutions
     in groups, which are block-diagonal (included, they are ``[window * in / groups, out]``).
     Never: norms and biases.
 
@@ -173,7 +173,7 @@ def _read_layers(
             placed = place(kernel, shapes[names], shapes.get((*names[:-1], "bias")))
             if placed is None:
                 continue
-            wanted = kernel.by_default and not NOT_MATRICES.search("/".join(names))
+            wanted = kernel.by_default and not is_no_matrix("/".join(names))
             stacks[names] = placed[1]
             specs[names] = placed[0] if wanted or names in included else None
     return specs, stacks

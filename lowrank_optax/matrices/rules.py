@@ -19,15 +19,38 @@ DimensionNumbersRule: TypeAlias = WeightDimensionNumbers | Callable[[Any], Any] 
 """One spec for all leaves, a tree of specs (prefixes, None and MaskedNode allowed), or a callable
 that makes either from the parameters; None stands for the rule by names, `default_rule`."""
 
-NOT_MATRICES = re.compile(
-    r"embed|norm|lora_|(^|[/_])((bias|scale|gamma|beta)$|(ln|rms|wte|wpe|logits|classifier)([/_\d]|$))"
-    r"|(^|/)(?!(multi|attention|attn|self|cross|per)_)(\w+_)?head(_?\d+)?(/|$)"
-    r"|^(params/)?output(_layer|_proj|_projection)?(/|$)",
+_NO_MATRIX = re.compile(
+    r"lora_|(^|[/_])((bias|scale|gamma|beta)$|(ln|rms|wte|wpe|logits|classifier)([/_\d]|$))"
+    r"|(^|/)(?!(multi|attention|attn|self|cross|per)_)(\w+_)?head(_?\d+)?(/|$)",
     re.IGNORECASE,
 )
-"""Paths of leaves that are no matrices by default: embeddings, norms, biases, output heads, and the
-factors of a LoRA adapter, which have no rank to lose. A module called ``output`` is a head only at
-the top of the tree; further down it belongs to an attention."""
+_EMBEDDING_OR_NORM = re.compile(r"embed|norm", re.IGNORECASE)
+_PROJECTION = re.compile(
+    r"(proj|projection|linear|dense|fc|mlp|up|down|gate)(_?\d+)?/\w+$", re.IGNORECASE
+)
+_OUTPUT = re.compile(r"^(params/)?output(_layer|_proj|_projection)?(/|$)", re.IGNORECASE)
+_CONTAINER = re.compile(r"\d+|layers")
+
+
+def is_no_matrix(path: str) -> bool:
+    """Whether the names of a leaf and of the module it is in say that it is no matrix.
+
+    Those are embeddings, norms, biases, output heads, and the factors of a LoRA adapter, which have
+    no rank to lose. Modules further out have no say (``PreNorm_0/Dense_0/kernel`` and
+    ``patch_embed/proj/kernel`` are matrices), and numbers and ``layers`` are no names. A projection
+    of an embedding (``embed_proj``) is no embedding. A module called ``output`` is a head only at
+    the top of the tree; further down it belongs to an attention.
+
+    Args:
+      path: As ``blocks/attention/query/kernel``.
+    """
+    *modules, leaf = path.split("/")
+    module = next((name for name in reversed(modules) if not _CONTAINER.fullmatch(name)), None)
+    end = leaf if module is None else f"{module}/{leaf}"
+    if _NO_MATRIX.search(end) or _OUTPUT.search(path) or _EMBEDDING_OR_NORM.search(leaf):
+        return True
+    return bool(_EMBEDDING_OR_NORM.search(end)) and not _PROJECTION.search(end)
+
 
 VECTOR_OF_NORM = re.compile(
     r"(norm|(^|[/_])(ln|rms))[^/]*(/(scale|weight|gamma|bias|beta))?$", re.IGNORECASE
@@ -38,7 +61,7 @@ _CONVOLUTION = re.compile(r"(^|_)conv(?!e)", re.IGNORECASE)
 def default_rule(params: Any, include: str | None = None) -> Any:
     """Dimension numbers by names and shapes alone.
 
-    A leaf is a matrix if its path does not forbid it (`NOT_MATRICES`) and one of these holds:
+    A leaf is a matrix if its name does not forbid it (`is_no_matrix`) and one of these holds:
 
     - it has two axes;
     - it is a ``kernel`` of Flax's attention: of ``query``, ``key`` or ``value``
@@ -54,7 +77,7 @@ def default_rule(params: Any, include: str | None = None) -> Any:
 
     Args:
       params: Any tree of arrays or ``jax.ShapeDtypeStruct``.
-      include: Regular expression; where it is found in a path, `NOT_MATRICES` has no say.
+      include: Regular expression; where it is found in a path, `is_no_matrix` has no say.
 
     Returns:
       A tree like ``params`` with a spec, or None, for each leaf.
@@ -72,7 +95,7 @@ def default_rule(params: Any, include: str | None = None) -> Any:
 
     def spec(path: Any, leaf: Any) -> WeightDimensionNumbers | None:
         name = path_string(path)
-        if NOT_MATRICES.search(name) and not (include and re.search(include, name)):
+        if is_no_matrix(name) and not (include and re.search(include, name)):
             return None
         return _spec_by_name(normalised_path(path), shapes)
 

@@ -143,6 +143,7 @@ def scale_by_projection(
     def init_fn(params: optax.Params) -> ScaleByProjectionState:
         leaves, treedef = jax.tree.flatten(params)
         views = views_of(params)
+        _check_found(params, views)
         states = [None if v is None else init_leaf(parts, v.view) for v in views]
         zeros = [_projected_zeros(parts, *pair) for pair in zip(leaves, views, states, strict=True)]
         inner_state, others_state = InnerRunner(parts, other, treedef, views, zeros).init(zeros)
@@ -236,6 +237,20 @@ def _check(parts: Parts, side: Any, accumulate_steps: Any) -> None:
             "refresh_every looks at gradients, but a random subspace has one basis for all leaves; "
             "give a number of steps."
         )
+
+
+def _check_found(params: Any, views: Sequence[LeafView | None]) -> None:
+    """Raises ValueError if there are leaves that could be matrices, and none is one."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    large = [(leaf.size, path_string(path), leaf.shape) for path, leaf in leaves if leaf.ndim > 1]
+    if any(view is not None for view in views) or not any(size for size, *_ in large):
+        return
+    _, name, shape = max(large)
+    raise ValueError(
+        f"no leaf is a matrix to project: {len(large)} of two axes or more are none by their names "
+        f"or shapes, the largest is {name!r} {shape}. Say which are by weight_dimension_numbers, "
+        "for instance lro.weight_dimension_numbers(params, include=...)."
+    )
 
 
 def _views(

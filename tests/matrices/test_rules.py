@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from lowrank_optax.matrices import WeightDimensionNumbers, resolve_dimension_numbers
-from lowrank_optax.matrices.rules import NOT_MATRICES, default_rule
+from lowrank_optax.matrices.rules import default_rule, is_no_matrix
 
 MATRIX, FLIPPED = WeightDimensionNumbers(-2, -1), WeightDimensionNumbers(-1, -2)
 HEADS, OUT = WeightDimensionNumbers(-3, (-2, -1)), WeightDimensionNumbers((-3, -2), -1)
@@ -159,13 +159,15 @@ def test_what_is_no_rule_is_refused(rule: Any) -> None:
         "embed/embedding", "pos_embedding", "token_embedder/embedding", "unembed/kernel",
         "wte", "transformer/wpe/table", "norm/scale", "ln_1/weight", "rms/w", "RMSNorm_0/scale",
         "dense/bias", "rel_pos_bias", "layer_scale", "bn/gamma", "lora_a", "query/lora_b",
-        "lm_head/kernel", "head/kernel", "mlm_head/dense/kernel", "head_0/kernel",
+        "lm_head/kernel", "head/kernel", "head/layers/1/kernel", "head_0/kernel",
+        "norm/layers/0/weight", "LayerNorm_0/weight", "blocks/norm1/weight", "norm_final/weight",
+        "patch_embed/kernel",
         "classifier/kernel", "logits_dense/kernel", "to_logits/kernel",
         "output/kernel", "params/output/kernel", "output_layer/kernel",
     ],
 )  # fmt: skip
 def test_embeddings_norms_biases_heads_and_adapters_are_no_matrices_by_name(path: str) -> None:
-    assert NOT_MATRICES.search(path)
+    assert is_no_matrix(path)
     names = path.split("/")
     assert resolve_dimension_numbers(None, tree(**{"__".join(names): (4, 3)})) == [None]
 
@@ -176,6 +178,9 @@ def test_embeddings_norms_biases_heads_and_adapters_are_no_matrices_by_name(path
         "multi_head_attention/query/kernel", "attention_head/kernel", "attention/output/kernel",
         "attention/out/kernel", "out/kernel", "overhead/kernel", "mlp/up/kernel", "w", "ahead",
         "biased/kernel", "scaled/kernel", "upscale/kernel", "alarms/kernel",
+        "PreNorm_0/Dense_0/kernel", "patch_embed/proj/kernel", "time_embedding/linear_1/kernel",
+        "moe_head/up/kernel", "normalizer_proj/kernel", "embed_proj/weight", "norm/attention/w",
+        "mlm_head/dense/kernel", "embeddings/encoder/layers/0/query/kernel",
     ],
 )  # fmt: skip
 def test_other_names_do_not_hide_a_matrix(path: str) -> None:

@@ -118,10 +118,24 @@ def test_a_refreshed_basis_agrees_in_sign_with_the_last() -> None:
 
 
 def test_leaves_that_are_no_matrices_get_the_inner_optimizer() -> None:
-    params = {"bias": jnp.arange(5.0), "scalar": jnp.array(2.0), "embedding": jnp.ones((4, 3))}
+    others = {"bias": jnp.arange(5.0), "scalar": jnp.array(2.0), "embedding": jnp.ones((4, 3))}
+    params = {**others, "kernel": jnp.ones((4, 3))}
     tx = lro.scale_by_projection(optax.scale_by_adam(), SVD(2), scale=0.5)
-    ours, theirs = (run(t, params, [params] * 3) for t in (tx, optax.scale_by_adam()))
-    assert_close(ours[-1][0], theirs[-1][0])
+    ours, theirs = (run(t, params, [params] * 3)[-1][0] for t in (tx, optax.scale_by_adam()))
+    for name in others:
+        assert_close(ours[name], theirs[name])
+
+
+def test_nothing_to_project_is_refused_where_there_is_something_of_two_axes() -> None:
+    tx = lro.scale_by_projection(optax.scale_by_adam(), SVD(2))
+    with pytest.raises(ValueError, match=r"no leaf .*the largest is 'embedding' \(4, 3\)"):
+        tx.init({"embedding": jnp.ones((4, 3)), "embed": jnp.ones((2, 3)), "bias": jnp.ones(3)})
+    none = {"kernel": None, "bias": None}
+    tx = lro.scale_by_projection(optax.identity(), SVD(2), weight_dimension_numbers=none)
+    with pytest.raises(ValueError, match="weight_dimension_numbers"):
+        tx.init({"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)})
+    for nothing in ({}, {"bias": jnp.ones(3)}, {"kernel": jnp.ones((0, 3)), "bias": jnp.ones(3)}):
+        tx.init(nothing)  # there could be none
 
 
 def test_basis_is_refreshed_when_due_and_at_no_other_step() -> None:

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import jax
 
 from lowrank_optax.matrices.paths import compiled_pattern, path_string
-from lowrank_optax.matrices.rules import NOT_MATRICES, VECTOR_OF_NORM, default_rule
+from lowrank_optax.matrices.rules import VECTOR_OF_NORM, default_rule, is_no_matrix
 
 ParameterKind = Literal["matrices", "embeddings", "head", "norms", "biases", "adapters", "others"]
 
@@ -131,7 +131,7 @@ def _kind(name: str, is_matrix: bool) -> ParameterKind:
     if _EMBEDDING.search(name):
         return "embeddings"
     # What else is no matrix by its name is a head, but for a projection of what is normed.
-    if NOT_MATRICES.search(name) and not _NORM.search(name):
+    if is_no_matrix(name) and not _NORM.search(name):
         return "head"
     return "matrices" if is_matrix else "others"
 

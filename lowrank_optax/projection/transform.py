@@ -101,8 +101,9 @@ def scale_by_projection(
 
     Raises:
       ValueError: If an argument is out of range, a spec does not fit, or two choices exclude each
-        other.
-      TypeError: If ``subspace`` is not a subspace rule.
+        other; in ``init``, if there are leaves of two axes or more and none is a matrix.
+      TypeError: If ``inner`` or ``others`` is not an optax transformation, or ``subspace`` not a
+        subspace rule.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro, optax

@@ -20,36 +20,39 @@ DimensionNumbersRule: TypeAlias = WeightDimensionNumbers | Callable[[Any], Any] 
 that makes either from the parameters; None stands for the rule by names, `default_rule`."""
 
 _NO_MATRIX = re.compile(
-    r"lora_|(^|[/_])((bias|scale|gamma|beta)$|(ln|rms|wte|wpe|logits|classifier)([/_\d]|$))"
-    r"|(^|/)(?!(multi|attention|attn|self|cross|per)_)(\w+_)?head(_?\d+)?(/|$)",
+    r"embed|norm|lora_|(^|[/_])((bias|scale|gamma|beta)$|(ln|rms|wte|wpe|logits|classifier)([/_\d]|$))"
+    r"|(^|/)(?!(multi|attention|attn|self|cross|per)_)(\w+_)?head(_?\d+)?(/|$)"
+    r"|^(params/)?output(_layer|_proj|_projection)?(/|$)",
     re.IGNORECASE,
 )
-_EMBEDDING_OR_NORM = re.compile(r"embed|norm", re.IGNORECASE)
 _PROJECTION = re.compile(
-    r"(proj|projection|linear|dense|fc|mlp|up|down|gate)(_?\d+)?/\w+$", re.IGNORECASE
+    r"(^|_)(proj|projection|linear|dense|conv|query|key|value|qkv)(_?\d+)?$"
+    r"|^(up|down|gate|fc)(_?\d+)?$",
+    re.IGNORECASE,
 )
-_OUTPUT = re.compile(r"^(params/)?output(_layer|_proj|_projection)?(/|$)", re.IGNORECASE)
-_CONTAINER = re.compile(r"\d+|layers")
+_EMBEDDED_OR_NORMED = re.compile(r"(?<!un)embed(?!\w*out)|norm", re.IGNORECASE)
 
 
 def is_no_matrix(path: str) -> bool:
-    """Whether the names of a leaf and of the module it is in say that it is no matrix.
+    """Whether the names in a leaf's path say that it is no matrix.
 
     Those are embeddings, norms, biases, output heads, and the factors of a LoRA adapter, which have
-    no rank to lose. Modules further out have no say (``PreNorm_0/Dense_0/kernel`` and
-    ``patch_embed/proj/kernel`` are matrices), and numbers and ``layers`` are no names. A projection
-    of an embedding (``embed_proj``) is no embedding. A module called ``output`` is a head only at
-    the top of the tree; further down it belongs to an attention.
+    no rank to lose. The weight of a projection (a module called ``Dense_0``, ``q_proj``,
+    ``linear_1``, ``up``) is a matrix also if a module around it, or its own name, says of what:
+    ``PreNorm_0/Dense_0/kernel``, ``patch_embed/proj/kernel``, ``normalizer_proj/kernel``. A module
+    called ``output`` is a head only at the top of the tree; further down it belongs to an
+    attention.
 
     Args:
       path: As ``blocks/attention/query/kernel``.
     """
+    if not _NO_MATRIX.search(path):
+        return False
     *modules, leaf = path.split("/")
-    module = next((name for name in reversed(modules) if not _CONTAINER.fullmatch(name)), None)
-    end = leaf if module is None else f"{module}/{leaf}"
-    if _NO_MATRIX.search(end) or _OUTPUT.search(path) or _EMBEDDING_OR_NORM.search(leaf):
+    module = next((name for name in reversed(modules) if not name.isdecimal()), "")
+    if leaf not in ("kernel", "weight", "w") or not _PROJECTION.search(module):
         return True
-    return bool(_EMBEDDING_OR_NORM.search(end)) and not _PROJECTION.search(end)
+    return bool(_NO_MATRIX.search(_EMBEDDED_OR_NORMED.sub("", path)))
 
 
 VECTOR_OF_NORM = re.compile(

@@ -101,7 +101,8 @@ def scale_by_projection(
 
     Raises:
       ValueError: If an argument is out of range, a spec does not fit, or two choices exclude each
-        other; in ``init``, if there are leaves of two axes or more and none is a matrix.
+        other; in ``init``, if ``weight_dimension_numbers`` is None and no leaf is a matrix by its
+        name and shape, though some have two axes or more.
       TypeError: If ``inner`` or ``others`` is not an optax transformation, or ``subspace`` not a
         subspace rule.
 
@@ -144,7 +145,8 @@ def scale_by_projection(
     def init_fn(params: optax.Params) -> ScaleByProjectionState:
         leaves, treedef = jax.tree.flatten(params)
         views = views_of(params)
-        _check_found(params, views)
+        if weight_dimension_numbers is None:
+            _check_found(params, views)
         states = [None if v is None else init_leaf(parts, v.view) for v in views]
         zeros = [_projected_zeros(parts, *pair) for pair in zip(leaves, views, states, strict=True)]
         inner_state, others_state = InnerRunner(parts, other, treedef, views, zeros).init(zeros)
@@ -241,17 +243,19 @@ def _check(parts: Parts, side: Any, accumulate_steps: Any) -> None:
 
 
 def _check_found(params: Any, views: Sequence[LeafView | None]) -> None:
-    """Raises ValueError if there are leaves that could be matrices, and none is one."""
+    """Raises ValueError if a whole tree has leaves that could be matrices, and none is one."""
+    is_hole = lambda x: isinstance(x, optax.MaskedNode)
+    if any(views) or any(map(is_hole, jax.tree.leaves(params, is_leaf=is_hole))):
+        return  # of a group of parameters all may be embeddings, say
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    large = [(leaf.size, path_string(path), leaf.shape) for path, leaf in leaves if leaf.ndim > 1]
-    if any(view is not None for view in views) or not any(size for size, *_ in large):
-        return
-    _, name, shape = max(large)
-    raise ValueError(
-        f"no leaf is a matrix to project: {len(large)} of two axes or more are none by their names "
-        f"or shapes, the largest is {name!r} {shape}. Say which are by weight_dimension_numbers, "
-        "for instance lro.weight_dimension_numbers(params, include=...)."
-    )
+    large = [(x.size, path_string(path), x.shape) for path, x in leaves if x.ndim > 1 and x.size]
+    if large:
+        _, name, shape = max(large)
+        raise ValueError(
+            f"no leaf is a matrix to project: {len(large)} of two axes or more are none by their "
+            f"names or shapes, the largest is {name!r} {shape}. Say which are by "
+            "weight_dimension_numbers, as lro.weight_dimension_numbers(params, include=...)."
+        )
 
 
 def _views(

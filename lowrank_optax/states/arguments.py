@@ -21,7 +21,8 @@ def transformation(name: str, value: Any) -> optax.GradientTransformationExtraAr
     if all(callable(getattr(value, method, None)) for method in ("init", "update")):
         return optax.with_extra_args_support(value)
     must = "must be an optax transformation, as"
-    if callable(value) and hasattr(value, "__name__"):
+    if callable(value) and hasattr(value, "__name__") and not isinstance(value, type):
         called = value.__name__
         raise TypeError(f"{name}={called} {must} the function {called} returns: call it.")
-    raise TypeError(f"{name}={value!r} {must} optax.adam(1e-3).")
+    shown = repr(value) if isinstance(value, int | float | str | None) else type(value).__name__
+    raise TypeError(f"{name}={shown} {must} optax.adam(1e-3).")

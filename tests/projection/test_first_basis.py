@@ -58,3 +58,21 @@ def test_rules_that_make_no_such_basis_are_refused(rule: Any, name: str) -> None
     initial, why = REFUSED[name]
     with pytest.raises(ValueError, match=f"initial .*{why}"):
         first_update(rule(3, initial=initial))
+
+
+def test_power_iteration_starts_from_an_orthonormal_basis() -> None:
+    given = lro.subspaces.fixed(5 * BASIS, orthonormal=False)
+    with pytest.raises(ValueError, match="initial must be orthonormal"):
+        lro.subspaces.power_iteration(3, initial=given)
+    update = first_update(lro.subspaces.online_pca(3, initial=given))
+    assert_close(update, 25 * BASIS @ BASIS.T @ GRADIENT["kernel"], 100)
+
+
+def test_a_basis_that_was_given_can_be_compacted() -> None:
+    rule = lro.subspaces.power_iteration(3, initial=lro.subspaces.fixed(BASIS))
+    rule = lro.subspaces.adaptive_rank(rule, threshold=0.9)
+    tx = lro.scale_by_projection(optax.identity(), rule, refresh_every=2)
+    _, state = tx.update(GRADIENT, tx.init(GRADIENT))
+    compacted = lro.compact(state)
+    assert compacted.basis.basis["kernel"].shape[-1] < 3
+    tx.update(GRADIENT, compacted)

@@ -46,7 +46,8 @@ def online_subspace_descent(
       learning_rate: A float or an optax schedule: 0.01 at 60M parameters, 0.001 at 350M and 1B.
       rank: Number of directions: see `galore`.
       subspace_learning_rate: Rate of the basis' Adam: 1/200 in the code, which multiplies it by the
-        schedule of the learning rate; give a schedule of the training step to do so.
+        schedule of the learning rate; give a schedule of the training step to do so. Steps whose
+        gradient is zero or not finite move no basis and are not counted.
       scale: GaLore's :math:`\alpha`.
       b1: Decay of the first moment.
       b2: Decay of the second moment.

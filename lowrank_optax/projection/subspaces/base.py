@@ -160,8 +160,9 @@ def first_basis(
     initial: Subspace, key: jax.Array, matrix: Any, basis: jax.Array, view: View
 ) -> Steps:
     """The steps to the basis ``[*batch, d, r]`` that a rule finds, or, if it finds none, keeps."""
-    if not initial.turns:
-        return initial.init(view)[..., : basis.shape[-1]]
+    if not initial.turns:  # the basis may have been compacted since
+        whole = view._replace(rank=resolve_rank(initial.rank, view.path, view.shape))
+        return initial.init(whole)[..., : basis.shape[-1]]
     return (yield from initial.steps(key, matrix, basis, None, view))
 
 

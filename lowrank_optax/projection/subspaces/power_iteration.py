@@ -31,8 +31,9 @@ def power_iteration(
 
     Raises:
       TypeError: If ``rank`` is none.
-      ValueError: If ``rank`` is below 1, or ``momentum`` not in [0, 1); if ``initial`` keeps other
-        things than one array of floats, or (when the optimizer's state is made) has another rank.
+      ValueError: If ``rank`` is below 1, or ``momentum`` not in [0, 1); if ``initial`` is not
+        orthonormal, keeps other things than one array of floats, or (when the optimizer's state is
+        made) has another rank.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro
@@ -67,6 +68,8 @@ def power_iteration(
         return base.agreeing(found, basis)
 
     init = None if initial is None else base.zero_basis_before(initial)
+    if initial is not None and not initial.orthonormal:
+        raise ValueError("initial must be orthonormal, as the bases that follow are.")
     return base.from_basis(rank, refresh, init=init, follow_momentum=True)
 
 

@@ -47,7 +47,7 @@ PROJECTION = (
         "lowrank_optax/projection/refresh.py",
         "zeros = lambda: zeros_per_matrix(view, jnp.float32)  # no buffer twice, for donation",
         "zeros = lambda kept=zeros_per_matrix(view, jnp.float32): kept",
-        ("tests/test_transformations.py", "-kdonated_buffers"),
+        ("tests/projection/test_refresh.py",),
     ),
     Fault(
         "norm of a gradient that is not finite remembered",

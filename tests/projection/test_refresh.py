@@ -178,3 +178,14 @@ def test_bases_stay_orthonormal_in_bfloat16_training(subspace: Any) -> None:
         assert bases[-1].dtype == jnp.float32
         assert gram_error(bases[-1]) < 1e-5
     assert (bases[0] != bases[-1]).any()
+
+
+def test_the_statistics_of_convergence_are_arrays_of_their_own_and_can_be_donated() -> None:
+    params = {"kernel": np.ones((6, 4), np.float32)}
+    tx = lro.scale_by_projection(
+        optax.identity(), lro.subspaces.svd(2), refresh_every=lro.refresh.when_converged()
+    )
+    state = tx.init(params)
+    _, after = jax.jit(tx.update, donate_argnums=1)(params, state)
+    assert all(x.is_deleted() for x in jax.tree.leaves(state.statistics))
+    assert jax.tree.structure(after) == jax.tree.structure(state)

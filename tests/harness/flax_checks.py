@@ -63,7 +63,7 @@ def check_orbax_round_trip(row: Row) -> None:
     params, state = PARAMS, row.tx.init(PARAMS)
     for i in range(2):
         params, state, _ = row.step(params, state, at(GRADIENTS, i))
-    # On a device of its own, as what is restored: the same compiled step is right for both.
+    # Committed to its device, as what is restored: both then run the same compiled step.
     saved = jax.device_put({"params": params, "state": state}, jax.devices()[0])
     with tempfile.TemporaryDirectory() as folder:
         ocp.save(Path(folder) / "mid-run", saved)

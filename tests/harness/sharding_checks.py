@@ -41,9 +41,9 @@ def run_sharded(row: Row, mesh: Mesh, expected: list[tuple[Tree, Tree, Tree]]) -
     Each step starts where that on one device does. So no code that rounding flips in a quantized
     state matters to the next step, and all updates are held to rounding.
     """
+    there = lambda x, like: jax.device_put(x, like.sharding) if like.committed else x
     states = [row.tx.init(place(INPUTS[0], mesh))]
     for i, (params, state, wanted) in enumerate(expected):
-        there = lambda x, like: jax.device_put(x, like.sharding) if like.committed else x
         placed = place(at(INPUTS[1], i), mesh)
         _, state, updates = row.step(
             place(params, mesh), jax.tree.map(there, state, states[-1]), placed

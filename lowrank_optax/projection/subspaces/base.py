@@ -78,6 +78,11 @@ class Subspace(NamedTuple):
     kept: Any = 0
     size: Callable[[Any], int] | None = None
 
+    @property
+    def keeps_one_array(self) -> bool:
+        """Whether each leaf's basis is one array, and nothing is kept beside it."""
+        return not self.shared and jax.tree.structure(self.kept) == jax.tree.structure(0)
+
     def refresh(
         self, key: jax.Array, matrix: Any, basis: Any, momentum: jax.Array | None, view: Any
     ) -> Any:
@@ -136,8 +141,7 @@ def zero_basis_before(initial: Subspace) -> Callable[[View], jax.Array]:
       ValueError: If that rule keeps anything but its basis as one array of floats; in the function
         that is returned, if it has another rank.
     """
-    alone = jax.tree.structure(initial.kept) == jax.tree.structure(0)
-    if initial.shared or initial.track is not None or not alone:
+    if initial.track is not None or not initial.keeps_one_array:
         raise ValueError(
             "initial must keep its basis as one array, as randomized_svd and fixed do."
         )
@@ -148,9 +152,9 @@ def zero_basis_before(initial: Subspace) -> Callable[[View], jax.Array]:
             raise ValueError(
                 f"initial has the rank {rank} for {view.path!r}: it must be {view.rank}."
             )
-        given = initial.init(view)
-        if not jnp.issubdtype(given.dtype, jnp.floating):
-            raise ValueError(f"initial must keep its basis as floats; it keeps {given.dtype}.")
+        dtype = jax.eval_shape(lambda: initial.init(view)).dtype
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(f"initial must keep its basis as floats; it keeps {dtype}.")
         return zero_basis(view)
 
     return init

@@ -45,8 +45,7 @@ def quantized(rule: base.Subspace, bits: BasisBits = 16) -> base.Subspace:
         raise TypeError(f"rule={rule!r} must be a subspace rule.")
     if bits not in get_args(BasisBits):
         raise ValueError(f"bits={bits!r} must be 16, 8 or 4.")
-    alone = jax.tree.structure(rule.kept) == jax.tree.structure(0)
-    if rule.shared or (bits < 16 and (not alone or rule.track is not None)):
+    if rule.shared or (bits < 16 and (not rule.keeps_one_array or rule.track is not None)):
         raise ValueError(
             f"bits={bits} needs a rule that keeps "
             + ("arrays of floats." if bits == 16 else "nothing but its basis between refreshes.")

@@ -40,6 +40,7 @@ from lowrank_optax.projection import (
     scale_by_projection,
     subspaces,
 )
+from lowrank_optax.slices import apply_in_slices, in_slices
 from lowrank_optax.states import (
     from_int8_weights,
     fused_adamw,
@@ -90,6 +91,9 @@ __all__ = [
     "mirror_sinkhorn",
     "optimal_transport",
     "round_to_polytope",
+    # Lower peaks: slice by slice
+    "apply_in_slices",
+    "in_slices",
     # Fewer bits
     "from_int8_weights",
     "fused_adamw",

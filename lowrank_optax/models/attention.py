@@ -103,7 +103,7 @@ class Attention(nnx.Module):
         batch, length, width = x.shape
         rows = x.reshape(-1, width)  # see MLP
         query, key, value = (
-            layer(rows).reshape(batch, length, -1, self.head_dim)
+            jax.lax.optimization_barrier(layer(rows)).reshape(batch, length, -1, self.head_dim)
             for layer in (self.query, self.key, self.value)
         )
         if self.query_norm is not None and self.key_norm is not None:

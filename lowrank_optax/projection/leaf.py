@@ -54,7 +54,6 @@ class Prepared(NamedTuple):
       state: What is kept for the leaf.
       inner: Its own inner state; None if the inner optimizer runs on the whole tree.
       leaf_view: How it is projected.
-      phase: Its place among all, from 0 to below 1.
     """
 
     matrix: jax.Array | None
@@ -62,7 +61,6 @@ class Prepared(NamedTuple):
     state: LeafState
     inner: Any
     leaf_view: LeafView
-    phase: float
 
     @property
     def view(self) -> View:
@@ -98,14 +96,13 @@ def prepare_leaf(
     leaf_view: LeafView,
     state: LeafState,
     inner: Any,
-    phase: float,
 ) -> Prepared:
     """The leaf as a batch of matrices, with what the residual rule adds to it.
 
     A leaf that has the projected shape already (as a layer gives it that projects in its backward
     pass) is taken as it is. Its basis, though due, then waits for the next whole gradient.
     """
-    spec, view = leaf_view
+    spec, view = leaf_view.spec, leaf_view.view
     matrix = None
     if leaf.shape == like.shape:
         matrix = to_matrix(leaf, spec)
@@ -113,7 +110,7 @@ def prepare_leaf(
             matrix = parts.residual.before(state.residual, matrix)
     else:
         _check_projected(parts, leaf, view)
-    return Prepared(matrix, leaf, state, inner, leaf_view, phase)
+    return Prepared(matrix, leaf, state, inner, leaf_view)
 
 
 def project_leaf(parts: Parts, prepared: Prepared, state: LeafState, inner: Any) -> Advanced:
@@ -149,7 +146,7 @@ def finish_leaf(
     count: jax.Array,
 ) -> tuple[jax.Array, LeafState]:
     """The leaf's update, of the shape of ``like``, and its new state."""
-    spec, view = advanced.leaf_view
+    spec, view = advanced.leaf_view.spec, advanced.leaf_view.view
     state, matrix, projected = advanced.state, advanced.matrix, advanced.projected
     step = Step(
         matrix=matrix,

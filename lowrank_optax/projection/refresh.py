@@ -48,7 +48,6 @@ class RefreshRule(NamedTuple):
         after every step; None for rules that do not look.
       compares: Whether ``schedule`` wants ``overlap``.
       always: Whether a basis is due at every step, known when the step is traced.
-      together: Whether all leaves are due at the same steps, and so may share one program.
 
     Example:
       >>> import lowrank_optax as lro
@@ -65,7 +64,6 @@ class RefreshRule(NamedTuple):
     observe: Callable[[Any, jax.Array, jax.Array, Energies], tuple[jax.Array, Any]] | None = None
     compares: bool = False
     always: bool = False
-    together: bool = False
 
 
 def refresh_rule(refresh_every: int | RefreshRule | None) -> RefreshRule:
@@ -105,7 +103,7 @@ def every(steps: int, stagger: bool = False) -> RefreshRule:
         return ((count - offset) // steps + 1) * steps + offset, statistics
 
     always = isinstance(steps, int) and steps == 1
-    return RefreshRule(lambda view: (), schedule, always=always, together=not stagger)
+    return RefreshRule(lambda view: (), schedule, always=always)
 
 
 def never() -> RefreshRule:
@@ -120,7 +118,7 @@ def never() -> RefreshRule:
       Liang et al., Online Subspace Descent, 2024, https://arxiv.org/abs/2408.12857.
     """
     schedule = lambda statistics, count, phase, overlap: (jnp.int32(_NEVER), statistics)
-    return RefreshRule(lambda view: (), schedule, together=True)
+    return RefreshRule(lambda view: (), schedule)
 
 
 class LazyStatistics(NamedTuple):

@@ -1,7 +1,6 @@
 """The refresh: bases found anew where they are due, and inner states moved along.
 
-What is due at the same steps is refreshed under one ``lax.cond`` in lockstep; leaves with steps of
-their own under one each.
+Each leaf has a ``lax.cond`` of its own, and so has each slice of one that is updated in slices.
 """
 
 from collections.abc import Sequence
@@ -14,7 +13,6 @@ from lowrank_optax.projection import transfer
 from lowrank_optax.projection.leaf import LeafState, Parts, Prepared
 from lowrank_optax.projection.subspaces import Subspace
 from lowrank_optax.projection.subspaces.base import all_finite, select
-from lowrank_optax.projection.subspaces.lockstep import in_lockstep
 from lowrank_optax.projection.view import View
 
 
@@ -34,43 +32,46 @@ class When(NamedTuple):
 
 def refreshed(parts: Parts, leaves: Sequence[Prepared], when: When) -> list[tuple[LeafState, Any]]:
     """The states of the leaves, and their own inner states, after the refresh of those due."""
-    results = [(leaf.state, leaf.inner) for leaf in leaves]
+    able = [leaf.matrix is not None for leaf in leaves]
+    if parts.subspace.shared and not all(able):
+        able = [False] * len(leaves)  # one that arrived projected belongs to the basis so far
     if not parts.subspace.turns and parts.on_refresh == "keep":
-        return results
-    able = [i for i, x in enumerate(leaves) if x.matrix is not None]
-    if parts.subspace.shared and len(able) < len(leaves):
-        able = []  # gradients that arrived projected belong to the basis that is shared so far
-    groups = [able] if parts.refresh.together else [[i] for i in able]
-    for group in filter(None, groups):
-        new = _refreshed_together(parts, [leaves[i] for i in group], when)
-        results = [new[group.index(i)] if i in group else old for i, old in enumerate(results)]
-    return results
+        able = [False] * len(leaves)
+    return [
+        _refreshed(parts, leaf, when) if turn else (leaf.state, leaf.inner)
+        for leaf, turn in zip(leaves, able, strict=True)
+    ]
 
 
-def _refreshed_together(
-    parts: Parts, leaves: Sequence[Prepared], when: When
-) -> list[tuple[LeafState, Any]]:
-    due = [(when.count >= x.state.next_refresh) & when.may_refresh for x in leaves]
-    hold = lambda: [(x.state, x.inner) for x in leaves]
+def _refreshed(parts: Parts, leaf: Prepared, when: When) -> tuple[LeafState, Any]:
+    due = (when.count >= leaf.state.next_refresh) & when.may_refresh
+    hold = lambda: (leaf.state, leaf.inner)
     if parts.subspace.shared:
-        refresh = lambda: _refresh(parts, leaves, when, due)
+        refresh = lambda: _refresh(parts, leaf, when, due)
         # A new seed is cheaper than a branch.
-        return refresh() if parts.on_refresh == "keep" else _if_any(due, refresh, hold)
-    usable = lambda: [d & _usable(x.matrix) for d, x in zip(due, leaves, strict=True)]
+        return refresh() if parts.on_refresh == "keep" else jax.lax.cond(due, refresh, hold)
+    usable = lambda: due & _usable(leaf.matrix)
     if parts.refresh.always and when.may_refresh is True:
-        return _refresh(parts, leaves, when, usable())
+        return _refresh(parts, leaf, when, usable())
 
-    def refresh_usable() -> list[tuple[LeafState, Any]]:
-        # Two branches: gradients are read only where one is due, and what is due may be useless
+    def refresh_usable() -> tuple[LeafState, Any]:
+        # Two branches: the gradient is read only where one is due, and what is due may be useless
         # for long, as the zero gradient of a frozen layer.
         able = usable()
-        return _if_any(able, lambda: _refresh(parts, leaves, when, able), hold)
+        return jax.lax.cond(jnp.any(able), lambda: _refresh(parts, leaf, when, able), hold)
 
-    return _if_any(due, refresh_usable, hold)
+    return jax.lax.cond(jnp.any(due), refresh_usable, hold)
 
 
-def _if_any(flags: Sequence[jax.Array], then: Any, otherwise: Any) -> Any:
-    return jax.lax.cond(jnp.any(jnp.stack([jnp.any(x) for x in flags])), then, otherwise)
+def refreshed_without_leaves(
+    parts: Parts, basis: Any, next_refresh: jax.Array, when: When
+) -> LeafState:
+    """What is shared by all leaves after the refresh, where there is no leaf that has it."""
+    due = (when.count >= next_refresh) & when.may_refresh
+    new = parts.subspace.refresh(when.key, None, basis, None, None)
+    following, _ = parts.refresh.schedule((), when.count, 0.0, None)
+    following = jnp.where(due, following, next_refresh).astype(next_refresh.dtype)
+    return LeafState(select(due, new, basis), following, (), ())
 
 
 def _usable(matrix: Any) -> jax.Array:
@@ -78,20 +79,14 @@ def _usable(matrix: Any) -> jax.Array:
     return all_finite(matrix, matrix.ndim - 2) & jnp.any(matrix != 0, axis=(-2, -1))
 
 
-def _refresh(
-    parts: Parts, leaves: Sequence[Prepared], when: When, due: Sequence[jax.Array]
-) -> list[tuple[LeafState, Any]]:
-    shared = parts.subspace.shared
-    steps = [
-        parts.subspace.steps(when.key, None, x.state.basis, None, None)
-        if shared
-        else parts.subspace.steps(when.key, x.matrix, x.state.basis, _momentum(parts, x), x.view)
-        for x in leaves
-    ]
-    return [
-        _taken(parts, x, new, when, taken)
-        for x, new, taken in zip(leaves, in_lockstep(steps), due, strict=True)
-    ]
+def _refresh(parts: Parts, leaf: Prepared, when: When, due: jax.Array) -> tuple[LeafState, Any]:
+    basis = leaf.state.basis
+    if parts.subspace.shared:
+        new = parts.subspace.refresh(when.key, None, basis, None, None)
+    else:
+        momentum = _momentum(parts, leaf)
+        new = parts.subspace.refresh(when.key, leaf.matrix, basis, momentum, leaf.view)
+    return _taken(parts, leaf, new, when, due)
 
 
 def _momentum(parts: Parts, leaf: Prepared) -> jax.Array | None:
@@ -109,7 +104,7 @@ def _taken(
     basis = select(taken, new, state.basis)
     overlap = _overlap(subspace, state.basis, basis, view) if parts.refresh.compares else None
     following, statistics = parts.refresh.schedule(
-        state.statistics, when.count, leaf.phase, overlap
+        state.statistics, when.count, leaf.leaf_view.phase, overlap
     )
     if parts.on_refresh != "keep":
         moved = transfer.transferred(

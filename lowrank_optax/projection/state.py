@@ -1,6 +1,6 @@
 """The state of `scale_by_projection`, put together from what is kept for each leaf."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -44,14 +44,22 @@ class ScaleByProjectionState(NamedTuple):
 
 
 def pack(
-    parts: Parts, treedef: jax.tree_util.PyTreeDef, states: Sequence[LeafState | None]
+    parts: Parts,
+    treedef: jax.tree_util.PyTreeDef,
+    states: Sequence[LeafState | None],
+    without_leaves: Callable[[], LeafState] | None = None,
 ) -> LeafState:
-    """A record of trees from the states of the leaves; one basis for all if the rule shares it."""
+    """A record of trees from the states of the leaves; one basis for all if the rule shares it.
+
+    ``without_leaves`` gives that basis where no leaf is a matrix; None before the first gradient.
+    """
     structure = _structure(parts)
     if not parts.subspace.shared:
         return spread(treedef, states, structure)
     own = [None if s is None else s._replace(basis=(), next_refresh=()) for s in states]
-    first = next((s for s in states if s is not None), None) or init_leaf(parts, _EXAMPLE)
+    first = next((s for s in states if s is not None), None)
+    if first is None:
+        first = init_leaf(parts, _EXAMPLE) if without_leaves is None else without_leaves()
     trees = spread(treedef, own, structure)
     return trees._replace(basis=first.basis, next_refresh=first.next_refresh)
 

@@ -7,6 +7,7 @@ state when it turns, and what of the part of the gradient outside it, are indepe
 """
 
 from collections.abc import Sequence
+import itertools
 from typing import Any
 
 import jax
@@ -32,12 +33,13 @@ from lowrank_optax.projection.leaf import (
 )
 from lowrank_optax.projection.rank import RankSpec
 from lowrank_optax.projection.refresh import RefreshRule, refresh_rule
-from lowrank_optax.projection.refreshing import When, refreshed
+from lowrank_optax.projection.refreshing import When, refreshed, refreshed_without_leaves
 from lowrank_optax.projection.residuals import ResidualSpec, residual_rule
 from lowrank_optax.projection.state import ScaleByProjectionState, pack, unpack
 from lowrank_optax.projection.subspaces import Subspace, both_sides
 from lowrank_optax.projection.transfer import OnRefresh, check_on_refresh
 from lowrank_optax.projection.view import LeafView, Side, compute_dtype, leaf_view
+from lowrank_optax.slices import Call, Whole, update_in_slices
 from lowrank_optax.states.arguments import transformation
 
 
@@ -139,8 +141,10 @@ def scale_by_projection(
     micro_steps = accumulate_steps or 1
     other = None if others is None else transformation("others", others)
 
-    def views_of(tree: Any) -> list[LeafView | None]:
-        return _views(tree, weight_dimension_numbers, side, parts.subspace.rank)
+    def views_of(tree: Any, whole: Whole | None = None) -> list[LeafView | None]:
+        around = tree if whole is None else whole.tree
+        views = _views(around, weight_dimension_numbers, side, parts.subspace.rank)
+        return views if whole is None else _of_part(views, tree, whole)
 
     def init_fn(params: optax.Params) -> ScaleByProjectionState:
         leaves, treedef = jax.tree.flatten(params)
@@ -162,11 +166,12 @@ def scale_by_projection(
         updates: optax.Updates,
         state: Any,
         params: optax.Params | None = None,
+        whole: Whole | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         leaves, treedef = jax.tree.flatten(updates)
         likes = leaves if params is None else treedef.flatten_up_to(params)
-        views = _in_dtype_of(leaves, views_of(treedef.unflatten(likes)))
+        views = _in_dtype_of(leaves, views_of(treedef.unflatten(likes), whole))
         states = unpack(parts, treedef, state)
         views = _in_size_of(parts, states, views)
         runner = InnerRunner(parts, other, treedef, views, leaves)
@@ -176,6 +181,7 @@ def scale_by_projection(
             may_refresh=True if micro_steps == 1 else micro_step == 0,
             key=jax.random.fold_in(jax.random.key(seed), state.count),
         )
+        shared = state.basis, state.next_refresh
         ready, inners = _advance(runner, likes, states, state.inner, when)
         gradients = [
             x.astype(compute_dtype(x.dtype)) if one is None else one.projected
@@ -206,13 +212,19 @@ def scale_by_projection(
             accumulated = treedef.unflatten([jnp.where(last, jnp.zeros_like(x), x) for x in sums])
         new_state = ScaleByProjectionState(
             optax.safe_increment(state.count),
-            *pack(parts, treedef, states),
+            *pack(parts, treedef, states, lambda: refreshed_without_leaves(parts, *shared, when)),
             accumulated,
             *inner_states,
         )
         return treedef.unflatten(new), jax.tree.map(_cast_like, new_state, state)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    core = optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+    def are_matrices(call: Call) -> list[bool]:
+        return [view is not None for view in views_of(call.whole.tree, call.whole)]
+
+    given = [parts.inner] if other is None else [parts.inner, other]
+    return core._replace(update=update_in_slices(core, are_matrices, given))
 
 
 def _check(parts: Parts, side: Any, accumulate_steps: Any) -> None:
@@ -268,7 +280,18 @@ def _views(
         partition = None if spec is None else matrix_partition(leaf, spec)
         name = path_string(path)
         views.append(leaf_view(leaf, spec, partition, side=side, rank=rank, path=name))
-    return views
+    matrices, places = sum(view is not None for view in views), itertools.count()
+    return [v and v._replace(phase=next(places) / matrices) for v in views]
+
+
+def _of_part(views: Sequence[LeafView | None], tree: Any, whole: Whole) -> list[LeafView | None]:
+    """The views of leaves of a tree of which this is a part, or of slices of them."""
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(whole.tree)]
+    known = dict(zip(paths, views, strict=True))
+    part = [(known[path], leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+    if whole.row is None:
+        return [view for view, _ in part]
+    return [None if view is None else view.of_slice(leaf) for view, leaf in part]
 
 
 def _in_dtype_of(
@@ -305,10 +328,8 @@ def _advance(
     parts, inners = runner.parts, runner.split(inner_state)
     matrices = {i: view for i, view in enumerate(runner.views) if view is not None}
     prepared = [
-        prepare_leaf(
-            parts, runner.leaves[i], likes[i], view, states[i], inners[i], place / len(matrices)
-        )
-        for place, (i, view) in enumerate(matrices.items())
+        prepare_leaf(parts, runner.leaves[i], likes[i], view, states[i], inners[i])
+        for i, view in matrices.items()
     ]
     ready: list[Advanced | None] = [None] * len(likes)
     turned = refreshed(parts, prepared, when)

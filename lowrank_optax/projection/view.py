@@ -7,8 +7,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from lowrank_optax.matrices import WeightDimensionNumbers, explicit_sharding, matrix_shape
+from lowrank_optax.matrices import (
+    WeightDimensionNumbers,
+    explicit_sharding,
+    matrix_partition,
+    matrix_shape,
+)
 from lowrank_optax.projection.rank import RankSpec, resolve_rank
+from lowrank_optax.slices import CannotCutError
 
 Side: TypeAlias = Literal["shorter", "longer", "rows", "columns", "both"]
 
@@ -94,10 +100,30 @@ class View(NamedTuple):
 
 
 class LeafView(NamedTuple):
-    """A leaf's dimension numbers, and how the batch of matrices they make of it is projected."""
+    """How a leaf is projected.
+
+    Attributes:
+      spec: Its dimension numbers.
+      view: How the batch of matrices that they make of it is projected.
+      phase: Its place among all matrix leaves, from 0 to below 1.
+    """
 
     spec: WeightDimensionNumbers
     view: View
+    phase: float = 0.0
+
+    def of_slice(self, leaf: Any) -> "LeafView":
+        """How a slice along the leaf's first axis is projected.
+
+        Raises:
+          CannotCutError: If that axis is one of the matrices', not of their batch.
+        """
+        view, shape = self.view, matrix_shape(leaf.shape, self.spec)
+        if not view.batch or shape[1:] != view.shape[1:]:
+            raise CannotCutError(f"a slice of {view.path!r} is no batch of whole matrices.")
+        return self._replace(
+            view=view._replace(shape=shape, partition=matrix_partition(leaf, self.spec))
+        )
 
 
 def leaf_view(

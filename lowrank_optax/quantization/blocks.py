@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from lowrank_optax.matrices import explicit_sharding
 from lowrank_optax.quantization.maps import CodeMap
-from lowrank_optax.quantization.packing import pack, unpack
+from lowrank_optax.quantization.packing import pack, packing_of, unpack
 
 
 class Quantized(NamedTuple):
@@ -81,6 +81,30 @@ def layout_of(shape: tuple[int, ...], block_size: int) -> Layout:
     width = math.prod(shape[-merged:])
     block = max(1, min(block_size, width))
     return Layout(shape[: len(shape) - merged], merged, width, block, -(-width // block))
+
+
+def same_layout(shape: tuple[int, ...], part: tuple[int, ...], fmt: BlockFormat) -> bool:
+    """Whether slices of an array along its first axis, of this shape, are blocks of their own.
+
+    If so, codes and scales of a slice are slices of those of the array.
+
+    Example:
+      >>> from lowrank_optax.quantization import BlockFormat, code_map
+      >>> from lowrank_optax.quantization.blocks import same_layout
+      >>> fmt = BlockFormat(code_map("dynamic", 8), block_size=256)
+      >>> same_layout((4096, 8), (32, 8), fmt), same_layout((4096, 8), (16, 8), fmt)
+      (True, False)
+    """
+    whole, own = layout_of(shape, fmt.block_size), layout_of(part, fmt.block_size)
+    if whole.merged != own.merged or whole.block != own.block:
+        return False
+    if whole.merged == len(shape) and own.width % own.block:
+        return False
+    if fmt.map.bits != 4:
+        return True
+    packing, of_part = packing_of(shape), packing_of(part)
+    aligned = (packing.axis > 0) or not of_part.padding
+    return aligned and packing.axis == of_part.axis and packing.apart == of_part.apart
 
 
 @functools.partial(jax.jit, static_argnames="fmt")  # one program, also where `init` runs eagerly

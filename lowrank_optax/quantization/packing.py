@@ -40,7 +40,8 @@ def packing_of(shape: tuple[int, ...]) -> Packing:
       >>> packing_of((3, 5))
       Packing(axis=0, apart=2, padding=1)
     """
-    axes = range(max(0, len(shape) - 2), -1, -1)
+    # Not along the first of three axes or more, where stacked layers may be updated one by one.
+    axes = range(max(0, len(shape) - 2), 0 if len(shape) > 2 else -1, -1)
     apart = ROWS_APART if len(shape) > 1 else ELEMENTS_APART
     in_runs = [a for a in axes if shape[a] % (2 * apart) == 0]
     even = [a for a in axes if shape[a] % 2 == 0]

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 import optax
 
 from lowrank_optax.matrices import explicit_sharding
-from lowrank_optax.matrices.paths import path_string
+from lowrank_optax.matrices.paths import normalised_path, owner_of, path_string
 from lowrank_optax.quantization import (
     Bits,
     BlockFormat,
@@ -23,7 +23,9 @@ from lowrank_optax.quantization import (
     code_map,
     dequantize,
     quantize,
+    same_layout,
 )
+from lowrank_optax.slices import Call, CannotCutError, Whole, key_of_slice, update_in_slices
 from lowrank_optax.states.moments import FIRST_MOMENTS, SECOND_MOMENTS, SQUARES, Kind, moment_kinds
 from lowrank_optax.states.precision import in_float32
 
@@ -117,34 +119,56 @@ def low_bit(
         raise ValueError(f"min_size={min_size!r} must be an int of at least 0.")
     wide = in_float32(inner)
 
-    def chosen(state: Any) -> list[BlockFormat | None]:
+    def formats_in(state: Any) -> dict[Any, BlockFormat | None]:
+        """How each array of the inner state is stored, by its path."""
         kinds = _kinds(state, min_size, which)
-        return [None if kind is None else formats[kind] for kind in kinds]
+        paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+        chosen = [None if kind is None else formats[kind] for kind in kinds]
+        return dict(zip(paths, chosen, strict=True))
 
     def init_fn(params: optax.Params) -> LowBitState:
         # Behind a barrier: for minutes the compiler would encode constants, one by one.
         state = jax.lax.optimization_barrier(wide.init(params))
-        plan = chosen(state)
-        _check_found(state, plan, min_size)
         count = jnp.zeros([], jnp.int32) if stochastic_rounding else ()
-        return _encoded(state, plan, count, None)
+        return _encoded(state, list(formats_in(state).values()), count, None)
+
+    def checked_init_fn(params: optax.Params) -> LowBitState:
+        state = jax.eval_shape(wide.init, params)
+        _check_found(state, list(formats_in(state).values()), min_size)
+        return init_fn(params)
 
     def update_fn(
         updates: optax.Updates,
         state: Any,
         params: optax.Params | None = None,
+        whole: Whole | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, LowBitState]:
         like = jax.eval_shape(wide.init, updates if params is None else params)
-        plan = chosen(like)
-        new, full = wide.update(updates, _decoded(state, like, plan), params, **extra_args)
-        count, key = (), None
+        places = formats_in(like)
+        if whole is not None:
+            tree = jax.eval_shape(wide.init, whole.tree)
+            places = formats_in(tree)
+            if whole.row is not None:
+                _check_cut(tree, like, places)
+        paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(like)]
+        plan = [places[path] for path in paths]
+        new, full = wide.update(
+            updates, _decoded(state, like, plan), params, whole=whole, **extra_args
+        )
+        count, keys = (), None
         if stochastic_rounding:
             key = jax.random.fold_in(jax.random.key(seed), state.count)
+            order = {path: place for place, path in enumerate(places)}
+            keys = [key_of_slice(jax.random.fold_in(key, order[path]), whole) for path in paths]
             count = optax.safe_increment(state.count)
-        return optax.tree.cast_like(new, updates), _encoded(full, plan, count, key, state)
+        return optax.tree.cast_like(new, updates), _encoded(full, plan, count, keys, state)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    core = optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    in_codes = lambda call: _in_codes(call, formats_in(jax.eval_shape(wide.init, call.whole.tree)))
+    return optax.GradientTransformationExtraArgs(
+        checked_init_fn, update_in_slices(core, in_codes, [inner])
+    )
 
 
 def moment_formats(
@@ -193,6 +217,22 @@ def _large(leaf: Any, min_size: int) -> bool:
     return floating and leaf.ndim > 0 and leaf.size > 0 and leaf.size >= min_size
 
 
+def _in_codes(call: Call, places: dict[Any, BlockFormat | None]) -> list[bool]:
+    """Which leaves have moments in codes."""
+    names = [normalised_path(path) for path in call.paths]
+    coded = {owner_of(path, names) for path, fmt in places.items() if fmt is not None}
+    return [name in coded for name in names]
+
+
+def _check_cut(tree: Any, like: Any, places: dict[Any, BlockFormat | None]) -> None:
+    """Raises CannotCutError where blocks, or pairs of 4-bit codes, lie across slices."""
+    whole = dict(jax.tree_util.tree_leaves_with_path(tree))
+    for path, part in jax.tree_util.tree_leaves_with_path(like):
+        fmt = places[path]
+        if fmt is not None and not same_layout(whole[path].shape, part.shape, fmt):
+            raise CannotCutError(f"{path_string(path)} has blocks across slices.")
+
+
 def _check_found(state: Any, plan: list[Any], min_size: int) -> None:
     large = [
         path_string(path)
@@ -233,15 +273,16 @@ def _encoded(
     state: Any,
     plan: list[BlockFormat | None],
     count: Any,
-    key: jax.Array | None,
+    keys: list[jax.Array] | None,
     last: LowBitState | None = None,
 ) -> LowBitState:
     leaves, treedef = jax.tree.flatten(state)
-    keys = [None] * len(leaves) if key is None else list(jax.random.split(key, len(leaves)))
     scales = [None] * len(leaves) if last is None else treedef.flatten_up_to(last.scales)
     coded = [
-        Quantized(None, None) if fmt is None else quantize(leaf, fmt, one, old)
-        for leaf, fmt, one, old in zip(leaves, plan, keys, scales, strict=True)
+        Quantized(None, None) if fmt is None else quantize(leaf, fmt, key, old)
+        for leaf, fmt, key, old in zip(
+            leaves, plan, keys or [None] * len(leaves), scales, strict=True
+        )
     ]
     kept = [leaf if fmt is None else None for leaf, fmt in zip(leaves, plan, strict=True)]
     return LowBitState(

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 
 from lowrank_optax.matrices import explicit_sharding
 from lowrank_optax.projection.subspaces import base
-from lowrank_optax.projection.subspaces.lockstep import Steps
 from lowrank_optax.projection.view import View
 
 
@@ -88,8 +87,8 @@ def adaptive_rank(
         last: AdaptiveBasis,
         momentum: jax.Array | None,
         view: View,
-    ) -> Steps:
-        basis = yield from rule.steps(key, matrix, last.basis, momentum, view)
+    ) -> AdaptiveBasis:
+        basis = rule.refresh(key, matrix, last.basis, momentum, view)
         energy, total = _energies(basis, matrix, view)
         order = jnp.argsort(-energy, axis=-1)
         basis = jnp.take_along_axis(basis, order[..., None, :], axis=-1)

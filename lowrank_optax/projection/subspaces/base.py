@@ -16,7 +16,6 @@ from lowrank_optax.matrices import explicit_sharding
 from lowrank_optax.matrices.bfloat16 import product_with_bfloat16
 from lowrank_optax.matrices.explicit_sharding import product
 from lowrank_optax.projection.rank import RankSpec, check_rank, resolve_rank
-from lowrank_optax.projection.subspaces.lockstep import Steps, as_steps, in_lockstep
 from lowrank_optax.projection.view import View
 
 
@@ -31,10 +30,9 @@ class Subspace(NamedTuple):
     Attributes:
       rank: The rank, as `resolve_rank` reads it.
       init: ``init(view) -> basis``: what stands for the basis before the first refresh.
-      steps: ``steps(key, matrix, basis, momentum, view)``: a generator that returns the basis for
-        this gradient, and yields what it needs decomposed: see `lockstep`. ``basis`` is the last
-        one, ``momentum`` the bias-corrected first moment in it for rules that ``follow_momentum``,
-        otherwise None. The result may be anything at all for a zero or non-finite matrix: the
+      refresh: ``refresh(key, matrix, basis, momentum, view) -> basis``: the basis for this
+        gradient. ``basis`` is the last one, ``momentum`` the bias-corrected first moment in it for
+        rules that ``follow_momentum``, otherwise None. The result may be anything at all for a zero or non-finite matrix: the
         caller then keeps the last one.
       project: ``project(basis, matrix, view) -> projected``.
       lift: ``lift(basis, projected, view) -> matrix``, the adjoint of project.
@@ -66,7 +64,7 @@ class Subspace(NamedTuple):
 
     rank: RankSpec
     init: Callable[[View], Any]
-    steps: Callable[[jax.Array, Any, Any, jax.Array | None, Any], Steps]
+    refresh: Callable[[jax.Array, Any, Any, jax.Array | None, Any], Any]
     project: Callable[[Any, jax.Array, View], jax.Array]
     lift: Callable[[Any, jax.Array, View], jax.Array]
     turn: Callable[..., jax.Array]
@@ -83,12 +81,6 @@ class Subspace(NamedTuple):
         """Whether each leaf's basis is one array, and nothing is kept beside it."""
         return not self.shared and jax.tree.structure(self.kept) == jax.tree.structure(0)
 
-    def refresh(
-        self, key: jax.Array, matrix: Any, basis: Any, momentum: jax.Array | None, view: Any
-    ) -> Any:
-        """The basis for this gradient: the result of ``steps``, for one leaf alone."""
-        return in_lockstep([self.steps(key, matrix, basis, momentum, view)])[0]
-
 
 def from_basis(
     rank: RankSpec,
@@ -103,8 +95,7 @@ def from_basis(
 
     Args:
       rank: The rank.
-      refresh: ``refresh(key, matrix, basis, momentum, view)``, a function that returns the basis,
-        or a generator function as `Subspace` says of ``steps``.
+      refresh: As `Subspace` says.
       init: As `Subspace` says; zeros ``[*batch, d, r]`` if None.
       matrix_of: ``matrix_of(basis, view)``; the basis itself if None.
       turn: As `Subspace` says; products with ``newᵀ old`` if None.
@@ -120,7 +111,7 @@ def from_basis(
     return Subspace(
         rank=check_rank(rank),
         init=zero_basis if init is None else init,
-        steps=as_steps(refresh),
+        refresh=refresh,
         project=lambda basis, matrix, view: project(dense(basis, view), matrix, view),
         lift=lambda basis, projected, view: lift(dense(basis, view), projected, view),
         turn=turn_dense if turn is None else turn,
@@ -162,12 +153,12 @@ def zero_basis_before(initial: Subspace) -> Callable[[View], jax.Array]:
 
 def first_basis(
     initial: Subspace, key: jax.Array, matrix: Any, basis: jax.Array, view: View
-) -> Steps:
-    """The steps to the basis ``[*batch, d, r]`` that a rule finds, or, if it finds none, keeps."""
+) -> jax.Array:
+    """The basis ``[*batch, d, r]`` that a rule finds, or, if it finds none, keeps."""
     if not initial.turns:  # the basis may have been compacted since
         whole = view._replace(rank=resolve_rank(initial.rank, view.path, view.shape))
         return initial.init(whole)[..., : basis.shape[-1]]
-    return (yield from initial.steps(key, matrix, basis, None, view))
+    return initial.refresh(key, matrix, basis, None, view)
 
 
 def project(basis: jax.Array, matrix: jax.Array, view: View) -> jax.Array:

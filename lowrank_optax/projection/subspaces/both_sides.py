@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 import jax
 
 from lowrank_optax.projection.subspaces import base
-from lowrank_optax.projection.subspaces.lockstep import Steps
 from lowrank_optax.projection.view import View
 
 
@@ -42,12 +41,12 @@ def both_sides(rule: base.Subspace) -> base.Subspace:
     if rule.follow_momentum:
         raise ValueError("side='both' cannot be combined with a rule that follows the momentum.")
 
-    def steps(key: jax.Array, matrix: Any, last: Any, momentum: Any, view: Any) -> Steps:
+    def refresh(key: jax.Array, matrix: Any, last: Any, momentum: Any, view: Any) -> TwoBases:
         keys = jax.random.split(key)
         last = TwoBases(None, None) if last is None else last
         views = (None, None) if view is None else (_rows(view), _columns(view))
-        rows = yield from rule.steps(keys[0], matrix, last.rows, momentum, views[0])
-        columns = yield from rule.steps(keys[1], matrix, last.columns, momentum, views[1])
+        rows = rule.refresh(keys[0], matrix, last.rows, momentum, views[0])
+        columns = rule.refresh(keys[1], matrix, last.columns, momentum, views[1])
         return TwoBases(rows, columns)
 
     def project(bases: TwoBases, matrix: jax.Array, view: View) -> jax.Array:
@@ -77,7 +76,7 @@ def both_sides(rule: base.Subspace) -> base.Subspace:
     return base.Subspace(
         rank=rule.rank,
         init=lambda view: TwoBases(rule.init(_rows(view)), rule.init(_columns(view))),
-        steps=steps,
+        refresh=refresh,
         project=project,
         lift=lift,
         turn=turn,

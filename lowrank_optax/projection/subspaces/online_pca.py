@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_optax.projection.moments import init_one, update_one
 from lowrank_optax.projection.rank import RankSpec
 from lowrank_optax.projection.subspaces import base
-from lowrank_optax.projection.subspaces.lockstep import Steps
 from lowrank_optax.projection.subspaces.randomized_svd import randomized_svd
 from lowrank_optax.projection.view import View
 from lowrank_optax.states.arguments import transformation
@@ -81,20 +81,22 @@ def online_pca(
 
     def init(view: View) -> TrackedBasis:
         zeros = zero_basis(view)
-        return TrackedBasis(zeros, basis_optimizer.init(zeros))
+        return TrackedBasis(zeros, init_one(basis_optimizer, zeros, len(view.batch)))
 
     def refresh(
         key: jax.Array, matrix: jax.Array, last: TrackedBasis, momentum: Any, view: View
-    ) -> Steps:
+    ) -> TrackedBasis:
         del momentum
-        basis = yield from base.first_basis(first_rule, key, matrix, last.basis, view)
+        basis = base.first_basis(first_rule, key, matrix, last.basis, view)
         return last._replace(basis=basis)
 
     def track(
         last: TrackedBasis, matrix: jax.Array, projected: jax.Array, view: View
     ) -> TrackedBasis:
         gradient = pca_gradient(last.basis, matrix, projected, penalty, view)
-        updates, state = basis_optimizer.update(gradient, last.optimizer, last.basis)
+        updates, state = update_one(
+            basis_optimizer, gradient, last.optimizer, last.basis, len(view.batch), {}
+        )
         moved = TrackedBasis(optax.apply_updates(last.basis, updates), state)
         known = jnp.any(last.basis != 0, axis=(-2, -1)) & jnp.any(projected != 0, axis=(-2, -1))
         return base.select(known & base.all_finite(moved, len(view.batch)), moved, last)

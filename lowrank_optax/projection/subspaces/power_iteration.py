@@ -6,7 +6,6 @@ import jax.numpy as jnp
 from lowrank_optax.matrices.orthonormal import orthonormalize
 from lowrank_optax.projection.rank import RankSpec
 from lowrank_optax.projection.subspaces import base
-from lowrank_optax.projection.subspaces.lockstep import Request, Steps, in_lockstep
 from lowrank_optax.projection.view import View
 
 
@@ -54,14 +53,14 @@ def power_iteration(
 
     def refresh(
         key: jax.Array, matrix: jax.Array, basis: jax.Array, moment: jax.Array | None, view: View
-    ) -> Steps:
+    ) -> jax.Array:
         first = jnp.all(basis == 0, axis=(-2, -1))
         start = jax.random.normal(key, (view.length, basis.shape[-1]), basis.dtype)
         start = jnp.where(first[..., None, None], start, basis)
         y = _iterated(matrix, start, moment, momentum, view)
-        found = yield Request(orthonormalize, (y,))
+        found = orthonormalize(y)
         if initial is not None:
-            begin = lambda: in_lockstep([base.first_basis(initial, key, matrix, basis, view)])[0]
+            begin = lambda: base.first_basis(initial, key, matrix, basis, view)
             found = jax.lax.cond(
                 jnp.any(first), lambda: base.select(first, begin(), found), lambda: found
             )

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax.projection.subspaces import base
-from lowrank_optax.projection.subspaces.lockstep import Steps
 from lowrank_optax.projection.view import View
 from lowrank_optax.quantization import Affine, affine_dequantize, affine_quantize
 
@@ -52,9 +51,8 @@ def quantized(rule: base.Subspace, bits: BasisBits = 16) -> base.Subspace:
         )
     encode, decode = (_narrowed, _widened) if bits == 16 else (_coder(bits), _decoder(bits))
 
-    def steps(key: jax.Array, matrix: Any, basis: Any, momentum: Any, view: View) -> Steps:
-        new = yield from rule.steps(key, matrix, decode(basis, view), momentum, view)
-        return encode(new, view)
+    def refresh(key: jax.Array, matrix: Any, basis: Any, momentum: Any, view: View) -> Any:
+        return encode(rule.refresh(key, matrix, decode(basis, view), momentum, view), view)
 
     def track(basis: Any, matrix: jax.Array, projected: jax.Array, view: View) -> Any:
         assert rule.track is not None
@@ -67,7 +65,7 @@ def quantized(rule: base.Subspace, bits: BasisBits = 16) -> base.Subspace:
 
     return rule._replace(
         init=lambda view: encode(rule.init(view), view),
-        steps=steps,
+        refresh=refresh,
         project=lambda basis, matrix, view: rule.project(decode(basis, view), matrix, view),
         lift=lambda basis, projected, view: rule.lift(decode(basis, view), projected, view),
         turn=turn,

@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lowrank_optax.matrices import explicit_sharding
 from lowrank_optax.matrices.orthonormal import gram_matrix, leading_directions, orthonormalize
 from lowrank_optax.projection.rank import RankSpec
 from lowrank_optax.projection.subspaces import base
-from lowrank_optax.projection.subspaces.lockstep import Request, Steps
 from lowrank_optax.projection.view import View
 
 
@@ -63,7 +63,7 @@ def randomized_svd(
 
     def refresh(
         key: jax.Array, matrix: jax.Array, basis: jax.Array, momentum: Any, view: View
-    ) -> Steps:
+    ) -> jax.Array:
         del momentum
         columns = min(basis.shape[-1] + oversample, *view.shape[-2:])
         drawn = jax.random.normal(key, (view.shape[view.across], columns), basis.dtype)
@@ -71,16 +71,16 @@ def randomized_svd(
         if warm_start:
             sketch = _warmed(sketch, base.times(matrix, basis, view, across=True))
 
-        # Not a lax loop: it would carry a copy of the gradient.
-        y = base.times(matrix, sketch, view)
-        for _ in range(power_iterations):
-            q = yield Request(orthonormalize, (y,))
-            back = base.times(matrix, q, view, across=True)
-            y = base.times(matrix, base.scaled(back), view)
-        q = yield Request(orthonormalize, (y,))
-        b = base.scaled(base.times(matrix, q, view, across=True))
-        gram = yield Request(gram_matrix, (b,))
-        found = yield Request(leading_directions, (q, gram), (basis.shape[-1],))
+        def iterate(_: jax.Array, last: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            q = orthonormalize(base.times(matrix, last[1], view))
+            return q, base.scaled(base.times(matrix, q, view, across=True))
+
+        # A loop also of few: a QR takes a TPU's compiler seconds, and should be met once.
+        start = explicit_sharding.constrain(
+            jnp.zeros((*view.batch, view.length, columns), basis.dtype), view.small_partition
+        )
+        q, b = jax.lax.fori_loop(0, power_iterations + 1, iterate, (start, sketch))
+        found = leading_directions(q, gram_matrix(b), basis.shape[-1])
         return base.agreeing(found, basis)
 
     return base.from_basis(rank, refresh)

@@ -1,0 +1,16 @@
+"""Updates slice by slice, in place: what every optimizer of this library runs large leaves by."""
+
+from lowrank_optax.slices.call import Call
+from lowrank_optax.slices.transformation import apply_in_slices, in_slices
+from lowrank_optax.slices.update import update_in_slices
+from lowrank_optax.slices.whole import CannotCutError, Whole, key_of_slice
+
+__all__ = [
+    "Call",
+    "CannotCutError",
+    "Whole",
+    "apply_in_slices",
+    "in_slices",
+    "key_of_slice",
+    "update_in_slices",
+]

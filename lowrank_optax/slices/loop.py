@@ -1,0 +1,154 @@
+"""A loop over slices of arrays along their first axes, which writes each result where it was read.
+
+What keeps it in place is the compiler's business, and differs from one to the other: see `run`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_optax.matrices import explicit_sharding
+
+Step = Callable[[Any, Any, jax.Array], Any]
+
+
+class Cut(NamedTuple):
+    """How the first axis of a leaf is cut: static.
+
+    Attributes:
+      size: Of the axis.
+      rows: Of each slice; the last may have fewer.
+      shards: In how many equal parts the axis may lie on devices. A slice has as many rows of each,
+        so that no device reads another's.
+    """
+
+    size: int
+    rows: int
+    shards: int = 1
+
+    @property
+    def whole(self) -> int:
+        """Number of slices of ``rows``."""
+        return self.size // self.rows
+
+    @property
+    def rest(self) -> int:
+        """Rows of the last, shorter slice; zero if there is none."""
+        return self.size % self.rows
+
+
+def run(step: Step, carried: Any, read: Any, cut: Cut) -> Any:
+    """``carried`` after ``step`` has been run on each slice of it, in the memory it lies in.
+
+    Every array has the rows of the leaf along its first axis, or a multiple or a share of them.
+
+    On accelerators a barrier around the results of a step makes of each an array of one slice that
+    is then copied into its place: fused into each write, the arithmetic would read one carried
+    array after another has been written, and the compiler keep a copy of it, whole. The compiler
+    for CPUs drops barriers, but does not look into a conditional; and since it neither reads nor
+    writes a part of an array of bfloat16, but converts the whole to and fro for each, such arrays
+    go through the loop as integers of the same bits.
+
+    Args:
+      step: ``step(carried, read, row) -> carried`` of one slice, whose first row is ``row``.
+      carried: A tree of arrays, read and written.
+      read: A tree of arrays, only read.
+      cut: Where slices begin and end.
+    """
+    return jax.lax.platform_dependent(
+        carried,
+        read,
+        cpu=lambda carried, read: _run(step, carried, read, cut, _AS_BITS),
+        default=lambda carried, read: _run(step, carried, read, cut, _AS_IS),
+    )
+
+
+class _Way(NamedTuple):
+    """How slices are held apart, and how arrays are carried."""
+
+    apart: Callable[[Step], Step]
+    carry: Callable[[jax.Array], jax.Array]
+
+
+def _behind_barrier(step: Step) -> Step:
+    return lambda carried, read, row: jax.lax.optimization_barrier(step(carried, read, row))
+
+
+def _in_conditional(step: Step) -> Step:
+    def taken(carried: Any, read: Any, row: jax.Array) -> Any:
+        # Never false, which the compiler does not find out.
+        return jax.lax.cond(row >= 0, step, lambda carried, *_: carried, carried, read, row)
+
+    return taken
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    narrow = x.dtype in (jnp.bfloat16, jnp.float16)
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if narrow else x
+
+
+_AS_IS = _Way(_behind_barrier, lambda x: x)
+_AS_BITS = _Way(_in_conditional, _bits)
+
+
+def _run(step: Step, carried: Any, read: Any, cut: Cut, way: _Way) -> Any:
+    step = way.apart(step)
+    types = jax.tree.map(lambda x: x.dtype, (carried, read))
+    carried, read = jax.tree.map(way.carry, (carried, read))
+
+    def at(first: Any, rows: int, carried: Any) -> Any:
+        slices = jax.tree.map(lambda x: taken(x, first, rows, cut), (carried, read))
+        new = step(*jax.tree.map(_as, slices, types), first)
+        put = lambda x, part: _put(x, way.carry(part), first, cut)
+        return jax.tree.map(put, carried, new)
+
+    carried = jax.lax.fori_loop(
+        0, cut.whole, lambda i, carried: at(i * cut.rows, cut.rows, carried), carried
+    )
+    if cut.rest:
+        carried = at(jnp.int32(cut.whole * cut.rows), cut.rest, carried)
+    return jax.tree.map(_as, carried, types[0])
+
+
+def _as(x: jax.Array, dtype: Any) -> jax.Array:
+    return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
+
+
+def taken(x: jax.Array, first: Any, rows: int, cut: Cut) -> jax.Array:
+    """The part of ``x`` that belongs to rows of the leaf."""
+    split = _split(x, cut.shards)
+    axis = split.ndim - x.ndim
+    size = part_of(x.shape[0], rows, cut.size) // cut.shards
+    part = jax.lax.dynamic_slice_in_dim(split, _place(first, x, cut), size, axis)
+    return explicit_sharding.merge_axes(part, 0, 2) if axis else part
+
+
+def _put(x: jax.Array, part: jax.Array, first: Any, cut: Cut) -> jax.Array:
+    split, part = _split(x, cut.shards), _split(part, cut.shards)
+    axis = split.ndim - x.ndim
+    new = jax.lax.dynamic_update_slice_in_dim(split, part, _place(first, x, cut), axis)
+    return explicit_sharding.merge_axes(new, 0, 2) if axis else new
+
+
+def _split(x: jax.Array, shards: int) -> jax.Array:
+    return x if shards == 1 else explicit_sharding.split_axis(x, 0, (x.shape[0] // shards,))
+
+
+def _place(first: Any, x: jax.Array, cut: Cut) -> Any:
+    """Where rows of the leaf from ``first`` on begin in ``x``, within each shard."""
+    same = x.shape[0] == cut.size
+    place = first if same else first // cut.rows * part_of(x.shape[0], cut.rows, cut.size)
+    return place // cut.shards
+
+
+def part_of(size: int, rows: int, of: int) -> int:
+    """How much of an axis of ``size`` belongs to ``rows`` of a leaf's ``of``.
+
+    Raises:
+      ValueError: If that is no whole number.
+    """
+    if size * rows % of:
+        raise ValueError(f"an axis of {size} has no part for {rows} rows of {of}.")
+    return size * rows // of

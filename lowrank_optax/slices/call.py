@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.matrices.paths import normalised_path, owner_of
 from lowrank_optax.slices.whole import Whole
 
 Path = Any
@@ -53,7 +52,8 @@ class Call(NamedTuple):
         gradients = [x for _, x in with_paths]
         likes = gradients if params is None else treedef.flatten_up_to(params)
         if whole is None:
-            whole = Whole(jax.tree.map(_shape_of, updates if params is None else params))
+            shapes = jax.tree.map(_shape_of, updates if params is None else params)
+            whole = Whole(shapes, tuple(path for path, _ in with_paths))
         return cls(
             tx,
             treedef,

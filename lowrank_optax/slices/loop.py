@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax.matrices import explicit_sharding
+from lowrank_optax.slices.draws import drawn_before
 
 Step = Callable[[Any, Any, jax.Array], Any]
 
@@ -94,21 +95,26 @@ _AS_BITS = _Way(_in_conditional, _bits)
 
 
 def _run(step: Step, carried: Any, read: Any, cut: Cut, way: _Way) -> Any:
-    step = way.apart(step)
     types = jax.tree.map(lambda x: x.dtype, (carried, read))
     carried, read = jax.tree.map(way.carry, (carried, read))
 
-    def at(first: Any, rows: int, carried: Any) -> Any:
-        slices = jax.tree.map(lambda x: taken(x, first, rows, cut), (carried, read))
-        new = step(*jax.tree.map(_as, slices, types), first)
-        put = lambda x, part: _put(x, way.carry(part), first, cut)
-        return jax.tree.map(put, carried, new)
+    def slices(carried: Any, first: Any, rows: int) -> tuple[Any, Any]:
+        of_row = jax.tree.map(lambda x: taken(x, first, rows, cut), (carried, read))
+        return jax.tree.map(_as, of_row, types)
 
+    def after(step: Step, carried: Any, first: Any, rows: int) -> Any:
+        new = step(*slices(carried, first, rows), first)
+        return jax.tree.map(lambda x, part: _put(x, way.carry(part), first, cut), carried, new)
+
+    def ready(rows: int) -> Step:
+        return way.apart(drawn_before(step, *slices(carried, 0, rows), jnp.int32(0)))
+
+    of_slice = ready(cut.rows)
     carried = jax.lax.fori_loop(
-        0, cut.whole, lambda i, carried: at(i * cut.rows, cut.rows, carried), carried
+        0, cut.whole, lambda i, carried: after(of_slice, carried, i * cut.rows, cut.rows), carried
     )
     if cut.rest:
-        carried = at(jnp.int32(cut.whole * cut.rows), cut.rest, carried)
+        carried = after(ready(cut.rest), carried, jnp.int32(cut.whole * cut.rows), cut.rest)
     return jax.tree.map(_as, carried, types[0])
 
 

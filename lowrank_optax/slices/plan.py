@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 import functools
-import functools
 import math
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -40,29 +39,35 @@ class Budget(NamedTuple):
     bytes: int | None = None
 
 
-class Group(NamedTuple):
-    """Leaves of one shape that are cut alike, and run through one loop.
+class SlicedLeaf(NamedTuple):
+    """A leaf that is cut.
 
     Attributes:
-      leaves: Their indices.
+      place: Its place in the tree.
       cut: Where slices begin and end.
-      own: Paths of the arrays of the state that belong to them.
-      emitted: The types of a slice's updates, for each leaf.
+      own: Paths of the arrays of the state that belong to it.
+      emitted: The type of a slice's update, an array or a tree of arrays.
     """
 
-    leaves: tuple[int, ...]
+    place: int
     cut: Cut
     own: tuple[Path, ...]
-    emitted: tuple[Any, ...]
+    emitted: Any
 
 
-def groups_of(
+def sliced_leaves(
     call: Call,
     budget: Budget,
     chosen: Callable[[Call], Sequence[bool]],
     parts: Sequence[optax.GradientTransformation],
-) -> list[Group]:
-    """The leaves to be cut, in groups; what is in none of them runs whole.
+) -> list[SlicedLeaf]:
+    """The leaves that are to be cut; all others run whole.
+
+    Args:
+      call: What ``update`` is called with.
+      budget: How large temporaries may be.
+      chosen: For each leaf of a call whether slices are worth the while.
+      parts: What the call's transformation was given: see `update_in_slices`.
 
     Raises:
       CannotCutError: If one of the parts does not work leaf by leaf.
@@ -79,19 +84,8 @@ def groups_of(
     if not all(map(is_known, parts)):
         cuts = {i: cut for i, cut in cuts.items() if rows_are_independent(call, i)}
     own = _own_states(call, cuts)
-    alike: dict[Any, list[int]] = {}
-    for i, paths in own.items():
-        types = [jax.typeof(call.state[path]) for path in paths]
-        leaf = jax.typeof(call.gradients[i]), *map(jax.typeof, jax.tree.leaves(call.likes[i]))
-        alike.setdefault((cuts[i], leaf, tuple(types)), []).append(i)
-    together = [
-        tuple(members[start : start + count])
-        for (cut, *_), members in alike.items()
-        for count in [_how_many(call, members[0], cut, budget)]
-        for start in range(0, len(members), count)
-    ]
-    groups = [_group(call, leaves, cuts[leaves[0]], own) for leaves in together]
-    return [group for group in groups if group is not None]
+    leaves = [_sliced_leaf(call, i, cuts[i], tuple(paths)) for i, paths in own.items()]
+    return [leaf for leaf in leaves if leaf is not None]
 
 
 def _all_whole(call: Call) -> bool:
@@ -110,28 +104,40 @@ def _bytes_of(call: Call, budget: Budget) -> int:
 
 
 def _cut_of(call: Call, i: int, budget: Budget) -> Cut | None:
-    """How a leaf is cut; None if it is not."""
-    leaf = call.gradients[i]
+    arrays = [call.gradients[i], *jax.tree.leaves(call.likes[i])]
+    return cut_of(arrays, _bytes_of(call, budget), budget.slices)
+
+
+def cut_of(
+    arrays: Sequence[jax.Array], budget_bytes: int = LEAST_BUDGET, slices: Slices = None
+) -> Cut | None:
+    """How a leaf is cut; None if it is not.
+
+    Args:
+      arrays: The leaf, and others that have its rows.
+      budget_bytes: How large temporaries of a slice may be.
+      slices: How many slices instead.
+    """
+    leaf = arrays[0]
     if leaf.ndim < 2 or leaf.size == 0 or not jnp.issubdtype(leaf.dtype, jnp.floating):
         return None
-    size, shards = leaf.shape[0], _shards(call, i)
-    slices = budget.slices
-    if slices is None:
-        slices = math.ceil(leaf.size * BYTES_AN_ELEMENT / _bytes_of(call, budget))
-    assert isinstance(slices, int)
+    size, shards = leaf.shape[0], _shards(arrays)
+    fitting = slices is None
+    count = math.ceil(leaf.size * BYTES_AN_ELEMENT / budget_bytes) if fitting else slices
+    assert isinstance(count, int)
     run = shards if leaf.ndim > 2 else math.lcm(shards, ROWS)
     run = run if run < size else shards
-    rows = math.ceil(size / slices / run) * run
-    if budget.slices is None and leaf.ndim > 2:
-        # Layers too many to fit would not be worth a shorter last slice, which is compiled as well.
-        rows = max(run, (size // slices) // run * run)
-        rows = next((r for r in range(rows, rows // 2, -1) if size % r == r % shards == 0), rows)
+    rows = math.ceil(size / count / run) * run
+    if fitting:
+        # Rather a few slices more than a shorter last one, which is compiled as well.
+        most = max(run, size // count // run * run)
+        even = (r for r in range(most, most // 2, -run) if size % r == 0)
+        rows = next(even, most)
     return Cut(size, rows, shards) if rows < size else None
 
 
-def _shards(call: Call, i: int) -> int:
+def _shards(arrays: Sequence[jax.Array]) -> int:
     """In how many parts the first axis may lie on devices."""
-    arrays = [call.gradients[i], *jax.tree.leaves(call.likes[i])]
     shardings = [jax.typeof(x).sharding for x in arrays]
     meshes = [jax.sharding.get_abstract_mesh(), *(s.mesh for s in shardings)]
     partition = explicit_sharding.partition_of(arrays[0])
@@ -177,34 +183,21 @@ def _has_rows(once: Any, twice: Any, cut: Cut) -> bool:
     return all(once.shape[0] % piece == 0 for piece in pieces)
 
 
-def _how_many(call: Call, i: int, cut: Cut, budget: Budget) -> int:
-    """How many leaves of one kind go through a loop together, for slices are compiled once."""
-    if budget.slices is not None:
-        return len(call.gradients)
-    slice_bytes = call.gradients[i].size // cut.size * cut.rows * BYTES_AN_ELEMENT
-    return max(
-        1, int(__import__("os").environ.get("GF", "1")) * _bytes_of(call, budget) // slice_bytes
-    )
-
-
-def _group(
-    call: Call, leaves: tuple[int, ...], cut: Cut, own: Mapping[int, list[Path]]
-) -> Group | None:
-    paths = tuple(path for i in leaves for path in own[i])
+def _sliced_leaf(call: Call, place: int, cut: Cut, own: tuple[Path, ...]) -> SlicedLeaf | None:
+    """The leaf, if the transformation can be run on slices of it."""
 
     def emitted(rows: int, *arrays: Any) -> Any:
-        gradients, likes, own = jax.tree.map(lambda x: taken(x, 0, rows, cut), arrays)
+        gradient, like, states = jax.tree.map(lambda x: taken(x, 0, rows, cut), arrays)
         whole = call.whole._replace(row=jnp.int32(0), settled=True)
-        state = dict(zip(paths, own, strict=True))
-        return call.update(leaves, gradients, likes, state, whole)[0]
+        state = dict(zip(own, states, strict=True))
+        return call.update([place], [gradient], [like], state, whole)[0][0]
 
-    pick = lambda xs: [xs[i] for i in leaves]
-    states = [call.state[path] for path in paths]
-    arrays = pick(call.gradients), pick(call.likes), states
+    states = [call.state[path] for path in own]
+    arrays = call.gradients[place], call.likes[place], states
     try:
         if cut.rest:
             jax.eval_shape(functools.partial(emitted, cut.rest), *arrays)
         types = jax.eval_shape(functools.partial(emitted, cut.rows), *arrays)
     except CannotCutError:
         return None
-    return Group(leaves, cut, paths, tuple(types))
+    return SlicedLeaf(place, cut, own, types)

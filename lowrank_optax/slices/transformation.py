@@ -7,7 +7,7 @@ import optax
 
 from lowrank_optax.slices.call import Call
 from lowrank_optax.slices.independence import check_leaves, is_elementwise
-from lowrank_optax.slices.plan import Budget, Slices, groups_of
+from lowrank_optax.slices.plan import Budget, Slices, sliced_leaves
 from lowrank_optax.slices.update import applied, updated
 from lowrank_optax.slices.whole import CannotCutError, Whole
 
@@ -75,9 +75,9 @@ def in_slices(
         if whole is not None and whole.settled:
             return tx.update(updates, state, params, whole=whole, **extra_args)
         call = Call.of(tx, updates, state, params, whole, extra_args)
-        groups = _groups(call, budget)
-        if groups:
-            return updated(call, groups, state)
+        leaves = _leaves(call, budget)
+        if leaves:
+            return updated(call, leaves, state)
         told = call.whole._replace(settled=slices == "off")
         return tx.update(updates, state, params, whole=told, **extra_args)
 
@@ -135,9 +135,9 @@ def apply_in_slices(
     tx = optax.with_extra_args_support(tx)
     check_leaves(tx)
     call = Call.of(tx, gradients, state, params, None, extra_args)
-    groups = _groups(call, budget)
-    if groups:
-        return applied(call, groups, state)
+    leaves = _leaves(call, budget)
+    if leaves:
+        return applied(call, leaves, state)
     told = call.whole._replace(settled=slices == "off")
     updates, state = tx.update(gradients, state, params, whole=told, **extra_args)
     return optax.apply_updates(params, updates), state
@@ -157,12 +157,12 @@ def _checked(slices: Any, budget_bytes: Any) -> Budget:
     return Budget(slices, budget_bytes)
 
 
-def _groups(call: Call, budget: Budget) -> Any:
+def _leaves(call: Call, budget: Budget) -> Any:
     worth = lambda call: [budget != Budget() or not is_elementwise(call.tx)] * len(call.gradients)
-    groups = groups_of(call, budget, worth, [call.tx])
-    if not groups and isinstance(budget.slices, int) and budget.slices > 1:
+    leaves = sliced_leaves(call, budget, worth, [call.tx])
+    if not leaves and isinstance(budget.slices, int) and budget.slices > 1:
         raise CannotCutError(
             f"slices={budget.slices} can cut no leaf: none has two axes or more whose rows are "
             "independent under the transformation."
         )
-    return groups
+    return leaves

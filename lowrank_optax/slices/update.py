@@ -14,9 +14,9 @@ import jax
 import optax
 
 from lowrank_optax.matrices import explicit_sharding
-from lowrank_optax.slices.call import Call, Path
+from lowrank_optax.slices.call import Call
 from lowrank_optax.slices.loop import run
-from lowrank_optax.slices.plan import Budget, Group, groups_of
+from lowrank_optax.slices.plan import Budget, SlicedLeaf, sliced_leaves
 from lowrank_optax.slices.whole import CannotCutError, Whole
 
 Chosen = Callable[[Call], Sequence[bool]]
@@ -47,89 +47,79 @@ def update_in_slices(
         if whole is None or not whole.settled:
             call = Call.of(tx, updates, state, params, whole, extra_args)
             try:
-                groups = groups_of(call, Budget(), chosen, parts)
+                leaves = sliced_leaves(call, Budget(), chosen, parts)
             except CannotCutError:
-                groups = []
-            if groups:
-                return updated(call, groups, state)
+                leaves = []
+            if leaves:
+                return updated(call, leaves, state)
         return tx.update(updates, state, params, whole=whole, **extra_args)
 
     return update
 
 
-def updated(call: Call, groups: Sequence[Group], state: Any) -> tuple[Any, Any]:
+def updated(call: Call, leaves: Sequence[SlicedLeaf], state: Any) -> tuple[Any, Any]:
     """The updates, in the memory of the gradients where they fit there, and the new state."""
-    new, arrays = _by_groups(call, groups, _in_place_of_gradients)
-    return call.treedef.unflatten(new), _like(state, arrays)
+    new, state = _each(call, leaves, state, _in_place_of_gradient)
+    return call.treedef.unflatten(new), state
 
 
-def applied(call: Call, groups: Sequence[Group], state: Any) -> tuple[Any, Any]:
+def applied(call: Call, leaves: Sequence[SlicedLeaf], state: Any) -> tuple[Any, Any]:
     """The new parameters, in the memory of the old ones, and the new state."""
-    new, arrays = _by_groups(call, groups, _in_place_of_params)
-    cut = {i for group in groups for i in group.leaves}
+    new, state = _each(call, leaves, state, _in_place_of_param)
+    cut = {leaf.place for leaf in leaves}
     params = [x if i in cut else optax.apply_updates(call.likes[i], x) for i, x in enumerate(new)]
-    return call.treedef.unflatten(params), _like(state, arrays)
+    return call.treedef.unflatten(params), state
 
 
-def _by_groups(
-    call: Call, groups: Sequence[Group], run_group: Callable[..., Any]
-) -> tuple[list[Any], dict[Path, Any]]:
-    """The result for each leaf, and the new state by its paths."""
-    results: list[Any] = [None] * len(call.gradients)
-    cut = {i for group in groups for i in group.leaves}
-    rest = [i for i in range(len(results)) if i not in cut]
+def _each(
+    call: Call, leaves: Sequence[SlicedLeaf], state: Any, in_place: Callable[..., Any]
+) -> tuple[list[Any], Any]:
+    """The result for each leaf, and the new state."""
+    cut = {leaf.place for leaf in leaves}
+    rest = [i for i in range(len(call.gradients)) if i not in cut]
     pick = lambda xs: [xs[i] for i in rest]
     updates, arrays = call.update(rest, pick(call.gradients), pick(call.likes), {}, call.whole)
-    for i, update in zip(rest, updates, strict=True):
-        results[i] = update
-    for group in groups:
-        new, own = run_group(call, group)
-        arrays |= dict(zip(group.own, own, strict=True))
-        for i, result in zip(group.leaves, new, strict=True):
-            results[i] = result
-    return results, arrays
+    results = dict(zip(rest, updates, strict=True))
+    for leaf in leaves:
+        results[leaf.place], own = in_place(call, leaf)
+        arrays |= dict(zip(leaf.own, own, strict=True))
+    paths, structure = jax.tree_util.tree_flatten_with_path(state)
+    state = structure.unflatten([arrays[path] for path, _ in paths])
+    return [results[i] for i in range(len(results))], state
 
 
-def _in_place_of_gradients(call: Call, group: Group) -> tuple[list[Any], list[Any]]:
-    """The updates of a group's leaves, in the memory of their gradients where they fit there."""
-    gradients = [call.gradients[i] for i in group.leaves]
-    likes = [call.likes[i] for i in group.leaves] if call.has_params else []
-    fits = [_fits(*pair) for pair in zip(gradients, group.emitted, strict=True)]
-    buffers = [
-        gradient if fit else _room(emitted, gradient, group)
-        for gradient, emitted, fit in zip(gradients, group.emitted, fits, strict=True)
-    ]
-    apart = [None if fit else gradient for gradient, fit in zip(gradients, fits, strict=True)]
+def _in_place_of_gradient(call: Call, leaf: SlicedLeaf) -> tuple[Any, list[Any]]:
+    gradient, like = call.gradients[leaf.place], call.likes[leaf.place]
+    fits = _fits(gradient, leaf.emitted)
 
     def step(carried: Any, read: Any, row: jax.Array) -> Any:
-        (slices, own), (apart, likes) = carried, read
-        of_slices = [x if fit else y for x, y, fit in zip(slices, apart, fits, strict=True)]
-        return _updated(call, group, of_slices, likes or of_slices, own, row)
+        (buffer, own), (gradient, like) = carried, read
+        gradient = buffer if fits else gradient
+        return _updated(call, leaf, gradient, like if call.has_params else gradient, own, row)
 
-    own = [call.state[path] for path in group.own]
-    return run(step, (buffers, own), (apart, likes), group.cut)
+    carried = gradient if fits else _room(leaf, gradient), [call.state[path] for path in leaf.own]
+    read = None if fits else gradient, like if call.has_params else None
+    return run(step, carried, read, leaf.cut)
 
 
-def _in_place_of_params(call: Call, group: Group) -> tuple[list[Any], list[Any]]:
-    """The new parameters of a group's leaves."""
+def _in_place_of_param(call: Call, leaf: SlicedLeaf) -> tuple[Any, list[Any]]:
+    def step(carried: Any, gradient: Any, row: jax.Array) -> Any:
+        param, own = carried
+        update, own = _updated(call, leaf, gradient, param, own, row)
+        return optax.apply_updates(param, update), own
 
-    def step(carried: Any, gradients: Any, row: jax.Array) -> Any:
-        params, own = carried
-        updates, own = _updated(call, group, gradients, params, own, row)
-        return list(map(optax.apply_updates, params, updates)), own
-
-    gradients, params = ([xs[i] for i in group.leaves] for xs in (call.gradients, call.likes))
-    return run(step, (params, [call.state[path] for path in group.own]), gradients, group.cut)
+    carried = call.likes[leaf.place], [call.state[path] for path in leaf.own]
+    return run(step, carried, call.gradients[leaf.place], leaf.cut)
 
 
 def _updated(
-    call: Call, group: Group, gradients: Any, likes: Any, own: Any, row: jax.Array
-) -> tuple[list[Any], list[Any]]:
-    """The updates of slices, and their own new state."""
+    call: Call, leaf: SlicedLeaf, gradient: Any, like: Any, own: Any, row: jax.Array
+) -> tuple[Any, list[Any]]:
+    """The update of a slice, and its own new state."""
     whole = call.whole._replace(row=row, settled=True)
-    state = dict(zip(group.own, own, strict=True))
-    updates, arrays = call.update(group.leaves, gradients, likes, state, whole)
-    return updates, [arrays[path] for path in group.own]
+    state = dict(zip(leaf.own, own, strict=True))
+    updates, arrays = call.update([leaf.place], [gradient], [like], state, whole)
+    return updates[0], [arrays[path] for path in leaf.own]
 
 
 def _fits(gradient: Any, emitted: Any) -> bool:
@@ -137,19 +127,13 @@ def _fits(gradient: Any, emitted: Any) -> bool:
     return is_array and emitted.shape[1:] == gradient.shape[1:] and emitted.dtype == gradient.dtype
 
 
-def _room(emitted: Any, gradient: jax.Array, group: Group) -> Any:
-    """Memory for the updates of a leaf, of whose slices the types are given."""
-    size, rows = group.cut.size, group.cut.rows
+def _room(leaf: SlicedLeaf, gradient: jax.Array) -> Any:
+    """Memory for the update of a leaf."""
+    size, rows = leaf.cut.size, leaf.cut.rows
     partition = explicit_sharding.partition_of(gradient)
 
     def zeros(x: jax.ShapeDtypeStruct) -> jax.Array:
         own = partition if x.ndim == gradient.ndim else None
         return explicit_sharding.zeros((x.shape[0] * size // rows, *x.shape[1:]), x.dtype, own)
 
-    return jax.tree.map(zeros, emitted)
-
-
-def _like(state: Any, arrays: dict[Path, Any]) -> Any:
-    """The arrays in the structure of a state."""
-    paths, structure = jax.tree_util.tree_flatten_with_path(state)
-    return structure.unflatten([arrays[path] for path, _ in paths])
+    return jax.tree.map(zeros, leaf.emitted)

@@ -15,17 +15,31 @@ class Whole(NamedTuple):
     Attributes:
       tree: The whole tree, of shapes and dtypes: of the parameters, or of the gradients where
         ``update`` is given no parameters.
+      paths: Path of each leaf of the whole tree of gradients.
       row: Of slices of leaves along their first axis, the first row, int32; None for whole leaves.
       settled: Whether what is to be cut is cut: what ``update`` is given is then run as it is.
     """
 
     tree: Any
+    paths: tuple[Any, ...]
     row: Any = None
     settled: bool = False
 
 
 class CannotCutError(ValueError):
     """Raised by a transformation that cannot be run on slices of a leaf along its first axis."""
+
+
+def places_in(whole: Whole | None, updates: Any) -> list[int]:
+    """The places of the leaves of ``updates`` among those of the whole tree."""
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(updates)]
+    places = {path: i for i, path in enumerate(paths if whole is None else whole.paths)}
+    return [places[path] for path in paths]
+
+
+def key_of_leaf(key: jax.Array, place: int, whole: Whole | None) -> jax.Array:
+    """The key of a leaf by its place in the whole tree, and of each slice of it."""
+    return key_of_slice(jax.random.fold_in(key, place), whole)
 
 
 def key_of_slice(key: jax.Array, whole: Whole | None) -> jax.Array:

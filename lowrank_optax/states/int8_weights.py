@@ -9,6 +9,7 @@ import optax
 
 from lowrank_optax.matrices.paths import path_string
 from lowrank_optax.quantization import Affine, affine_dequantize, affine_quantize
+from lowrank_optax.slices import Whole, key_of_leaf, places_in, update_in_slices
 from lowrank_optax.states.precision import in_float32
 
 
@@ -133,26 +134,36 @@ def update_int8_weights(
         return Int8WeightsState(jnp.zeros([], jnp.int32), wide.init(from_int8_weights(params)))
 
     def update_fn(
-        updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
+        updates: optax.Updates,
+        state: Any,
+        params: Any = None,
+        whole: Whole | None = None,
+        **extra_args: Any,
     ) -> tuple[Any, Int8WeightsState]:
         if params is None:
             raise ValueError(
                 "update_int8_weights needs params: call tx.update(grads, state, params)."
             )
-        full = from_int8_weights(params)
+        full, places = from_int8_weights(params), places_in(whole, updates)
+        if whole is not None:
+            extra_args["whole"] = whole._replace(tree=jax.eval_shape(from_int8_weights, whole.tree))
         changes, inner_state = wide.update(updates, state.inner, full, **extra_args)
         olds, treedef = jax.tree.flatten(params, is_leaf=_is_int8)
-        pairs = zip(olds, treedef.flatten_up_to(full), treedef.flatten_up_to(changes), strict=True)
+        rows = zip(
+            places, olds, treedef.flatten_up_to(full), treedef.flatten_up_to(changes), strict=True
+        )
         key = jax.random.fold_in(jax.random.key(seed), state.count)
         new = [
-            _change(old, weight + change, jax.random.fold_in(key, i)) if _is_int8(old) else change
-            for i, (old, weight, change) in enumerate(pairs)
+            _change(old, weight + change, key_of_leaf(key, i, whole)) if _is_int8(old) else change
+            for i, old, weight, change in rows
         ]
         return treedef.unflatten(new), Int8WeightsState(
             optax.safe_increment(state.count), inner_state
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    core = optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    in_codes = lambda call: list(map(_is_int8, call.likes))
+    return core._replace(update=update_in_slices(core, in_codes, [inner]))
 
 
 def _change(old: Int8Weight, weight: jax.Array, key: jax.Array) -> Int8Weight:

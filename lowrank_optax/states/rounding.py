@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_optax.slices import Whole, key_of_leaf, places_in, update_in_slices
+
 Rounding = Literal["stochastic", "compensated"]
 
 
@@ -79,7 +81,11 @@ def round_updates(
         return RoundUpdatesState((), jax.tree.map(keep, params))
 
     def update_fn(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        whole: Whole | None = None,
+        **extra_args: Any,
     ) -> tuple[optax.Updates, RoundUpdatesState]:
         del extra_args
         if params is None:
@@ -89,8 +95,8 @@ def round_updates(
         if stochastic:
             key = jax.random.fold_in(jax.random.key(seed), state.count)
             new = [
-                _at_random(old, x, jax.random.fold_in(key, i)) if _is_bfloat16(old) else x
-                for i, (old, x) in enumerate(zip(olds, leaves, strict=True))
+                _at_random(old, x, key_of_leaf(key, i, whole)) if _is_bfloat16(old) else x
+                for i, old, x in zip(places_in(whole, updates), olds, leaves, strict=True)
             ]
             count = optax.safe_increment(state.count)
             return treedef.unflatten(new), RoundUpdatesState(count, ())
@@ -102,7 +108,11 @@ def round_updates(
         compensation = treedef.unflatten([lost for _, lost in pairs])
         return treedef.unflatten([x for x, _ in pairs]), RoundUpdatesState((), compensation)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    core = optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    if not stochastic:
+        return core  # one pass over whole leaves, without a temporary
+    in_bfloat16 = lambda call: list(map(_is_bfloat16, call.likes))
+    return core._replace(update=update_in_slices(core, in_bfloat16, []))
 
 
 def stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:

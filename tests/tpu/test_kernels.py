@@ -46,7 +46,7 @@ def _assert_in_one_pass(compiled: Any, donated: Any, given: Any, times: float = 
     [
         ((512, 1024), 8, jnp.float32),
         ((512, 1024), 4, jnp.bfloat16),
-        ((6, 135, 1024), 4, jnp.float32),
+        ((3, 6, 135, 1024), 4, jnp.float32),
         ((72, 1000, 512), 8, jnp.bfloat16),
     ],
 )

@@ -32,8 +32,8 @@ class Subspace(NamedTuple):
       init: ``init(view) -> basis``: what stands for the basis before the first refresh.
       refresh: ``refresh(key, matrix, basis, momentum, view) -> basis``: the basis for this
         gradient. ``basis`` is the last one, ``momentum`` the bias-corrected first moment in it for
-        rules that ``follow_momentum``, otherwise None. The result may be anything at all for a zero or non-finite matrix: the
-        caller then keeps the last one.
+        rules that ``follow_momentum``, otherwise None. The result may be anything at all for a zero
+        or non-finite matrix: the caller then keeps the last one.
       project: ``project(basis, matrix, view) -> projected``.
       lift: ``lift(basis, projected, view) -> matrix``, the adjoint of project.
       turn: ``turn(old, new, projected, view, squared=False)``: an array of the projected shape,

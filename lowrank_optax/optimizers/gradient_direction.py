@@ -18,6 +18,7 @@ import optax
 
 from lowrank_optax.matrices import DimensionNumbersRule, resolve_dimension_numbers
 from lowrank_optax.matrices.paths import normalised_path
+from lowrank_optax.matrices.sums import summed_together
 from lowrank_optax.states.arguments import transformation
 
 Mode = Literal["grams", "cautious"]
@@ -209,13 +210,30 @@ def _mask_scales(scale: MaskScale, signs: Any, directions: Any, axes: list[_Axes
     scales = []
     for direction, sign, own in zip(leaves, treedef.flatten_up_to(signs), axes, strict=True):
         size = math.prod(direction.shape[axis] for axis in own)
-        kept = jnp.sum(sign * direction > 0, own, dtype=jnp.float32, keepdims=True)
+        kept = _count(sign * direction > 0, own)
         if scale == "count_plus_one":
             factor = size / (kept + 1)
         else:
             factor = 1 / jnp.maximum(kept / max(size, 1), _LEAST_MEAN)
         scales.append(factor)
     return treedef.unflatten(scales)
+
+
+def _count(mask: jax.Array, axes: _Axes) -> jax.Array:
+    """How many elements along the axes are true, in float32, with axes of size 1."""
+    total = lambda x: jnp.sum(x, axes, dtype=jnp.float32, keepdims=True)
+
+    def in_one_pass(mask: jax.Array) -> jax.Array:
+        # XLA for CPU writes to memory what a single sum is of, but not what two are of.
+        both = (mask.astype(jnp.int32), (~mask).astype(jnp.int32))
+        kept, left_out = (total(jnp.expand_dims(x, last)) for x in summed_together(both, last))
+        # A sum that nothing needs would be taken away: of this one nothing is left.
+        return kept + jnp.minimum(left_out, 0)
+
+    if not axes:
+        return total(mask)
+    last = max(axes)
+    return jax.lax.platform_dependent(mask, cpu=in_one_pass, default=total)
 
 
 def _check(gradient: jax.Array, update: jax.Array) -> None:

@@ -8,6 +8,7 @@ from jax.sharding import PartitionSpec
 import numpy as np
 
 from lowrank_optax.matrices.explicit_sharding import constrain, partition_of
+from lowrank_optax.matrices.sums import summed_together
 from lowrank_optax.schedules.weight_decay.equilibrium import Optimizer, equilibrium, momentum_of
 
 MEASURED = (
@@ -35,24 +36,20 @@ def leaf_sums(weight: jax.Array, update: jax.Array, stacked: bool, decays: bool)
     ⟨w, w⟩, ⟨w, d⟩, ⟨d, d⟩; the number of elements whose update is lost, and their share of ⟨w, w⟩;
     ⟨w, w⟩ once more if the leaf decays. One read of weight and update.
     """
+    # XLA for CPU would take w + d for the new weights, and keep the old ones beside them.
+    apart = jax.lax.optimization_barrier
+    weight = jax.lax.platform_dependent(weight, cpu=apart, default=lambda weight: weight)
     w, d = weight.astype(jnp.float32), update.astype(jnp.float32)
     lost = is_lost(weight, update)
     squares = w * w
-    products = (squares, w * d, d * d, lost.astype(jnp.float32), jnp.where(lost, squares, 0.0))
+    products = (squares, w * d, d * d, lost.astype(jnp.int32), jnp.where(lost, squares, 0.0))
     stacked = stacked and w.ndim > 0
     first = int(stacked)
     if w.ndim > first:  # row by row: one long sum would lose what is small beside it
-        products = _summed_together(products, w.ndim - 1)
-    sums = [jnp.sum(x, tuple(range(first, x.ndim))) for x in products]
+        products = summed_together(products, w.ndim - 1)
+    sums = [jnp.sum(x, tuple(range(first, x.ndim)), dtype=jnp.float32) for x in products]
     decayed = sums[0] if decays else jnp.zeros_like(sums[0])
     return jnp.stack([_replicated(x) for x in (*sums, decayed)], -1).reshape(-1, 6)
-
-
-def _summed_together(arrays: tuple[jax.Array, ...], axis: int) -> tuple[jax.Array, ...]:
-    """Sums along an axis, in one pass: a compiler makes several of what several sums share."""
-    add = lambda xs, ys: tuple(x + y for x, y in zip(xs, ys, strict=True))
-    zeros = (jnp.zeros([], jnp.float32),) * len(arrays)
-    return tuple(jax.lax.reduce(arrays, zeros, add, (axis,)))
 
 
 def is_lost(weight: jax.Array, update: jax.Array) -> jax.Array:

@@ -39,7 +39,9 @@ from lowrank_optax.projection.state import ScaleByProjectionState, pack, unpack
 from lowrank_optax.projection.subspaces import Subspace, both_sides
 from lowrank_optax.projection.transfer import OnRefresh, check_on_refresh
 from lowrank_optax.projection.view import LeafView, Side, compute_dtype, leaf_view
-from lowrank_optax.slices import Call, Whole, update_in_slices
+from lowrank_optax.slices.call import Call
+from lowrank_optax.slices.update import update_in_slices
+from lowrank_optax.slices.whole import Whole
 from lowrank_optax.states.arguments import transformation
 
 

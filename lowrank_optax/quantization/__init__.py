@@ -11,7 +11,6 @@ from lowrank_optax.quantization.blocks import (
     layout_of,
     over_blocks,
     quantize,
-    same_layout,
 )
 from lowrank_optax.quantization.maps import Bits, CodeMap, MapName, code_map
 from lowrank_optax.quantization.nf4 import nf4_dequantize, nf4_quantize, nf4_round
@@ -40,6 +39,5 @@ __all__ = [
     "pack",
     "packing_of",
     "quantize",
-    "same_layout",
     "unpack",
 ]

@@ -52,7 +52,5 @@ def _called(
 def _draws(equation: Any) -> bool:
     """Whether an equation draws random numbers, or calls a program that does."""
     inner = [getattr(value, "jaxpr", None) for value in equation.params.values()]
-    programs = [program for program in inner if hasattr(program, "eqns")]
-    return equation.primitive.name in DRAWS or any(
-        _draws(called) for program in programs for called in program.eqns
-    )
+    called = [x for program in inner for x in getattr(program, "eqns", ())]
+    return equation.primitive.name in DRAWS or any(map(_draws, called))

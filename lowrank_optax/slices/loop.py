@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+from jax.experimental.layout import Layout, with_layout_constraint
 import jax.numpy as jnp
 
 from lowrank_optax.matrices import explicit_sharding
@@ -74,7 +75,22 @@ class _Way(NamedTuple):
 
 
 def _behind_barrier(step: Step) -> Step:
-    return lambda carried, read, row: jax.lax.optimization_barrier(step(carried, read, row))
+    def held(carried: Any, read: Any, row: jax.Array) -> Any:
+        carried, read = jax.tree.map(_in_rows, (carried, read))
+        new = step(carried, read, row)
+        return jax.tree.map(_in_rows, jax.lax.optimization_barrier(new))
+
+    return held
+
+
+def _in_rows(x: jax.Array) -> jax.Array:
+    """``x`` stored in the order of its axes, where that is what an argument of its shape is.
+
+    Otherwise what suits one slice's arithmetic is asked of the whole array, by a copy of it.
+    """
+    if x.ndim < 2 or x.shape[-1] % 128 or x.shape[-2] % 32:
+        return x
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 def _in_conditional(step: Step) -> Step:

@@ -9,7 +9,8 @@ import optax
 
 from lowrank_optax.matrices.paths import path_string
 from lowrank_optax.quantization import Affine, affine_dequantize, affine_quantize
-from lowrank_optax.slices import Whole, key_of_leaf, places_in, update_in_slices
+from lowrank_optax.slices.update import update_in_slices
+from lowrank_optax.slices.whole import Whole, key_of_leaf, places_in
 from lowrank_optax.states.precision import in_float32
 
 

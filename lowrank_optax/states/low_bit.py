@@ -23,9 +23,11 @@ from lowrank_optax.quantization import (
     code_map,
     dequantize,
     quantize,
-    same_layout,
 )
-from lowrank_optax.slices import Call, CannotCutError, Whole, key_of_slice, update_in_slices
+from lowrank_optax.quantization.blocks import same_layout
+from lowrank_optax.slices.call import Call
+from lowrank_optax.slices.update import update_in_slices
+from lowrank_optax.slices.whole import CannotCutError, Whole, key_of_slice
 from lowrank_optax.states.moments import FIRST_MOMENTS, SECOND_MOMENTS, SQUARES, Kind, moment_kinds
 from lowrank_optax.states.precision import in_float32
 

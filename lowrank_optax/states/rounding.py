@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.slices import Whole, key_of_leaf, places_in, update_in_slices
+from lowrank_optax.slices.update import update_in_slices
+from lowrank_optax.slices.whole import Whole, key_of_leaf, places_in
 
 Rounding = Literal["stochastic", "compensated"]
 

@@ -28,7 +28,7 @@ CASES = {
     "xla: whole blocks": ("xla", (64, 256), 8, 128),
     "xla: an axis": ("xla", (1000,), 8, 256),
     "xla: rows shorter than a block": ("xla", (40, 8), 8, 256),
-    "xla: 4 bits": ("xla", (4, 21, 128), 4, 128),
+    "xla: 4 bits": ("xla", (2, 4, 21, 128), 4, 128),
     "xla: 4 bits, odd": ("xla", (3, 5, 256), 4, 128),
     "tpu: whole blocks": ("mosaic_tpu", (64, 256), 8, 128),
     "tpu: one row": ("mosaic_tpu", (1, 300), 8, 128),
@@ -37,12 +37,12 @@ CASES = {
     "tpu: stacked": ("mosaic_tpu", (2, 3, 33, 128), 8, 128),
     "tpu: 4 bits by rows": ("mosaic_tpu", (192, 300), 4, 128),
     "tpu: 4 bits by rows, stacked, beyond a tile": ("mosaic_tpu", (2, 576, 130), 4, 128),
-    "tpu: 4 bits by layers": ("mosaic_tpu", (4, 21, 128), 4, 128),
+    "tpu: 4 bits by layers": ("mosaic_tpu", (2, 4, 21, 128), 4, 128),
     "tpu: 4 bits by layers of layers": ("mosaic_tpu", (3, 2, 5, 7, 256), 4, 256),
     "gpu: whole blocks": ("triton", (64, 256), 8, 128),
     "gpu: stacked": ("triton", (2, 3, 33, 128), 8, 128),
     "gpu: 4 bits, even rows": ("triton", (6, 128), 4, 64),
-    "gpu: 4 bits by layers": ("triton", (4, 21, 128), 4, 128),
+    "gpu: 4 bits by layers": ("triton", (2, 4, 21, 128), 4, 128),
     "gpu: 4 bits by layers of layers": ("triton", (3, 2, 5, 7, 256), 4, 256),
 }
 # Kernel, shape, bits, block, map, and why not.
@@ -61,7 +61,7 @@ UNSUPPORTED = [
 
 
 # Two shapes that all implementations take, so that most tests run the same programs.
-EIGHT_BITS, FOUR_BITS = (64, 256), (4, 21, 128)
+EIGHT_BITS, FOUR_BITS = (64, 256), (2, 4, 21, 128)
 
 
 @functools.partial(jax.jit, static_argnames=("formats", "implementation", "interpret"))

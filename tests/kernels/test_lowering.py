@@ -58,7 +58,7 @@ def has_kernel(exported: export.Exported) -> bool:
 
 
 @pytest.mark.combinations(2)
-@pytest.mark.parametrize("shape", [(300, 600), (1, 256), (24, 71, 512), (128, 256)])
+@pytest.mark.parametrize("shape", [(300, 600), (1, 256), (2, 24, 71, 512), (128, 256)])
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("implementation", ["mosaic_tpu", None], ids=str)
 def test_low_bit_adam_lowers_for_tpus(shape: Any, bits: int, implementation: Any) -> None:
@@ -81,7 +81,7 @@ def test_projected_adam_lowers_for_tpus(axis: int, bits: int) -> None:
 
 
 @pytest.mark.combinations(1)
-@pytest.mark.parametrize("shape", [(300, 512), (24, 7, 256), (128, 256)])
+@pytest.mark.parametrize("shape", [(300, 512), (2, 24, 7, 256), (128, 256)])
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("implementation", ["triton", None], ids=str)
 def test_low_bit_adam_lowers_for_gpus(shape: Any, bits: int, implementation: Any) -> None:

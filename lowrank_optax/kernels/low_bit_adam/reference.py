@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax.kernels.adam import AdamScalars, adam_direction, adam_moments, applied
-from lowrank_optax.quantization import BlockFormat, Quantized, dequantize, quantize, same_layout
-from lowrank_optax.slices import Cut, cut_of, run
+from lowrank_optax.quantization import BlockFormat, Quantized, dequantize, quantize
+from lowrank_optax.quantization.blocks import same_layout
+from lowrank_optax.slices.loop import Cut, run
+from lowrank_optax.slices.plan import cut_of
 
 
 def reference(

@@ -79,6 +79,7 @@ def randomized_svd(
         start = explicit_sharding.constrain(
             jnp.zeros((*view.batch, view.length, columns), basis.dtype), view.small_partition
         )
+        sketch = explicit_sharding.constrain(sketch, view.small_partition)
         q, b = jax.lax.fori_loop(0, power_iterations + 1, iterate, (start, sketch))
         found = leading_directions(q, gram_matrix(b), basis.shape[-1])
         return base.agreeing(found, basis)

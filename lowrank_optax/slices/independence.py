@@ -99,6 +99,13 @@ def _parts(tx: optax.GradientTransformation) -> Iterator[tuple[str, str]]:
             ]
             if is_update or "update" in x.__name__:
                 yield x.__qualname__.split(".")[0], x.__module__ or ""
+        elif inspect.ismethod(x):
+            waiting += [(x.__func__, is_update), (getattr(x.__self__, "__dict__", {}), False)]
+        elif hasattr(x, "__wrapped__"):
+            waiting.append((x.__wrapped__, is_update))
+        elif is_update:  # an object that can be called, of which nothing is known
+            waiting.append((getattr(x, "__dict__", {}), False))
+            yield type(x).__name__, type(x).__module__
 
 
 def check_parts(call: Call, parts: Sequence[optax.GradientTransformation]) -> None:

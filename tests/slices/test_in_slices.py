@@ -167,6 +167,12 @@ def test_a_refresh_of_one_layer_runs_one_branch() -> None:
         ("scale_by_novograd", optax.novograd(1e-3)),
         ("normalize_by_update_norm", optax.normalize_by_update_norm()),
         ("adafactor", optax.inject_hyperparams(optax.adafactor)(learning_rate=1e-3)),
+        (
+            "clip_by_global_norm",
+            optax.MultiSteps(
+                optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1.0)), 2
+            ).gradient_transformation(),
+        ),
         ("prodigy", optax.partition({"a": optax.contrib.prodigy()}, lambda tree: tree)),
     ],
 )
@@ -187,6 +193,20 @@ def test_an_unknown_sum_over_leaves_is_found_in_its_program() -> None:
     inner = optax.chain(optax.GradientTransformation(lambda params: (), update), optax.adam(0.1))
     own = lro.low_bit(inner, **SMALL)
     own.update(normal(0), own.init(normal(0)))
+
+
+class Summed:
+    """An update that is an object."""
+
+    def __call__(self, updates: Any, state: Any, params: Any = None) -> Any:
+        return jax.tree.map(lambda x: x * optax.tree.norm(updates), updates), state
+
+
+@pytest.mark.parametrize("update", [Summed(), jax.jit(Summed()), Summed().__call__])
+def test_an_update_of_any_kind_is_looked_at(update: Any) -> None:
+    tx = lro.in_slices(optax.GradientTransformation(lambda params: (), update), slices=2)
+    with pytest.raises(ValueError, match="depends on others"):
+        tx.update(normal(0)["layers"], ())
 
 
 def test_an_unknown_mean_over_layers_is_found_by_trying() -> None:

@@ -125,6 +125,8 @@ def cut_of(
     fitting = slices is None
     count = math.ceil(leaf.size * BYTES_AN_ELEMENT / budget_bytes) if fitting else slices
     assert isinstance(count, int)
+    if count <= 1:
+        return None
     run = shards if leaf.ndim > 2 else math.lcm(shards, ROWS)
     run = run if run < size else shards
     rows = math.ceil(size / count / run) * run

@@ -74,7 +74,12 @@ def sliced_leaves(
     """
     if budget.slices == "off" or not _all_whole(call):
         return []
-    every = {i: _cut_of(call, i, budget) for i in range(len(call.gradients))}
+    rows_of = enumerate(zip(call.gradients, call.likes, strict=True))
+    budget_bytes = _bytes_of(call, budget)
+    every = {
+        i: cut_of([gradient, *jax.tree.leaves(like)], budget_bytes, budget.slices)
+        for i, (gradient, like) in rows_of
+    }
     cuts = {i: cut for i, cut in every.items() if cut is not None}
     if not cuts:
         return []
@@ -101,11 +106,6 @@ def _bytes_of(call: Call, budget: Budget) -> int:
         return budget.bytes
     leaves = jax.tree.leaves(call.whole.tree)
     return max(LEAST_BUDGET, sum(x.size * x.dtype.itemsize for x in leaves) // SHARE_OF_TREE)
-
-
-def _cut_of(call: Call, i: int, budget: Budget) -> Cut | None:
-    arrays = [call.gradients[i], *jax.tree.leaves(call.likes[i])]
-    return cut_of(arrays, _bytes_of(call, budget), budget.slices)
 
 
 def cut_of(

@@ -61,9 +61,7 @@ def in_slices(
       Copy insertion in XLA, which decides what a loop may write in place:
       https://openxla.org/xla
     """
-    budget = _checked(slices, budget_bytes)
-    tx = optax.with_extra_args_support(tx)
-    check_leaves(tx)
+    tx, budget = _checked(tx, slices, budget_bytes)
 
     def update_fn(
         updates: optax.Updates,
@@ -131,9 +129,7 @@ def apply_in_slices(
       Copy insertion in XLA, which decides what a loop may write in place:
       https://openxla.org/xla
     """
-    budget = _checked(slices, budget_bytes)
-    tx = optax.with_extra_args_support(tx)
-    check_leaves(tx)
+    tx, budget = _checked(tx, slices, budget_bytes)
     call = Call.of(tx, gradients, state, params, None, extra_args)
     leaves = _leaves(call, budget)
     if leaves:
@@ -143,7 +139,10 @@ def apply_in_slices(
     return optax.apply_updates(params, updates), state
 
 
-def _checked(slices: Any, budget_bytes: Any) -> Budget:
+def _checked(
+    tx: optax.GradientTransformation, slices: Any, budget_bytes: Any
+) -> tuple[optax.GradientTransformationExtraArgs, Budget]:
+    """The transformation and the budget that are meant, if they are any good."""
     for name, value in (("slices", slices), ("budget_bytes", budget_bytes)):
         number = isinstance(value, int) and not isinstance(value, bool) and value >= 1
         if not (number or value is None or (name == "slices" and value == "off")):
@@ -154,7 +153,8 @@ def _checked(slices: Any, budget_bytes: Any) -> Budget:
             f"slices={slices!r} leaves nothing for budget_bytes={budget_bytes!r} to decide; give "
             "one of them."
         )
-    return Budget(slices, budget_bytes)
+    check_leaves(tx)
+    return optax.with_extra_args_support(tx), Budget(slices, budget_bytes)
 
 
 def _leaves(call: Call, budget: Budget) -> Any:

@@ -6,6 +6,7 @@ from the moments before they are rounded.
 """
 
 from collections.abc import Callable
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -128,16 +129,14 @@ def low_bit(
         chosen = [None if kind is None else formats[kind] for kind in kinds]
         return dict(zip(paths, chosen, strict=True))
 
-    def init_fn(params: optax.Params) -> LowBitState:
+    def init_fn(params: optax.Params, checked: bool = True) -> LowBitState:
         # Behind a barrier: for minutes the compiler would encode constants, one by one.
         state = jax.lax.optimization_barrier(wide.init(params))
+        plan = list(formats_in(state).values())
+        if checked:
+            _check_found(state, plan, min_size)
         count = jnp.zeros([], jnp.int32) if stochastic_rounding else ()
-        return _encoded(state, list(formats_in(state).values()), count, None)
-
-    def checked_init_fn(params: optax.Params) -> LowBitState:
-        state = jax.eval_shape(wide.init, params)
-        _check_found(state, list(formats_in(state).values()), min_size)
-        return init_fn(params)
+        return _encoded(state, plan, count, None)
 
     def update_fn(
         updates: optax.Updates,
@@ -147,12 +146,10 @@ def low_bit(
         **extra_args: Any,
     ) -> tuple[optax.Updates, LowBitState]:
         like = jax.eval_shape(wide.init, updates if params is None else params)
-        places = formats_in(like)
-        if whole is not None:
-            tree = jax.eval_shape(wide.init, whole.tree)
-            places = formats_in(tree)
-            if whole.row is not None:
-                _check_cut(tree, like, places)
+        tree = like if whole is None else jax.eval_shape(wide.init, whole.tree)
+        places = formats_in(tree)
+        if whole is not None and whole.row is not None:
+            _check_cut(tree, like, places)
         paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(like)]
         plan = [places[path] for path in paths]
         new, full = wide.update(
@@ -166,11 +163,11 @@ def low_bit(
             count = optax.safe_increment(state.count)
         return optax.tree.cast_like(new, updates), _encoded(full, plan, count, keys, state)
 
-    core = optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    # Among some leaves alone there may be none that has a moment.
+    unchecked = functools.partial(init_fn, checked=False)
+    core = optax.GradientTransformationExtraArgs(unchecked, update_fn)
     in_codes = lambda call: _in_codes(call, formats_in(jax.eval_shape(wide.init, call.whole.tree)))
-    return optax.GradientTransformationExtraArgs(
-        checked_init_fn, update_in_slices(core, in_codes, [inner])
-    )
+    return optax.GradientTransformationExtraArgs(init_fn, update_in_slices(core, in_codes, [inner]))
 
 
 def moment_formats(

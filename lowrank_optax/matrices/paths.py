@@ -22,6 +22,11 @@ def path_string(path: tuple[Any, ...]) -> str:
     return "/".join(normalised_path(path))
 
 
+def leaves_by_path(tree: Any) -> dict[Any, Any]:
+    """The leaves of a tree by their key paths."""
+    return dict(jax.tree_util.tree_leaves_with_path(tree))
+
+
 def compiled_pattern(argument: str, pattern: str) -> re.Pattern[str]:
     """The regular expression; raises ValueError, which names the argument, where it is none."""
     try:

@@ -80,10 +80,12 @@ class Advanced(NamedTuple):
     moments: transfer.Moments | None
 
 
-def init_leaf(parts: Parts, view: View) -> LeafState:
-    """The state before the first gradient."""
-    shared = parts.subspace.shared
-    due = jnp.zeros((), jnp.int32) if shared else zeros_per_matrix(view, jnp.int32)
+def init_leaf(parts: Parts, view: View, phase: float) -> LeafState:
+    """The state before the first gradient; ``phase`` is the leaf's place among all, below 1."""
+    if parts.subspace.shared:
+        due = jnp.zeros((), jnp.int32)
+    else:
+        due = zeros_per_matrix(view, jnp.int32) + parts.refresh.first_due(phase)
     return LeafState(
         parts.subspace.init(view), due, parts.refresh.init(view), parts.residual.init(view)
     )

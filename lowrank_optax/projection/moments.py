@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec
 import optax
 
 from lowrank_optax.matrices import explicit_sharding
+from lowrank_optax.matrices.paths import leaves_by_path
 from lowrank_optax.states.moments import FIRST_MOMENTS, SECOND_MOMENTS, field
 
 # Names of arrays that a basis has no part in: the coefficients of Muon's iteration.
@@ -75,7 +76,7 @@ def moment_paths(state: Any, shape: tuple[int, ...], batch_ndim: int) -> dict[st
 
 def at_path(tree: Any, path: Any) -> Any:
     """The leaf at a path of ``tree_leaves_with_path``."""
-    return dict(jax.tree_util.tree_leaves_with_path(tree))[path]
+    return leaves_by_path(tree)[path]
 
 
 def sibling(tree: Any, path: Any, names: tuple[str, ...]) -> Any:

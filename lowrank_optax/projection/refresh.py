@@ -1,6 +1,7 @@
 """When a basis is found anew: every so many steps, lazily, upon convergence, or never again."""
 
 from collections.abc import Callable
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -40,18 +41,21 @@ class RefreshRule(NamedTuple):
 
     Attributes:
       init: ``init(view) -> statistics``: a NamedTuple of arrays ``[*batch, ...]``, or ``()``.
-      schedule: ``schedule(statistics, count, phase, overlap) -> (next_refresh, statistics)`` after
-        a refresh at ``count``: the count of the next, ``[*batch]`` int32. ``phase`` in [0, 1) is
-        the leaf's place among all, ``overlap [*batch]`` the mean squared cosine of the principal
-        angles between the last basis and the new one (None unless asked for).
+      schedule: ``schedule(statistics, count, due, overlap) -> (next_refresh, statistics)`` after a
+        refresh at ``count`` that was due from ``due`` on: the count of the next, ``[*batch]``
+        int32. ``overlap [*batch]`` is the mean squared cosine of the principal angles between the
+        last basis and the new one (None unless asked for).
       observe: ``observe(statistics, count, next_refresh, energies) -> (next_refresh, statistics)``
         after every step; None for rules that do not look.
+      first_due: ``first_due(phase)``: from which count on the first refresh is due, zero or less;
+        what is less is for ``schedule`` to reckon from. ``phase`` in [0, 1) is the leaf's place
+        among all.
       compares: Whether ``schedule`` wants ``overlap``.
       always: Whether a basis is due at every step, known when the step is traced.
 
     Example:
       >>> import lowrank_optax as lro
-      >>> next_refresh, _ = lro.refresh.every(200).schedule((), 200, 0.0, None)
+      >>> next_refresh, _ = lro.refresh.every(200).schedule((), 200, 200, None)
       >>> int(next_refresh)
       400
 
@@ -60,8 +64,9 @@ class RefreshRule(NamedTuple):
     """
 
     init: Callable[[View], Any]
-    schedule: Callable[[Any, jax.Array, float, Any], tuple[jax.Array, Any]]
+    schedule: Callable[[Any, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
     observe: Callable[[Any, jax.Array, jax.Array, Energies], tuple[jax.Array, Any]] | None = None
+    first_due: Callable[[float], int] = lambda phase: 0
     compares: bool = False
     always: bool = False
 
@@ -88,8 +93,11 @@ def every(steps: int, stagger: bool = False) -> RefreshRule:
     Example:
       >>> import lowrank_optax as lro
       >>> rule = lro.refresh.every(10, stagger=True)
-      >>> [int(rule.schedule((), count, 0.5, None)[0]) for count in (0, 5, 15)]
-      [5, 15, 25]
+      >>> due = [rule.first_due(0.5)]
+      >>> for count in (0, 5, 15):
+      ...     due.append(rule.schedule((), count, due[-1], None)[0])
+      >>> due
+      [-5, 5, 15, 25]
 
     Reference:
       Zhao et al., GaLore, 2024, https://arxiv.org/abs/2403.03507, Algorithm 2.
@@ -97,13 +105,23 @@ def every(steps: int, stagger: bool = False) -> RefreshRule:
     if isinstance(steps, int) and steps < 1:
         raise ValueError(f"refresh_every={steps} must be at least 1 step, or None for never.")
 
-    def schedule(statistics: Any, count: Any, phase: float, overlap: Any) -> tuple[Any, Any]:
-        # More by a hair: i/k · steps may fall short of a whole number by its last bit.
-        offset = int(phase * steps + 1e-6) if stagger else 0
-        return ((count - offset) // steps + 1) * steps + offset, statistics
+    def schedule(statistics: Any, count: Any, due: Any, overlap: Any) -> tuple[Any, Any]:
+        return _after(count, due, steps), statistics
 
+    first_due = functools.partial(_first_due, steps, stagger)
     always = isinstance(steps, int) and steps == 1
-    return RefreshRule(lambda view: (), schedule, always=always)
+    return RefreshRule(lambda view: (), schedule, first_due=first_due, always=always)
+
+
+def _first_due(steps: int, stagger: bool, phase: float) -> int:
+    # More by a hair: i/k · steps may fall short of a whole number by its last bit.
+    offset = int(phase * steps + 1e-6) if stagger else 0
+    return offset - steps if offset else 0
+
+
+def _after(count: Any, due: Any, interval: Any) -> Any:
+    """The first count after this one that is a whole number of intervals from ``due``."""
+    return due + ((count - due) // interval + 1) * interval
 
 
 def never() -> RefreshRule:
@@ -111,13 +129,13 @@ def never() -> RefreshRule:
 
     Example:
       >>> import lowrank_optax as lro
-      >>> lro.refresh.never().schedule((), 0, 0.0, None)[0].item() > 2e9
+      >>> lro.refresh.never().schedule((), 0, 0, None)[0].item() > 2e9
       True
 
     Reference:
       Liang et al., Online Subspace Descent, 2024, https://arxiv.org/abs/2408.12857.
     """
-    schedule = lambda statistics, count, phase, overlap: (jnp.int32(_NEVER), statistics)
+    schedule = lambda statistics, count, due, overlap: (jnp.int32(_NEVER), statistics)
     return RefreshRule(lambda view: (), schedule)
 
 
@@ -152,7 +170,7 @@ def lazily(
       >>> rule = lro.refresh.lazily(10, patience=2)
       >>> statistics = rule.init(lro.View.of(jnp.zeros((4, 8)), axis=-2, rank=2))
       >>> for count in (0, 10, 20):
-      ...     due, statistics = rule.schedule(statistics, count, 0.0, jnp.array(0.9))
+      ...     due, statistics = rule.schedule(statistics, count, count, jnp.array(0.9))
       >>> int(due)
       60
 
@@ -169,16 +187,14 @@ def lazily(
         return LazyStatistics(interval, overlaps - jnp.inf)  # until there are enough of them
 
     def schedule(
-        statistics: LazyStatistics, count: Any, phase: float, overlap: jax.Array
+        statistics: LazyStatistics, count: Any, due: Any, overlap: jax.Array
     ) -> tuple[jax.Array, LazyStatistics]:
         overlaps = jnp.concatenate([statistics.overlaps[..., 1:], overlap[..., None]], axis=-1)
         still = jnp.mean(overlaps, axis=-1) >= threshold
         interval = jnp.where(still, 2 * statistics.interval, statistics.interval)
-        first = regular.schedule((), count, phase, None)[0]
-        following = jnp.where(interval == steps, first, count + interval)
-        return following, LazyStatistics(interval, overlaps)
+        return _after(count, due, interval), LazyStatistics(interval, overlaps)
 
-    return RefreshRule(init, schedule, compares=True)
+    return RefreshRule(init, schedule, first_due=regular.first_due, compares=True)
 
 
 class ConvergenceStatistics(NamedTuple):
@@ -224,7 +240,7 @@ def when_converged(
       >>> import jax.numpy as jnp, lowrank_optax as lro
       >>> rule = lro.refresh.when_converged(shortest=2, decay=0.0)
       >>> statistics = rule.init(lro.View.of(jnp.zeros((4, 8)), axis=-2, rank=2))
-      >>> due, statistics = rule.schedule(statistics, 0, 0.0, None)
+      >>> due, statistics = rule.schedule(statistics, 0, 0, None)
       >>> for count, norm in enumerate((1.0, 0.9, 0.4)):
       ...     energies = lro.refresh.Energies(jnp.array(norm**2), jnp.array(norm**2))
       ...     due, statistics = rule.observe(statistics, count, due, energies)
@@ -243,9 +259,9 @@ def when_converged(
         return ConvergenceStatistics(zeros(), zeros(), zeros(), zeros_per_matrix(view, jnp.int32))
 
     def schedule(
-        statistics: ConvergenceStatistics, count: Any, phase: float, overlap: Any
+        statistics: ConvergenceStatistics, count: Any, due: Any, overlap: Any
     ) -> tuple[jax.Array, ConvergenceStatistics]:
-        del phase, overlap
+        del due, overlap
         since = jnp.zeros_like(statistics.since) + count
         return since + longest, statistics._replace(since=since)
 

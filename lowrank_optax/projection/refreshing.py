@@ -69,7 +69,7 @@ def refreshed_without_leaves(
     """What is shared by all leaves after the refresh, where there is no leaf that has it."""
     due = (when.count >= next_refresh) & when.may_refresh
     new = parts.subspace.refresh(when.key, None, basis, None, None)
-    following, _ = parts.refresh.schedule((), when.count, 0.0, None)
+    following, _ = parts.refresh.schedule((), when.count, next_refresh, None)
     following = jnp.where(due, following, next_refresh).astype(next_refresh.dtype)
     return LeafState(select(due, new, basis), following, (), ())
 
@@ -104,7 +104,7 @@ def _taken(
     basis = select(taken, new, state.basis)
     overlap = _overlap(subspace, state.basis, basis, view) if parts.refresh.compares else None
     following, statistics = parts.refresh.schedule(
-        state.statistics, when.count, leaf.leaf_view.phase, overlap
+        state.statistics, when.count, state.next_refresh, overlap
     )
     if parts.on_refresh != "keep":
         moved = transfer.transferred(

@@ -23,8 +23,8 @@ class ScaleByProjectionState(NamedTuple):
       count: Number of updates so far. shape=(), dtype=int32.
       basis: What the subspace rule keeps: a basis ``[*batch, d, r]`` in float32, zero until the
         first gradient that is finite and not zero; or indices, or one seed for all leaves.
-      next_refresh: The count at which the basis is due to be found anew, ``[*batch]`` int32 (or one
-        for all leaves).
+      next_refresh: The count from which on the basis is due to be found anew, ``[*batch]`` int32
+        (or one for all leaves); at first zero or less.
       statistics: What the refresh rule keeps.
       residual: What the residual rule keeps.
       accumulated: Sum of projected gradients since the last step; ``()`` without accumulation.
@@ -59,7 +59,7 @@ def pack(
     own = [None if s is None else s._replace(basis=(), next_refresh=()) for s in states]
     first = next((s for s in states if s is not None), None)
     if first is None:
-        first = init_leaf(parts, _EXAMPLE) if without_leaves is None else without_leaves()
+        first = init_leaf(parts, _EXAMPLE, 0.0) if without_leaves is None else without_leaves()
     trees = spread(treedef, own, structure)
     return trees._replace(basis=first.basis, next_refresh=first.next_refresh)
 

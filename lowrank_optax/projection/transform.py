@@ -20,7 +20,7 @@ from lowrank_optax.matrices import (
     resolve_dimension_numbers,
     to_matrix,
 )
-from lowrank_optax.matrices.paths import path_string
+from lowrank_optax.matrices.paths import leaves_by_path, path_string
 from lowrank_optax.projection.inner import InnerRunner
 from lowrank_optax.projection.leaf import (
     Advanced,
@@ -41,7 +41,7 @@ from lowrank_optax.projection.transfer import OnRefresh, check_on_refresh
 from lowrank_optax.projection.view import LeafView, Side, compute_dtype, leaf_view
 from lowrank_optax.slices.call import Call
 from lowrank_optax.slices.update import update_in_slices
-from lowrank_optax.slices.whole import Whole
+from lowrank_optax.slices.whole import Whole, whole_of
 from lowrank_optax.states.arguments import transformation
 
 
@@ -144,7 +144,7 @@ def scale_by_projection(
     other = None if others is None else transformation("others", others)
 
     def views_of(tree: Any, whole: Whole | None = None) -> list[LeafView | None]:
-        around = tree if whole is None else whole.tree
+        around = whole_of(whole, tree)
         views = _views(around, weight_dimension_numbers, side, parts.subspace.rank)
         return views if whole is None else _of_part(views, tree, whole)
 
@@ -153,7 +153,10 @@ def scale_by_projection(
         views = views_of(params)
         if weight_dimension_numbers is None:
             _check_found(params, views)
-        states = [None if v is None else init_leaf(parts, v.view) for v in views]
+        places, matrices = itertools.count(), sum(v is not None for v in views)
+        states = [
+            None if v is None else init_leaf(parts, v.view, next(places) / matrices) for v in views
+        ]
         zeros = [_projected_zeros(parts, *pair) for pair in zip(leaves, views, states, strict=True)]
         inner_state, others_state = InnerRunner(parts, other, treedef, views, zeros).init(zeros)
         return ScaleByProjectionState(
@@ -282,16 +285,15 @@ def _views(
         partition = None if spec is None else matrix_partition(leaf, spec)
         name = path_string(path)
         views.append(leaf_view(leaf, spec, partition, side=side, rank=rank, path=name))
-    matrices, places = sum(view is not None for view in views), itertools.count()
-    return [v and v._replace(phase=next(places) / matrices) for v in views]
+    return views
 
 
 def _of_part(views: Sequence[LeafView | None], tree: Any, whole: Whole) -> list[LeafView | None]:
     """The views of leaves of a tree of which this is a part, or of slices of them."""
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(whole.tree)]
+    paths = leaves_by_path(whole_of(whole, tree))
     known = dict(zip(paths, views, strict=True))
     part = [(known[path], leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
-    if whole.row is None:
+    if whole.rows is None:
         return [view for view, _ in part]
     return [None if view is None else view.of_slice(leaf) for view, leaf in part]
 

@@ -105,12 +105,10 @@ class LeafView(NamedTuple):
     Attributes:
       spec: Its dimension numbers.
       view: How the batch of matrices that they make of it is projected.
-      phase: Its place among all matrix leaves, from 0 to below 1.
     """
 
     spec: WeightDimensionNumbers
     view: View
-    phase: float = 0.0
 
     def of_slice(self, leaf: Any) -> "LeafView":
         """How a slice along the leaf's first axis is projected.

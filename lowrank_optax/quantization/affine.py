@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lowrank_optax.matrices.draws import drawn, split
 from lowrank_optax.quantization.blocks import over_blocks
 from lowrank_optax.quantization.packing import pack, unpack
 
@@ -39,9 +40,9 @@ def affine_quantize(
       x: Any float array of at least one axis.
       bits: 8 or 4.
       group_size: Elements to a group.
-      key: If given, ``x / s`` is rounded up or down at random, with itself as expectation. The
-        group is then cut into one step less, and :math:`z` rounded up, so that there is a code
-        beyond either extreme: clipped, they would be biased towards zero.
+      key: If given, a key or one for each row, ``x / s`` is rounded up or down at random, with
+        itself as expectation. The group is then cut into one step less, and :math:`z` rounded up,
+        so that there is a code beyond either extreme: clipped, they would be biased towards zero.
 
     Example:
       >>> import jax.numpy as jnp, numpy as np
@@ -56,7 +57,7 @@ def affine_quantize(
     """
     top = 2**bits - 1
     steps = top if key is None else top - 1
-    keys = itertools.repeat(None) if key is None else iter(jax.random.split(key))
+    keys = itertools.repeat(None) if key is None else iter(split(key))
 
     def encode(groups: jax.Array) -> tuple[jax.Array, ...]:
         groups = jnp.where(jnp.isfinite(groups), groups, 0)
@@ -93,4 +94,4 @@ def affine_dequantize(
 
 
 def _rounded(x: jax.Array, key: jax.Array | None) -> jax.Array:
-    return jnp.round(x) if key is None else jnp.floor(x + jax.random.uniform(key, x.shape))
+    return jnp.round(x) if key is None else jnp.floor(x + drawn(jax.random.uniform, key, x.shape))

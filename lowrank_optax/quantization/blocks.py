@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax.matrices import explicit_sharding
+from lowrank_optax.matrices.draws import drawn, split
 from lowrank_optax.quantization.maps import CodeMap
 from lowrank_optax.quantization.packing import pack, packing_of, unpack
 
@@ -122,8 +123,8 @@ def quantize(
     Args:
       x: Any float array of at least one axis.
       fmt: How.
-      key: If given, an element between two numbers of the map becomes either at random, so that
-        its expectation is kept; otherwise the nearer one.
+      key: If given, a key or one for each row, an element between two numbers of the map becomes
+        either at random, so that its expectation is kept; otherwise the nearer one.
       last_scales: The scales ``x`` had before it was decoded, and perhaps changed: what nobody
         changed then keeps its codes and scales. (Else the scale of a block whose largest element is
         negative would shrink each time, where a map has one, but not minus one.)
@@ -139,7 +140,7 @@ def quantize(
       >>> print(np.asarray(dequantize(q, fmt, x.shape)).round(3))
       [ 0.495 -0.242  0.     2.     0.1    0.   ]
     """
-    keys = itertools.repeat(None) if key is None else iter(jax.random.split(key))
+    keys = itertools.repeat(None) if key is None else iter(split(key))
 
     # What a negative element of a block's scale is decoded to, over the scale.
     least = jnp.abs(fmt.map.decode(jnp.zeros((), jnp.int32)))
@@ -197,7 +198,7 @@ def _at_random(x: jax.Array, codes: jax.Array, map: CodeMap, key: jax.Array) -> 
     gap = map.decode(other) - nearest
     between = (x != nearest) & (gap * away > 0)
     chance = jnp.where(between, (x - nearest) / jnp.where(between, gap, 1), 0)
-    taken = jax.random.uniform(key, x.shape) < chance
+    taken = drawn(jax.random.uniform, key, x.shape) < chance
     return jnp.where(taken, other, codes)
 
 

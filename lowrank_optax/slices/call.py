@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from lowrank_optax.slices.whole import Whole
+from lowrank_optax.matrices.paths import leaves_by_path
+from lowrank_optax.slices.whole import Whole, whole_of
 
 Path = Any
 
@@ -51,9 +51,7 @@ class Call(NamedTuple):
         with_paths, treedef = jax.tree_util.tree_flatten_with_path(updates)
         gradients = [x for _, x in with_paths]
         likes = gradients if params is None else treedef.flatten_up_to(params)
-        if whole is None:
-            shapes = jax.tree.map(_shape_of, updates if params is None else params)
-            whole = Whole(shapes, tuple(path for path, _ in with_paths))
+        tree = whole_of(whole, updates if params is None else params)
         return cls(
             tx,
             treedef,
@@ -61,8 +59,8 @@ class Call(NamedTuple):
             gradients,
             likes,
             params is not None,
-            dict(jax.tree_util.tree_leaves_with_path(state)),
-            whole,
+            leaves_by_path(state),
+            Whole(tree) if whole is None else whole._replace(tree=tree),
             extra_args,
         )
 
@@ -81,7 +79,7 @@ class Call(NamedTuple):
 
     def shared(self) -> set[Path]:
         """Paths of the arrays of the state that belong to no leaf: step counts, a seed for all."""
-        return {path for path, _ in jax.tree_util.tree_leaves_with_path(self.state_shapes([]))}
+        return set(leaves_by_path(self.state_shapes([])))
 
     def update(
         self,
@@ -114,7 +112,33 @@ class Call(NamedTuple):
             **self.extra_args,
         )
         parts = self.treedef.flatten_up_to(updates)
-        return [parts[i] for i in leaves], dict(jax.tree_util.tree_leaves_with_path(state))
+        return [parts[i] for i in leaves], leaves_by_path(state)
+
+    def slice_of(
+        self,
+        place: int,
+        arrays: tuple[Any, Any, Sequence[Any]],
+        own: Sequence[Path],
+        rows: jax.Array,
+        run: int,
+    ) -> tuple[Any, dict[Path, Any]]:
+        """``tx.update`` of a slice of a leaf.
+
+        Args:
+          place: Index of the leaf.
+          arrays: The slices of its gradient, of its parameter, and of its own state's arrays.
+          own: The paths of these.
+          rows: Which rows of the leaf these are.
+          run: So many of them follow one another.
+
+        Returns:
+          As `update`, of this leaf.
+        """
+        gradient, like, states = arrays
+        whole = self.whole._replace(rows=rows, run=run, settled=True)
+        state = dict(zip(own, states, strict=True))
+        updates, state = self.update([place], [gradient], [like], state, whole)
+        return updates[0], state
 
 
 def grown(like: Any) -> Any:
@@ -122,7 +146,3 @@ def grown(like: Any) -> Any:
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((2 * x.shape[0], *x.shape[1:]), x.dtype), like
     )
-
-
-def _shape_of(x: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(jnp.shape(x), x.dtype)

@@ -1,12 +1,13 @@
 """Whether a transformation gives the same, leaf by leaf and slice by slice.
 
 Known ones are known by their names; of others the program is read, for what reaches which update,
-and a small copy of each leaf is tried, for whether one row knows of another.
+and a small copy of each leaf is tried, for whether its slices get what it gets.
 """
 
 from collections.abc import Iterator, Sequence
 import functools
 import inspect
+import math
 from typing import Any
 
 import jax
@@ -15,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lowrank_optax.matrices.paths import normalised_path, owner_of
-from lowrank_optax.slices.call import Call
-from lowrank_optax.slices.whole import CannotCutError
+from lowrank_optax.matrices.paths import leaves_by_path
+from lowrank_optax.slices.call import Call, Path
+from lowrank_optax.slices.loop import Cut, taken
+from lowrank_optax.slices.whole import CannotCutError, Whole
 
 # Of optax, with its recipes: a number from all leaves.
 OVER_ALL_LEAVES = """
@@ -45,6 +47,8 @@ scale_by_rms scale_by_rprop scale_by_rss scale_by_schedule scale_by_sign
 scale_by_simplified_ademamix scale_by_stddev scale_by_yogi schedule_free set_to_zero sgd
 simplified_ademamix trace with_extra_args_support yogi
 """
+# Operations that change no number, and come and go with axes of size one.
+ONLY_SHAPES = ("broadcast_in_dim", "reshape", "squeeze")
 # Packages of this library whose transformations see to their own leaves.
 OURS = ("lowrank_optax.projection", "lowrank_optax.slices", "lowrank_optax.states")
 
@@ -115,9 +119,13 @@ def check_parts(call: Call, parts: Sequence[optax.GradientTransformation]) -> No
         if is_known(part):
             continue
         params = call.tree(dict(enumerate(call.likes)))
-        state = jax.tree_util.tree_leaves_with_path(jax.eval_shape(part.init, params))
         part = optax.with_extra_args_support(part)
-        if not leaves_are_independent(call._replace(tx=part, state=dict(state))):
+        try:
+            state = leaves_by_path(jax.eval_shape(part.init, params))
+            independent = leaves_are_independent(call._replace(tx=part, state=state))
+        except Exception as error:
+            raise CannotCutError("the update cannot be tried on some leaves alone.") from error
+        if not independent:
             raise CannotCutError("the update of a leaf depends on others, or a count on gradients.")
 
 
@@ -126,12 +134,11 @@ def leaves_are_independent(call: Call) -> bool:
 
     Nor from any leaf to what of the state belongs to none.
     """
-    names = {normalised_path(path): i for i, path in enumerate(call.paths)}
-    structure = jax.tree.structure(call.state_shapes(range(len(call.paths))))
-    paths, arrays = list(call.state), list(call.state.values())
-    shared = call.shared()
-    owner = lambda path: None if path in shared else owner_of(path, names)
-    owners = [None if (name := owner(path)) is None else names[name] for path in paths]
+    everyone = range(len(call.paths))
+    structure = jax.tree.structure(call.state_shapes(everyone))
+    owner = {path: i for i in everyone for path in leaves_by_path(call.state_shapes([i]))}
+    owner |= dict.fromkeys(call.shared())
+    owners, arrays = [owner[path] for path in call.state], list(call.state.values())
 
     def update(gradients: Any, likes: Any, arrays: Any) -> tuple[Any, Any]:
         updates, state = call.tx.update(
@@ -182,29 +189,120 @@ def _inner(equation: Any) -> Any:
     return None
 
 
-def rows_are_independent(call: Call, leaf: int) -> bool:
-    """Whether the first row of a small leaf gets the same update, whatever is in the second."""
-    shape_of = lambda x: (2, *(min(size, 256) for size in x.shape[1:]))
+def signature(closed: core.ClosedJaxpr) -> Any:
+    """A program without its sizes: its operations, numbers, and the shapes of its constants.
+
+    The program for a slice has that for the leaf, unless it goes by the number of rows.
+    """
+    return _signature(closed.jaxpr), [np.shape(x) for x in closed.consts]
+
+
+def _signature(program: Any) -> list[Any]:
+    found: list[Any] = []
+    for equation in program.eqns:
+        if equation.primitive.name in ONLY_SHAPES:
+            continue
+        numbers = [np.asarray(x.val).tolist() for x in equation.invars if hasattr(x, "val")]
+        counted = equation.params.get("shape") if equation.primitive.name == "iota" else None
+        along = counted and counted[equation.params["dimension"]]
+        inner = [
+            _signature(getattr(x, "jaxpr", x))
+            for value in equation.params.values()
+            for x in (value if isinstance(value, tuple | list) else [value])
+            if hasattr(getattr(x, "jaxpr", x), "eqns")
+        ]
+        found.append((equation.primitive.name, repr(numbers), along, inner))
+    return found
+
+
+def slices_agree(call: Call, place: int, cut: Cut, own: Sequence[Path]) -> bool:
+    """Whether a small copy of a leaf gets the same in slices, over three steps.
+
+    Its rows differ in size by orders, and in the third step the last ones are not finite.
+    """
+    stacked = len(jnp.shape(call.gradients[place])) > 2
+    small = _small_cut(call.gradients[place], cut, stacked)
     rng = np.random.default_rng(0)
-    draw = lambda x: rng.standard_normal(shape_of(x)).astype(x.dtype)
+    sizes = 4.0 ** (np.arange(small.size) // small.rows % 4)
+
+    def draw(x: Any) -> jax.Array:
+        shape = (small.size, *_shrunk(x.shape[1:], cut.rows, stacked))
+        scaled = rng.standard_normal(shape) * sizes.reshape(-1, *[1] * (x.ndim - 1))
+        return jnp.asarray(scaled, x.dtype)
+
+    def step(gradient: Any, like: Any, state: list[Any]) -> tuple[list[Any], list[Any]]:
+        """The new state, and what each slice gets: from the whole, and by itself."""
+        around = small_call._replace(state=dict(zip(paths, state, strict=True)))
+        settled = around.whole._replace(settled=True)
+        updates, new = around.update([place], [gradient], [like], {}, settled)
+        arrays = gradient, like, [around.state[path] for path in own]
+        pairs = []
+        for first in range(0, small.size, small.rows):
+            cut_out = lambda x, first=first: taken(x, first, small.rows, small)
+            numbers = small.rows_from(jnp.int32(first), small.rows)
+            part = jax.tree.map(cut_out, arrays)
+            update, state_of = around.slice_of(place, part, own, numbers, small.rows)
+            kept = [cut_out(new[path]) if path in own else new[path] for path in paths]
+            expected = jax.tree.map(cut_out, updates[0]), kept
+            pairs.append((expected, (update, [state_of[path] for path in paths])))
+        return [new[path] for path in paths], pairs
+
     try:
         with jax.ensure_compile_time_eval():
-            param, gradient = jax.tree.map(draw, (call.likes[leaf], call.gradients[leaf]))
-            state = call.tx.init(call.tree({leaf: param}))
-            params = call.tree({leaf: param}) if call.has_params else None
-            first_rows = []
-            for factor in (1.0, 1e4, np.nan):
-                changed = np.concatenate([gradient[:1], (gradient[1:] * factor)]).astype(
-                    gradient.dtype
-                )
-                updates, _ = call.tx.update(
-                    call.tree({leaf: jnp.asarray(changed)}), state, params, **call.extra_args
-                )
-                first_rows.append([np.asarray(x[0]) for x in jax.tree.leaves(updates)])
-    except (TypeError, ValueError):
+            like, gradient = jax.tree.map(draw, (call.likes[place], call.gradients[place]))
+            tree = call.tree({place: like})
+            small_call = call._replace(
+                likes=_replaced(call.likes, place, like),
+                gradients=_replaced(call.gradients, place, gradient),
+                whole=Whole(tree),
+                extra_args=jax.tree.map(_concrete, call.extra_args),
+            )
+            first_state = leaves_by_path(call.tx.init(tree))
+            paths, state, run = list(first_state), list(first_state.values()), jax.jit(step)
+            for factor in (1.0, -0.5, np.nan):
+                factors = jnp.where(jnp.arange(small.size) >= small.size - small.rows, factor, 1.0)
+                given = gradient * jnp.expand_dims(factors, range(1, gradient.ndim))
+                state, pairs = run(given.astype(gradient.dtype), like, state)
+                if not all(_close(found, expected) for expected, found in pairs):
+                    return False
+    except Exception:  # what cannot be tried
         return False
-    return all(
-        np.array_equal(x, y, equal_nan=True)
-        for rows in first_rows[1:]
-        for x, y in zip(first_rows[0], rows, strict=True)
-    )
+    return True
+
+
+def _small_cut(leaf: jax.Array, cut: Cut, stacked: bool) -> Cut:
+    rows = min(cut.rows, 2) if stacked else _shrunk((cut.rows, *leaf.shape[1:]), 1, False)[0]
+    count = max(2, min(cut.whole, 3 if stacked else 16))
+    return Cut(count * rows, rows)
+
+
+def _shrunk(sides: tuple[int, ...], rows: int, stacked: bool) -> tuple[int, ...]:
+    """Sides of a small matrix of the same proportions, and of few batches."""
+    scale = min(1.0, 256 / max(rows if not stacked else 1, *sides, 1))
+    small = [max(1, round(side * scale)) for side in sides]
+    return (*(min(side, 3) for side in sides[:-2]), *small[-2:])
+
+
+def _replaced(items: Sequence[Any], place: int, item: Any) -> list[Any]:
+    return [*items[:place], item, *items[place + 1 :]]
+
+
+def _concrete(x: Any) -> Any:
+    return jnp.ones(x.shape, x.dtype) if isinstance(x, jax.Array) else x
+
+
+def _close(found: Any, expected: Any) -> bool:
+    """Whether two trees agree to half of their digits."""
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+    return all(_near(np.asarray(x), np.asarray(y)) for x, y in pairs)
+
+
+def _near(x: np.ndarray, y: np.ndarray) -> bool:
+    if x.shape != y.shape or x.dtype != y.dtype:
+        return False
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return np.array_equal(x, y)
+    close = math.sqrt(jnp.finfo(x.dtype).eps)
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    largest = np.max(np.abs(y), initial=0.0, where=np.isfinite(y))
+    return np.allclose(x, y, rtol=close, atol=close * largest, equal_nan=True)

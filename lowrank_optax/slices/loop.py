@@ -40,6 +40,12 @@ class Cut(NamedTuple):
         """Rows of the last, shorter slice; zero if there is none."""
         return self.size % self.rows
 
+    def rows_from(self, first: Any, rows: int) -> jax.Array:
+        """Which rows of the leaf are in a slice, int32 ``[rows]``."""
+        shards = jnp.arange(self.shards, dtype=jnp.int32)[:, None] * (self.size // self.shards)
+        run = jnp.arange(rows // self.shards, dtype=jnp.int32)
+        return jnp.reshape(shards + first // self.shards + run, (rows,))
+
 
 def run(step: Step, carried: Any, read: Any, cut: Cut) -> Any:
     """``carried`` after ``step`` has been run on each slice of it, in the memory it lies in.

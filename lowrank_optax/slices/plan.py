@@ -1,7 +1,6 @@
 """What is cut, and into how many slices: decided from shapes alone."""
 
-from collections.abc import Callable, Mapping, Sequence
-import functools
+from collections.abc import Callable, Sequence
 import math
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -10,10 +9,10 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.matrices import explicit_sharding
-from lowrank_optax.matrices.paths import normalised_path, owner_of
+from lowrank_optax.matrices.paths import leaves_by_path
 from lowrank_optax.slices.call import Call, Path, grown
-from lowrank_optax.slices.independence import check_parts, is_known, rows_are_independent
-from lowrank_optax.slices.loop import Cut, taken
+from lowrank_optax.slices.independence import check_parts, is_known, signature, slices_agree
+from lowrank_optax.slices.loop import Cut, part_of, taken
 from lowrank_optax.slices.whole import CannotCutError
 
 Slices: TypeAlias = int | Literal["off"] | None
@@ -83,14 +82,14 @@ def sliced_leaves(
     cuts = {i: cut for i, cut in every.items() if cut is not None}
     if not cuts:
         return []
-    wanted = chosen(call)
-    cuts = {i: cut for i, cut in cuts.items() if wanted[i]}
+    try:
+        wanted, shared = chosen(call), call.shared()
+    except Exception:  # what cannot be asked about a part of a tree
+        return []
     check_parts(call, parts)
-    if not all(map(is_known, parts)):
-        cuts = {i: cut for i, cut in cuts.items() if rows_are_independent(call, i)}
-    own = _own_states(call, cuts)
-    leaves = [_sliced_leaf(call, i, cuts[i], tuple(paths)) for i, paths in own.items()]
-    return [leaf for leaf in leaves if leaf is not None]
+    leaves = [_sliced_leaf(call, i, cut, shared) for i, cut in cuts.items() if wanted[i]]
+    known = all(map(is_known, parts))
+    return [x for x in leaves if x and (known or slices_agree(call, x.place, x.cut, x.own))]
 
 
 def _all_whole(call: Call) -> bool:
@@ -127,7 +126,7 @@ def cut_of(
     assert isinstance(count, int)
     if count <= 1:
         return None
-    run = shards if leaf.ndim > 2 else math.lcm(shards, ROWS)
+    run = shards if leaf.ndim > 2 else shards * ROWS
     run = run if run < size else shards
     rows = math.ceil(size / count / run) * run
     if fitting:
@@ -150,31 +149,23 @@ def _shards(arrays: Sequence[jax.Array]) -> int:
     return math.gcd(arrays[0].shape[0], max(1, *(mesh.size for mesh in meshes)))
 
 
-def _own_states(call: Call, cuts: Mapping[int, Cut]) -> dict[int, list[Path]]:
-    """For each leaf the paths of its own state, if all of that has the leaf's rows."""
-    leaves = list(cuts)
-    shared = call.shared()
-    once = _by_path(call.state_shapes(leaves))
-    twice = _by_path(call.init_shapes(leaves, [grown(call.likes[i]) for i in leaves]))
-    names = {normalised_path(call.paths[i]): i for i in leaves}
-    own: dict[int, list[Path]] = {i: [] for i in leaves}
-    refused = set()
-    for path in once | twice:
-        if path in shared:
-            continue
-        name = owner_of(path, names)
-        if name is None:
-            return {}
-        i = names[name]
-        if path in once and path in twice and _has_rows(once[path], twice[path], cuts[i]):
-            own[i].append(path)
-        else:
-            refused.add(i)
-    return {i: paths for i, paths in own.items() if i not in refused}
+def _sliced_leaf(call: Call, place: int, cut: Cut, shared: set[Path]) -> SlicedLeaf | None:
+    """The leaf, if what a slice of it gets is what the leaf gets, cut."""
+    try:
+        own = _own_state(call, place, cut, shared)
+        return None if own is None else _agreed(call, place, cut, own)
+    except Exception:  # what cannot be run on a part of a tree
+        return None
 
 
-def _by_path(tree: Any) -> dict[Path, Any]:
-    return dict(jax.tree_util.tree_leaves_with_path(tree))
+def _own_state(call: Call, place: int, cut: Cut, shared: set[Path]) -> tuple[Path, ...] | None:
+    """Paths of the leaf's own state, if all of that has the leaf's rows."""
+    like = call.likes[place]
+    once = leaves_by_path(call.init_shapes([place], [like]))
+    twice = leaves_by_path(call.init_shapes([place], [grown(like)]))
+    own = tuple(path for path in once if path not in shared)
+    same = once.keys() == twice.keys()
+    return own if same and all(_has_rows(once[x], twice[x], cut) for x in own) else None
 
 
 def _has_rows(once: Any, twice: Any, cut: Cut) -> bool:
@@ -185,21 +176,35 @@ def _has_rows(once: Any, twice: Any, cut: Cut) -> bool:
     return all(once.shape[0] % piece == 0 for piece in pieces)
 
 
-def _sliced_leaf(call: Call, place: int, cut: Cut, own: tuple[Path, ...]) -> SlicedLeaf | None:
-    """The leaf, if the transformation can be run on slices of it."""
+def _agreed(call: Call, place: int, cut: Cut, own: tuple[Path, ...]) -> SlicedLeaf | None:
+    """The leaf, if the program for a slice of it is that for the leaf, but for the sizes."""
+    arrays = call.gradients[place], call.likes[place], [call.state[path] for path in own]
 
-    def emitted(rows: int, *arrays: Any) -> Any:
-        gradient, like, states = jax.tree.map(lambda x: taken(x, 0, rows, cut), arrays)
-        whole = call.whole._replace(row=jnp.int32(0), settled=True)
-        state = dict(zip(own, states, strict=True))
-        return call.update([place], [gradient], [like], state, whole)[0][0]
+    def program(rows: int, run: int) -> tuple[Any, Any]:
+        def update(arrays: Any, numbers: jax.Array) -> Any:
+            part = jax.tree.map(lambda x: taken(x, 0, rows, cut), arrays)
+            update, state = call.slice_of(place, part, own, numbers, run)
+            return update, part[2], [state[path] for path in own]
 
-    states = [call.state[path] for path in own]
-    arrays = call.gradients[place], call.likes[place], states
-    try:
-        if cut.rest:
-            jax.eval_shape(functools.partial(emitted, cut.rest), *arrays)
-        types = jax.eval_shape(functools.partial(emitted, cut.rows), *arrays)
-    except CannotCutError:
-        return None
-    return SlicedLeaf(place, cut, own, types)
+        numbers = jax.ShapeDtypeStruct((rows,), jnp.int32)
+        closed, (update, old, new) = jax.make_jaxpr(update, return_shape=True)(arrays, numbers)
+        if _types(old) != _types(new):
+            raise CannotCutError("the state changes its types at this step.")
+        return signature(closed), update
+
+    expected, whole = program(cut.size, cut.size)
+    emitted = []
+    for rows in (cut.rows, cut.rest):
+        if rows:
+            found, update = program(rows, rows // cut.shards)
+            share = lambda x, rows=rows: (part_of(x.shape[0], rows, cut.size), *x.shape[1:])
+            fits = _types(update) == _types(whole, share)
+            if found != expected or not fits:
+                return None
+            emitted.append(update)
+    return SlicedLeaf(place, cut, own, emitted[0])
+
+
+def _types(tree: Any, shape: Callable[[Any], tuple[int, ...]] = jnp.shape) -> Any:
+    leaves, structure = jax.tree.flatten(tree)
+    return [(shape(x), x.dtype) for x in leaves], structure

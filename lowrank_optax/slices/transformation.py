@@ -70,14 +70,15 @@ def in_slices(
         whole: Whole | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
+        if slices == "off":
+            whole = (whole or Whole())._replace(settled=True)
         if whole is not None and whole.settled:
             return tx.update(updates, state, params, whole=whole, **extra_args)
         call = Call.of(tx, updates, state, params, whole, extra_args)
         leaves = _leaves(call, budget)
         if leaves:
             return updated(call, leaves, state)
-        told = call.whole._replace(settled=slices == "off")
-        return tx.update(updates, state, params, whole=told, **extra_args)
+        return tx.update(updates, state, params, whole=whole, **extra_args)
 
     sliced = optax.GradientTransformationExtraArgs(tx.init, update_fn)
     return optax.chain(*before, sliced) if before else sliced
@@ -134,7 +135,7 @@ def apply_in_slices(
     leaves = _leaves(call, budget)
     if leaves:
         return applied(call, leaves, state)
-    told = call.whole._replace(settled=slices == "off")
+    told = Whole(settled=True) if slices == "off" else None
     updates, state = tx.update(gradients, state, params, whole=told, **extra_args)
     return optax.apply_updates(params, updates), state
 
@@ -153,7 +154,8 @@ def _checked(
             f"slices={slices!r} leaves nothing for budget_bytes={budget_bytes!r} to decide; give "
             "one of them."
         )
-    check_leaves(tx)
+    if slices != "off":
+        check_leaves(tx)
     return optax.with_extra_args_support(tx), Budget(slices, budget_bytes)
 
 

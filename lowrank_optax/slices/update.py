@@ -116,10 +116,10 @@ def _updated(
     call: Call, leaf: SlicedLeaf, gradient: Any, like: Any, own: Any, row: jax.Array
 ) -> tuple[Any, list[Any]]:
     """The update of a slice, and its own new state."""
-    whole = call.whole._replace(row=row, settled=True)
-    state = dict(zip(leaf.own, own, strict=True))
-    updates, arrays = call.update([leaf.place], [gradient], [like], state, whole)
-    return updates[0], [arrays[path] for path in leaf.own]
+    cut, rows = leaf.cut, gradient.shape[0]
+    arrays, numbers = (gradient, like, own), cut.rows_from(row, rows)
+    update, state = call.slice_of(leaf.place, arrays, leaf.own, numbers, rows // cut.shards)
+    return update, [state[path] for path in leaf.own]
 
 
 def _fits(gradient: Any, emitted: Any) -> bool:

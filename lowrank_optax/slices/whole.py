@@ -1,28 +1,33 @@
 """What a transformation is told that is given a part of a tree: the extra argument ``whole``."""
 
 from typing import Any, NamedTuple
+import zlib
 
 import jax
+import jax.numpy as jnp
+
+from lowrank_optax.matrices.paths import path_string
 
 
 class Whole(NamedTuple):
     """The tree of which ``update`` is given a part.
 
     Transformations that look at nothing but the arrays they are given need none of it. One that
-    goes by the size of a leaf, its place among the others, or random numbers finds here what these
-    are in the whole tree.
+    goes by the shape of a leaf, or by random numbers, finds here what it is in the whole tree.
 
     Attributes:
-      tree: The whole tree, of shapes and dtypes: of the parameters, or of the gradients where
-        ``update`` is given no parameters.
-      paths: Path of each leaf of the whole tree of gradients.
-      row: Of slices of leaves along their first axis, the first row, int32; None for whole leaves.
+      tree: The whole tree, for its shapes and dtypes alone: of the parameters, or of the gradients
+        where ``update`` is given no parameters. None if all that is given is whole.
+      rows: Of slices of leaves along their first axis, which rows these are, int32 ``[rows]``; None
+        for whole leaves.
+      run: So many rows of a slice, a part of it, follow one another in the leaf; zero for whole
+        leaves.
       settled: Whether what is to be cut is cut: what ``update`` is given is then run as it is.
     """
 
-    tree: Any
-    paths: tuple[Any, ...]
-    row: Any = None
+    tree: Any = None
+    rows: Any = None
+    run: int = 0
     settled: bool = False
 
 
@@ -30,18 +35,24 @@ class CannotCutError(ValueError):
     """Raised by a transformation that cannot be run on slices of a leaf along its first axis."""
 
 
-def places_in(whole: Whole | None, updates: Any) -> list[int]:
-    """The places of the leaves of ``updates`` among those of the whole tree."""
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(updates)]
-    places = {path: i for i, path in enumerate(paths if whole is None else whole.paths)}
-    return [places[path] for path in paths]
+def whole_of(whole: Whole | None, tree: Any) -> Any:
+    """The tree of which this is a part, or itself."""
+    return tree if whole is None or whole.tree is None else whole.tree
 
 
-def key_of_leaf(key: jax.Array, place: int, whole: Whole | None) -> jax.Array:
-    """The key of a leaf by its place in the whole tree, and of each slice of it."""
-    return key_of_slice(jax.random.fold_in(key, place), whole)
+def keys_of_rows(key: jax.Array, path: Any, x: jax.Array, whole: Whole | None) -> jax.Array:
+    """A key for each row of a leaf, or of a slice of it: the same however leaves are cut.
 
-
-def key_of_slice(key: jax.Array, whole: Whole | None) -> jax.Array:
-    """A key of a slice's own; the key itself for a whole leaf."""
-    return key if whole is None or whole.row is None else jax.random.fold_in(key, whole.row)
+    Args:
+      key: Of this step.
+      path: Of the leaf.
+      x: The leaf, or its slice.
+      whole: Where its rows are in the leaf.
+    """
+    key = jax.random.fold_in(key, zlib.crc32(path_string(path).encode()))
+    if x.ndim == 0:
+        return key
+    rows = None if whole is None else whole.rows
+    if rows is None:
+        rows = jnp.arange(x.shape[0], dtype=jnp.int32)
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, rows)

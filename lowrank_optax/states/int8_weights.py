@@ -10,7 +10,7 @@ import optax
 from lowrank_optax.matrices.paths import path_string
 from lowrank_optax.quantization import Affine, affine_dequantize, affine_quantize
 from lowrank_optax.slices.update import update_in_slices
-from lowrank_optax.slices.whole import Whole, key_of_leaf, places_in
+from lowrank_optax.slices.whole import Whole, keys_of_rows, whole_of
 from lowrank_optax.states.precision import in_float32
 
 
@@ -145,18 +145,22 @@ def update_int8_weights(
             raise ValueError(
                 "update_int8_weights needs params: call tx.update(grads, state, params)."
             )
-        full, places = from_int8_weights(params), places_in(whole, updates)
+        full = from_int8_weights(params)
         if whole is not None:
-            extra_args["whole"] = whole._replace(tree=jax.eval_shape(from_int8_weights, whole.tree))
+            tree = jax.eval_shape(from_int8_weights, whole_of(whole, params))
+            extra_args["whole"] = whole._replace(tree=tree)
         changes, inner_state = wide.update(updates, state.inner, full, **extra_args)
         olds, treedef = jax.tree.flatten(params, is_leaf=_is_int8)
+        paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(updates)]
         rows = zip(
-            places, olds, treedef.flatten_up_to(full), treedef.flatten_up_to(changes), strict=True
+            paths, olds, treedef.flatten_up_to(full), treedef.flatten_up_to(changes), strict=True
         )
         key = jax.random.fold_in(jax.random.key(seed), state.count)
         new = [
-            _change(old, weight + change, key_of_leaf(key, i, whole)) if _is_int8(old) else change
-            for i, old, weight, change in rows
+            _change(old, new := weight + change, keys_of_rows(key, path, new, whole))
+            if _is_int8(old)
+            else change
+            for path, old, weight, change in rows
         ]
         return treedef.unflatten(new), Int8WeightsState(
             optax.safe_increment(state.count), inner_state

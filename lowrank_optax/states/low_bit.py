@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 import optax
 
 from lowrank_optax.matrices import explicit_sharding
-from lowrank_optax.matrices.paths import normalised_path, owner_of, path_string
+from lowrank_optax.matrices.paths import leaves_by_path, normalised_path, owner_of, path_string
 from lowrank_optax.quantization import (
     Bits,
     BlockFormat,
@@ -28,7 +28,7 @@ from lowrank_optax.quantization import (
 from lowrank_optax.quantization.blocks import same_layout
 from lowrank_optax.slices.call import Call
 from lowrank_optax.slices.update import update_in_slices
-from lowrank_optax.slices.whole import CannotCutError, Whole, key_of_slice
+from lowrank_optax.slices.whole import CannotCutError, Whole, keys_of_rows, whole_of
 from lowrank_optax.states.moments import FIRST_MOMENTS, SECOND_MOMENTS, SQUARES, Kind, moment_kinds
 from lowrank_optax.states.precision import in_float32
 
@@ -145,21 +145,20 @@ def low_bit(
         whole: Whole | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, LowBitState]:
-        like = jax.eval_shape(wide.init, updates if params is None else params)
-        tree = like if whole is None else jax.eval_shape(wide.init, whole.tree)
+        given = updates if params is None else params
+        like = jax.eval_shape(wide.init, given)
+        tree = jax.eval_shape(wide.init, whole_of(whole, given))
         places = formats_in(tree)
-        if whole is not None and whole.row is not None:
-            _check_cut(tree, like, places)
-        paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(like)]
-        plan = [places[path] for path in paths]
+        if whole is not None and whole.rows is not None:
+            _check_cut(tree, like, places, whole)
+        plan = [places[path] for path in leaves_by_path(like)]
         new, full = wide.update(
             updates, _decoded(state, like, plan), params, whole=whole, **extra_args
         )
         count, keys = (), None
         if stochastic_rounding:
             key = jax.random.fold_in(jax.random.key(seed), state.count)
-            order = {path: place for place, path in enumerate(places)}
-            keys = [key_of_slice(jax.random.fold_in(key, order[path]), whole) for path in paths]
+            keys = [keys_of_rows(key, path, x, whole) for path, x in leaves_by_path(like).items()]
             count = optax.safe_increment(state.count)
         return optax.tree.cast_like(new, updates), _encoded(full, plan, count, keys, state)
 
@@ -223,12 +222,13 @@ def _in_codes(call: Call, places: dict[Any, BlockFormat | None]) -> list[bool]:
     return [name in coded for name in names]
 
 
-def _check_cut(tree: Any, like: Any, places: dict[Any, BlockFormat | None]) -> None:
-    """Raises CannotCutError where blocks, or pairs of 4-bit codes, lie across slices."""
-    whole = dict(jax.tree_util.tree_leaves_with_path(tree))
-    for path, part in jax.tree_util.tree_leaves_with_path(like):
+def _check_cut(tree: Any, like: Any, places: dict[Any, BlockFormat | None], whole: Whole) -> None:
+    """Raises CannotCutError where blocks, or pairs of 4-bit codes, lie across runs of rows."""
+    leaves = leaves_by_path(tree)
+    for path, part in leaves_by_path(like).items():
         fmt = places[path]
-        if fmt is not None and not same_layout(whole[path].shape, part.shape, fmt):
+        run = part.shape[0] * whole.run // whole.rows.shape[0] if part.ndim else 0
+        if fmt is not None and not same_layout(leaves[path].shape, (run, *part.shape[1:]), fmt):
             raise CannotCutError(f"{path_string(path)} has blocks across slices.")
 
 

@@ -4,14 +4,16 @@ A bfloat16 has eight significant bits: an update below a 256th of its parameter,
 nearest, is lost, at every step anew. Weight decay always is.
 """
 
+import functools
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_optax.matrices.draws import drawn
 from lowrank_optax.slices.update import update_in_slices
-from lowrank_optax.slices.whole import Whole, key_of_leaf, places_in
+from lowrank_optax.slices.whole import Whole, keys_of_rows
 
 Rounding = Literal["stochastic", "compensated"]
 
@@ -95,9 +97,10 @@ def round_updates(
         olds = treedef.flatten_up_to(params)
         if stochastic:
             key = jax.random.fold_in(jax.random.key(seed), state.count)
+            paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(updates)]
             new = [
-                _at_random(old, x, key_of_leaf(key, i, whole)) if _is_bfloat16(old) else x
-                for i, old, x in zip(places_in(whole, updates), olds, leaves, strict=True)
+                _at_random(old, x, keys_of_rows(key, path, x, whole)) if _is_bfloat16(old) else x
+                for path, old, x in zip(paths, olds, leaves, strict=True)
             ]
             count = optax.safe_increment(state.count)
             return treedef.unflatten(new), RoundUpdatesState(count, ())
@@ -120,9 +123,11 @@ def stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:
     """float32 rounded to a neighbouring bfloat16 at random, with ``x`` as its expectation.
 
     The result is float32 still, of numbers that bfloat16 holds exactly. NaN and infinities stay.
+    There may be one key, or one for each row.
     """
     raw = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    bits = functools.partial(jax.random.bits, dtype=jnp.uint16)
+    noise = drawn(bits, key, x.shape).astype(jnp.uint32)
     rounded = jax.lax.bitcast_convert_type(((raw + noise) >> 16) << 16, jnp.float32)
     return jnp.where(jnp.isfinite(x), rounded, x)
 

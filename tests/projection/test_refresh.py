@@ -17,11 +17,11 @@ STACKED = lro.View((2, 4, 8), -2, 2)
 
 def _due(rule: lro.refresh.RefreshRule, phase: float, steps: int) -> list[int]:
     """The counts at which a leaf of this phase is refreshed."""
-    found, due, statistics = [], 0, rule.init(VIEW)
+    found, due, statistics = [], rule.first_due(phase), rule.init(VIEW)
     for count in range(steps):
         if count >= int(due):
             found.append(count)
-            due, statistics = rule.schedule(statistics, count, phase, jnp.array(0.0))
+            due, statistics = rule.schedule(statistics, count, due, jnp.array(0.0))
     return found
 
 
@@ -78,7 +78,7 @@ def test_the_lazy_interval_doubles_for_each_matrix_that_stands_still() -> None:
     rule = lro.refresh.lazily(10, threshold=0.4, patience=2)
     statistics, count, intervals = rule.init(STACKED), 0, []
     for overlap in ([0.0, 0.0], [0.9, 0.1], [0.9, 0.3], [0.9, 0.6], [0.0, 0.1]):
-        due, statistics = rule.schedule(statistics, count, 0.0, jnp.array(overlap))
+        due, statistics = rule.schedule(statistics, count, count, jnp.array(overlap))
         intervals.append(statistics.interval.tolist())
         np.testing.assert_array_equal(due - count, statistics.interval)
         count += 10
@@ -90,7 +90,7 @@ def test_a_lazy_rule_waits_for_as_many_overlaps_as_its_patience() -> None:
     rule = lro.refresh.lazily(10, patience=3)
     statistics, dues = rule.init(VIEW), []
     for count in (0, 10, 20):
-        due, statistics = rule.schedule(statistics, count, 0.0, jnp.array(1.0))
+        due, statistics = rule.schedule(statistics, count, count, jnp.array(1.0))
         dues.append(int(due))
     assert dues == [10, 20, 40]
 
@@ -116,7 +116,7 @@ def _observed(
     rule: lro.refresh.RefreshRule, captured: list[Any], total: list[Any] | None = None
 ) -> list[list[int]]:
     """When a stack of two is due, after each step, for these norms."""
-    due, statistics = rule.schedule(rule.init(STACKED), 0, 0.0, None)
+    due, statistics = rule.schedule(rule.init(STACKED), 0, 0, None)
     dues = []
     for count, norms in enumerate(zip(captured, captured if total is None else total, strict=True)):
         energies = lro.refresh.Energies(*(jnp.square(jnp.asarray(x, jnp.float32)) for x in norms))

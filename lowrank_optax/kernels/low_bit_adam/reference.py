@@ -43,5 +43,5 @@ def _in_own_blocks(
     shape: tuple[int, ...], cut: Cut, formats: tuple[BlockFormat, BlockFormat]
 ) -> bool:
     """Whether slices are made of whole blocks, so that codes and scales can be cut as they are."""
-    parts = [(rows, *shape[1:]) for rows in (cut.rows, cut.rest) if rows]
+    parts = [(rows // cut.shards, *shape[1:]) for rows in (cut.rows, cut.rest) if rows]
     return all(same_layout(shape, part, fmt) for part in parts for fmt in formats)

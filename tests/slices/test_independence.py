@@ -1,0 +1,207 @@
+"""What would come out otherwise in slices runs whole, whatever hides it."""
+
+from collections.abc import Callable
+from typing import Any
+
+from close import assert_close
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lowrank_optax as lro
+from lowrank_optax.slices import CannotCutError
+
+SMALL = {"min_size": 100, "block_size": 32}
+SHAPES = {"embed": (130, 16), "up": (6, 16, 32), "down": (6, 32, 16), "bias": (7,)}
+
+
+def normal(seed: int, dtype: Any = jnp.float32) -> dict[str, jax.Array]:
+    rng = np.random.default_rng(seed)
+    return {name: jnp.asarray(rng.standard_normal(s), dtype) for name, s in SHAPES.items()}
+
+
+def trained(tx: Any, steps: int = 3, dtype: Any = jnp.float32, of_gradient: Any = None) -> Any:
+    params = normal(0, dtype)
+    state, update = tx.init(params), jax.jit(tx.update)
+    for i in range(steps):
+        updates, state = update(normal(1 + i, of_gradient or dtype), state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def assert_same_in_slices(tx: Any, units: float = 300, **kwargs: Any) -> None:
+    whole = trained(lro.in_slices(tx, slices="off"), **kwargs)
+    assert_close(trained(lro.in_slices(tx, slices=3), **kwargs), whole, units=units)
+
+
+def each(function: Callable[..., Any]) -> optax.GradientTransformation:
+    """A transformation of a function of a leaf's gradient and parameter."""
+    update = lambda updates, state, params=None: (jax.tree.map(function, updates, params), state)
+    return optax.GradientTransformation(lambda params: (), update)
+
+
+def over_rms_of_momentum() -> optax.GradientTransformation:
+    """Divides by a number of the momentum before this step, which is zero at first."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        new = jax.tree.map(lambda m, g: 0.9 * m + g, state, updates)
+        scaled = jax.tree.map(lambda m, g: g / (1 + jnp.sqrt(jnp.mean(m * m))), state, updates)
+        return scaled, new
+
+    return optax.GradientTransformation(optax.tree.zeros_like, update)
+
+
+def of_layers(g: jax.Array, p: jax.Array) -> jax.Array:
+    return g / (1 + jnp.arange(g.shape[0])).reshape(-1, *[1] * (g.ndim - 1))
+
+
+def known_layers(g: jax.Array, p: jax.Array) -> jax.Array:
+    return g * jnp.cumsum(jnp.ones_like(g), axis=0)
+
+
+DEPENDENT = {
+    "rows": each(lambda g, p: g / g.shape[0]),
+    "size": each(lambda g, p: g / 2 if g.size > 2000 else g),
+    "place": each(of_layers),
+    "sum of ones": each(known_layers),
+    "norm of weights": each(lambda g, p: g * jnp.sqrt(jnp.sum(p * p))),
+    "first layer": each(lambda g, p: g - g[:1]),
+    "momentum": over_rms_of_momentum(),
+}
+
+
+@pytest.mark.parametrize("name", DEPENDENT)
+def test_an_unknown_one_that_sees_whole_leaves_is_not_cut(name: str) -> None:
+    with pytest.raises(CannotCutError, match="can cut no leaf"):
+        trained(lro.in_slices(DEPENDENT[name], slices=3), steps=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["rows", "norm of weights", "momentum"])
+def test_neither_is_it_inside_of_low_bit(name: str) -> None:
+    around = lambda inner: lro.low_bit(optax.chain(inner, optax.scale_by_adam()), **SMALL)
+    cut = lambda tx: lro.in_slices(tx, budget_bytes=2**13)
+    apart = around(each(lambda g, p: g * jnp.sign(p)))
+    assert (
+        "while"
+        in jax.jit(cut(apart).update).lower(normal(1), apart.init(normal(0)), normal(0)).as_text()
+    )
+    tx = around(DEPENDENT[name])
+    whole = trained(lro.in_slices(tx, slices="off"))
+    assert_close(trained(cut(tx)), whole, units=300)
+
+
+def by_rows(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.ndim > 1 and x.shape[0] > 5, tree)
+
+
+def by_rows_named(tree: Any) -> Any:
+    return jax.tree.map(lambda x: "tall" if x.shape[0] > 5 else "flat", tree)
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optax.masked(optax.sgd(1.0), by_rows),
+        optax.adamw(1e-2, weight_decay=0.1, mask=by_rows),
+        optax.partition({"tall": optax.sgd(1.0), "flat": optax.sgd(0.1)}, by_rows_named),
+    ],
+)
+def test_masks_and_labels_are_asked_about_whole_leaves(tx: Any) -> None:
+    with pytest.raises(CannotCutError, match="can cut no leaf"):
+        trained(lro.in_slices(tx, slices=3), steps=1)
+    whole = trained(tx)
+    assert_close(trained(lro.in_slices(tx, budget_bytes=2**13)), whole, units=300)
+
+
+def test_labels_that_cannot_be_asked_about_a_part_leave_leaves_whole() -> None:
+    label = lambda path, x: "up" if x.shape[1:] == (16, 32) else "others"
+    labels = lambda tree: flax.traverse_util.path_aware_map(label, tree)
+    inner = lro.low_bit(optax.scale_by_adam(), **SMALL)
+    tx = optax.partition({"up": inner, "others": optax.sgd(0.1)}, labels)
+    assert_close(trained(lro.in_slices(tx, budget_bytes=2**13)), trained(tx), units=300)
+
+
+@pytest.mark.slow
+def test_staggered_refreshes_of_a_group_are_those_of_the_group() -> None:
+    galore = lro.galore(
+        1e-2,
+        rank=4,
+        refresh_every=lro.refresh.every(4, stagger=True),
+        weight_dimension_numbers=lambda p: jax.tree.map(
+            lambda x: lro.WeightDimensionNumbers(-2, -1) if x.ndim > 2 else None, p
+        ),
+    )
+    labels = {"embed": "sgd", "up": "sgd", "down": "galore", "bias": "sgd"}
+    tx = optax.partition({"sgd": optax.sgd(1e-2), "galore": galore}, labels)
+    state = trained(lro.in_slices(tx, slices=3), steps=6)[1]
+    expected = trained(tx, steps=6)[1]
+    assert_close(state, expected, units=300)
+    due = state.inner_states["galore"].inner_state[0].next_refresh["down"]
+    assert due.tolist() == [8] * 6  # alone in its group, it is in phase
+
+
+def test_a_state_that_changes_its_dtype_at_the_first_step() -> None:
+    kwargs = {"dtype": jnp.bfloat16, "of_gradient": jnp.float32}
+    tx = optax.adam(1e-2)
+    whole = trained(tx, **kwargs)
+    found = trained(lro.in_slices(tx, budget_bytes=2**13), **kwargs)
+    assert jax.tree.map(jnp.result_type, found) == jax.tree.map(jnp.result_type, whole)
+    assert_close(found, whole, units=300)
+
+
+def test_off_asks_nothing() -> None:
+    tx = optax.lamb(1e-2)
+    assert_close(trained(lro.in_slices(tx, slices="off")), trained(tx))
+
+
+@pytest.mark.slow
+def test_a_wrapper_that_passes_nothing_on() -> None:
+    params = {"a": jnp.ones((4, 64, 64), jnp.bfloat16), "b": jnp.ones((4, 64, 64), jnp.bfloat16)}
+    inner = optax.chain(lro.in_float32(optax.sgd(1.0)), lro.round_updates())
+    wrapped = optax.GradientTransformation(
+        inner.init, lambda updates, state, params=None: inner.update(updates, state, params)
+    )
+    tx = lro.in_slices(wrapped, budget_bytes=2**15)
+    gradients = jax.tree.map(lambda x: jnp.full(x.shape, 2.0**-9, x.dtype), params)
+    updates, _ = tx.update(gradients, tx.init(params), params)
+    layers = [np.asarray(layer != 0).tobytes() for x in updates.values() for layer in x]
+    assert len(set(layers)) == 8
+
+
+def test_random_bits_are_those_of_the_row() -> None:
+    inner = optax.chain(lro.in_float32(optax.sgd(1e-3)), lro.round_updates())
+    whole = trained(lro.in_slices(inner, slices="off"), dtype=jnp.bfloat16)
+    for slices in (2, 3, 5):
+        found = trained(lro.in_slices(inner, slices=slices), dtype=jnp.bfloat16)
+        jax.tree.map(np.testing.assert_array_equal, found, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["8 bits", "4 bits", "weights"])
+def test_so_are_those_of_codes(name: str) -> None:
+    params = normal(0)
+    if name == "weights":
+        inner = lro.update_int8_weights(optax.sgd(1e-2))
+        params = lro.to_int8_weights(params, min_size=100)
+    else:
+        bits = 8 if name == "8 bits" else 4
+        inner = lro.low_bit(optax.scale_by_adam(), bits, stochastic_rounding=True, **SMALL)
+    found = []
+    for slices in ("off", 2, 3):
+        tx = lro.in_slices(inner, slices=slices)
+        found.append(jax.jit(tx.update)(normal(1), tx.init(params), params))
+    assert_close(found[1], found[0], units=300)
+    assert_close(found[2], found[0], units=300)
+
+
+def test_names_that_end_one_another() -> None:
+    params = {"w": jnp.ones((4, 8, 8)), "mu": {"w": jnp.ones((4, 8, 8))}}
+    gradients = {"w": normal(0)["up"][:4, :8, :8], "mu": {"w": normal(1)["up"][:4, :8, :8]}}
+    tx = optax.adam(0.1)
+    expected = tx.update(gradients, tx.init(params), params)
+    sliced = lro.in_slices(tx, slices=2)
+    assert_close(jax.jit(sliced.update)(gradients, sliced.init(params), params), expected, units=9)

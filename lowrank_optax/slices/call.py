@@ -64,6 +64,11 @@ class Call(NamedTuple):
             extra_args,
         )
 
+    def is_traced(self) -> bool:
+        """Whether this is a call under a transformation of JAX, such as jit."""
+        arrays = jax.tree.leaves((self.gradients, self.likes, list(self.state.values())))
+        return any(isinstance(x, jax.core.Tracer) for x in arrays)
+
     def tree(self, leaves: Mapping[int, Any]) -> Any:
         """The tree with these leaves alone, and ``MaskedNode`` in the place of the others."""
         count = len(self.gradients)

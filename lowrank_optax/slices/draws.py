@@ -13,7 +13,7 @@ DRAWS = ("random_bits", "threefry2x32")
 
 
 def drawn_before(function: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
-    """The function for arguments of these types, with what it draws in any case drawn now."""
+    """The function for arguments of these types, traced, and what it draws in any case drawn."""
     traced, result = jax.make_jaxpr(function, return_shape=True)(*arguments)
     program = traced.jaxpr
     known = set(program.constvars)
@@ -26,13 +26,11 @@ def drawn_before(function: Callable[..., Any], *arguments: Any) -> Callable[...,
             before.append(equation)
             if _draws(equation):
                 drawn.append(equation)
-    if not drawn:
-        return function
     outside = [x for equation in drawn for x in equation.outvars]
     rest = [equation for equation in program.eqns if equation not in drawn]
     first = _called(program, program.constvars, before, outside)
     then = _called(program, [*program.constvars, *outside, *program.invars], rest, program.outvars)
-    numbers = first(*traced.consts)
+    numbers = first(*traced.consts) if drawn else []
 
     def of_slice(*arguments: Any) -> Any:
         results = then(*traced.consts, *numbers, *jax.tree.leaves(arguments))

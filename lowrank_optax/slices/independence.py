@@ -21,13 +21,13 @@ from lowrank_optax.slices.call import Call, Path
 from lowrank_optax.slices.loop import Cut, taken
 from lowrank_optax.slices.whole import CannotCutError, Whole
 
-# Of optax, with its recipes: a number from all leaves.
+# Of optax and of this library, with their recipes: a number from all leaves.
 OVER_ALL_LEAVES = """
-add_noise apply_if_finite clip_by_global_norm dadapt_adamw differentially_private_aggregate dog
-dowg dpsgd flatten hutchinson_estimator_diag_hessian lbfgs mechanize momo momo_adam noisy_sgd
-normalize normalize_by_update_norm per_example_global_norm_clip per_example_layer_norm_clip
-polyak_sgd prodigy sam scale_by_backtracking_linesearch scale_by_lbfgs scale_by_polyak
-scale_by_zoom_linesearch skip_large_updates sophia
+add_noise apply_if_finite clip_by_global_norm dadapt_adamw differentially_private_aggregate dog dowg
+dpsgd flatten hutchinson_estimator_diag_hessian lbfgs mechanize momo momo_adam monitor_weight_decay
+noisy_sgd normalize normalize_by_update_norm per_example_global_norm_clip
+per_example_layer_norm_clip polyak_sgd prodigy sam scale_by_backtracking_linesearch scale_by_lbfgs
+scale_by_polyak scale_by_zoom_linesearch skip_large_updates sophia
 """
 # A number from all rows of a leaf.
 OVER_A_LEAF = """
@@ -37,30 +37,36 @@ scale_by_param_block_rms scale_by_sm3 scale_by_trust_ratio sm3
 """
 # Element by element, or made of others.
 ELEMENT_BY_ELEMENT = """
-adabelief adadelta adagrad adam adamax adamaxw adamw adan add_decayed_weights ademamix adopt
-amsgrad chain clip conditionally_mask conditionally_transform ema identity inject_hyperparams
-keep_params_nonnegative lion masked measure_with_ema nadam nadamw named_chain partition radam
-rmsprop rprop scale scale_by_acprop scale_by_adadelta scale_by_adam scale_by_adamax scale_by_adan
-scale_by_ademamix scale_by_adopt scale_by_amsgrad scale_by_belief scale_by_cocob
-scale_by_learning_rate scale_by_lion scale_by_madgrad scale_by_optimistic_gradient scale_by_radam
-scale_by_rms scale_by_rprop scale_by_rss scale_by_schedule scale_by_sign
-scale_by_simplified_ademamix scale_by_stddev scale_by_yogi schedule_free set_to_zero sgd
-simplified_ademamix trace with_extra_args_support yogi
+_scale_by_adam adabelief adadelta adagrad adam adamax adamaxw adamw adan add_decayed_weights
+ademamix adopt amsgrad chain clip conditionally_mask conditionally_transform ema identity in_float32
+inject_hyperparams keep_dtypes keep_params_nonnegative lion masked measure_with_ema nadam nadamw
+named_chain partition powerprop_updates radam rmsprop rprop scale scale_by_acprop scale_by_adadelta
+scale_by_adam scale_by_adamax scale_by_adan scale_by_ademamix scale_by_adopt scale_by_amsgrad
+scale_by_belief scale_by_cocob scale_by_learning_rate scale_by_lion scale_by_madgrad scale_by_nag_gs
+scale_by_optimistic_gradient scale_by_radam scale_by_rms scale_by_rprop scale_by_rss
+scale_by_schedule scale_by_sign scale_by_simplified_ademamix scale_by_stddev scale_by_yogi
+schedule_free set_to_zero sgd simplified_ademamix trace with_extra_args_support yogi
 """
 # Operations that change no number, and come and go with axes of size one.
 ONLY_SHAPES = ("broadcast_in_dim", "reshape", "squeeze")
 # Packages of this library whose transformations see to their own leaves.
-OURS = ("lowrank_optax.projection", "lowrank_optax.slices", "lowrank_optax.states")
+OURS = (
+    "lowrank_optax.optimizers.gradient_direction",
+    "lowrank_optax.projection",
+    "lowrank_optax.slices",
+    "lowrank_optax.states",
+)
+LISTED = ("optax.", "lowrank_optax.")
 
 
 def check_leaves(tx: optax.GradientTransformation) -> None:
     """Raises CannotCutError, with its name, if ``tx`` has a part that looks at whole leaves."""
     for name, module in _parts(tx):
         for names, what in ((OVER_ALL_LEAVES, "all leaves"), (OVER_A_LEAF, "a whole leaf")):
-            if module.startswith("optax") and name in names.split():
+            if module.startswith(LISTED) and name in names.split():
                 raise CannotCutError(
                     f"{name} computes a number from {what}, which slices would change. One of all "
-                    "leaves may come before: in_slices(..., before=)."
+                    "leaves may come before, in_slices(..., before=), or after, in an optax.chain."
                 )
 
 
@@ -75,7 +81,7 @@ def is_elementwise(tx: optax.GradientTransformation) -> bool:
 
 
 def _is_elementwise(name: str, module: str) -> bool:
-    return module.startswith("optax") and name in ELEMENT_BY_ELEMENT.split()
+    return module.startswith(LISTED) and name in ELEMENT_BY_ELEMENT.split()
 
 
 def _parts(tx: optax.GradientTransformation) -> Iterator[tuple[str, str]]:

@@ -3,7 +3,7 @@
 What keeps it in place is the compiler's business, and differs from one to the other: see `run`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -65,11 +65,15 @@ def run(step: Step, carried: Any, read: Any, cut: Cut) -> Any:
       read: A tree of arrays, only read.
       cut: Where slices begin and end.
     """
+    steps = {}
+    for rows in filter(None, (cut.rows, cut.rest)):
+        part = jax.tree.map(lambda x, rows=rows: taken(x, 0, rows, cut), (carried, read))
+        steps[rows] = drawn_before(step, *part, jnp.int32(0))
     return jax.lax.platform_dependent(
         carried,
         read,
-        cpu=lambda carried, read: _run(step, carried, read, cut, _AS_BITS),
-        default=lambda carried, read: _run(step, carried, read, cut, _AS_IS),
+        cpu=lambda carried, read: _run(steps, carried, read, cut, _AS_BITS),
+        default=lambda carried, read: _run(steps, carried, read, cut, _AS_IS),
     )
 
 
@@ -116,7 +120,7 @@ _AS_IS = _Way(_behind_barrier, lambda x: x)
 _AS_BITS = _Way(_in_conditional, _bits)
 
 
-def _run(step: Step, carried: Any, read: Any, cut: Cut, way: _Way) -> Any:
+def _run(steps: Mapping[int, Step], carried: Any, read: Any, cut: Cut, way: _Way) -> Any:
     types = jax.tree.map(lambda x: x.dtype, (carried, read))
     carried, read = jax.tree.map(way.carry, (carried, read))
 
@@ -124,19 +128,15 @@ def _run(step: Step, carried: Any, read: Any, cut: Cut, way: _Way) -> Any:
         of_row = jax.tree.map(lambda x: taken(x, first, rows, cut), (carried, read))
         return jax.tree.map(_as, of_row, types)
 
-    def after(step: Step, carried: Any, first: Any, rows: int) -> Any:
-        new = step(*slices(carried, first, rows), first)
+    def after(carried: Any, first: Any, rows: int) -> Any:
+        new = way.apart(steps[rows])(*slices(carried, first, rows), first)
         return jax.tree.map(lambda x, part: _put(x, way.carry(part), first, cut), carried, new)
 
-    def ready(rows: int) -> Step:
-        return way.apart(drawn_before(step, *slices(carried, 0, rows), jnp.int32(0)))
-
-    of_slice = ready(cut.rows)
     carried = jax.lax.fori_loop(
-        0, cut.whole, lambda i, carried: after(of_slice, carried, i * cut.rows, cut.rows), carried
+        0, cut.whole, lambda i, carried: after(carried, i * cut.rows, cut.rows), carried
     )
     if cut.rest:
-        carried = after(ready(cut.rest), carried, jnp.int32(cut.whole * cut.rows), cut.rest)
+        carried = after(carried, jnp.int32(cut.whole * cut.rows), cut.rest)
     return jax.tree.map(_as, carried, types[0])
 
 

@@ -73,6 +73,8 @@ def sliced_leaves(
     """
     if budget.slices == "off" or not _all_whole(call):
         return []
+    if budget.slices is None and not call.is_traced():
+        return []  # outside of jit nothing is in place, and each loop would be compiled anew
     rows_of = enumerate(zip(call.gradients, call.likes, strict=True))
     budget_bytes = _bytes_of(call, budget)
     every = {

@@ -205,3 +205,15 @@ def test_names_that_end_one_another() -> None:
     expected = tx.update(gradients, tx.init(params), params)
     sliced = lro.in_slices(tx, slices=2)
     assert_close(jax.jit(sliced.update)(gradients, sliced.init(params), params), expected, units=9)
+
+
+def test_outside_of_jit_leaves_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> Any:
+        raise AssertionError("cut")
+
+    monkeypatch.setattr("lowrank_optax.slices.update._each", fail)
+    tx = lro.low_bit(optax.scale_by_adam())
+    params = {"up": jnp.ones((4, 1024, 1024))}
+    tx.update(params, tx.init(params), params)
+    with pytest.raises(AssertionError, match="cut"):
+        jax.eval_shape(tx.update, params, tx.init(params), params)

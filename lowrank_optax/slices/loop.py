@@ -55,9 +55,10 @@ def run(step: Step, carried: Any, read: Any, cut: Cut) -> Any:
     On accelerators a barrier around the results of a step makes of each an array of one slice that
     is then copied into its place: fused into each write, the arithmetic would read one carried
     array after another has been written, and the compiler keep a copy of it, whole. The compiler
-    for CPUs drops barriers, but does not look into a conditional; and since it neither reads nor
-    writes a part of an array of bfloat16, but converts the whole to and fro for each, such arrays
-    go through the loop as integers of the same bits.
+    for CPUs drops barriers, but does not look into a loop whose turns it cannot count (nor into a
+    conditional, within which it uses one thread only); and since it neither reads nor writes a part
+    of an array of bfloat16, but converts the whole to and fro for each, such arrays go through the
+    loop as integers of the same bits.
 
     Args:
       step: ``step(carried, read, row) -> carried`` of one slice, whose first row is ``row``.
@@ -103,10 +104,11 @@ def _in_rows(x: jax.Array) -> jax.Array:
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
-def _in_conditional(step: Step) -> Step:
+def _in_loop_of_one(step: Step) -> Step:
     def taken(carried: Any, read: Any, row: jax.Array) -> Any:
-        # Never false, which the compiler does not find out.
-        return jax.lax.cond(row >= 0, step, lambda carried, *_: carried, carried, read, row)
+        turns = (row >= 0).astype(jnp.int32)  # one, which the compiler does not find out
+        once = lambda turn: (turn[0] + 1, step(turn[1], read, row))
+        return jax.lax.while_loop(lambda turn: turn[0] < turns, once, (jnp.int32(0), carried))[1]
 
     return taken
 
@@ -117,7 +119,7 @@ def _bits(x: jax.Array) -> jax.Array:
 
 
 _AS_IS = _Way(_behind_barrier, lambda x: x)
-_AS_BITS = _Way(_in_conditional, _bits)
+_AS_BITS = _Way(_in_loop_of_one, _bits)
 
 
 def _run(steps: Mapping[int, Step], carried: Any, read: Any, cut: Cut, way: _Way) -> Any:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from close import assert_close
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -286,3 +287,39 @@ def test_composed_with_wrappers_of_optax() -> None:
     for outer in wrapped.values():
         whole = trained(updating(lro.in_slices(outer, slices="off")), outer)
         assert_close(trained(updating(lro.in_slices(outer, slices=3)), outer), whole, units=300)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["low_bit-8", "galore"])
+def test_models_side_by_side(name: str) -> None:
+    """Under vmap: each model gets what it gets alone."""
+    tx = lro.in_slices(OPTIMIZERS[name](), slices=3)
+    models = [{"up": normal(seed)["layers"]["up"]} for seed in (1, 2)]
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *models)
+    step = lambda params: tx.update(params, tx.init(params), params)
+    alone = [jax.jit(step)(params) for params in models]
+    together = jax.jit(jax.vmap(step))(stacked)
+    assert_close(together, jax.tree.map(lambda *xs: jnp.stack(xs), *alone), units=300)
+
+
+@pytest.mark.slow
+def test_in_the_optimizer_of_nnx() -> None:
+    class Model(nnx.Module):
+        def __init__(self) -> None:
+            self.up = nnx.Param(normal(0)["layers"]["up"])
+
+    found = []
+    for slices in ("off", 3):
+        model = Model()
+        tx = lro.in_slices(lro.low_bit(optax.adam(1e-2), **SMALL), slices=slices)
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+        @nnx.jit
+        def step(model: Model, optimizer: nnx.Optimizer) -> None:
+            loss = lambda model: jnp.sum(jnp.square(model.up[...]))
+            optimizer.update(model, nnx.grad(loss)(model))
+
+        for _ in range(2):
+            step(model, optimizer)
+        found.append(model.up[...])
+    assert_close(found[1], found[0], units=300)

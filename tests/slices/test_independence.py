@@ -80,7 +80,9 @@ def test_an_unknown_one_that_sees_whole_leaves_is_not_cut(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["rows", "norm of weights", "momentum"])
+@pytest.mark.parametrize(
+    "name", ["rows", pytest.param("norm of weights", marks=pytest.mark.full), "momentum"]
+)
 def test_neither_is_it_inside_of_low_bit(name: str) -> None:
     around = lambda inner: lro.low_bit(optax.chain(inner, optax.scale_by_adam()), **SMALL)
     cut = lambda tx: lro.in_slices(tx, budget_bytes=2**13)
@@ -181,7 +183,9 @@ def test_random_bits_are_those_of_the_row() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["8 bits", "4 bits", "weights"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("8 bits", marks=pytest.mark.full), "4 bits", "weights"]
+)
 def test_so_are_those_of_codes(name: str) -> None:
     params = normal(0)
     if name == "weights":

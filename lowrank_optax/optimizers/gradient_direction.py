@@ -17,8 +17,9 @@ import numpy as np
 import optax
 
 from lowrank_optax.matrices import DimensionNumbersRule, resolve_dimension_numbers
-from lowrank_optax.matrices.paths import normalised_path
+from lowrank_optax.matrices.paths import leaves_by_path, normalised_path
 from lowrank_optax.matrices.sums import summed_together
+from lowrank_optax.slices.whole import Whole, whole_of
 from lowrank_optax.states.arguments import transformation
 
 Mode = Literal["grams", "cautious"]
@@ -132,9 +133,13 @@ def direct(
         return state
 
     def update_fn(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        whole: Whole | None = None,
+        **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
-        new, state = inner.update(updates, state, params, **extra_args)
+        new, state = inner.update(updates, state, params, whole=whole, **extra_args)
         jax.tree.map(_check, updates, new)
         toward = lambda g, u: jnp.sign(g if along_gradient else -g).astype(u.dtype)
         directions = jax.tree.map(toward, updates, new)
@@ -143,7 +148,11 @@ def direct(
         new = jax.tree.map(lambda d, u: d * jnp.maximum(d * u, 0), directions, new)
         if scale == "none":
             return new, state
-        axes = weight_axes(weight_dimension_numbers, updates)
+        tree = whole_of(whole, updates)
+        known = dict(
+            zip(leaves_by_path(tree), weight_axes(weight_dimension_numbers, tree), strict=True)
+        )
+        axes = [known[path] for path in leaves_by_path(updates)]
         # Of gradients of their own: else a compiler keeps all directions, to have them twice.
         again = jax.tree.map(toward, jax.lax.optimization_barrier(updates), new)
         factors = _mask_scales(scale, new if signs is None else signs(state), again, axes)

@@ -119,6 +119,13 @@ class Call(NamedTuple):
         parts = self.treedef.flatten_up_to(updates)
         return [parts[i] for i in leaves], leaves_by_path(state)
 
+    def without(self, cut: set[int]) -> tuple[dict[int, Any], dict[Path, Any]]:
+        """As `update`, of all leaves but these, whose updates come by their places."""
+        rest = [i for i in range(len(self.gradients)) if i not in cut]
+        pick = lambda leaves: [leaves[i] for i in rest]
+        updates, state = self.update(rest, pick(self.gradients), pick(self.likes), {}, self.whole)
+        return dict(zip(rest, updates, strict=True)), state
+
     def slice_of(
         self,
         place: int,

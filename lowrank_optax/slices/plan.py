@@ -91,7 +91,17 @@ def sliced_leaves(
     check_parts(call, parts)
     leaves = [_sliced_leaf(call, i, cut, shared) for i, cut in cuts.items() if wanted[i]]
     known = all(map(is_known, parts))
-    return [x for x in leaves if x and (known or slices_agree(call, x.place, x.cut, x.own))]
+    found = [x for x in leaves if x and (known or slices_agree(call, x.place, x.cut, x.own))]
+    return found if found and _runs_without(call, found) else []
+
+
+def _runs_without(call: Call, leaves: Sequence[SlicedLeaf]) -> bool:
+    """Whether what is left can be run: rules that must find something may find nothing there."""
+    try:
+        jax.eval_shape(lambda: call.without({leaf.place for leaf in leaves})[0])
+    except Exception:
+        return False
+    return True
 
 
 def _all_whole(call: Call) -> bool:

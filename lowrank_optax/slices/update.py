@@ -75,11 +75,7 @@ def _each(
     call: Call, leaves: Sequence[SlicedLeaf], state: Any, in_place: Callable[..., Any]
 ) -> tuple[list[Any], Any]:
     """The result for each leaf, and the new state."""
-    cut = {leaf.place for leaf in leaves}
-    rest = [i for i in range(len(call.gradients)) if i not in cut]
-    pick = lambda xs: [xs[i] for i in rest]
-    updates, arrays = call.update(rest, pick(call.gradients), pick(call.likes), {}, call.whole)
-    results = dict(zip(rest, updates, strict=True))
+    results, arrays = call.without({leaf.place for leaf in leaves})
     for leaf in leaves:
         results[leaf.place], own = in_place(call, leaf)
         arrays |= dict(zip(leaf.own, own, strict=True))

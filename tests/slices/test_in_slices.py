@@ -24,6 +24,7 @@ OPTIMIZERS = {
     "low_bit-8": lambda: lro.low_bit(optax.adamw(1e-2), **SMALL),
     "low_bit-4": lambda: lro.low_bit(optax.adamw(1e-2), 4, **SMALL),
     "in_float32": lambda: lro.in_float32(optax.adamw(1e-2)),
+    "cautious": lambda: lro.cautious_adamw(1e-2, weight_dimension_numbers=STACKED),
     "galore": lambda: lro.galore(1e-2, refresh_every=2, **RANK),
     "galore-8": lambda: lro.galore(1e-2, refresh_every=2, state_bits=8, basis_bits=16, **RANK),
     "staggered": lambda: lro.galore(

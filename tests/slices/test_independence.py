@@ -146,6 +146,18 @@ def test_staggered_refreshes_of_a_group_are_those_of_the_group() -> None:
     assert due.tolist() == [8] * 6  # alone in its group, it is in phase
 
 
+def test_a_rule_that_must_find_a_leaf_is_not_left_without_one() -> None:
+    def only_up(tree: Any) -> Any:
+        if not hasattr(tree["up"], "shape"):
+            raise ValueError("nothing is called up")
+        spec = lambda path, x: lro.WeightDimensionNumbers(-2, -1) if "up" in str(path) else None
+        return jax.tree_util.tree_map_with_path(spec, tree)
+
+    limit = lro.limit_norm_growth(weight_dimension_numbers=only_up)
+    tx = optax.chain(lro.low_bit(optax.scale_by_adam(), **SMALL), limit)
+    assert_close(trained(lro.in_slices(tx, budget_bytes=2**13)), trained(tx), units=300)
+
+
 def test_a_state_that_changes_its_dtype_at_the_first_step() -> None:
     kwargs = {"dtype": jnp.bfloat16, "of_gradient": jnp.float32}
     tx = optax.adam(1e-2)

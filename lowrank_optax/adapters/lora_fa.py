@@ -14,7 +14,7 @@ from lowrank_optax.adapters.initialisers import for_each
 from lowrank_optax.adapters.lora import LoRA
 from lowrank_optax.matrices.explicit_sharding import product
 from lowrank_optax.matrices.flax_layers import is_nnx_module
-from lowrank_optax.matrices.orthonormal import orthonormalize
+from lowrank_optax.matrices.orthonormal import in_turn, orthonormalize
 from lowrank_optax.matrices.paths import path_string
 
 Factors: TypeAlias = Mapping[str, tuple[jax.Array, Any]]
@@ -274,4 +274,4 @@ def _inverse(a: jax.Array, scale: Any, damping: float) -> jax.Array:
     gram = product("...dk,...dl->...kl", columns, columns)
     mean = jnp.mean(jnp.diagonal(gram, axis1=-2, axis2=-1), axis=-1)[..., None, None]
     damped = gram + damping * mean * jnp.eye(gram.shape[-1])
-    return jnp.linalg.pinv(damped, hermitian=True)
+    return in_turn(lambda a: jnp.linalg.pinv(a, hermitian=True), damped)

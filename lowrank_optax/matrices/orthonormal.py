@@ -5,6 +5,9 @@ for several; on a CPU LAPACK does either in milliseconds. So what runs is chosen
 the program is lowered to.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
@@ -28,8 +31,26 @@ def _qr(y: jax.Array) -> jax.Array:
     # jnp.linalg.qr refuses batch axes that are sharded on an explicit mesh (jax 0.10).
     partition = explicit_sharding.partition_of(y)
     everywhere = None if partition is None else PartitionSpec(*[None] * y.ndim)
-    q = jnp.linalg.qr(explicit_sharding.constrain(y, everywhere))[0]
+    q = in_turn(lambda y: jnp.linalg.qr(y)[0], explicit_sharding.constrain(y, everywhere))
     return explicit_sharding.constrain(q, partition)
+
+
+def in_turn(factorize: Callable[[jax.Array], Any], x: jax.Array) -> Any:
+    """``factorize(x)`` of ``x [*batch, m, n]``, on a CPU of one matrix after the other.
+
+    There LAPACK's threads for a batch are those of the pool that runs the program: two batches at a
+    time occupy them all, and wait for ever (``ParallelBatchMap`` of jaxlib 0.10).
+    """
+    partition = explicit_sharding.partition_of(x)
+    sharded = partition is not None and any(axis is not None for axis in partition)
+    if x.ndim == 2 or sharded:
+        return factorize(x)
+
+    def each(x: jax.Array) -> Any:
+        found = jax.lax.map(factorize, x.reshape(-1, *x.shape[-2:]))
+        return jax.tree.map(lambda y: y.reshape(*x.shape[:-2], *y.shape[1:]), found)
+
+    return jax.lax.platform_dependent(x, cpu=each, default=factorize)
 
 
 def gram_matrix(b: jax.Array) -> jax.Array:
@@ -50,7 +71,7 @@ def leading_eigenvectors(gram: jax.Array, count: int) -> jax.Array:
     In descending order, and exact on a CPU, and elsewhere up to 128 columns; `orthogonal_iteration`
     beyond.
     """
-    exact = lambda a: jnp.linalg.eigh(a)[1][..., ::-1][..., :count]
+    exact = lambda a: in_turn(lambda a: jnp.linalg.eigh(a)[1], a)[..., ::-1][..., :count]
     if gram.shape[-1] <= EIGH_COLUMNS:
         return exact(gram)
     iterated = lambda a: orthogonal_iteration(a, count)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import optax
 
+from lowrank_optax.matrices.compiled_peak import update_peak_bytes
 from lowrank_optax.matrices.flax_layers import is_linen_module, is_nnx_module
 from lowrank_optax.matrices.paths import normalised_path, owner_of, path_string
 from lowrank_optax.matrices.printing import matrices_string, printed
@@ -47,12 +48,21 @@ class SelectionTable:
       rows: One `SelectionRow` a parameter, in the order of ``jax.tree.leaves``.
       other_bytes: Bytes of state that belong to no parameter, such as step counts.
       total_bytes: Bytes of all rows and ``other_bytes``.
+      compiled_peak_bytes: Bytes that one compiled update allocates, parameters and gradients
+        included. None without ``compiled=True``, and where the backend does not report them.
     """
 
-    def __init__(self, rows: list[SelectionRow], other_bytes: int, of_state: bool) -> None:
+    def __init__(
+        self,
+        rows: list[SelectionRow],
+        other_bytes: int,
+        of_state: bool,
+        compiled_peak_bytes: int | None = None,
+    ) -> None:
         self.rows = rows
         self.other_bytes = other_bytes
         self.total_bytes = sum(row.bytes for row in rows) + other_bytes
+        self.compiled_peak_bytes = compiled_peak_bytes
         self._of_state = of_state
 
     def __rich__(self) -> "Table":
@@ -72,6 +82,8 @@ class SelectionTable:
         if self._of_state:
             table.add_row("(no parameter's)", "", "", "", "", f"{self.other_bytes:,}")
         table.add_row("total", "", "", "", "", f"{self.total_bytes:,}", style="bold")
+        if self.compiled_peak_bytes is not None:
+            table.add_row("compiled peak", "", "", "", "", f"{self.compiled_peak_bytes:,}")
         return table
 
     def __str__(self) -> str:
@@ -84,6 +96,8 @@ def selection_table(
     params: Any,
     weight_dimension_numbers: DimensionNumbersRule = None,
     transformation: optax.GradientTransformation | None = None,
+    *,
+    compiled: bool = False,
 ) -> SelectionTable:
     """What a rule makes of each parameter, and what a transformation keeps for it.
 
@@ -91,19 +105,26 @@ def selection_table(
     leaf of it belongs to the parameter whose path ends the leaf's own path (to the longest such),
     which holds wherever state is a tree parallel to the parameters, as everywhere in optax.
 
+    With ``compiled=True`` the last row is the peak of one update: the bytes that
+    ``transformation.update`` allocates, compiled for the default backend and not run. It counts
+    parameters, gradients, state and temporaries. Gradients and state are donated, so that updates
+    are written over gradients, as in a jitted training step.
+
     Args:
       params: Any tree of arrays or ``jax.ShapeDtypeStruct``, an NNX module (its ``nnx.Param`` are
         meant) or a bound Linen module (its collection ``params``).
       weight_dimension_numbers: The rule, as the optimizers take it; for None it is the one by
         names, also for a module.
       transformation: Any optax transformation, made with that same rule.
+      compiled: Whether to compile one update of the transformation and add its peak.
 
     Returns:
       The table: ``print`` it, or read its ``rows``.
 
     Raises:
-      ValueError: If the rule does not fit the parameters.
-      TypeError: If the rule is none, or the transformation has no ``init``.
+      ValueError: If the rule does not fit the parameters, or ``compiled`` is True and there is no
+        ``transformation``.
+      TypeError: If the rule is not one of those above, or the transformation has no ``init``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -114,18 +135,27 @@ def selection_table(
       up/kernel         4 × 16 × 64  4 × (16 × 64)  adam       –       32,768
       (no parameter's)                                                      4
       total                                                            34,820
+      >>> table = selection_table(params, transformation=optax.adam(1e-3), compiled=True)
+      >>> table.compiled_peak_bytes >= 2 * 17_408 + table.total_bytes  # parameters and gradients
+      True
 
     Reference:
       States as parallel trees: https://optax.readthedocs.io
     """
+    if compiled and transformation is None:
+        raise ValueError(
+            "compiled=True is the peak of a transformation's update, and transformation is None: "
+            "give both, as selection_table(params, transformation=tx, compiled=True)."
+        )
     params = _parameters(params)
     leaves = jax.tree_util.tree_leaves_with_path(params)
     specs = resolve_dimension_numbers(weight_dimension_numbers, params)
     if transformation is None:
         kept = {normalised_path(path): _Kept(_bytes(leaf)) for path, leaf in leaves}
-        other = 0
+        other, peak = 0, None
     else:
         kept, other = _state_of(transformation, params)
+        peak = update_peak_bytes(transformation, params) if compiled else None
     rows = []
     for (path, leaf), spec in zip(leaves, specs, strict=True):
         own = kept[normalised_path(path)]
@@ -135,7 +165,7 @@ def selection_table(
         shape = tuple(leaf.shape)
         row = (path_string(path), shape, _view(shape, spec), method or "–", own.rank, own.bytes)
         rows.append(SelectionRow(*row))
-    return SelectionTable(rows, other, transformation is not None)
+    return SelectionTable(rows, other, transformation is not None, peak)
 
 
 class _Kept(NamedTuple):

@@ -101,16 +101,23 @@ def extrapolate(
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, ExtrapolateState]:
-        weights = None if params is None else _added(params, state.displacement)
-        moves, inner_state = inner.update(updates, state.inner, weights, **extra_args)
         count = optax.safe_increment(state.count)
         rate = inner_learning_rate(count) if callable(inner_learning_rate) else inner_learning_rate
         ahead = look(jax.tree.map(_finite_part, updates))
         scale = lambda zeta, old: (rate * zeta).astype(old.dtype)
         displacement = jax.tree.map(scale, ahead, state.displacement)
+        previous, stored = jax.lax.platform_dependent(
+            state.count,
+            state.displacement,
+            displacement,
+            cpu=_leaf_by_leaf,
+            default=lambda _, previous, new: (previous, new),
+        )
+        weights = None if params is None else _added(params, previous)
+        moves, inner_state = inner.update(updates, state.inner, weights, **extra_args)
         move = lambda g, u, old, new: (u + (widened(old) - widened(new))).astype(g.dtype)
-        new = jax.tree.map(move, updates, moves, state.displacement, displacement)
-        return new, ExtrapolateState(count, displacement, inner_state)
+        new = jax.tree.map(move, updates, moves, previous, displacement)
+        return new, ExtrapolateState(count, stored, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -154,6 +161,29 @@ def extrapolation_eval_params(params: optax.Params, state: optax.OptState) -> op
     for each in found:
         params = _added(params, each.displacement)
     return params
+
+
+def _leaf_by_leaf(count: jax.Array, previous: Any, new: Any) -> tuple[Any, Any]:
+    """Return both trees unchanged, for a CPU: each new leaf is written after the old one is copied.
+
+    The update of the weights reads the previous displacement, and the new one is stored in its
+    memory. XLA for CPU does not order the two: it copies all previous leaves first, and writes the
+    new ones elsewhere. Here each copy waits for the one before, so that all copies share the memory
+    of one leaf. `one` is 1 and the predicates are true, which the compiler cannot infer.
+    """
+    one = (count >= 0).astype(jnp.float32)
+    leaves, treedef = jax.tree.flatten(previous)
+    copies, written = [], []
+    for old, leaf in zip(leaves, treedef.flatten_up_to(new), strict=True):
+        copy = lambda x, one: (x * one.astype(x.dtype), one * one)
+        old, one = jax.lax.cond(one > 0, copy, _zeros, old, one)
+        copies.append(old)
+        written.append(jnp.where(one > 0, leaf, jnp.zeros_like(leaf)))
+    return treedef.unflatten(copies), treedef.unflatten(written)
+
+
+def _zeros(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    return tuple(jnp.zeros_like(x) for x in arrays)
 
 
 def _finite_part(g: jax.Array) -> jax.Array:

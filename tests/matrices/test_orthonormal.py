@@ -83,3 +83,15 @@ def test_orthogonal_iteration_finds_the_energy_of_the_exact_eigenvectors():
     assert _gram_error(got) < 1e-5
     energy = np.trace(np.asarray(got).T @ np.asarray(gram) @ np.asarray(got))
     assert energy > (1 - 3e-4) * values[:56].sum()
+
+
+def test_no_batch_of_factorizations_waits_for_the_threads_that_run_it() -> None:
+    """Two batches at a time would wait for ever on a CPU of two cores."""
+    x = jax.ShapeDtypeStruct((3, 8, 4), jnp.float32)
+    gram = jax.ShapeDtypeStruct((3, 4, 4), jnp.float32)
+    found = lambda a: orthonormal.leading_eigenvectors(a, 2)
+    for function, arg in ((orthonormal.orthonormalize, x), (found, gram)):
+        text = jax.jit(function).lower(arg).compile().as_text()
+        calls = [line for line in text.splitlines() if 'custom_call_target="lapack' in line]
+        assert calls
+        assert not any("f32[3," in line for line in calls)

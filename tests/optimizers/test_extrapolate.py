@@ -147,6 +147,20 @@ def test_what_is_not_finite_in_a_gradient_is_not_looked_along() -> None:
     assert_close(updates["first"], jax.tree.map(lambda g: -0.3 * g, gradient["first"]))
 
 
+def test_a_step_on_a_cpu_copies_one_displacement_at_a_time() -> None:
+    params = {name: jax.ShapeDtypeStruct((4, 64, 128), jnp.float32) for name in ("a", "b", "c")}
+    tx = lro.extrapolate(optax.adamw(0.1), 0.1)
+
+    def step(params: Any, state: Any, gradients: Any) -> Any:
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(
+        params, jax.eval_shape(tx.init, params), params
+    )
+    assert lowered.compile().memory_analysis().temp_size_in_bytes < 1.1 * 4 * 64 * 128 * 4
+
+
 def test_bfloat16_does_not_drift_away_from_its_weights() -> None:
     """Each step rounds once: after 200 that add up to nothing, w is where it was."""
     params = {"w": jnp.linspace(0.5, 2.0, 64, dtype=jnp.bfloat16)}

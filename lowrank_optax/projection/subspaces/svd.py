@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax.matrices import explicit_sharding
+from lowrank_optax.matrices.orthonormal import in_turn
 from lowrank_optax.projection.rank import RankSpec
 from lowrank_optax.projection.subspaces import base
 from lowrank_optax.projection.view import View
@@ -45,7 +46,7 @@ def svd(rank: RankSpec) -> base.Subspace:
         # LAPACK need not return from a matrix that is not finite.
         finite = jnp.all(jnp.isfinite(gathered), axis=(-2, -1), keepdims=True)
         gathered = jnp.where(finite, gathered, 0).astype(basis.dtype)
-        u, _, vh = jnp.linalg.svd(gathered, full_matrices=False)
+        u, _, vh = in_turn(lambda x: tuple(jnp.linalg.svd(x, full_matrices=False)), gathered)
         vectors = u if view.axis == -2 else vh.mT
         return base.agreeing(vectors[..., : basis.shape[-1]], basis)
 

@@ -36,9 +36,6 @@ def leaf_sums(weight: jax.Array, update: jax.Array, stacked: bool, decays: bool)
     ⟨w, w⟩, ⟨w, d⟩, ⟨d, d⟩; the number of elements whose update is lost, and their share of ⟨w, w⟩;
     ⟨w, w⟩ once more if the leaf decays. One read of weight and update.
     """
-    # XLA for CPU would take w + d for the new weights, and keep the old ones beside them.
-    apart = jax.lax.optimization_barrier
-    weight = jax.lax.platform_dependent(weight, cpu=apart, default=lambda weight: weight)
     w, d = weight.astype(jnp.float32), update.astype(jnp.float32)
     lost = is_lost(weight, update)
     squares = w * w

@@ -7,7 +7,7 @@ import jax
 import optax
 
 from lowrank_optax.matrices.paths import leaves_by_path
-from lowrank_optax.slices.whole import Whole, whole_of
+from lowrank_optax.slices.whole import CannotCutError, Whole, whole_of
 
 Path = Any
 
@@ -116,6 +116,8 @@ class Call(NamedTuple):
             whole=whole,
             **self.extra_args,
         )
+        if jax.tree.structure(state) != structure:
+            raise CannotCutError("the state changes its structure at this step.")
         parts = self.treedef.flatten_up_to(updates)
         return [parts[i] for i in leaves], leaves_by_path(state)
 

@@ -1,25 +1,24 @@
 """Whether a transformation gives the same, leaf by leaf and slice by slice.
 
-Known ones are known by their names; of others the program is read, for what reaches which update,
-and a small copy of each leaf is tried, for whether its slices get what it gets.
+Known ones are known by their names; of others the program is read: what reaches which update, and
+whether rows are kept apart.
 """
 
 from collections.abc import Iterator, Sequence
 import functools
 import inspect
-import math
 from typing import Any
 
 import jax
 from jax.extend import core
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from lowrank_optax.matrices.paths import leaves_by_path
-from lowrank_optax.slices.call import Call, Path
-from lowrank_optax.slices.loop import Cut, taken
-from lowrank_optax.slices.whole import CannotCutError, Whole
+from lowrank_optax.slices.call import Call
+from lowrank_optax.slices.fingerprints import called
+from lowrank_optax.slices.rows import ALIKE, MIXED, ROWS, rows_are_apart
+from lowrank_optax.slices.whole import CannotCutError
 
 # Of optax and of this library, with their recipes: a number from all leaves.
 OVER_ALL_LEAVES = """
@@ -47,8 +46,8 @@ scale_by_optimistic_gradient scale_by_radam scale_by_rms scale_by_rprop scale_by
 scale_by_schedule scale_by_sign scale_by_simplified_ademamix scale_by_stddev scale_by_yogi
 schedule_free set_to_zero sgd simplified_ademamix trace with_extra_args_support yogi
 """
-# Operations that change no number, and come and go with axes of size one.
-ONLY_SHAPES = ("broadcast_in_dim", "reshape", "squeeze")
+# Matrix by matrix.
+MATRIX_BY_MATRIX = ("muon", "scale_by_muon")
 # Packages of this library whose transformations see to their own leaves.
 OURS = (
     "lowrank_optax.optimizers.gradient_direction",
@@ -72,7 +71,10 @@ def check_leaves(tx: optax.GradientTransformation) -> None:
 
 def is_known(tx: optax.GradientTransformation) -> bool:
     """Whether ``tx`` is made of parts that are known to allow slices, or to refuse them."""
-    return all(_is_elementwise(*part) or part[1].startswith(OURS) for part in _parts(tx))
+    known = lambda name, module: name in MATRIX_BY_MATRIX and module.startswith(LISTED)
+    return all(
+        _is_elementwise(*part) or known(*part) or part[1].startswith(OURS) for part in _parts(tx)
+    )
 
 
 def is_elementwise(tx: optax.GradientTransformation) -> bool:
@@ -171,144 +173,48 @@ def _reached(program: Any, sources: Sequence[frozenset[int]]) -> list[frozenset[
     look = lambda x: frozenset() if isinstance(x, core.Literal) else known.get(x, frozenset())
     for equation in program.eqns:
         inputs = [look(x) for x in equation.invars]
-        inner = _inner(equation)
+        inner = called(equation)
         if equation.primitive.name == "cond":
             taken = inputs[0]
             branches = [_reached(b.jaxpr, inputs[1:]) for b in equation.params["branches"]]
             results = [taken.union(*each) for each in zip(*branches, strict=True)]
         elif inner is not None:
-            results = _reached(inner, inputs)
+            results = _reached(getattr(inner, "jaxpr", inner), inputs)
         else:
             results = [frozenset().union(*inputs)] * len(equation.outvars)
         known |= dict(zip(equation.outvars, results, strict=True))
     return [look(x) for x in program.outvars]
 
 
-def _inner(equation: Any) -> Any:
-    """The program that an equation calls once, with its own operands and results; or None."""
-    if equation.primitive.name in ("scan", "while"):
-        return None
-    for value in equation.params.values():
-        program = getattr(value, "jaxpr", value)
-        if hasattr(program, "eqns") and len(program.invars) == len(equation.invars):
-            return program if len(program.outvars) == len(equation.outvars) else None
-    return None
+def rows_are_independent(call: Call, place: int, parts: Sequence[Any]) -> bool:
+    """Whether in the programs of these parts no row of a leaf reaches what another one gets."""
+    return all(_keeps_rows_apart(_of_part(call, part), place) for part in parts)
 
 
-def signature(closed: core.ClosedJaxpr) -> Any:
-    """A program without its sizes: its operations, numbers, and the shapes of its constants.
-
-    The program for a slice has that for the leaf, unless it goes by the number of rows.
-    """
-    return _signature(closed.jaxpr), [np.shape(x) for x in closed.consts]
-
-
-def _signature(program: Any) -> list[Any]:
-    found: list[Any] = []
-    for equation in program.eqns:
-        if equation.primitive.name in ONLY_SHAPES:
-            continue
-        numbers = [np.asarray(x.val).tolist() for x in equation.invars if hasattr(x, "val")]
-        counted = equation.params.get("shape") if equation.primitive.name == "iota" else None
-        along = counted and counted[equation.params["dimension"]]
-        inner = [
-            _signature(getattr(x, "jaxpr", x))
-            for value in equation.params.values()
-            for x in (value if isinstance(value, tuple | list) else [value])
-            if hasattr(getattr(x, "jaxpr", x), "eqns")
-        ]
-        found.append((equation.primitive.name, repr(numbers), along, inner))
-    return found
+def _of_part(call: Call, part: optax.GradientTransformation) -> Call:
+    """The call, of a part of its transformation."""
+    if part is call.tx:
+        return call
+    call = call._replace(tx=optax.with_extra_args_support(part))
+    shapes = call.state_shapes(range(len(call.paths)))
+    state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype) if x.size == 1 else x, shapes)
+    return call._replace(state=leaves_by_path(state))
 
 
-def slices_agree(call: Call, place: int, cut: Cut, own: Sequence[Path]) -> bool:
-    """Whether a small copy of a leaf gets the same in slices, over three steps.
+def _keeps_rows_apart(call: Call, place: int) -> bool:
+    shared, state = call.shared(), leaves_by_path(call.state_shapes([place]))
+    own = [path for path in state if path not in shared]
 
-    Its rows differ in size by orders, and in the third step the last ones are not finite.
-    """
-    stacked = len(jnp.shape(call.gradients[place])) > 2
-    small = _small_cut(call.gradients[place], cut, stacked)
-    rng = np.random.default_rng(0)
-    sizes = 4.0 ** (np.arange(small.size) // small.rows % 4)
+    def update(gradient: Any, like: Any, states: list[Any]) -> Any:
+        arrays = dict(zip(own, states, strict=True))
+        whole = call.whole._replace(settled=True)
+        updates, new = call.update([place], [gradient], [like], arrays, whole)
+        return (updates[0], [new[x] for x in own]), [new[x] for x in new if x not in own]
 
-    def draw(x: Any) -> jax.Array:
-        shape = (small.size, *_shrunk(x.shape[1:], cut.rows, stacked))
-        scaled = rng.standard_normal(shape) * sizes.reshape(-1, *[1] * (x.ndim - 1))
-        return jnp.asarray(scaled, x.dtype)
-
-    def step(gradient: Any, like: Any, state: list[Any]) -> tuple[list[Any], list[Any]]:
-        """The new state, and what each slice gets: from the whole, and by itself."""
-        around = small_call._replace(state=dict(zip(paths, state, strict=True)))
-        settled = around.whole._replace(settled=True)
-        updates, new = around.update([place], [gradient], [like], {}, settled)
-        arrays = gradient, like, [around.state[path] for path in own]
-        pairs = []
-        for first in range(0, small.size, small.rows):
-            cut_out = lambda x, first=first: taken(x, first, small.rows, small)
-            numbers = small.rows_from(jnp.int32(first), small.rows)
-            part = jax.tree.map(cut_out, arrays)
-            update, state_of = around.slice_of(place, part, own, numbers, small.rows)
-            kept = [cut_out(new[path]) if path in own else new[path] for path in paths]
-            expected = jax.tree.map(cut_out, updates[0]), kept
-            pairs.append((expected, (update, [state_of[path] for path in paths])))
-        return [new[path] for path in paths], pairs
-
-    try:
-        with jax.ensure_compile_time_eval():
-            like, gradient = jax.tree.map(draw, (call.likes[place], call.gradients[place]))
-            tree = call.tree({place: like})
-            small_call = call._replace(
-                likes=_replaced(call.likes, place, like),
-                gradients=_replaced(call.gradients, place, gradient),
-                whole=Whole(tree),
-                extra_args=jax.tree.map(_concrete, call.extra_args),
-            )
-            first_state = leaves_by_path(call.tx.init(tree))
-            paths, state, run = list(first_state), list(first_state.values()), jax.jit(step)
-            for factor in (1.0, -0.5, np.nan):
-                factors = jnp.where(jnp.arange(small.size) >= small.size - small.rows, factor, 1.0)
-                given = gradient * jnp.expand_dims(factors, range(1, gradient.ndim))
-                state, pairs = run(given.astype(gradient.dtype), like, state)
-                if not all(_close(found, expected) for expected, found in pairs):
-                    return False
-    except Exception:  # what cannot be tried
-        return False
-    return True
-
-
-def _small_cut(leaf: jax.Array, cut: Cut, stacked: bool) -> Cut:
-    rows = min(cut.rows, 2) if stacked else _shrunk((cut.rows, *leaf.shape[1:]), 1, False)[0]
-    count = max(2, min(cut.whole, 3 if stacked else 16))
-    return Cut(count * rows, rows)
-
-
-def _shrunk(sides: tuple[int, ...], rows: int, stacked: bool) -> tuple[int, ...]:
-    """Sides of a small matrix of the same proportions, and of few batches."""
-    scale = min(1.0, 256 / max(rows if not stacked else 1, *sides, 1))
-    small = [max(1, round(side * scale)) for side in sides]
-    return (*(min(side, 3) for side in sides[:-2]), *small[-2:])
-
-
-def _replaced(items: Sequence[Any], place: int, item: Any) -> list[Any]:
-    return [*items[:place], item, *items[place + 1 :]]
-
-
-def _concrete(x: Any) -> Any:
-    return jnp.ones(x.shape, x.dtype) if isinstance(x, jax.Array) else x
-
-
-def _close(found: Any, expected: Any) -> bool:
-    """Whether two trees agree to half of their digits."""
-    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
-    return all(_near(np.asarray(x), np.asarray(y)) for x, y in pairs)
-
-
-def _near(x: np.ndarray, y: np.ndarray) -> bool:
-    if x.shape != y.shape or x.dtype != y.dtype:
-        return False
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        return np.array_equal(x, y)
-    close = math.sqrt(jnp.finfo(x.dtype).eps)
-    x, y = x.astype(np.float64), y.astype(np.float64)
-    largest = np.max(np.abs(y), initial=0.0, where=np.isfinite(y))
-    return np.allclose(x, y, rtol=close, atol=close * largest, equal_nan=True)
+    arrays = call.gradients[place], call.likes[place], [call.state[path] for path in own]
+    closed, (of_leaf, _) = jax.make_jaxpr(update, return_shape=True)(*arrays)
+    size = (call.gradients[place].shape[0],)
+    inputs = [ROWS if x.shape[:1] == size else MIXED for x in jax.tree.leaves(arrays)]
+    found = rows_are_apart(closed.jaxpr, inputs)
+    count = len(jax.tree.leaves(of_leaf))
+    return all(x in (ROWS, ALIKE) for x in found[:count]) and not {ROWS, MIXED} & set(found[count:])

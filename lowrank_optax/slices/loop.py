@@ -134,9 +134,8 @@ def _run(steps: Mapping[int, Step], carried: Any, read: Any, cut: Cut, way: _Way
         new = way.apart(steps[rows])(*slices(carried, first, rows), first)
         return jax.tree.map(lambda x, part: _put(x, way.carry(part), first, cut), carried, new)
 
-    carried = jax.lax.fori_loop(
-        0, cut.whole, lambda i, carried: after(carried, i * cut.rows, cut.rows), carried
-    )
+    turn = lambda i, carried: after(carried, (i * cut.rows).astype(jnp.int32), cut.rows)
+    carried = jax.lax.fori_loop(0, cut.whole, turn, carried)
     if cut.rest:
         carried = after(carried, jnp.int32(cut.whole * cut.rows), cut.rest)
     return jax.tree.map(_as, carried, types[0])

@@ -10,10 +10,10 @@ import optax
 
 from lowrank_optax.matrices import explicit_sharding
 from lowrank_optax.matrices.paths import leaves_by_path
+from lowrank_optax.slices.agreement import InTree, emitted_by_slice, in_tree
 from lowrank_optax.slices.call import Call, Path, grown
-from lowrank_optax.slices.independence import check_parts, is_known, signature, slices_agree
-from lowrank_optax.slices.loop import Cut, part_of, taken
-from lowrank_optax.slices.whole import CannotCutError
+from lowrank_optax.slices.independence import check_parts, is_known, rows_are_independent
+from lowrank_optax.slices.loop import Cut
 
 Slices: TypeAlias = int | Literal["off"] | None
 
@@ -89,19 +89,27 @@ def sliced_leaves(
     except Exception:  # what cannot be asked about a part of a tree
         return []
     check_parts(call, parts)
-    leaves = [_sliced_leaf(call, i, cut, shared) for i, cut in cuts.items() if wanted[i]]
-    known = all(map(is_known, parts))
-    found = [x for x in leaves if x and (known or slices_agree(call, x.place, x.cut, x.own))]
+    unknown = [part for part in parts if not is_known(part)]
+    try:
+        whole = in_tree(call)
+    except Exception:
+        return []
+    leaves = [
+        _sliced_leaf(call, i, cut, shared, whole, unknown) for i, cut in cuts.items() if wanted[i]
+    ]
+    found = [leaf for leaf in leaves if leaf is not None]
     return found if found and _runs_without(call, found) else []
 
 
 def _runs_without(call: Call, leaves: Sequence[SlicedLeaf]) -> bool:
     """Whether what is left can be run: rules that must find something may find nothing there."""
+
+    found = {path for leaf in leaves for path in leaf.own}
     try:
-        jax.eval_shape(lambda: call.without({leaf.place for leaf in leaves})[0])
+        jax.eval_shape(lambda: found.update(call.without({leaf.place for leaf in leaves})[1]))
     except Exception:
         return False
-    return True
+    return found == call.state.keys()
 
 
 def _all_whole(call: Call) -> bool:
@@ -161,11 +169,21 @@ def _shards(arrays: Sequence[jax.Array]) -> int:
     return math.gcd(arrays[0].shape[0], max(1, *(mesh.size for mesh in meshes)))
 
 
-def _sliced_leaf(call: Call, place: int, cut: Cut, shared: set[Path]) -> SlicedLeaf | None:
-    """The leaf, if what a slice of it gets is what the leaf gets, cut."""
+def _sliced_leaf(
+    call: Call,
+    place: int,
+    cut: Cut,
+    shared: set[Path],
+    whole: InTree,
+    unknown: Sequence[optax.GradientTransformation],
+) -> SlicedLeaf | None:
+    """The leaf, if what a slice of it gets is what the leaf gets in the tree, cut."""
     try:
         own = _own_state(call, place, cut, shared)
-        return None if own is None else _agreed(call, place, cut, own)
+        if own is None or not rows_are_independent(call, place, unknown):
+            return None
+        emitted = emitted_by_slice(call, place, cut, own, whole)
+        return None if emitted is None else SlicedLeaf(place, cut, own, emitted)
     except Exception:  # what cannot be run on a part of a tree
         return None
 
@@ -186,37 +204,3 @@ def _has_rows(once: Any, twice: Any, cut: Cut) -> bool:
         return False
     pieces = [cut.shards * cut.size // math.gcd(cut.size, n) for n in (cut.rows, cut.rest) if n]
     return all(once.shape[0] % piece == 0 for piece in pieces)
-
-
-def _agreed(call: Call, place: int, cut: Cut, own: tuple[Path, ...]) -> SlicedLeaf | None:
-    """The leaf, if the program for a slice of it is that for the leaf, but for the sizes."""
-    arrays = call.gradients[place], call.likes[place], [call.state[path] for path in own]
-
-    def program(rows: int, run: int) -> tuple[Any, Any]:
-        def update(arrays: Any, numbers: jax.Array) -> Any:
-            part = jax.tree.map(lambda x: taken(x, 0, rows, cut), arrays)
-            update, state = call.slice_of(place, part, own, numbers, run)
-            return update, part[2], [state[path] for path in own]
-
-        numbers = jax.ShapeDtypeStruct((rows,), jnp.int32)
-        closed, (update, old, new) = jax.make_jaxpr(update, return_shape=True)(arrays, numbers)
-        if _types(old) != _types(new):
-            raise CannotCutError("the state changes its types at this step.")
-        return signature(closed), update
-
-    expected, whole = program(cut.size, cut.size)
-    emitted = []
-    for rows in (cut.rows, cut.rest):
-        if rows:
-            found, update = program(rows, rows // cut.shards)
-            share = lambda x, rows=rows: (part_of(x.shape[0], rows, cut.size), *x.shape[1:])
-            fits = _types(update) == _types(whole, share)
-            if found != expected or not fits:
-                return None
-            emitted.append(update)
-    return SlicedLeaf(place, cut, own, emitted[0])
-
-
-def _types(tree: Any, shape: Callable[[Any], tuple[int, ...]] = jnp.shape) -> Any:
-    leaves, structure = jax.tree.flatten(tree)
-    return [(shape(x), x.dtype) for x in leaves], structure

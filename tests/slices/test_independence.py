@@ -62,6 +62,22 @@ def known_layers(g: jax.Array, p: jax.Array) -> jax.Array:
     return g * jnp.cumsum(jnp.ones_like(g), axis=0)
 
 
+def _largest_of_blocks(g: jax.Array) -> jax.Array:
+    flat = jnp.pad(jnp.abs(g).reshape(-1), (0, -g.size % 100)).reshape(-1, 100)
+    return jnp.repeat(flat.max(1), 100)[: g.size].reshape(g.shape)
+
+
+def counted(function: Callable[..., Any]) -> optax.GradientTransformation:
+    """A transformation of a function of the number of steps, and a leaf's gradient and weight."""
+
+    def update(updates: Any, count: Any, params: Any = None) -> Any:
+        of_leaf = lambda g, p: function(count, g, p)
+        return jax.tree.map(of_leaf, updates, params), count + 1
+
+    return optax.GradientTransformation(lambda params: jnp.zeros((), jnp.int32), update)
+
+
+TABLE = jnp.linspace(0.5, 2.0, 200)
 DEPENDENT = {
     "rows": each(lambda g, p: g / g.shape[0]),
     "size": each(lambda g, p: g / 2 if g.size > 2000 else g),
@@ -70,6 +86,18 @@ DEPENDENT = {
     "norm of weights": each(lambda g, p: g * jnp.sqrt(jnp.sum(p * p))),
     "first layer": each(lambda g, p: g - g[:1]),
     "momentum": over_rms_of_momentum(),
+    "one layer": each(lambda g, p: g.at[5].set(0)),
+    "last layers": each(lambda g, p: g.at[4:].set(0)),
+    "a table": each(lambda g, p: g * TABLE[: g.shape[0]].reshape(-1, *[1] * (g.ndim - 1))),
+    "a spike": each(lambda g, p: jnp.where(jnp.max(jnp.abs(g)) > 1e3, 0, g)),
+    "flat blocks": each(lambda g, p: g / _largest_of_blocks(g)),
+    "sorted": each(lambda g, p: jnp.sort(g, axis=0)),
+    "rolled": each(lambda g, p: jnp.roll(g, 1, axis=0)),
+    "product of layers": each(lambda g, p: jnp.einsum("i...,j...->i...", g, p)),
+    "later": counted(lambda count, g, p: jnp.where(count > 50, g / jnp.linalg.norm(g), g)),
+    "sometimes": counted(
+        lambda count, g, p: jax.lax.cond(count % 9 == 8, lambda: g / jnp.max(g), lambda: g)
+    ),
 }
 
 
@@ -77,6 +105,96 @@ DEPENDENT = {
 def test_an_unknown_one_that_sees_whole_leaves_is_not_cut(name: str) -> None:
     with pytest.raises(CannotCutError, match="can cut no leaf"):
         trained(lro.in_slices(DEPENDENT[name], slices=3), steps=1)
+
+
+APART = {
+    "elements": each(lambda g, p: jnp.where(p > 0, jnp.sign(g), g * 0.5)),
+    "means of rows": each(lambda g, p: g - jnp.mean(g, axis=-1, keepdims=True) if g.ndim else g),
+    "products": each(lambda g, p: g @ jnp.ones((g.shape[-1], g.shape[-1])) if g.ndim > 1 else g),
+    "gram": each(
+        lambda g, p: (
+            jnp.einsum("...ij,...ik->...jk", g, p)[..., : g.shape[-2], :]
+            if g.ndim > 2 and g.shape[-2] < g.shape[-1]
+            else g
+        )
+    ),
+    "count": counted(lambda count, g, p: g / (1 + count)),
+}
+
+
+@pytest.mark.parametrize("name", APART)
+def test_an_unknown_one_that_keeps_rows_apart_is_cut(name: str) -> None:
+    assert_same_in_slices(APART[name])  # with a number of slices: an error if nothing is cut
+
+
+def of_tree(function: Callable[[int, list[Any], jax.Array], Any]) -> optax.GradientTransformation:
+    """A transformation of a leaf's place, all leaves and the number of steps."""
+
+    def update(updates: Any, count: Any, params: Any = None) -> Any:
+        leaves, treedef = jax.tree.flatten(updates)
+        new = [function(i, leaves, count) for i in range(len(leaves))]
+        return treedef.unflatten(new), count + 1
+
+    return optax.GradientTransformation(lambda params: jnp.zeros((), jnp.int32), update)
+
+
+def all_but_first(tree: Any) -> Any:
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef.unflatten([i > 0 for i in range(len(leaves))])
+
+
+IN_TREE = {
+    "place": of_tree(lambda i, leaves, count: leaves[i] * 0.5**i),
+    "number of leaves": of_tree(lambda i, leaves, count: leaves[i] / len(leaves)),
+    "size of all": of_tree(lambda i, leaves, count: leaves[i] / sum(x.size for x in leaves)),
+    "in turn": of_tree(
+        lambda i, leaves, count: jnp.where(count % len(leaves) == i, leaves[i], 0.0)
+    ),
+    "at random": of_tree(
+        lambda i, leaves, count: (
+            leaves[i] * jax.random.bernoulli(jax.random.split(jax.random.key(0), len(leaves))[i])
+        )
+    ),
+    "mask": optax.adamw(0.1, weight_decay=1.0, mask=all_but_first),
+    "partition": optax.partition({True: optax.sgd(1.0), False: optax.sgd(0.1)}, all_but_first),
+}
+
+
+@pytest.mark.parametrize("name", IN_TREE)
+def test_a_leaf_gets_what_it_gets_among_all(name: str) -> None:
+    tx = IN_TREE[name]
+    assert_close(trained(lro.in_slices(tx, budget_bytes=2**13)), trained(tx), units=300)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["place", "mask", "masked"])
+def test_neither_does_low_bit_hide_it(name: str) -> None:
+    inner = {
+        "place": optax.chain(optax.scale_by_adam(), IN_TREE["place"]),
+        "mask": IN_TREE["mask"],
+        "masked": optax.masked(optax.adam(0.1), all_but_first),
+    }[name]
+    tx = lro.low_bit(inner, **SMALL)
+    whole = trained(lro.in_slices(tx, slices="off"))
+    assert_close(trained(lro.in_slices(tx, budget_bytes=2**13)), whole, units=300)
+
+
+def test_a_gate_on_an_extra_argument() -> None:
+    def update(updates: Any, state: Any, params: Any = None, *, value: Any, **kwargs: Any) -> Any:
+        gated = lambda g: jnp.where(value > 2, g / jnp.linalg.norm(g), g)
+        return jax.tree.map(gated, updates), state
+
+    tx = lro.in_slices(
+        optax.GradientTransformationExtraArgs(lambda params: (), update), budget_bytes=2**13
+    )
+    found, _ = jax.jit(tx.update)(normal(1), (), normal(0), value=5.0)
+    norm = float(jnp.linalg.norm(normal(1)["up"]))
+    assert_close(found["up"], normal(1)["up"] / norm, units=300)
+
+
+def test_64_bits() -> None:
+    with jax.enable_x64(True):
+        assert_same_in_slices(optax.adam(1e-2))
 
 
 @pytest.mark.slow

@@ -28,8 +28,8 @@ def in_slices(
     independent, as those of a single matrix under ``optax.contrib.muon``, run whole; so do those
     of element-wise transformations of optax, which take no temporaries.
 
-    Outside of ``jax.jit`` only a number of ``slices`` cuts anything. Derivatives of an update are to
-    be taken with ``slices="off"``.
+    Outside of ``jax.jit`` only a number of ``slices`` cuts anything. To differentiate an update,
+    take ``slices="off"``.
 
     The optimizers of this library run in slices by themselves. Around one of them, ``slices`` and
     ``budget_bytes`` change how.

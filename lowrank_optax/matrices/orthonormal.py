@@ -6,6 +6,7 @@ the program is lowered to.
 """
 
 from collections.abc import Callable
+import math
 from typing import Any
 
 import jax
@@ -43,11 +44,14 @@ def in_turn(factorize: Callable[[jax.Array], Any], x: jax.Array) -> Any:
     """
     partition = explicit_sharding.partition_of(x)
     sharded = partition is not None and any(axis is not None for axis in partition)
-    if x.ndim == 2 or sharded:
+    if sharded:
         return factorize(x)
 
     def each(x: jax.Array) -> Any:
-        found = jax.lax.map(factorize, x.reshape(-1, *x.shape[-2:]))
+        alone = jax.custom_batching.sequential_vmap(factorize)  # under vmap too
+        if x.ndim == 2:
+            return alone(x)
+        found = jax.lax.map(alone, x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:]))
         return jax.tree.map(lambda y: y.reshape(*x.shape[:-2], *y.shape[1:]), found)
 
     return jax.lax.platform_dependent(x, cpu=each, default=factorize)

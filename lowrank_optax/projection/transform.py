@@ -225,11 +225,12 @@ def scale_by_projection(
 
     core = optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
-    def are_matrices(call: Call) -> list[bool]:
-        return [view is not None for view in views_of(call.whole.tree, call.whole)]
+    def are_stacks(call: Call) -> list[bool]:
+        views = views_of(call.whole.tree, call.whole)
+        return [view is not None and len(view.view.batch) > 0 for view in views]
 
     given = [parts.inner] if other is None else [parts.inner, other]
-    return core._replace(update=update_in_slices(core, are_matrices, given))
+    return core._replace(update=update_in_slices(core, are_stacks, given))
 
 
 def _check(parts: Parts, side: Any, accumulate_steps: Any) -> None:

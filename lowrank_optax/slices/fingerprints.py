@@ -1,22 +1,27 @@
-"""Fingerprints of what a program computes: equal for equal arithmetic, whatever the sizes.
+"""Fingerprints of what a program computes: sizes of axes that stay are left out, all else counts.
 
 The program for a slice of a leaf computes what that for the whole tree does, if it does not go by
 the number of rows, by the place of the leaf among others, or by what these are.
 """
 
 from collections.abc import Mapping, Sequence
+import hashlib
 from typing import Any
 
 import jax
 from jax.extend import core
 import numpy as np
 
+from lowrank_optax.slices.programs import called, programs_in
+
 # Operations that change no number, and come and go with axes of size one.
-ONLY_SHAPES = ("broadcast_in_dim", "reshape", "squeeze")
-# What is asked of an operation, apart from sizes.
-ASKED = ("axes", "axis", "dimension", "new_dtype", "permutation", "reverse")
-# Constants up to this size are told apart by their numbers.
-SMALL = 4096
+ONLY_SHAPES = frozenset(("broadcast_in_dim", "reshape", "squeeze"))
+# Parameters that are sizes, or say where an array lies.
+ONLY_SIZES = frozenset(("mesh", "name", "out_sharding", "shape", "sharding"))
+# Of starts, ends and sizes of parts of an axis the whole axis stands for itself.
+OF_PARTS = frozenset(("limit_indices", "slice_sizes"))
+# Operations along axes, whose sizes then count. Not "any of the layers", which is asked on purpose.
+ALONG = ("reduce_", "arg", "cum", "sort")
 
 
 def fingerprints(
@@ -61,9 +66,46 @@ def _of_equation(equation: Any, operands: list[int]) -> list[int]:
         return _of_closed(inner, operands)
     if name == "iota":
         return [hash(numbers_of(parameters["shape"][parameters["dimension"]]))]
-    asked = repr([parameters.get(x) for x in ASKED])
-    base = hash((name, *operands, asked, *_of_inner(equation)))
+    inner = [x for program in programs_in(equation) for x in _of_body(program)]
+    base = hash((name, *operands, *_asked(equation), *_sizes(equation), *inner))
     return [hash((base, i)) for i in range(len(equation.outvars))]
+
+
+def _asked(equation: Any) -> list[str]:
+    """The parameters of an operation."""
+    # Of a batch of one, take_along_axis asks otherwise for the same.
+    alike = ("dimension_numbers", "slice_sizes") if equation.primitive.name == "gather" else ()
+    found = []
+    for name, value in sorted(equation.params.items()):
+        if name in alike:
+            continue
+        if name in OF_PARTS:
+            whole = equation.invars[0].aval.shape
+            value = ["all" if x == size else x for x, size in zip(value, whole, strict=True)]
+        loops_over_arrays = name == "length" and len(equation.invars) > sum(
+            equation.params[x] for x in ("num_consts", "num_carry")
+        )
+        if name not in ONLY_SIZES and not loops_over_arrays and not _has_program(value):
+            found.append(f"{name}={value!r}")
+    return found
+
+
+def _has_program(value: Any) -> bool:
+    values = value if isinstance(value, tuple | list) else [value]
+    return any((callable(x) and not isinstance(x, type)) or hasattr(x, "jaxpr") for x in values)
+
+
+def _sizes(equation: Any) -> list[int]:
+    """Sizes of the axes that an operation works along."""
+    name, parameters, shape = equation.primitive.name, equation.params, ()
+    if equation.invars:
+        shape = equation.invars[0].aval.shape
+    if name == "dot_general":
+        return [shape[axis] for axis in parameters["dimension_numbers"][0][0]]
+    if name == "reduce_or" or not name.startswith(ALONG):
+        return []
+    axes = parameters.get("axes", parameters.get("axis", parameters.get("dimension", ())))
+    return [shape[axis] for axis in np.atleast_1d(np.asarray(axes, int))]
 
 
 def _of_closed(program: Any, operands: Sequence[int]) -> list[int]:
@@ -71,31 +113,15 @@ def _of_closed(program: Any, operands: Sequence[int]) -> list[int]:
     return _results(getattr(program, "jaxpr", program), [*consts, *operands])
 
 
-def _of_inner(equation: Any) -> list[int]:
-    """Of the bodies of a loop, say."""
-    found = []
-    for value in equation.params.values():
-        for x in value if isinstance(value, tuple | list) else [value]:
-            program = getattr(x, "jaxpr", x)
-            if hasattr(program, "eqns"):
-                found += _of_closed(x, [hash(i) for i in range(len(program.invars))])
-    return found
-
-
-def called(equation: Any) -> Any:
-    """The program that an equation calls once, with its own operands and results; or None."""
-    if equation.primitive.name in ("scan", "while"):
-        return None
-    for value in equation.params.values():
-        program = getattr(value, "jaxpr", value)
-        if hasattr(program, "eqns") and len(program.invars) == len(equation.invars):
-            return value if len(program.outvars) == len(equation.outvars) else None
-    return None
+def _of_body(program: Any) -> list[int]:
+    """Of the body of a loop, say."""
+    count = len(getattr(program, "jaxpr", program).invars)
+    return _of_closed(program, [hash(i) for i in range(count)])
 
 
 def _of_constant(x: Any) -> Any:
-    if isinstance(x, jax.core.Tracer) or np.size(x) > SMALL:
+    if isinstance(x, jax.core.Tracer):
         return id(x), np.shape(x)
     if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
-    return np.shape(x), np.asarray(x).tobytes()
+    return np.shape(x), hashlib.sha256(np.asarray(x).tobytes()).digest()

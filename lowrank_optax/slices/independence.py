@@ -16,7 +16,7 @@ import optax
 
 from lowrank_optax.matrices.paths import leaves_by_path
 from lowrank_optax.slices.call import Call
-from lowrank_optax.slices.fingerprints import called
+from lowrank_optax.slices.programs import called
 from lowrank_optax.slices.rows import ALIKE, MIXED, ROWS, rows_are_apart
 from lowrank_optax.slices.whole import CannotCutError
 
@@ -46,8 +46,8 @@ scale_by_optimistic_gradient scale_by_radam scale_by_rms scale_by_rprop scale_by
 scale_by_schedule scale_by_sign scale_by_simplified_ademamix scale_by_stddev scale_by_yogi
 schedule_free set_to_zero sgd simplified_ademamix trace with_extra_args_support yogi
 """
-# Matrix by matrix.
-MATRIX_BY_MATRIX = ("muon", "scale_by_muon")
+# Matrix by matrix; where rows of a matrix would be cut, the sizes of products tell.
+MATRIX_BY_MATRIX = ("muon", "scale_by_muon", "scale_by_shape")
 # Packages of this library whose transformations see to their own leaves.
 OURS = (
     "lowrank_optax.optimizers.gradient_direction",

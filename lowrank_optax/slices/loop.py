@@ -31,7 +31,7 @@ class Cut(NamedTuple):
     shards: int = 1
 
     @property
-    def whole(self) -> int:
+    def turns(self) -> int:
         """Number of slices of ``rows``."""
         return self.size // self.rows
 
@@ -135,9 +135,9 @@ def _run(steps: Mapping[int, Step], carried: Any, read: Any, cut: Cut, way: _Way
         return jax.tree.map(lambda x, part: _put(x, way.carry(part), first, cut), carried, new)
 
     turn = lambda i, carried: after(carried, (i * cut.rows).astype(jnp.int32), cut.rows)
-    carried = jax.lax.fori_loop(0, cut.whole, turn, carried)
+    carried = jax.lax.fori_loop(0, cut.turns, turn, carried)
     if cut.rest:
-        carried = after(carried, jnp.int32(cut.whole * cut.rows), cut.rest)
+        carried = after(carried, jnp.int32(cut.turns * cut.rows), cut.rest)
     return jax.tree.map(_as, carried, types[0])
 
 

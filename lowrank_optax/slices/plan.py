@@ -1,4 +1,4 @@
-"""What is cut, and into how many slices: decided from shapes alone."""
+"""What is cut, and into how many slices: decided from shapes, and from traced programs."""
 
 from collections.abc import Callable, Sequence
 import math
@@ -71,7 +71,7 @@ def sliced_leaves(
     Raises:
       CannotCutError: If one of the parts does not work leaf by leaf.
     """
-    if budget.slices == "off" or not _all_whole(call):
+    if budget.slices == "off" or not _none_is_projected(call):
         return []
     if budget.slices is None and not call.is_traced():
         return []  # outside of jit nothing is in place, and each loop would be compiled anew
@@ -88,15 +88,16 @@ def sliced_leaves(
         wanted, shared = chosen(call), call.shared()
     except Exception:  # what cannot be asked about a part of a tree
         return []
+    cuts = {i: cut for i, cut in cuts.items() if wanted[i]}
+    if not cuts:
+        return []
     check_parts(call, parts)
     unknown = [part for part in parts if not is_known(part)]
     try:
         whole = in_tree(call)
     except Exception:
         return []
-    leaves = [
-        _sliced_leaf(call, i, cut, shared, whole, unknown) for i, cut in cuts.items() if wanted[i]
-    ]
+    leaves = [_sliced_leaf(call, i, cut, shared, whole, unknown) for i, cut in cuts.items()]
     found = [leaf for leaf in leaves if leaf is not None]
     return found if found and _runs_without(call, found) else []
 
@@ -112,7 +113,7 @@ def _runs_without(call: Call, leaves: Sequence[SlicedLeaf]) -> bool:
     return found == call.state.keys()
 
 
-def _all_whole(call: Call) -> bool:
+def _none_is_projected(call: Call) -> bool:
     """Whether no gradient arrives in another shape than its parameter's, as one projected does."""
     return all(
         not isinstance(like, jax.Array) or like.shape == gradient.shape

@@ -1,9 +1,9 @@
 """Whether a program keeps the rows of arrays apart: read from its operations, nothing is run.
 
 Each array of the program has one of four states. It has *rows*, each of which depends on the same
-row of the inputs alone; it is *alike* in all of them; it knows of no row, but differs along its
-axes as a table does, *other*; or rows are *mixed* in it. What is not known to keep rows apart mixes
-them.
+row of the inputs alone; it depends on no row, and is *alike* along its first axis, or differs along
+it as a table does, *other*; or rows are *mixed* in it. What is not known to keep rows apart mixes
+them. On the number of rows all of them may depend, which fingerprints see.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,17 +11,19 @@ from typing import Any
 
 from jax.extend import core
 
-from lowrank_optax.slices.fingerprints import called
+from lowrank_optax.slices.programs import called
 
 ROWS, ALIKE, OTHER, MIXED = "rows", "alike", "other", "mixed"
 # Number by number.
-ELEMENTWISE = """
+ELEMENTWISE = set(
+    """
 abs acos acosh add add_any and asin asinh atan atan2 atanh bitcast_convert_type cbrt ceil clamp
 convert_element_type copy cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt
 integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not or pow
 reduce_precision rem round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign
 sin sinh sqrt square stop_gradient sub tan tanh xor
-"""
+    """.split()  # noqa: SIM905
+)
 
 
 def rows_are_apart(program: Any, inputs: Sequence[str]) -> list[str]:
@@ -52,7 +54,7 @@ def _results(equation: Any, states: list[str]) -> list[str]:
     name, parameters, count = equation.primitive.name, equation.params, len(equation.outvars)
     if MIXED in states:
         return [MIXED] * count
-    if name in ELEMENTWISE.split():
+    if name in ELEMENTWISE:
         return [_together(states)]
     if name == "optimization_barrier":
         return states
@@ -115,11 +117,10 @@ def _slices(equation: Any, states: list[str]) -> bool:
 
 
 def _multiplies(equation: Any, states: list[str]) -> bool:
-    (_, _), (left, right) = equation.params["dimension_numbers"]
-    contracted = equation.params["dimension_numbers"][0]
+    (contracted, _), (left, right) = equation.params["dimension_numbers"]
     if left[:1] == (0,) and right[:1] == (0,):
         return OTHER not in states
-    return states[0] == ROWS and states[1] != ROWS and not left and 0 not in contracted[0]
+    return states[0] == ROWS and states[1] != ROWS and not left and 0 not in contracted
 
 
 # Operations that keep rows apart, if what is asked of them holds.
@@ -128,6 +129,9 @@ KEEPING: dict[str, Callable[[Any, list[str]], bool]] = {
     **dict.fromkeys(("reduce_and", "reduce_or", "argmax", "argmin"), _reduces),
     **dict.fromkeys(("cumsum", "cummax", "cummin", "cumprod"), _along("axis")),
     "concatenate": _along("dimension"),
+    "sort": _along("dimension"),
+    "split": _along("axis"),
+    "rev": lambda equation, states: 0 not in equation.params["dimensions"],
     "broadcast_in_dim": _broadcasts,
     "dot_general": _multiplies,
     "reshape": _reshapes,

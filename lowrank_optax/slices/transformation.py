@@ -24,9 +24,9 @@ def in_slices(
     Leaves that are large are cut along their first axis, into runs of stacked layers or of an
     embedding's rows, and updated one slice after another, in a loop that writes each update over
     its gradient and each slice of the state over itself. The results are those of ``tx``, whose
-    state is kept as it is. What is cut depends on shapes alone. Leaves whose slices are not
-    independent, as those of a single matrix under ``optax.contrib.muon``, run whole; so do those
-    of element-wise transformations of optax, which take no temporaries.
+    state is kept as it is. What is cut is decided when the update is traced. Leaves whose slices
+    are not independent, as those of a single matrix under ``optax.contrib.muon``, run whole; so do
+    those of element-wise transformations of optax, which take no temporaries.
 
     Outside of ``jax.jit`` only a number of ``slices`` cuts anything. To differentiate an update,
     take ``slices="off"``.

@@ -91,6 +91,20 @@ DEPENDENT = {
     "a table": each(lambda g, p: g * TABLE[: g.shape[0]].reshape(-1, *[1] * (g.ndim - 1))),
     "a spike": each(lambda g, p: jnp.where(jnp.max(jnp.abs(g)) > 1e3, 0, g)),
     "flat blocks": each(lambda g, p: g / _largest_of_blocks(g)),
+    "number of rows": each(lambda g, p: g / jnp.sum(jnp.ones(g.shape[0]))),
+    "number of numbers": each(lambda g, p: g / jnp.linalg.norm(jnp.ones_like(g))),
+    "turns": each(
+        lambda g, p: g * jax.lax.fori_loop(0, g.shape[0], lambda i, s: s * 0.9, jnp.ones(()))
+    ),
+    "reduction of its own": each(
+        lambda g, p: g / jax.lax.reduce(g, -jnp.inf, jnp.logaddexp, range(g.ndim))
+    ),
+    "larger side": each(
+        lambda g, p: g / jnp.sum(jnp.abs(g[..., : min(g.shape)]), axis=-1, keepdims=True)
+    ),
+    "start by size": each(lambda g, p: g - g[..., g.shape[0] % 5 : g.shape[0] % 5 + 1]),
+    "power by size": each(lambda g, p: g ** (2 if g.shape[0] > 5 else 3)),
+    "entry by size": each(lambda g, p: g * TABLE[g.shape[0]]),
     "sorted": each(lambda g, p: jnp.sort(g, axis=0)),
     "rolled": each(lambda g, p: jnp.roll(g, 1, axis=0)),
     "product of layers": each(lambda g, p: jnp.einsum("i...,j...->i...", g, p)),
@@ -107,6 +121,7 @@ def test_an_unknown_one_that_sees_whole_leaves_is_not_cut(name: str) -> None:
         trained(lro.in_slices(DEPENDENT[name], slices=3), steps=1)
 
 
+MATRIX = np.random.default_rng(7).standard_normal((100, 100)).astype(np.float32)
 APART = {
     "elements": each(lambda g, p: jnp.where(p > 0, jnp.sign(g), g * 0.5)),
     "means of rows": each(lambda g, p: g - jnp.mean(g, axis=-1, keepdims=True) if g.ndim else g),
@@ -119,12 +134,30 @@ APART = {
         )
     ),
     "count": counted(lambda count, g, p: g / (1 + count)),
+    "constant": each(lambda g, p: g @ jnp.asarray(MATRIX[: g.shape[-1], : g.shape[-1]])),
+    "sorted columns": each(lambda g, p: jnp.flip(jnp.sort(g, axis=-1), axis=-1)),
 }
 
 
 @pytest.mark.parametrize("name", APART)
 def test_an_unknown_one_that_keeps_rows_apart_is_cut(name: str) -> None:
     assert_same_in_slices(APART[name])  # with a number of slices: an error if nothing is cut
+
+
+@pytest.mark.slow
+def test_muon_is_cut_matrix_by_matrix() -> None:
+    numbers = optax.contrib.MuonDimensionNumbers
+    stacks = lambda tree: jax.tree.map(lambda x: numbers(-2, -1) if x.ndim > 2 else None, tree)
+    muon = lambda **kwargs: optax.contrib.muon(0.1, **kwargs)
+    assert_same_in_slices(muon(muon_weight_dimension_numbers=stacks))
+    single = lambda tree: jax.tree.map(lambda x: numbers(), tree)
+    only = {name: name == "embed" for name in SHAPES}
+    for tx in (
+        optax.masked(optax.contrib.scale_by_muon(weight_dimension_numbers=single), only),
+        muon(muon_weight_dimension_numbers=stacks, adaptive=True),
+    ):
+        whole = trained(tx)
+        assert_close(trained(lro.in_slices(tx, budget_bytes=2**13)), whole, units=300)
 
 
 def of_tree(function: Callable[[int, list[Any], jax.Array], Any]) -> optax.GradientTransformation:

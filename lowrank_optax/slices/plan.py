@@ -88,8 +88,12 @@ def sliced_leaves(
         wanted, shared = chosen(call), call.shared()
     except Exception:  # what cannot be asked about a part of a tree
         return []
-    cuts = {i: cut for i, cut in cuts.items() if wanted[i]}
-    if not cuts:
+    owned = [
+        (i, cut, own)
+        for i, cut in cuts.items()
+        if wanted[i] and (own := _own_state(call, i, cut, shared)) is not None
+    ]
+    if not owned:
         return []
     check_parts(call, parts)
     unknown = [part for part in parts if not is_known(part)]
@@ -97,7 +101,7 @@ def sliced_leaves(
         whole = in_tree(call)
     except Exception:
         return []
-    leaves = [_sliced_leaf(call, i, cut, shared, whole, unknown) for i, cut in cuts.items()]
+    leaves = [_sliced_leaf(call, *each, whole, unknown) for each in owned]
     found = [leaf for leaf in leaves if leaf is not None]
     return found if found and _runs_without(call, found) else []
 
@@ -170,33 +174,35 @@ def _shards(arrays: Sequence[jax.Array]) -> int:
     return math.gcd(arrays[0].shape[0], max(1, *(mesh.size for mesh in meshes)))
 
 
+def _own_state(call: Call, place: int, cut: Cut, shared: set[Path]) -> tuple[Path, ...] | None:
+    """Paths of the leaf's own state, if all of that has the leaf's rows."""
+    like = call.likes[place]
+    try:
+        once = leaves_by_path(call.init_shapes([place], [like]))
+        twice = leaves_by_path(call.init_shapes([place], [grown(like)]))
+    except Exception:  # what cannot be asked about a part of a tree
+        return None
+    own = tuple(path for path in once if path not in shared)
+    same = once.keys() == twice.keys()
+    return own if same and all(_has_rows(once[x], twice[x], cut) for x in own) else None
+
+
 def _sliced_leaf(
     call: Call,
     place: int,
     cut: Cut,
-    shared: set[Path],
+    own: tuple[Path, ...],
     whole: InTree,
     unknown: Sequence[optax.GradientTransformation],
 ) -> SlicedLeaf | None:
     """The leaf, if what a slice of it gets is what the leaf gets in the tree, cut."""
     try:
-        own = _own_state(call, place, cut, shared)
-        if own is None or not rows_are_independent(call, place, unknown):
+        if not rows_are_independent(call, place, unknown):
             return None
         emitted = emitted_by_slice(call, place, cut, own, whole)
         return None if emitted is None else SlicedLeaf(place, cut, own, emitted)
     except Exception:  # what cannot be run on a part of a tree
         return None
-
-
-def _own_state(call: Call, place: int, cut: Cut, shared: set[Path]) -> tuple[Path, ...] | None:
-    """Paths of the leaf's own state, if all of that has the leaf's rows."""
-    like = call.likes[place]
-    once = leaves_by_path(call.init_shapes([place], [like]))
-    twice = leaves_by_path(call.init_shapes([place], [grown(like)]))
-    own = tuple(path for path in once if path not in shared)
-    same = once.keys() == twice.keys()
-    return own if same and all(_has_rows(once[x], twice[x], cut) for x in own) else None
 
 
 def _has_rows(once: Any, twice: Any, cut: Cut) -> bool:

@@ -95,3 +95,17 @@ def test_no_batch_of_factorizations_waits_for_the_threads_that_run_it() -> None:
         calls = [line for line in text.splitlines() if 'custom_call_target="lapack' in line]
         assert calls
         assert not any("f32[3," in line for line in calls)
+
+
+def test_in_turn_is_of_each_matrix_under_vmap_and_of_none() -> None:
+    factorize = lambda x: jnp.linalg.qr(x)[0]
+    in_turn = lambda x: orthonormal.in_turn(factorize, x)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 8, 4)), jnp.float32)
+    assert_close(jax.jit(jax.vmap(jax.vmap(in_turn)))(x), factorize(x))
+    assert_close(jax.jit(in_turn)(x), factorize(x))
+    text = jax.jit(jax.vmap(in_turn)).lower(x).compile().as_text()
+    calls = [line for line in text.splitlines() if 'custom_call_target="lapack' in line]
+    assert calls
+    assert not any("f32[2," in line or "f32[3," in line for line in calls)
+    assert in_turn(jnp.ones((2, 0, 8, 4))).shape == (2, 0, 8, 4)
+    assert in_turn(jnp.ones((2, 4, 0))).shape == (2, 4, 0)

@@ -38,8 +38,8 @@ PROJECTION = (
     Fault(
         "basis refreshed one step late",
         "lowrank_optax/projection/refresh.py",
-        "((count - offset) // steps + 1) * steps + offset, statistics",
-        "((count - offset) // steps + 1) * steps + offset + 1, statistics",
+        "return due + ((count - due) // interval + 1) * interval",
+        "return due + ((count - due) // interval + 1) * interval + 1",
         ("tests/projection/test_refresh.py",),
     ),
     Fault(

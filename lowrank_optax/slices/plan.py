@@ -108,7 +108,6 @@ def sliced_leaves(
 
 def _runs_without(call: Call, leaves: Sequence[SlicedLeaf]) -> bool:
     """Whether what is left can be run: rules that must find something may find nothing there."""
-
     found = {path for leaf in leaves for path in leaf.own}
     try:
         jax.eval_shape(lambda: found.update(call.without({leaf.place for leaf in leaves})[1]))

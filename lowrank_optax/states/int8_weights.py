@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.matrices.paths import path_string
+from lowrank_optax.matrices.paths import leaves_by_path, path_string
 from lowrank_optax.quantization import Affine, affine_dequantize, affine_quantize
 from lowrank_optax.slices.update import update_in_slices
 from lowrank_optax.slices.whole import Whole, keys_of_rows, whole_of
@@ -151,7 +151,7 @@ def update_int8_weights(
             extra_args["whole"] = whole._replace(tree=tree)
         changes, inner_state = wide.update(updates, state.inner, full, **extra_args)
         olds, treedef = jax.tree.flatten(params, is_leaf=_is_int8)
-        paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(updates)]
+        paths = leaves_by_path(updates)
         rows = zip(
             paths, olds, treedef.flatten_up_to(full), treedef.flatten_up_to(changes), strict=True
         )

@@ -125,9 +125,8 @@ def low_bit(
     def formats_in(state: Any) -> dict[Any, BlockFormat | None]:
         """How each array of the inner state is stored, by its path."""
         kinds = _kinds(state, min_size, which)
-        paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(state)]
         chosen = [None if kind is None else formats[kind] for kind in kinds]
-        return dict(zip(paths, chosen, strict=True))
+        return dict(zip(leaves_by_path(state), chosen, strict=True))
 
     def init_fn(params: optax.Params, checked: bool = True) -> LowBitState:
         # Behind a barrier: for minutes the compiler would encode constants, one by one.

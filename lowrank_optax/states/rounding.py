@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.matrices.draws import drawn
+from lowrank_optax.matrices.paths import leaves_by_path
 from lowrank_optax.slices.update import update_in_slices
 from lowrank_optax.slices.whole import Whole, keys_of_rows
 
@@ -97,7 +98,7 @@ def round_updates(
         olds = treedef.flatten_up_to(params)
         if stochastic:
             key = jax.random.fold_in(jax.random.key(seed), state.count)
-            paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(updates)]
+            paths = leaves_by_path(updates)
             new = [
                 _at_random(old, x, keys_of_rows(key, path, x, whole)) if _is_bfloat16(old) else x
                 for path, old, x in zip(paths, olds, leaves, strict=True)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 
 from lowrank_optax.adapters.base import Adapter, AdapterParams, Arrays, Weights
-from lowrank_optax.matrices.paths import compiled_pattern
+from lowrank_optax.matrices import selection
 
 GROUPS = "adapter_groups"
 """Where the arrays that layers share lie in an adapter's tree: ``adapter_groups/GROUP/NAME``."""
@@ -77,14 +77,9 @@ def check_patterns(
     names: Sequence[str], rank_pattern: Mapping[str, Any], alpha_pattern: Mapping[str, Any]
 ) -> None:
     """Raises ValueError for a pattern that is found in none of the layers' names."""
+    layers = [tuple(name.split("/")) for name in names]
     for argument, patterns in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
-        for pattern in patterns:
-            compiled = compiled_pattern(argument, pattern)
-            if not any(compiled.search(name) for name in names):
-                near = ", ".join(names[:5])
-                raise ValueError(
-                    f"{argument}: {pattern!r} matches none of the layers chosen: {near}."
-                )
+        selection.check_patterns(argument, patterns, layers, "layer with this adapter")
 
 
 def group_name(group: Hashable) -> str:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from lowrank_optax.adapters import groups
 from lowrank_optax.adapters.base import Adapter, counts_of, parameter_count
 from lowrank_optax.adapters.selection import chosen
+from lowrank_optax.matrices.names import named_kind
 from lowrank_optax.matrices.paths import normalised_path
 from lowrank_optax.matrices.rules import (
     DimensionNumbersRule,
@@ -106,9 +107,6 @@ class PytreeAdapter:
 
 Path = tuple[str, ...]
 
-# Embeddings and heads may be asked for; stacked biases only look like matrices.
-_NO_VECTOR = r"^(?!.*(bias|scale|gamma|beta)$)"
-
 
 def matrices_of(
     params: Any, where: Where, rule: DimensionNumbersRule
@@ -119,7 +117,9 @@ def matrices_of(
     default = {path for path, spec in specs.items() if spec is not None}
     if rule is None and where is not None:
         # What is asked for by name need not be one of those chosen without being asked for.
-        every = resolve_dimension_numbers(lambda p: default_rule(p, include=_NO_VECTOR), params)
+        # Embeddings and heads may be; stacked biases only look like matrices.
+        may_be = lambda path: named_kind(path) not in ("biases", "scales")
+        every = resolve_dimension_numbers(lambda p: default_rule(p, may_be), params)
         specs = {path: specs[path] or spec for path, spec in zip(leaves, every, strict=True)}
     known = {path: leaf for path, leaf in leaves.items() if specs[path] is not None}
     return {

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lowrank_optax.matrices.rules import is_no_matrix
+from lowrank_optax.matrices.rules import is_weight
 from lowrank_optax.matrices.selection import Path, Where, matching, near, path_string
 
 
@@ -21,8 +21,8 @@ def chosen(layers: Mapping[Path, Any], by_default: set[Path], where: Where) -> l
     """
     if where is not None:
         return matching("where", layers, where, "layer that an adapter could be attached to")
-    head = lambda path: is_no_matrix(f"{path_string(path)}/kernel")
-    found = [path for path in layers if path in by_default and not head(path)]
+    is_meant = lambda path: is_weight(f"{path_string(path)}/kernel")
+    found = [path for path in layers if path in by_default and is_meant(path)]
     if not found:
         known = near(layers, "")
         raise ValueError(f"where=None finds no linear layer except heads and embeddings; {known}")

@@ -1,8 +1,6 @@
 """Dimension numbers of a whole model, read off the types of its layers."""
 
 from collections.abc import Iterator
-import difflib
-import re
 from typing import Any, TypeAlias
 
 import jax
@@ -14,8 +12,10 @@ from lowrank_optax.matrices.flax_layers import (
     place,
     read_layer,
 )
-from lowrank_optax.matrices.paths import compiled_pattern, normalised_path
-from lowrank_optax.matrices.rules import default_rule, is_no_matrix
+from lowrank_optax.matrices.names import named_kind
+from lowrank_optax.matrices.paths import normalised_path
+from lowrank_optax.matrices.rules import default_rule, is_weight
+from lowrank_optax.matrices.selection import check_patterns
 from lowrank_optax.matrices.views import WeightDimensionNumbers
 
 _Path: TypeAlias = tuple[str, ...]
@@ -48,10 +48,10 @@ def weight_dimension_numbers(
       shapes tell, see ``matrices.rules.default_rule``; so they do in an optimizer whose
       ``weight_dimension_numbers`` is None.
 
-    No matrices unless included: embeddings; output heads and whatever else is none by its name,
-    ``matrices.rules.is_no_matrix``; the factors of ``nnx.LoRA``, already of low rank; convolutions
-    in groups, which are block-diagonal (included, they are ``[window * in / groups, out]``).
-    Never: norms and biases.
+    Left out unless included: embeddings; output heads, by their names; of parameters without a
+    known layer whatever ``matrices.names.named_kind`` names; the factors of ``nnx.LoRA``, which are
+    of low rank already; convolutions in groups, which are block-diagonal (included, they are
+    ``[window * in / groups, out]``). Norms and biases are never matrices.
 
     Args:
       model_or_params: One of the above.
@@ -97,7 +97,11 @@ def weight_dimension_numbers(
         stack = () if names in specs else stack_around(names, tuple(leaf.shape), stacks)
         return jax.ShapeDtypeStruct(leaf.shape[len(stack) :], leaf.dtype)
 
-    by_names = default_rule(jax.tree_util.tree_map_with_path(one_layer, params), include)
+    wanted = {"/".join(names) for names in included}
+    by_names = default_rule(
+        jax.tree_util.tree_map_with_path(one_layer, params),
+        lambda path: is_weight(path) or path in wanted,
+    )
     # ``None`` is a leaf of the answer but a subtree for JAX, so the answer is made from params.
     by_name = {
         normalised_path(path): spec
@@ -173,7 +177,9 @@ def _read_layers(
             placed = place(kernel, shapes[names], shapes.get((*names[:-1], "bias")))
             if placed is None:
                 continue
-            wanted = kernel.by_default and not is_no_matrix("/".join(names))
+            # The layer's type says that it is no norm or embedding, whatever its name.
+            of_head = named_kind("/".join(names)) == "head"
+            wanted = kernel.by_default and not of_head
             stacks[names] = placed[1]
             specs[names] = placed[0] if wanted or names in included else None
     return specs, stacks
@@ -194,16 +200,8 @@ def stack_around(
 def _matching(argument: str, pattern: str | None, paths: dict[_Path, Any]) -> set[_Path]:
     if pattern is None:
         return set()
-    compiled = compiled_pattern(argument, pattern)
-    found = {names for names in paths if compiled.search("/".join(names))}
-    if not found:
-        plain = re.sub(r"[^\w/]+", "", pattern)
-        known = sorted({name for names in paths for name in ("/".join(names), *names)})
-        near = difflib.get_close_matches(plain, known, n=5, cutoff=0.4) or known[:5]
-        raise ValueError(
-            f"{argument}={pattern!r} matches no parameter; near it are: {', '.join(near)}."
-        )
-    return found
+    (compiled,) = check_patterns(argument, [pattern], paths, "parameter")
+    return {names for names in paths if compiled.search("/".join(names))}
 
 
 def _check_included(

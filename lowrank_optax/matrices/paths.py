@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 import jax
+import optax
 
 
 def normalised_path(path: tuple[Any, ...]) -> tuple[str, ...]:
@@ -25,6 +26,12 @@ def path_string(path: tuple[Any, ...]) -> str:
 def leaves_by_path(tree: Any) -> dict[Any, Any]:
     """The leaves of a tree by their key paths."""
     return dict(jax.tree_util.tree_leaves_with_path(tree))
+
+
+def has_holes(tree: Any) -> bool:
+    """Whether a tree is a part of one: some leaves of it are ``optax.MaskedNode``."""
+    is_hole = lambda x: isinstance(x, optax.MaskedNode)
+    return any(map(is_hole, jax.tree.leaves(tree, is_leaf=is_hole)))
 
 
 def compiled_pattern(argument: str, pattern: str) -> re.Pattern[str]:

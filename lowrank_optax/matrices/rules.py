@@ -8,6 +8,7 @@ import jax
 import optax
 
 from lowrank_optax.matrices.flax_layers import is_linen_module, is_nnx_module
+from lowrank_optax.matrices.names import named_kind
 from lowrank_optax.matrices.paths import normalised_path, path_string
 from lowrank_optax.matrices.views import (
     WeightDimensionNumbers,
@@ -19,52 +20,21 @@ DimensionNumbersRule: TypeAlias = WeightDimensionNumbers | Callable[[Any], Any] 
 """One spec for all leaves, a tree of specs (prefixes, None and MaskedNode allowed), or a callable
 that makes either from the parameters; None stands for the rule by names, `default_rule`."""
 
-_NO_MATRIX = re.compile(
-    r"embed|norm|lora_|(^|[/_])((bias|scale|gamma|beta)$|(ln|rms|wte|wpe|logits|classifier)([/_\d]|$))"
-    r"|(^|/)(?!(multi|attention|attn|self|cross|per)_)(\w+_)?head(_?\d+)?(/|$)"
-    r"|^(params/)?output(_layer|_proj|_projection)?(/|$)",
-    re.IGNORECASE,
-)
-_PROJECTION = re.compile(
-    r"(^|_)(proj|projection|linear|dense|conv|query|key|value|qkv)(_?\d+)?$"
-    r"|^(up|down|gate|fc)(_?\d+)?$",
-    re.IGNORECASE,
-)
-_EMBEDDED_OR_NORMED = re.compile(r"(?<!un)embed(?!\w*out)|norm", re.IGNORECASE)
-
-
-def is_no_matrix(path: str) -> bool:
-    """Whether the names in a leaf's path say that it is no matrix.
-
-    Those are embeddings, norms, biases, output heads, and the factors of a LoRA adapter, which have
-    no rank to lose. The weight of a projection (a module called ``Dense_0``, ``q_proj``,
-    ``linear_1``, ``up``) is a matrix also if a module around it, or its own name, says of what:
-    ``PreNorm_0/Dense_0/kernel``, ``patch_embed/proj/kernel``, ``normalizer_proj/kernel``. A module
-    called ``output`` is a head only at the top of the tree; further down it belongs to an
-    attention.
-
-    Args:
-      path: As ``blocks/attention/query/kernel``.
-    """
-    if not _NO_MATRIX.search(path):
-        return False
-    *modules, leaf = path.split("/")
-    module = next((name for name in reversed(modules) if not name.isdecimal()), "")
-    if leaf not in ("kernel", "weight", "w") or not _PROJECTION.search(module):
-        return True
-    return bool(_NO_MATRIX.search(_EMBEDDED_OR_NORMED.sub("", path)))
-
-
 VECTOR_OF_NORM = re.compile(
     r"(norm|(^|[/_])(ln|rms))[^/]*(/(scale|weight|gamma|bias|beta))?$", re.IGNORECASE
 )
 _CONVOLUTION = re.compile(r"(^|_)conv(?!e)", re.IGNORECASE)
 
 
-def default_rule(params: Any, include: str | None = None) -> Any:
+def is_weight(path: str) -> bool:
+    """Whether a leaf is, by its names, a weight that a low-rank method is meant for."""
+    return named_kind(path) is None
+
+
+def default_rule(params: Any, is_weight: Callable[[str], bool] = is_weight) -> Any:
     """Dimension numbers by names and shapes alone.
 
-    A leaf is a matrix if its name does not forbid it (`is_no_matrix`) and one of these holds:
+    A leaf is a matrix if its names allow it (``is_weight``) and one of these holds:
 
     - it has two axes;
     - it is a ``kernel`` of Flax's attention: of ``query``, ``key`` or ``value``
@@ -80,7 +50,9 @@ def default_rule(params: Any, include: str | None = None) -> Any:
 
     Args:
       params: Any tree of arrays or ``jax.ShapeDtypeStruct``.
-      include: Regular expression; where it is found in a path, `is_no_matrix` has no say.
+      is_weight: Function of a leaf's path: whether it may be a matrix. By default it may if
+        `matrices.names.named_kind` is None: embeddings, norms, biases, output heads and the arrays
+        of adapters, which have no rank to lose, are not.
 
     Returns:
       A tree like ``params`` with a spec, or None, for each leaf.
@@ -97,8 +69,7 @@ def default_rule(params: Any, include: str | None = None) -> Any:
     shapes = _one_layer({normalised_path(path): tuple(leaf.shape) for path, leaf in leaves})
 
     def spec(path: Any, leaf: Any) -> WeightDimensionNumbers | None:
-        name = path_string(path)
-        if is_no_matrix(name) and not (include and re.search(include, name)):
+        if not is_weight(path_string(path)):
             return None
         return _spec_by_name(normalised_path(path), shapes)
 

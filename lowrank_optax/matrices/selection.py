@@ -19,21 +19,38 @@ def matching(argument: str, things: Mapping[Path, Any], where: Where, kind: str)
     """The paths of what a pattern, a list of patterns, a filter or a function means.
 
     Raises:
-      ValueError: If it is nothing, with the nearest paths; or a pattern is no regular expression.
+      ValueError: If it is nothing, or a pattern of a list matches nothing, with the nearest paths;
+        or a pattern is no regular expression.
       TypeError: If ``where`` is none of those.
     """
     several = isinstance(where, list | tuple) and where and all(isinstance(w, str) for w in where)
     if isinstance(where, str) or several:
         patterns = [where] if isinstance(where, str) else where
-        compiled = [compiled_pattern(argument, pattern) for pattern in patterns]
-        means = lambda path, _: any(p.search(path_string(path)) for p in compiled)
-    else:
-        means = _predicate(argument, where)
+        compiled = check_patterns(argument, patterns, things, kind)
+        return [path for path in things if any(p.search(path_string(path)) for p in compiled)]
+    means = _predicate(argument, where)
     found = [path for path, x in things.items() if means(path, x)]
     if not found:
-        names = near(things, where if isinstance(where, str) else "")
-        raise ValueError(f"{argument}={where!r} matches no {kind}; {names}")
+        raise ValueError(f"{argument}={where!r} matches no {kind}; {near(things, '')}")
     return found
+
+
+def check_patterns(
+    argument: str, patterns: Iterable[str], things: Iterable[Path], kind: str
+) -> list[re.Pattern[str]]:
+    """Patterns, compiled, each of which is found in a path at least.
+
+    Raises:
+      ValueError: If one is found in no path, with the nearest ones, or is no regular expression.
+    """
+    compiled = [compiled_pattern(argument, pattern) for pattern in patterns]
+    names = [path_string(path) for path in things]
+    for each in compiled:
+        if not any(map(each.search, names)):
+            raise ValueError(
+                f"{argument}={each.pattern!r} matches no {kind}; {near(things, each.pattern)}"
+            )
+    return compiled
 
 
 def path_string(path: Iterable[str]) -> str:
@@ -53,7 +70,7 @@ def _predicate(argument: str, where: Where) -> Any:
         ) from None
 
 
-def near(things: Mapping[Path, Any], pattern: str) -> str:
+def near(things: Iterable[Path], pattern: str) -> str:
     """The end of an error: which paths or names are near what was asked for."""
     known = [path_string(path) for path in things]
     if not known:

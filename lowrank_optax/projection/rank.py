@@ -8,6 +8,8 @@ from typing import Any, TypeAlias
 
 import jax
 
+from lowrank_optax.matrices.paths import compiled_pattern
+
 RankSpec: TypeAlias = (
     int | float | Callable[[str, tuple[int, ...]], int | float] | Mapping[str, int | float]
 )
@@ -22,7 +24,7 @@ def check_rank(rank: RankSpec) -> RankSpec:
     """
     if isinstance(rank, Mapping):
         for pattern, value in rank.items():
-            re.compile(pattern)
+            compiled_pattern("rank", pattern)
             _check_number(value, f"rank[{pattern!r}]")
     elif not callable(rank):
         _check_number(rank, "rank")

@@ -9,6 +9,7 @@ state when it turns, and what of the part of the gradient outside it, are indepe
 from collections.abc import Sequence
 import itertools
 from typing import Any
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,8 @@ from lowrank_optax.matrices import (
     resolve_dimension_numbers,
     to_matrix,
 )
-from lowrank_optax.matrices.paths import leaves_by_path, path_string
+from lowrank_optax.matrices.paths import has_holes, leaves_by_path, path_string
+from lowrank_optax.matrices.selection import check_patterns
 from lowrank_optax.projection.inner import InnerRunner
 from lowrank_optax.projection.leaf import (
     Advanced,
@@ -105,8 +107,9 @@ def scale_by_projection(
 
     Raises:
       ValueError: If an argument is out of range, a spec does not fit, or two choices exclude each
-        other; in ``init``, if ``weight_dimension_numbers`` is None and no leaf is a matrix by its
-        name and shape, though some have two axes or more.
+        other; in ``init``, if no leaf is a matrix though some have two axes or more, or a pattern
+        of ``subspace`` matches no matrix. If most elements of leaves of two axes or more are left
+        out, ``init`` warns.
       TypeError: If ``inner`` or ``others`` is not an optax transformation, or ``subspace`` not a
         subspace rule.
 
@@ -151,8 +154,7 @@ def scale_by_projection(
     def init_fn(params: optax.Params) -> ScaleByProjectionState:
         leaves, treedef = jax.tree.flatten(params)
         views = views_of(params)
-        if weight_dimension_numbers is None:
-            _check_found(params, views)
+        _check_found(params, views, parts.subspace)
         places, matrices = itertools.count(), sum(v is not None for v in views)
         states = [
             None if v is None else init_leaf(parts, v.view, next(places) / matrices) for v in views
@@ -260,19 +262,41 @@ def _check(parts: Parts, side: Any, accumulate_steps: Any) -> None:
         )
 
 
-def _check_found(params: Any, views: Sequence[LeafView | None]) -> None:
-    """Raises ValueError if a whole tree has leaves that could be matrices, and none is one."""
-    is_hole = lambda x: isinstance(x, optax.MaskedNode)
-    if any(views) or any(map(is_hole, jax.tree.leaves(params, is_leaf=is_hole))):
+def _check_found(params: Any, views: Sequence[LeafView | None], subspace: Subspace) -> None:
+    """Checks that a whole tree has matrices, most of its elements, and one for each pattern.
+
+    Raises:
+      ValueError: If no leaf is a matrix though some have two axes or more, or if a pattern of the
+        subspace matches no matrix.
+    """
+    if has_holes(params):
         return  # of a group of parameters all may be embeddings, say
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    large = [(x.size, path_string(path), x.shape) for path, x in leaves if x.ndim > 1 and x.size]
-    if large:
+    large = [
+        (x.size, path_string(path), x.shape)
+        for (path, x), view in zip(leaves, views, strict=True)
+        if view is None and x.ndim > 1 and x.size
+    ]
+    known = [tuple(view.view.path.split("/")) for view in views if view is not None]
+    if large and not known:
         _, name, shape = max(large)
         raise ValueError(
-            f"no leaf is a matrix to project: {len(large)} of two axes or more are none by their "
-            f"names or shapes, the largest is {name!r} {shape}. Say which are by "
+            f"no leaf is a matrix to project: {len(large)} leaves of two axes or more are left "
+            f"out, the largest is {name!r} {shape}. Say which are matrices by "
             "weight_dimension_numbers, as lro.weight_dimension_numbers(params, include=...)."
+        )
+    if known:
+        for argument, patterns in subspace.patterns.items():
+            check_patterns(argument, patterns, known, "matrix")
+    left_out = sum(size for size, *_ in large)
+    projected = sum(x.size for (_, x), v in zip(leaves, views, strict=True) if v is not None)
+    if left_out > projected:
+        _, name, shape = max(large)
+        warnings.warn(
+            f"{left_out / (left_out + projected):.0%} of the elements in leaves of two axes or "
+            f"more are not projected and keep full-size state; the largest is {name!r} {shape}. "
+            "lro.selection_table(params) shows which are.",
+            stacklevel=4,
         )
 
 

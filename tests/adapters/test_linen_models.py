@@ -278,7 +278,7 @@ def test_the_summary_counts_shared_arrays_once():
     ("where", "options", "message"),
     [
         ("upp", {}, "near it are"),
-        ("up", {"rank_pattern": {"down": 3}}, "matches none of the layers chosen"),
+        ("up", {"rank_pattern": {"down": 3}}, "rank_pattern='down' matches no layer"),
     ],
 )
 def test_patterns_that_match_nothing_are_refused(where, options, message):

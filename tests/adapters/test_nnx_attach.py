@@ -42,6 +42,7 @@ def test_a_bad_argument_is_refused_and_nothing_is_attached() -> None:
     before = nnx.graphdef(model)
     for options, error, message in (
         ({"where": "quary|upp"}, ValueError, r"matches no layer.*near it are: .*up"),
+        ({"where": ["down", "upp"]}, ValueError, r"where='upp' matches no layer.*: .*up"),
         ({"where": "(up"}, ValueError, "where"),
         ({"where": 3}, TypeError, "where=3"),
         ({"method": "lora"}, TypeError, "method='lora'"),

@@ -242,6 +242,16 @@ def test_lora_factors_are_matrices_only_if_included() -> None:
     assert included["lora"] == {"lora_a": None, "lora_b": MATRIX}
 
 
+def test_the_type_of_a_layer_says_more_than_its_name_unless_it_is_a_head() -> None:
+    model = nnx.Module()
+    for name in ("token_embed", "normalizer", "lm_head"):
+        setattr(model, name, nnx.Linear(4, 6, use_bias=False, rngs=nnx.Rngs(0)))
+    specs = weight_dimension_numbers(model)
+    assert {name: specs[name]["kernel"] for name in specs} == {
+        "token_embed": MATRIX, "normalizer": MATRIX, "lm_head": None
+    }  # fmt: skip
+
+
 def test_include_and_exclude_have_the_last_word() -> None:
     model = abstract_model()
     specs = weight_dimension_numbers(model, include="embed|head", exclude="^blocks/(up|mix)|table")

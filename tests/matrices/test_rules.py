@@ -8,7 +8,8 @@ import optax
 import pytest
 
 from lowrank_optax.matrices import WeightDimensionNumbers, resolve_dimension_numbers
-from lowrank_optax.matrices.rules import default_rule, is_no_matrix
+from lowrank_optax.matrices.names import named_kind
+from lowrank_optax.matrices.rules import default_rule
 
 MATRIX, FLIPPED = WeightDimensionNumbers(-2, -1), WeightDimensionNumbers(-1, -2)
 HEADS, OUT = WeightDimensionNumbers(-3, (-2, -1)), WeightDimensionNumbers((-3, -2), -1)
@@ -169,7 +170,7 @@ def test_what_is_no_rule_is_refused(rule: Any) -> None:
     ],
 )  # fmt: skip
 def test_embeddings_norms_biases_heads_and_adapters_are_no_matrices_by_name(path: str) -> None:
-    assert is_no_matrix(path)
+    assert named_kind(path) is not None
     names = path.split("/")
     assert resolve_dimension_numbers(None, tree(**{"__".join(names): (4, 3)})) == [None]
 
@@ -182,7 +183,9 @@ def test_embeddings_norms_biases_heads_and_adapters_are_no_matrices_by_name(path
         "biased/kernel", "scaled/kernel", "upscale/kernel", "alarms/kernel",
         "PreNorm_0/Dense_0/kernel", "patch_embed/proj/kernel", "time_embedding/linear_1/kernel",
         "normalizer_proj/kernel", "embed_proj/weight", "params/PreNorm_1/Attention_0/query/kernel",
-        "embeddings/encoder/layers/0/up/kernel", "PreNorm_0/gate/w",
+        "embeddings/encoder/layers/0/up/kernel", "PreNorm_0/gate/w", "moe_head/up/kernel",
+        "PreNorm_0/mlp/wi/kernel", "PreNorm_0/mix/kernel", "patch_embed/stem/kernel",
+        "norm_projection/kernel", "heads/0/down_proj/weight", "experts/PreNorm_0/fc1/weight",
     ],
 )  # fmt: skip
 def test_other_names_do_not_hide_a_matrix(path: str) -> None:
@@ -190,10 +193,11 @@ def test_other_names_do_not_hide_a_matrix(path: str) -> None:
     assert resolve_dimension_numbers(None, tree(**{"__".join(names): (4, 3)})) == [MATRIX]
 
 
-def test_include_lifts_the_ban_on_a_name() -> None:
+def test_the_rule_asks_which_names_may_be_matrices() -> None:
     params = tree(embed__table=(9, 4), head__kernel=(4, 9))
-    assert default_rule(params, include="head")["head"]["kernel"] == MATRIX
-    assert default_rule(params, include="head")["embed"]["table"] is None
+    specs = default_rule(params, lambda path: path == "head/kernel")
+    assert specs["head"]["kernel"] == MATRIX
+    assert specs["embed"]["table"] is None
 
 
 def attention(*stack: int, d: int = 8, kv_heads: int = 2) -> dict[str, Any]:

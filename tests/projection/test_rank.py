@@ -87,3 +87,21 @@ def test_each_leaf_of_an_optimizer_has_the_rank_of_its_pattern() -> None:
     assert state.basis["attention"]["kernel"].shape == (8, 2)
     assert state.basis["mlp"]["kernel"].shape == (3, 8, 4)
     assert state.inner.mu["mlp"]["kernel"].shape == (3, 4, 16)
+
+
+def test_every_pattern_must_match_a_matrix() -> None:
+    params = {"attention": {"kernel": jnp.ones((8, 12))}, "mlp": {"kernel": jnp.ones((8, 16))}}
+    basis = jnp.eye(8, 2)
+    fixed = lro.subspaces.fixed({"atention": basis, ".*": basis})
+    for subspace, argument in (
+        (lro.subspaces.svd({"atention": 2, ".*": 4}), "rank"),
+        (fixed, "basis"),
+        (lro.subspaces.power_iteration(2, initial=fixed), "basis"),
+        (lro.subspaces.online_pca({"atention": 2, ".*": 4}), "rank"),
+    ):
+        tx = lro.scale_by_projection(optax.identity(), subspace, side="rows")
+        message = f"{argument}='atention' matches no matrix; near it are: attention"
+        with pytest.raises(ValueError, match=message):
+            tx.init(params)
+    with pytest.raises(ValueError, match=r"rank='\(' is no regular expression"):
+        lro.subspaces.svd({"(": 2})

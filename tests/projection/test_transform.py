@@ -134,8 +134,18 @@ def test_nothing_to_project_is_refused_where_there_is_something_of_two_axes() ->
         tx.init(nothing)  # there could be none
     params = {"embedding": jnp.ones((4, 3)), "kernel": jnp.ones((4, 3))}
     optax.masked(tx, {"embedding": True, "kernel": False}).init(params)  # a group of its own
-    none = {"kernel": None, "embedding": None}  # the user has said so
-    lro.scale_by_projection(optax.identity(), SVD(2), weight_dimension_numbers=none).init(params)
+    none = {"kernel": None, "embedding": None}
+    tx = lro.scale_by_projection(optax.identity(), SVD(2), weight_dimension_numbers=none)
+    with pytest.raises(ValueError, match="no leaf is a matrix"):
+        tx.init(params)
+
+
+def test_leaving_out_most_elements_is_warned_of_with_the_largest_leaf() -> None:
+    tx = lro.scale_by_projection(optax.scale_by_adam(), SVD(2))
+    params = {"kernel": jnp.ones((4, 3)), "experts": jnp.ones((4, 3, 3)), "bias": jnp.ones(99)}
+    with pytest.warns(UserWarning, match=r"^75% of the .*largest is 'experts' \(4, 3, 3\)"):
+        tx.init(params)
+    tx.init(params | {"experts": jnp.ones((1, 4, 3))})  # half is not most
 
 
 def test_basis_is_refreshed_when_due_and_at_no_other_step() -> None:

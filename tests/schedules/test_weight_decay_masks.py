@@ -173,6 +173,10 @@ def test_patterns_include_and_exclude() -> None:
     params = {"up": {"kernel": leaf(4, 4), "bias": leaf(4)}, "down": {"kernel": leaf(4, 4)}}
     mask = decay_mask(("biases",), include="kernel", exclude="^down")
     assert mask(params) == {"up": {"kernel": True, "bias": True}, "down": {"kernel": False}}
+    with pytest.raises(ValueError, match="exclude='dwon' matches no parameter; near it are: down"):
+        decay_mask(exclude="dwon")(params)
+    part = params | {"down": optax.MaskedNode()}
+    assert mask(part)["up"] == {"kernel": True, "bias": True}
 
 
 def test_the_mask_says_the_same_of_parameters_updates_and_holes() -> None:

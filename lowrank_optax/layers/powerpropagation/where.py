@@ -11,17 +11,14 @@ from lowrank_optax.matrices import (
     WeightDimensionNumbers,
     resolve_dimension_numbers,
 )
-from lowrank_optax.matrices.paths import compiled_pattern, path_string
+from lowrank_optax.matrices.names import named_kind
+from lowrank_optax.matrices.paths import normalised_path, path_string
 from lowrank_optax.matrices.rules import default_rule
+from lowrank_optax.matrices.selection import check_patterns
 
 Where: TypeAlias = str | Callable[[str, tuple[int, ...]], bool] | None
 """Leaves by a regular expression that is found in their path (``re.search``), by a function of path
 and shape, or (None) all matrices and convolutions, output layers included."""
-
-# Output layers count as layers here; the rule by names leaves them out otherwise.
-_WITH_HEADS = (
-    r"(?i)^(?!.*(embed|norm|lora_|(^|[/_])((bias|scale|gamma|beta)$|(ln|rms|wte|wpe)([/_\d]|$)))).*"
-)
 
 
 def selected(params: Any, where: Where, rule: DimensionNumbersRule = None) -> list[bool]:
@@ -38,11 +35,9 @@ def selected(params: Any, where: Where, rule: DimensionNumbersRule = None) -> li
     if where is None:
         chosen = [spec is not None for spec in layer_matrices(params, rule)]
     elif isinstance(where, str):
-        pattern = compiled_pattern("where", where)
-        chosen = [pattern.search(path_string(path)) is not None for path, _ in leaves]
-        if leaves and not any(chosen):
-            known = ", ".join(path_string(path) for path, _ in leaves[:5])
-            raise ValueError(f"where={where!r} is found in no path; the first ones are: {known}.")
+        paths = [normalised_path(path) for path, _ in leaves]
+        patterns = check_patterns("where", [where] if leaves else [], paths, "leaf")
+        chosen = [any(p.search("/".join(path)) for p in patterns) for path in paths]
     elif callable(where):
         chosen = [bool(where(path_string(path), tuple(leaf.shape))) for path, leaf in leaves]
     else:
@@ -57,7 +52,8 @@ def layer_matrices(
 ) -> list[WeightDimensionNumbers | None]:
     """How each leaf is a batch of matrices; None for one that is not. By default, by names."""
     if rule is None:
-        rule = lambda tree: default_rule(tree, _WITH_HEADS)
+        # Output layers are layers here; other methods leave them out.
+        rule = lambda tree: default_rule(tree, lambda path: named_kind(path) in (None, "head"))
     return resolve_dimension_numbers(rule, params)
 
 

@@ -15,7 +15,7 @@ from lowrank_optax.layers.randomized.summaries import (
 )
 from lowrank_optax.matrices.flax_layers import place, read_layer
 from lowrank_optax.matrices.printing import matrices_string
-from lowrank_optax.matrices.rules import is_no_matrix
+from lowrank_optax.matrices.rules import is_weight
 from lowrank_optax.matrices.selection import Path, Where, matching, near, path_string
 
 Sketches: TypeAlias = Sketch | Mapping[str, Sketch]
@@ -150,8 +150,8 @@ def _sketches(layers: Mapping[Path, Any], sketch: Any, where: Where) -> dict[Pat
                 found.setdefault(path, own)
         return {path: found[path] for path in layers if path in found}
     if where is None:
-        head = lambda path: is_no_matrix(f"{path_string(path)}/kernel")
-        known, layers = layers, {path: x for path, x in layers.items() if not head(path)}
+        is_meant = lambda path: is_weight(f"{path_string(path)}/kernel")
+        known, layers = layers, {path: x for path, x in layers.items() if is_meant(path)}
         if not layers:
             raise ValueError(f"where=None finds no linear layer except heads; {near(known, '')}")
     return dict.fromkeys(layers, sketch)

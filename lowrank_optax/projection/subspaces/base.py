@@ -5,7 +5,8 @@ is ``r``. A basis is ``[*batch, d, r]``, a projected gradient ``[*batch, r, n]``
 ``[*batch, m, r]``: the other axis stays where it was, so that neither product needs a transpose.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -48,6 +49,7 @@ class Subspace(NamedTuple):
       kept: An example of what is kept for a leaf, of which only the structure counts.
       size: ``size(basis)``: the rank its arrays have, where it may have been cut by
         `lowrank_optax.compact`; None where it is the view's.
+      patterns: Patterns of paths by the argument that holds them; each must match a matrix.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro
@@ -75,6 +77,7 @@ class Subspace(NamedTuple):
     follow_momentum: bool = False
     kept: Any = 0
     size: Callable[[Any], int] | None = None
+    patterns: Mapping[str, Collection[str]] = MappingProxyType({})
 
     @property
     def keeps_one_array(self) -> bool:
@@ -108,6 +111,8 @@ def from_basis(
     ) -> jax.Array:
         return turned(dense(old, view), dense(new, view), projected, view, squared)
 
+    patterns = {"rank": tuple(rank)} if isinstance(rank, Mapping) else {}
+    attributes["patterns"] = patterns | attributes.get("patterns", {})
     return Subspace(
         rank=check_rank(rank),
         init=zero_basis if init is None else init,

@@ -29,8 +29,9 @@ def fixed(basis: BasisSource, orthonormal: bool = True) -> base.Subspace:
       orthonormal: Whether ``PᵀP = I``; residual rules then need fewer products.
 
     Raises:
-      ValueError: When the optimizer's state is made: if no pattern is found in a path, or a basis
-        does not have as many rows as the compressed axis, or more columns than ``min(m, n)``.
+      ValueError: When the optimizer's state is made: if no pattern is found in a path, or a pattern
+        in no path; if a basis does not have as many rows as the compressed axis, or has more
+        columns than ``min(m, n)``.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro, optax
@@ -73,4 +74,7 @@ def fixed(basis: BasisSource, orthonormal: bool = True) -> base.Subspace:
         return last
 
     rank = lambda path, shape: jnp.shape(basis_for(path, shape))[-1]
-    return base.from_basis(rank, refresh, init=init, orthonormal=orthonormal, turns=False)
+    patterns = {"basis": tuple(basis)} if isinstance(basis, Mapping) else {}
+    return base.from_basis(
+        rank, refresh, init=init, orthonormal=orthonormal, turns=False, patterns=patterns
+    )

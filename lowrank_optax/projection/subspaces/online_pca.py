@@ -109,6 +109,7 @@ def online_pca(
         track=track,
         kept=TrackedBasis(0, basis_optimizer.init(jnp.zeros((1, 1)))),
         orthonormal=False,
+        patterns=first_rule.patterns,
     )
 
 

@@ -69,7 +69,8 @@ def power_iteration(
     init = None if initial is None else base.zero_basis_before(initial)
     if initial is not None and not initial.orthonormal:
         raise ValueError("initial must be orthonormal, as the bases that follow are.")
-    return base.from_basis(rank, refresh, init=init, follow_momentum=True)
+    patterns = {} if initial is None else initial.patterns
+    return base.from_basis(rank, refresh, init=init, follow_momentum=True, patterns=patterns)
 
 
 def _iterated(

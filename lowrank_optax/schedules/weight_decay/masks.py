@@ -1,23 +1,18 @@
 """Which parameters decay: by what they are, told from the names that Flax gives them."""
 
 from collections.abc import Callable, Sequence
-import re
 from typing import Any, Literal, get_args
 
 import jax
 
-from lowrank_optax.matrices.paths import compiled_pattern, path_string
-from lowrank_optax.matrices.rules import VECTOR_OF_NORM, default_rule, is_no_matrix
+from lowrank_optax.matrices.names import named_kind
+from lowrank_optax.matrices.paths import compiled_pattern, has_holes, normalised_path, path_string
+from lowrank_optax.matrices.rules import default_rule
+from lowrank_optax.matrices.selection import check_patterns
 
 ParameterKind = Literal["matrices", "embeddings", "head", "norms", "biases", "adapters", "others"]
 
 DECAYED: tuple[ParameterKind, ...] = ("matrices", "embeddings", "head")
-
-_ADAPTER = re.compile(r"lora_|(^|/)adapter(s|_groups)/")
-_BIAS = re.compile(r"(^|[/_])((?i:bias|beta)|b)$")  # a matrix B is none
-_SCALE = re.compile(r"(^|/)(scale|gamma)$", re.IGNORECASE)
-_NORM = re.compile(r"norm|(^|[/_])(ln|rms)([/_\d]|$)", re.IGNORECASE)
-_EMBEDDING = re.compile(r"embed|(^|[/_])(wte|wpe)([/_\d]|$)", re.IGNORECASE)
 
 
 def parameter_kinds(params: Any) -> Any:
@@ -25,7 +20,7 @@ def parameter_kinds(params: Any) -> Any:
 
     - ``"biases"``: leaves called ``bias`` (or ``b``, ``beta``), those of norms too;
     - ``"norms"``: leaves called ``scale`` (or ``gamma``), and other vectors of a norm;
-    - ``"embeddings"``: what has ``embed``, ``wte`` or ``wpe`` in its path;
+    - ``"embeddings"``: embeddings by name (``embed``, ``wte``, ``wpe``);
     - ``"head"``: an output head by name (``lm_head``, ``logits``, ``classifier``, ...);
     - ``"adapters"``: the arrays of adapters, ours and ``nnx.LoRA``'s;
     - ``"matrices"``: all other leaves that are matrices or stacks of them, kernels of convolutions
@@ -52,8 +47,8 @@ def parameter_kinds(params: Any) -> Any:
       D'Angelo et al., Why Do We Need Weight Decay in Modern Deep Learning?, 2024,
       https://arxiv.org/abs/2310.04415, whose code selects by such names.
     """
-    # What the rule by names would see as matrices if no name forbade it.
-    specs = default_rule(params, include=".")
+    # What the rule by names would see as matrices if all names allowed it.
+    specs = default_rule(params, is_weight=lambda path: True)
     is_matrix = {
         path_string(path): leaf is not None
         for path, leaf in jax.tree_util.tree_leaves_with_path(
@@ -92,7 +87,8 @@ def decay_mask(
       A function of the parameters that gives a tree of bools.
 
     Raises:
-      ValueError: If a kind is none of them, or a pattern no regular expression.
+      ValueError: If a kind is none of them, or a pattern no regular expression; in the function
+        that is returned, if a pattern matches no parameter of a whole tree.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro, optax
@@ -107,14 +103,22 @@ def decay_mask(
     """
     if isinstance(kinds, str) or not set(kinds) <= set(get_args(ParameterKind)):
         raise ValueError(f"kinds={kinds!r} must be some of {get_args(ParameterKind)}.")
-    included, excluded = _pattern("include", include), _pattern("exclude", exclude)
+    given = {"include": include, "exclude": exclude}
+    patterns = {name: compiled_pattern(name, x) for name, x in given.items() if x is not None}
+    found_in = lambda argument, name: argument in patterns and patterns[argument].search(name)
 
     def mask(params: Any) -> Any:
+        leaves = jax.tree_util.tree_leaves_with_path(params)
+        if leaves and not has_holes(params):  # a part of a tree may have no match
+            for argument, pattern in patterns.items():
+                paths = [normalised_path(path) for path, _ in leaves]
+                check_patterns(argument, [pattern.pattern], paths, "parameter")
+
         def decays(path: Any, kind: str) -> bool:
             name = path_string(path)
-            if excluded is not None and excluded.search(name):
-                return False
-            return kind in kinds or (included is not None and bool(included.search(name)))
+            return not found_in("exclude", name) and (
+                kind in kinds or bool(found_in("include", name))
+            )
 
         return jax.tree_util.tree_map_with_path(decays, parameter_kinds(params))
 
@@ -122,19 +126,9 @@ def decay_mask(
 
 
 def _kind(name: str, is_matrix: bool) -> ParameterKind:
-    if _ADAPTER.search(name):
-        return "adapters"
-    if _BIAS.search(name):
-        return "biases"
-    if _SCALE.search(name) or (VECTOR_OF_NORM.search(name) and not is_matrix):
+    kind = "biases" if name.rpartition("/")[2] == "b" else named_kind(name)
+    if kind == "scales":
         return "norms"
-    if _EMBEDDING.search(name):
-        return "embeddings"
-    # What else is no matrix by its name is a head, but for a projection of what is normed.
-    if is_no_matrix(name) and not _NORM.search(name):
-        return "head"
-    return "matrices" if is_matrix else "others"
-
-
-def _pattern(argument: str, pattern: str | None) -> re.Pattern[str] | None:
-    return None if pattern is None else compiled_pattern(argument, pattern)
+    if kind is None or (kind == "norms" and is_matrix):
+        return "matrices" if is_matrix else "others"
+    return kind

@@ -68,7 +68,7 @@ def few_bit(
       True
       >>> y, backward = jax.vjp(gelu, x)
       >>> print([kept.dtype.name for kept in jax.tree.leaves(backward)])
-      ['uint4']
+      ['uint8']
 
     Reference:
       Novikov et al., Few-Bit Backward: Quantized Gradients of Activation Functions for Memory

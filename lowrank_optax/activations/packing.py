@@ -35,10 +35,11 @@ def pack(codes: jax.Array, bits: int, packing: PackingName = "auto") -> Parts:
     ``"uint4"``   1 to 4 uint4, one code in each                    ``n/2``
     ``"uint8"``   1 to 8 uint8, one code in each                    ``n``
     ``"auto"``    1 to 8 to 3 ``"planes"``; 4 ``"uint4"``; 5 to 7   ``bits·n/8``
-                         uint4 and the rest in planes; 8 uint8. In
-                         the place of planes nibbles where JAX's
-                         default backend is a TPU
+                         uint4 and the rest in planes; 8 uint8.
     ============= ====== ========================================== =============================
+
+    ``"auto"`` depends on JAX's default backend: a TPU gets nibbles instead of planes, and a CPU
+    planes instead of uint4, which takes a whole byte there.
 
     `packed_bytes` says them exactly. ``"uint4"`` and ``"uint8"`` are elementwise, so good for any
     sharding. The others split an axis whose size is a multiple of 8: the last but one, or the next
@@ -117,11 +118,15 @@ def _layouts(bits: int, packing: PackingName) -> list[tuple[int, str]]:
         raise ValueError(f'packing="uint4" holds codes of at most 4 bits; these have bits={bits}.')
     if packing == "uint8" or (packing == "auto" and bits == 8):
         return [(bits, "uint8")]
-    if packing == "uint4" or (packing != "planes" and bits == 4):
+    if packing == "uint4":
         return [(bits, "uint4")]
-    four = "planes" if packing == "planes" else "uint4"
-    on_tpu = packing == "auto" and jax.default_backend() == "tpu"
-    rest = "nibbles" if packing == "nibbles" or on_tpu else "planes"
+    backend = jax.default_backend()
+    if packing == "auto":
+        packing = "nibbles" if backend == "tpu" else "planes"
+        four = "planes" if backend == "cpu" else "uint4"  # a CPU stores uint4 in whole bytes
+    else:
+        four = "planes" if packing == "planes" else "uint4"
+    rest = packing
     if bits < 4:
         return [(bits, rest)]
     return [(4, four)] + ([(bits - 4, four if bits == 8 else rest)] if bits > 4 else [])

@@ -109,7 +109,7 @@ def test_of_few_bits_the_codes_alone_are_kept(bits: int) -> None:
 
 
 def test_names_are_found_in_the_body_of_a_scan() -> None:
-    fn = functools.partial(apply_few_bit, jax.nn.gelu, codebook(4), "auto")
+    fn = functools.partial(apply_few_bit, jax.nn.gelu, codebook(4), "uint4")
     report = counted(functools.partial(scanned, fn=fn), STACK, X)
     codes = [row for row in report.arrays if row.name == CODES]
     assert [(row.shape, row.dtype) for row in codes] == [((LAYERS, TOKENS, HIDDEN), "uint4")]

@@ -91,13 +91,17 @@ def test_padding_is_less_than_eight_elements(size: int) -> None:
             assert packed_bytes(shape, bits) == bits * math.ceil(math.prod(shape) / 8)
 
 
-def test_up_to_three_bits_are_held_in_bytes_and_four_in_uint4() -> None:
+@pytest.mark.parametrize(("backend", "four"), [("cpu", ["uint8"]), ("gpu", ["uint4"])])
+def test_up_to_three_bits_are_held_in_bytes_and_four_in_uint4_where_that_is_packed(
+    monkeypatch: pytest.MonkeyPatch, backend: str, four: list[str]
+) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     codes = jax.ShapeDtypeStruct((8, 16), np.uint8)
     packed = [jax.eval_shape(lambda c, bits=bits: pack(c, bits), codes) for bits in range(1, 9)]
     dtypes = [[part.dtype.name for part in parts] for parts in packed]
     assert dtypes[:3] == [["uint8"] * bits for bits in (1, 2, 3)]
-    assert dtypes[3] == ["uint4"]
-    assert dtypes[4:7] == [["uint4"] + ["uint8"] * bits for bits in (1, 2, 3)]
+    assert dtypes[3] == four
+    assert dtypes[4:7] == [four + ["uint8"] * bits for bits in (1, 2, 3)]
     assert dtypes[7] == ["uint8"]
 
 

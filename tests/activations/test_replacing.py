@@ -134,7 +134,7 @@ def test_less_is_kept() -> None:
     shapes = lambda: [x.dtype for x in jax.tree.leaves(kept())]
     assert jnp.float32 in shapes()
     quantize_model(model, 4)
-    assert shapes() == [jnp.uint4, jnp.uint4]
+    assert shapes() == [jnp.uint8, jnp.uint8]
 
 
 @pytest.mark.slow

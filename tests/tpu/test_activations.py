@@ -19,6 +19,12 @@ LAYERS, TOKENS, WIDTH, HIDDEN = 8, 8192, 1024, 4096
 CODES = TOKENS * HIDDEN * LAYERS // 2  # bytes, of 4 bits
 
 
+@pytest.fixture(autouse=True)
+def on_a_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes are laid out for JAX's default backend."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+
+
 def mlp_loss(activation: Any, sketch: Sketch | None) -> Any:
     """``x + act(x A) B``, scanned; what is trained comes first."""
 

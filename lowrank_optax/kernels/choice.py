@@ -9,7 +9,8 @@ devices. So this primitive keeps the programs side by side until lowering, and t
 there is one platform, which it is for, and nothing left to partition; otherwise the fallback.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+import functools
 from typing import Any
 
 import jax
@@ -21,7 +22,10 @@ _choice.multiple_results = True
 
 
 def choose_when_lowered(
-    kernels: dict[str, Callable[..., Any]], fallback: Callable[..., Any], *args: Any
+    kernels: dict[str, Callable[..., Any]],
+    fallback: Callable[..., Any],
+    *args: Any,
+    **options: Hashable,
 ) -> Any:
     """``kernels[platform](*args)`` where that can run, ``fallback(*args)`` elsewhere.
 
@@ -29,10 +33,23 @@ def choose_when_lowered(
       kernels: Functions by platform: ``"tpu"``, ``"cuda"`` or ``"rocm"``.
       fallback: A function for any platform and sharding, with results of the same types.
       *args: Trees of arrays.
+      **options: Keyword arguments of all functions. With the same functions and options, a call
+        outside of `jax.jit` is compiled once.
     """
+    return _chosen(tuple(kernels.items()), fallback, tuple(options.items()), *args)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
+def _chosen(
+    kernels: tuple[tuple[str, Callable[..., Any]], ...],
+    fallback: Callable[..., Any],
+    options: tuple[tuple[str, Hashable], ...],
+    *args: Any,
+) -> Any:
+    program = lambda fn, **how: jax.make_jaxpr(functools.partial(fn, **dict(options)), **how)(*args)
     leaves = jax.tree.leaves(args)
-    traced, result = jax.make_jaxpr(fallback, return_shape=True)(*args)
-    branches = {name: jax.make_jaxpr(kernel)(*args) for name, kernel in kernels.items()}
+    traced, result = program(fallback, return_shape=True)
+    branches = {name: program(kernel) for name, kernel in kernels}
     out = _choice.bind(*leaves, fallback=traced, **branches)
     return jax.tree.unflatten(jax.tree.structure(result), out)
 

@@ -68,27 +68,28 @@ def dispatch(
             f"interpret={interpret!r} is for one kernel: name it, implementation={implementation!r}"
             " does not."
         )
-    run: dict[str, Callable[..., Any]] = {"xla": functools.partial(operation.reference, **options)}
+    run: dict[str, Callable[..., Any]] = {"xla": operation.reference}
     reasons = {}
     for name in names:
         reason = None if name == "xla" else _reason_against(operation, name, args, options)
         if reason is not None:
             reasons[name] = reason
         elif name != "xla":
-            run[name] = functools.partial(operation.module(name).run, **options)
+            run[name] = operation.module(name).run
     usable = [name for name in names if name not in reasons]
     if not usable:
         why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise NotImplementedError(f"{operation.name} cannot run as asked: {why}.")
     if len(names) == 1 and usable[0] != "xla":
-        return run[usable[0]](*args, interpret=interpret)
+        return run[usable[0]](*args, interpret=interpret, **options)
     before_xla = usable[: usable.index("xla")] if "xla" in usable else usable
     kernels = {PLATFORMS[name]: run[name] for name in before_xla}
     if not kernels:
-        return run["xla"](*args)
+        return run["xla"](*args, **options)
     if "xla" not in usable:
-        return jax.lax.platform_dependent(*args, **kernels)
-    return choose_when_lowered(kernels, run["xla"], *args)
+        given = {name: functools.partial(kernel, **options) for name, kernel in kernels.items()}
+        return jax.lax.platform_dependent(*args, **given)
+    return choose_when_lowered(kernels, run["xla"], *args, **options)
 
 
 def _names(operation: Operation, implementation: Implementation) -> tuple[str, ...]:

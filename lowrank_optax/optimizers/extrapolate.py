@@ -1,5 +1,6 @@
 """Extrapolation from the past as an optimizer: the parameters it moves are the points ahead."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -106,13 +107,7 @@ def extrapolate(
         ahead = look(jax.tree.map(_finite_part, updates))
         scale = lambda zeta, old: (rate * zeta).astype(old.dtype)
         displacement = jax.tree.map(scale, ahead, state.displacement)
-        previous, stored = jax.lax.platform_dependent(
-            state.count,
-            state.displacement,
-            displacement,
-            cpu=_leaf_by_leaf,
-            default=lambda _, previous, new: (previous, new),
-        )
+        previous, stored = _both(state.count, state.displacement, displacement)
         weights = None if params is None else _added(params, previous)
         moves, inner_state = inner.update(updates, state.inner, weights, **extra_args)
         move = lambda g, u, old, new: (u + (widened(old) - widened(new))).astype(g.dtype)
@@ -161,6 +156,13 @@ def extrapolation_eval_params(params: optax.Params, state: optax.OptState) -> op
     for each in found:
         params = _added(params, each.displacement)
     return params
+
+
+@functools.partial(jax.jit, inline=True)  # outside of a jit it is compiled once
+def _both(count: jax.Array, previous: Any, new: Any) -> tuple[Any, Any]:
+    """Return both trees unchanged, on a CPU such that not all of both are held at a time."""
+    unchanged = lambda _, previous, new: (previous, new)
+    return jax.lax.platform_dependent(count, previous, new, cpu=_leaf_by_leaf, default=unchanged)
 
 
 def _leaf_by_leaf(count: jax.Array, previous: Any, new: Any) -> tuple[Any, Any]:

@@ -15,7 +15,13 @@ from jax.sharding import PartitionSpec
 import optax
 
 from lowrank_optax.matrices import explicit_sharding
-from lowrank_optax.matrices.paths import leaves_by_path, normalised_path, owner_of, path_string
+from lowrank_optax.matrices.paths import (
+    has_holes,
+    leaves_by_path,
+    normalised_path,
+    owner_of,
+    path_string,
+)
 from lowrank_optax.quantization import (
     Bits,
     BlockFormat,
@@ -99,8 +105,9 @@ def low_bit(
       A transformation with the state `LowBitState`.
 
     Raises:
-      ValueError: If an argument is out of range; in ``init``, if arrays are large enough, but none
-        of them is known as a moment.
+      ValueError: If an argument is out of range; in ``init``, if nothing would be stored in codes:
+        no array that is large enough is known as a moment, or all moments are smaller than
+        ``min_size``.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro, optax
@@ -132,8 +139,9 @@ def low_bit(
         # Behind a barrier: for minutes the compiler would encode constants, one by one.
         state = jax.lax.optimization_barrier(wide.init(params))
         plan = list(formats_in(state).values())
+        is_part = has_holes(params) or jax.tree_util.treedef_is_leaf(jax.tree.structure(params))
         if checked:
-            _check_found(state, plan, min_size)
+            _check_found(state, plan, min_size, is_part)
         count = jnp.zeros([], jnp.int32) if stochastic_rounding else ()
         return _encoded(state, plan, count, None)
 
@@ -231,13 +239,24 @@ def _check_cut(tree: Any, like: Any, places: dict[Any, BlockFormat | None], whol
             raise CannotCutError(f"{path_string(path)} has blocks across slices.")
 
 
-def _check_found(state: Any, plan: list[Any], min_size: int) -> None:
-    large = [
-        path_string(path)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
-        if _large(leaf, min_size)
+def _check_found(state: Any, plan: list[Any], min_size: int, is_part: bool) -> None:
+    if any(plan):
+        return
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    large = [path_string(path) for path, leaf in leaves if _large(leaf, min_size)]
+    sizes = [
+        (leaf.size, path_string(path))
+        for (path, leaf), kind in zip(leaves, moment_kinds(state), strict=True)
+        if kind is not None and _large(leaf, 1)
     ]
-    if large and not any(plan):
+    if sizes and not large and not is_part:
+        size, name = max(sizes)
+        raise ValueError(
+            f"low_bit would store nothing in codes: the largest moment, {name!r}, has {size} "
+            f"elements, fewer than min_size={min_size}. Give a smaller min_size, or leave low_bit "
+            "(state_bits) out."
+        )
+    if large:
         names = ", ".join(FIRST_MOMENTS + SECOND_MOMENTS + SQUARES)
         raise ValueError(
             f"low_bit knows none of the arrays of inner's state as a moment: {', '.join(large)}. "

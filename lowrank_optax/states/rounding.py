@@ -4,6 +4,7 @@ A bfloat16 has eight significant bits: an update below a 256th of its parameter,
 nearest, is lost, at every step anew. Weight decay always is.
 """
 
+from collections.abc import Mapping, Sequence
 import functools
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.matrices.draws import drawn
-from lowrank_optax.matrices.paths import leaves_by_path
+from lowrank_optax.matrices.paths import leaves_by_path, path_string
 from lowrank_optax.slices.update import update_in_slices
 from lowrank_optax.slices.whole import Whole, keys_of_rows
 
@@ -58,7 +59,8 @@ def round_updates(
       A transformation that needs ``params``, with the state `RoundUpdatesState`.
 
     Raises:
-      ValueError: If ``rounding`` is neither; in ``update``, without ``params``.
+      ValueError: If ``rounding`` is neither; in ``update``, without ``params``, or if an update is
+        bfloat16, as gradients are where `round_updates` comes before the optimizer.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro, optax
@@ -96,6 +98,7 @@ def round_updates(
             raise ValueError("round_updates needs params: call tx.update(grads, state, params).")
         leaves, treedef = jax.tree.flatten(updates)
         olds = treedef.flatten_up_to(params)
+        _check_not_rounded(leaves_by_path(updates), olds)
         if stochastic:
             key = jax.random.fold_in(jax.random.key(seed), state.count)
             paths = leaves_by_path(updates)
@@ -118,6 +121,16 @@ def round_updates(
         return core  # one pass over whole leaves, without a temporary
     in_bfloat16 = lambda call: list(map(_is_bfloat16, call.likes))
     return core._replace(update=update_in_slices(core, in_bfloat16, []))
+
+
+def _check_not_rounded(updates: Mapping[Any, jax.Array], params: Sequence[jax.Array]) -> None:
+    for (path, update), param in zip(updates.items(), params, strict=True):
+        if _is_bfloat16(param) and _is_bfloat16(update):
+            raise ValueError(
+                f"round_updates was given a bfloat16 update of {path_string(path)!r}, which is "
+                "rounded already. It must come last in the chain, after the optimizer, and the "
+                "optimizer in lro.in_float32(...)."
+            )
 
 
 def stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:

@@ -26,9 +26,11 @@ OPTIMIZERS = {
     "in_float32": lambda: lro.in_float32(optax.adamw(1e-2)),
     "cautious": lambda: lro.cautious_adamw(1e-2, weight_dimension_numbers=STACKED),
     "galore": lambda: lro.galore(1e-2, refresh_every=2, **RANK),
-    "galore-8": lambda: lro.galore(1e-2, refresh_every=2, state_bits=8, basis_bits=16, **RANK),
-    "staggered": lambda: lro.galore(
-        1e-2, refresh_every=lro.refresh.every(3, stagger=True), state_bits=8, **RANK
+    "galore-8": lambda: lro.low_bit(
+        lro.galore(1e-2, refresh_every=2, basis_bits=16, **RANK), **SMALL
+    ),
+    "staggered": lambda: lro.low_bit(
+        lro.galore(1e-2, refresh_every=lro.refresh.every(3, stagger=True), **RANK), **SMALL
     ),
     "reset": lambda: lro.galore(1e-2, refresh_every=2, on_refresh="reset", **RANK),
     "accumulated": lambda: lro.galore(1e-2, refresh_every=1, accumulate_steps=2, **RANK),

@@ -97,6 +97,19 @@ def test_which_decides_for_embeddings_and_for_states_of_unknown_names() -> None:
         lro.low_bit(odd, which=lambda path, x: "both").init(params)
 
 
+def test_moments_that_are_all_small_are_refused_but_not_those_of_a_part() -> None:
+    params = {"kernel": jnp.ones((8, 8)), "bias": jnp.ones(8)}
+    message = r"largest moment, 'nu/kernel', has 64 elements, fewer than min_size=4096"
+    with pytest.raises(ValueError, match=message):
+        lro.low_bit(optax.scale_by_adam()).init(params)
+    with pytest.raises(ValueError, match="fewer than min_size=4096"):
+        lro.galore(1e-3, rank=2, state_bits=8).init(params)
+    lro.low_bit(optax.sgd(1e-3)).init(params)  # has no moments, and needs none
+    labels = {"kernel": "small", "bias": "rest"}
+    both = {"small": lro.low_bit(optax.scale_by_adam()), "rest": optax.sgd(1e-3)}
+    optax.partition(both, labels).init(params)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

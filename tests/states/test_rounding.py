@@ -213,6 +213,17 @@ def test_unknown_ways_are_refused() -> None:
         lro.round_updates("nearest")  # pyrefly: ignore
 
 
+@ways
+def test_before_the_optimizer_it_is_refused(rounding: Any) -> None:
+    params = {"kernel": jnp.ones(4, BF16)}
+    for tx in (
+        optax.chain(lro.round_updates(rounding), optax.sgd(1.0)),
+        optax.chain(optax.sgd(1.0), lro.round_updates(rounding)),  # rounded by the optimizer
+    ):
+        with pytest.raises(ValueError, match=r"update of 'kernel'.* last in the chain.*in_float32"):
+            tx.update(params, tx.init(params), params)
+
+
 def test_in_float32_keeps_state_and_updates_in_float32() -> None:
     params = {"kernel": jnp.ones((4, 4), jnp.bfloat16), "half": jnp.ones(3, jnp.float16)}
     tx = lro.in_float32(optax.adamw(1e-3))

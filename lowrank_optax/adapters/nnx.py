@@ -73,7 +73,7 @@ class LayerAdapter(nnx.Module):
         self.dropout = nnx.data(dropout)
         self.active, self.strength = True, 1.0
         self.deterministic = False
-        self.lent: tuple[int, ...] | None = None
+        self.lent: tuple[Any, ...] | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuses what ``nnx.update`` would add from a state with the arrays elsewhere."""

@@ -116,6 +116,7 @@ class Replacement:
       where: Patterns found in the scope or the source of a call; None for all calls.
       density: Of the inputs.
       packing: Of the codes.
+      each: Whether a pattern that no call matches is an error, where others are matched.
     """
 
     bits: int
@@ -123,6 +124,7 @@ class Replacement:
     where: tuple[str, ...] | None
     density: DensityName
     packing: PackingName
+    each: bool = True
 
     @classmethod
     def of(
@@ -142,9 +144,28 @@ class Replacement:
         return cls(bits, check_functions(functions), patterns, density, packing)
 
     def program(self, program: core.ClosedJaxpr) -> tuple[core.ClosedJaxpr, list[Site]]:
-        """A program with what is found replaced, and what was found."""
-        rewriter = Rewriter(self.functions, self._codebook, self.packing, self._chosen)
-        return rewriter.closed(program)
+        """A program with what is found replaced, and what was found.
+
+        Raises:
+          ValueError: If some patterns of ``where`` match and another does not.
+        """
+        calls, matched = [], set()
+
+        def chosen(scope: str, source: str) -> bool:
+            calls.append(f"{scope} {source}".strip())
+            found = [x for x in self.where or () if re.search(x, calls[-1])]
+            matched.update(found)
+            return self.where is None or bool(found)
+
+        rewriter = Rewriter(self.functions, self._codebook, self.packing, chosen)
+        rewritten, sites = rewriter.closed(program)
+        missing = [x for x in self.where or () if x not in matched]
+        if sites and missing and self.each:
+            raise ValueError(
+                f"where={missing[0]!r} matches no call of what is looked for; there are "
+                f"{', '.join(map(repr, dict.fromkeys(calls)))}."
+            )
+        return rewritten, sites
 
     def nothing(self, what: str) -> ValueError:
         """The error of a program in which nothing is found."""
@@ -159,12 +180,6 @@ class Replacement:
         slopes = values_of(known.fn)[1]
         exact = len(np.unique(slopes.round(5))) == 2  # piecewise linear, in two pieces
         return codebook(known.fn, 1 if exact else self.bits, density=self.density)
-
-    def _chosen(self, scope: str, source: str) -> bool:
-        if self.where is None:
-            return True
-        text = f"{scope} {source}".strip()
-        return any(re.search(pattern, text) for pattern in self.where)
 
 
 class FewBitCalls(Generic[P, R]):
@@ -185,7 +200,7 @@ class FewBitCalls(Generic[P, R]):
         Raises:
           ValueError: If nothing is found to replace.
         """
-        return run_few_bit(self.replacement, self.fn, args, kwargs)
+        return run_few_bit(self.replacement, self.fn, args, kwargs)[0]
 
     def __repr__(self) -> str:
         name = getattr(self.fn, "__name__", self.fn)
@@ -219,8 +234,8 @@ def run_few_bit(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     required: bool = True,
-) -> Any:
-    """``fn(*args, **kwargs)`` with its nonlinearities replaced.
+) -> tuple[Any, int]:
+    """``fn(*args, **kwargs)`` with its nonlinearities replaced, and the number of those found.
 
     Args:
       replacement: What is replaced.
@@ -233,7 +248,7 @@ def run_few_bit(
     program, sites = replacement.program(traced.program)
     if required and not sites:
         raise replacement.nothing(name_of(fn))
-    return traced.result(core.jaxpr_as_fun(program)(*traced.inputs))
+    return traced.result(core.jaxpr_as_fun(program)(*traced.inputs)), len(sites)
 
 
 def report_of(

@@ -92,7 +92,7 @@ class FewBit:
         Raises:
           ValueError: If nothing is found to replace; the message names what was looked for.
         """
-        return run_few_bit(self.replacement, self._apply, (variables, *args), kwargs)
+        return run_few_bit(self.replacement, self._apply, (variables, *args), kwargs)[0]
 
     def report(
         self,

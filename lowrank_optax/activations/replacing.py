@@ -1,6 +1,7 @@
 """Few-bit nonlinearities in a Flax NNX model, in place."""
 
 from collections.abc import Callable, Mapping, Sequence
+import contextvars
 import dataclasses
 import functools
 import re
@@ -18,7 +19,12 @@ from lowrank_optax.activations.quantize_report import QuantizedRow, QuantizeRepo
 from lowrank_optax.matrices.module_classes import set_wrapper, wrapper_of
 from lowrank_optax.matrices.selection import Path, Where, matching, path_string
 
-_WRAPPER = "few_bit"
+_WRAPPER, _COUNTER = "few_bit", "few_bit_model"
+
+_found: contextvars.ContextVar[list[int] | None] = contextvars.ContextVar("found", default=None)
+"""How many nonlinearities were found in each module that has been traced in a call of a model."""
+
+_found_before: set["_Counted"] = set()
 
 
 def quantize_model(
@@ -42,8 +48,9 @@ def quantize_model(
     so does what it writes: statistics of batches, counts of random numbers, sown values. Adapters
     may be attached before or after. `restore_model` gives everything back.
 
-    Where only one module is chosen, a call in which nothing is found raises a ValueError; where
-    several are, those without nonlinearities run as they are.
+    Where only one module is chosen, a call in which nothing is found raises a ValueError. Where
+    several are, those without nonlinearities run as they are, and a first call of the model in
+    which nothing is found in any of them raises.
 
     A method runs on a copy of the module: plain Python attributes that it sets are lost. It is
     traced at each call, so call the model inside ``nnx.jit`` or ``jax.jit``.
@@ -101,6 +108,9 @@ def quantize_model(
         own = _methods(module, names)
         set_wrapper(module, _WRAPPER, _FewBit(replacement, own, len(chosen) == 1))
         rows.append(QuantizedRow(path_string(path), type(module).__name__, bits, own))
+    if len(chosen) > 1 and (own := _methods(model, tuple(dict.fromkeys((*names, "__call__"))))):
+        paths = tuple(map(path_string, chosen))
+        set_wrapper(model, _COUNTER, _Counted(replacement, own, paths))
     return QuantizeReport(rows, calls)
 
 
@@ -116,11 +126,16 @@ def restore_model(model: nnx.Module) -> nnx.Module:
     Raises:
       ValueError: If nothing in it is few-bit.
     """
-    modules = [m for _, m in nnx.iter_modules(model) if wrapper_of(m, _WRAPPER) is not None]
-    if not modules:
+    wrapped = [
+        (module, name)
+        for _, module in nnx.iter_modules(model)
+        for name in (_WRAPPER, _COUNTER)
+        if wrapper_of(module, name) is not None
+    ]
+    if not wrapped:
         raise ValueError("the model has no few-bit modules: see quantize_model.")
-    for module in modules:
-        set_wrapper(module, _WRAPPER, None)
+    for module, name in wrapped:
+        set_wrapper(module, name, None)
     return model
 
 
@@ -140,9 +155,48 @@ class _FewBit:
         @functools.wraps(method)
         def call(module: Any, *args: Any, **kwargs: Any) -> Any:
             pure, state = _pure(method, module, args, kwargs)
-            found = run_few_bit(self.replacement, pure, (state,), {}, required=self.required)
-            output, changed = found
+            result, count = run_few_bit(
+                self.replacement, pure, (state,), {}, required=self.required
+            )
+            if (found := _found.get()) is not None:
+                found.append(count)
+            output, changed = result
             _write(changed, (module, args, kwargs))
+            return output
+
+        return call
+
+
+@dataclasses.dataclass(frozen=True)
+class _Counted:
+    """What wraps methods of a model so that a call in which nothing is few-bit is an error.
+
+    Only until something is found: what has been traced before need not be traced again.
+    """
+
+    replacement: Replacement
+    methods: tuple[str, ...]
+    paths: tuple[str, ...]  # of the modules that are to be few-bit
+
+    def __call__(self, cls: type) -> dict[str, Callable[..., Any]]:
+        """The methods of a subclass."""
+        return {name: self._counted(getattr(cls, name)) for name in self.methods}
+
+    def _counted(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def call(module: Any, *args: Any, **kwargs: Any) -> Any:
+            if self in _found_before:
+                return method(module, *args, **kwargs)
+            found: list[int] = []
+            token = _found.set(found)
+            try:
+                output = method(module, *args, **kwargs)
+            finally:
+                _found.reset(token)
+            if any(found):
+                _found_before.add(self)
+            elif found:
+                raise self.replacement.nothing(f"each of the modules {', '.join(self.paths)}")
             return output
 
         return call
@@ -259,7 +313,7 @@ def _calls(
         trained = nnx.filterlib.to_predicate(wrt)
         mark = lambda path, x: jax.tree.map(lambda _: trained(path, x), x)
         fixed = jax.tree.map(lambda _: False, (args, kwargs))
-        found = dataclasses.replace(replacement, where=where)
+        found = dataclasses.replace(replacement, where=where, each=False)
         marks = (nnx.map_state(mark, state), *fixed), {}
         return report_of(found, call, (state, args, kwargs), {}, marks)
     finally:

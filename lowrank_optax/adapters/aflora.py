@@ -1,11 +1,12 @@
 """AFLoRA: LoRA with two vectors between and behind its factors, which are frozen on the way."""
 
+from collections.abc import Mapping
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.adapters.base import AdapterParams, Arrays, Weights
+from lowrank_optax.adapters.base import AdapterParams, Arrays, Side, Weights
 from lowrank_optax.adapters.initialisers import for_each, kaiming_uniform
 from lowrank_optax.adapters.low_rank import LowRank
 
@@ -56,6 +57,11 @@ class AFLoRA(LowRank):
 
     rank: int | tuple[int, ...] = 4
     freeze_square_from_start: bool = True
+
+    @property
+    def axes(self) -> Mapping[str, tuple[Side, ...]]:
+        """Those of the factors and ``b``; see `Adapter.axes`."""
+        return {"A": ("in", None), "B": (None, "out"), "b": ("out",)}
 
     def init_layers(
         self, key: jax.Array, weights: Weights, shared: Arrays, *, embedding: bool = False

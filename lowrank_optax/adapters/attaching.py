@@ -26,7 +26,7 @@ from lowrank_optax.adapters.nnx import (
     weight,
     weight_variable,
 )
-from lowrank_optax.adapters.partitions import axes_of_arrays, matrix_sharding, variables
+from lowrank_optax.adapters.partitions import check_arrays, matrix_sharding, variables
 from lowrank_optax.adapters.retyping import restore_types
 from lowrank_optax.matrices.selection import Where, path_string
 from lowrank_optax.matrices.views import from_matrix, matrix_shape, to_matrix
@@ -117,7 +117,7 @@ def attach(
         group = target.method.group(path_string(target.path), (d_in, d_out))
         groups.setdefault(group, []).append(target)
     for members in groups.values():  # what cannot be is refused before anything is changed
-        axes_of_arrays(*_of_group(members, values=False))
+        check_arrays(*_of_group(members, values=False))
     for group, members in groups.items():
         _attach_group(model, name, group_name(group), members, rngs)
     return model
@@ -153,16 +153,16 @@ def _attach_group(
     model: Any, name: str, group: str, members: list[_Target], rngs: nnx.Rngs
 ) -> None:
     shared, own = init_group(rngs.params(), *_of_group(members))
-    axes = axes_of_arrays(*_of_group(members, values=False))
     if shared.trainable or shared.frozen:
-        _put_shared(model, name, group, variables(shared, axes, matrix_sharding(members[0].layer)))
+        axes, sharding = members[0].method.axes, matrix_sharding(members[0].layer)
+        _put_shared(model, name, group, variables(shared, axes, sharding))
     for target, params in zip(members, own, strict=True):
         layer, batch = target.layer, target.shape[:-2]
         params = jax.tree.map(lambda x, b=batch: x.reshape(*b, *x.shape[1:]), params)
         if params.base is not None:
             value, spec = weight(layer)
             set_weight(layer, from_matrix(params.base, spec, like=value))
-        arrays = variables(params, axes, matrix_sharding(layer), len(batch))
+        arrays = variables(params, target.method.axes, matrix_sharding(layer), len(batch))
         lender = group if shared.trainable or shared.frozen else None
         adapter = LayerAdapter(target.method, name, lender, arrays, _dropout_stream(target, rngs))
         if not hasattr(layer, "adapters"):

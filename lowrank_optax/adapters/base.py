@@ -11,7 +11,7 @@ import abc
 from collections.abc import Hashable, Mapping, Sequence
 import dataclasses
 import math
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from lowrank_optax.adapters.operands import Operand
 
 Arrays: TypeAlias = Mapping[str, jax.Array]
+Side: TypeAlias = Literal["in", "out"] | None
 Weights: TypeAlias = jax.Array | jax.ShapeDtypeStruct
 
 
@@ -63,6 +64,15 @@ class Adapter(abc.ABC):
     def shared(self) -> frozenset[str]:
         """Names of arrays that belong to the group, not to a layer."""
         return frozenset()
+
+    @property
+    def axes(self) -> Mapping[str, tuple[Side, ...]]:
+        """What the last axes of arrays are, by name: the weight's inputs, its outputs, or neither.
+
+        So ``{"A": ("in", None), "B": (None, "out")}``: on a mesh these axes are sharded as the
+        weight's are. All axes of arrays that are not named are whole on every device.
+        """
+        return {}
 
     @property
     def reads_weights(self) -> bool:

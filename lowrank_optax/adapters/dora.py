@@ -1,11 +1,12 @@
 """DoRA: a weight's columns have a length of their own, and LoRA turns their directions."""
 
+from collections.abc import Mapping
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.adapters.base import AdapterParams, Arrays, Weights, product
+from lowrank_optax.adapters.base import AdapterParams, Arrays, Side, Weights, product
 from lowrank_optax.adapters.lora import LoRA
 from lowrank_optax.adapters.low_rank import thin_product
 from lowrank_optax.adapters.operands import Operand
@@ -55,6 +56,11 @@ class DoRA(LoRA):
     def reads_weights(self) -> bool:
         """Lengths start at those of the weight's columns."""
         return True
+
+    @property
+    def axes(self) -> Mapping[str, tuple[Side, ...]]:
+        """LoRA's, and those of the columns' lengths; see `Adapter.axes`."""
+        return {**super().axes, "magnitude": ("out",), "norm_squared": ("out",)}
 
     def init_layers(
         self, key: jax.Array, weights: Weights, shared: Arrays, *, embedding: bool = False

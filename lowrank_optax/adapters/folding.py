@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lowrank_optax.adapters.base import Adapter, Arrays
 from lowrank_optax.matrices.printing import printed
@@ -107,6 +108,52 @@ def _change(
             change += (1 - strength) * (method.original(p, exact) - exact)
         changes.append(change)
     return sum(changes[1:], changes[0])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def checksum(strength: float, own: Arrays, shared: Arrays) -> jax.Array:
+    """A number for each layer that tells whether what was merged is what would be unmerged.
+
+    Args:
+      strength: Strength of the adapter.
+      own: Arrays of the layers ``[L, ...]``.
+      shared: Arrays that all layers use.
+
+    Returns:
+      uint32 ``[L]``: equal bits give equal numbers, on any device and sharding.
+    """
+    start = np.float32(strength).view(np.uint32)
+    together = sum((_bit_sum(x, 0) for _, x in sorted(shared.items())), jnp.uint32(start))
+    for _, x in sorted(own.items()):
+        together = jnp.uint32(31) * together + _bit_sum(x, 1)
+    return together
+
+
+def _bit_sum(x: jax.Array, batch: int) -> jax.Array:
+    """A sum of the bits of all but the leading axes, each element with an odd factor of its own."""
+    bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]
+    x = x.astype(jnp.uint8) if x.dtype == bool else jax.lax.bitcast_convert_type(x, bits)
+    place = jnp.uint32(0)
+    for axis in range(batch, x.ndim):
+        index = jnp.arange(x.shape[axis], dtype=jnp.uint32)
+        place = place * jnp.uint32(x.shape[axis]) + index.reshape(-1, *[1] * (x.ndim - axis - 1))
+    factors = place * jnp.uint32(0x9E3779B2) + jnp.uint32(1)
+    return jnp.sum(x.astype(jnp.uint32) * factors, axis=range(batch, x.ndim), dtype=jnp.uint32)
+
+
+def check_unchanged(path: str, name: str, before: jax.Array, now: jax.Array) -> None:
+    """Raises ValueError if an adapter's checksum is no longer that of the time it was merged.
+
+    Under a transformation, where the numbers are not known, nothing is checked.
+    """
+    if isinstance(before, jax.core.Tracer) or isinstance(now, jax.core.Tracer):
+        return
+    if not np.array_equal(np.asarray(before).reshape(-1), np.asarray(now).reshape(-1)):
+        raise ValueError(
+            f"the arrays or the strength of the adapter {name!r} of {path} have changed since it "
+            "was merged, so its change cannot be taken out of the weight again: put back those of "
+            "that time, or detach the adapter and load the original weights."
+        )
 
 
 def depends_on_weight(method: Adapter) -> bool:

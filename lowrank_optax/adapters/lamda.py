@@ -1,5 +1,6 @@
 """LaMDA: a small square core between two factors from the weight's singular vectors."""
 
+from collections.abc import Mapping
 import dataclasses
 from typing import Literal, Self, get_args
 
@@ -7,7 +8,7 @@ import jax
 from jax.nn import initializers
 import jax.numpy as jnp
 
-from lowrank_optax.adapters.base import AdapterParams, Arrays, Weights, product
+from lowrank_optax.adapters.base import AdapterParams, Arrays, Side, Weights, product
 from lowrank_optax.adapters.initialisers import for_each, kaiming_uniform
 from lowrank_optax.adapters.low_rank import LowRank, thin_product
 from lowrank_optax.adapters.operands import Operand, Rows
@@ -83,6 +84,11 @@ class LaMDA(LowRank):
     def reads_weights(self) -> bool:
         """Whether there is an SVD."""
         return self.core_init != "code"
+
+    @property
+    def axes(self) -> Mapping[str, tuple[Side, ...]]:
+        """Those of the outer factors; see `Adapter.axes`."""
+        return {"A": ("in", None), "B": (None, "out"), "principal": (None, "out")}
 
     def init_layers(
         self, key: jax.Array, weights: Weights, shared: Arrays, *, embedding: bool = False

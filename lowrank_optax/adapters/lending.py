@@ -7,7 +7,7 @@ the model `attach` was given, as ``model.adapter_groups``, and its layers find t
 from collections.abc import Iterator, Mapping
 import contextlib
 import contextvars
-import itertools
+import threading
 from typing import Any, NamedTuple, TypeAlias
 import weakref
 
@@ -45,16 +45,19 @@ def lend(model: Any, borrowers: list[Any]) -> Iterator[None]:
         for name, of_adapter in getattr(model, "adapter_groups", {}).items()
         for group, arrays in of_adapter.items()
     }
-    before = [(borrower, borrower.lent) for borrower in borrowers]
-    for borrower in borrowers:
-        _mark(borrower, _numbers(groups[borrower.name, borrower.group]))
-    token = _loan.set(_Loan(model, groups))
-    try:
-        yield
-    finally:
-        _loan.reset(token)
-        for borrower, mark in before:
-            _mark(borrower, mark)
+    # The marks are on the model's own layers: one thread after the other.
+    with _lock_of(model):
+        before = [(borrower, borrower.lent) for borrower in borrowers]
+        for borrower in borrowers:
+            arrays = groups[borrower.name, borrower.group].values()
+            _mark(borrower, tuple(map(_Same, arrays)))
+        token = _loan.set(_Loan(model, groups))
+        try:
+            yield
+        finally:
+            _loan.reset(token)
+            for borrower, mark in before:
+                _mark(borrower, mark)
 
 
 def is_lending(model: Any) -> bool:
@@ -63,30 +66,31 @@ def is_lending(model: Any) -> bool:
     return loan is not None and loan.lender is model
 
 
-def _mark(borrower: Any, mark: tuple[int, ...] | None) -> None:
+_locks: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
+_locks_lock = threading.Lock()
+
+
+def _lock_of(model: Any) -> threading.RLock:
+    with _locks_lock:
+        return _locks.setdefault(model, threading.RLock())
+
+
+def _mark(borrower: Any, mark: "tuple[_Same, ...] | None") -> None:
     # Not setattr: no state changes, so it may be done inside a transformation of a closure, too.
     vars(borrower)["lent"] = mark
 
 
-_count = itertools.count()
-_known: dict[int, tuple[weakref.ref[Any], int]] = {}
+class _Same:
+    """An array as a key: equal to that of the very same array, as long as it lives."""
 
+    def __init__(self, x: jax.Array) -> None:
+        self._place, self._array = id(x), weakref.ref(x)
 
-def _numbers(arrays: Mapping[str, jax.Array]) -> tuple[int, ...]:
-    """A number for each array: the same for the same array, as long as it lives."""
-    return tuple(_number(x) for x in arrays.values())
+    def __hash__(self) -> int:
+        return hash(self._place)
 
-
-def _number(x: jax.Array) -> int:
-    if isinstance(x, jax.core.Tracer):
-        return next(_count)
-    place = id(x)
-    known = _known.get(place)
-    if known is None or known[0]() is not x:
-        forget = lambda ref: _known.pop(place, None) if _is_of(place, ref) else None
-        known = _known[place] = weakref.ref(x, forget), next(_count)
-    return known[1]
-
-
-def _is_of(place: int, ref: weakref.ref[Any]) -> bool:
-    return place in _known and _known[place][0] is ref
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        array = self._array()
+        return isinstance(other, _Same) and array is not None and array is other._array()

@@ -186,7 +186,8 @@ class Adapted:
           What ``module.apply`` returns.
 
         Raises:
-          ValueError: If there are arrays for a layer that is not in ``params``.
+          ValueError: If there are arrays for a layer that is not in ``params``, no arrays of an
+            active adapter, or arrays of one that is merged into ``params`` already.
         """
         own = linen_variables.own_variables(variables)
         if wants_keys(self.adapters, rngs) and not self._sites:
@@ -249,7 +250,7 @@ class Adapted:
           name: Of the adapter; None for all that are merged.
 
         Raises:
-          ValueError: If none is merged.
+          ValueError: If none is merged, or one's arrays or strength have changed since `merge`.
           RuntimeError: If the layers are not known yet: see `trace`.
         """
         wanted = self._check_names([name] if name else [])

@@ -49,6 +49,13 @@ def beside_weights(
     adapters: Mapping[str, Attached], sites: Sites, variables: Mapping[str, Any], rngs: Any
 ) -> tuple[dict[Path, linen_calls.Beside], linen_calls.Shared]:
     """What a call needs of each adapted layer, by path, and the arrays that layers share."""
+    there = linen_variables.adapters_in(variables)
+    missing = [n for n, a in adapters.items() if n not in there and a.strength is not None]
+    if missing:
+        raise ValueError(
+            f"the variables have no arrays of the adapter {missing[0]!r}: make them by `init` or "
+            "`attach`, or call `deactivate` first, or the module itself."
+        )
     arrays: dict[Path, dict[str, dict[str, jax.Array]]] = {}
     shared: dict[str, dict[str, Arrays]] = {}
     for name in adapters:

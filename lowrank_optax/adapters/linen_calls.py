@@ -18,12 +18,18 @@ import jax.numpy as jnp
 
 from lowrank_optax.adapters import groups, sites
 from lowrank_optax.adapters.base import Adapter, Arrays
+from lowrank_optax.adapters.derivatives import warn_of_derivative
 from lowrank_optax.adapters.linen_sites import from_the_end, read_call
 from lowrank_optax.adapters.outputs import Part, adapted_output
 from lowrank_optax.matrices.views import to_matrix
 
 BESIDE = "lowrank_adapters"
 """Name of what is put beside the weights."""
+
+_FROZEN_WEIGHT = (
+    "a gradient by the frozen weight of a layer with adapters is asked for: take gradients of the "
+    "collection 'adapters' alone, and make the optimizer's state for it alone."
+)
 
 _calls = itertools.count(1)
 
@@ -154,7 +160,7 @@ def _changed(
         p = groups.with_shared(plan.method, own, of_group, plan.layer, matrix.shape)
         parts.append(Part(plan.method, p, plan.strength, _key(module, beside, plan, seen)))
     out = adapted_output(parts, call.x, call.rows(y), weight=matrix, bias=bias)
-    return call.unrows(out).astype(y.dtype)
+    return warn_of_derivative(_FROZEN_WEIGHT, call.unrows(out).astype(y.dtype), weight)
 
 
 def _key(

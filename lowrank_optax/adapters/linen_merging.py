@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from lowrank_optax.adapters import groups, linen_variables
 from lowrank_optax.adapters.base import Arrays, counts_of, parameter_count
@@ -12,6 +13,8 @@ from lowrank_optax.adapters.folding import (
     MergeReport,
     Methods,
     check_can_unmerge,
+    check_unchanged,
+    checksum,
     folded,
     unfolded,
 )
@@ -35,13 +38,30 @@ class _Layer(NamedTuple):
         self, adapters: _Adapters, trees: Mapping[str, Any], names: Sequence[str]
     ) -> tuple[Methods, jax.Array, tuple[Arrays, ...], tuple[Arrays, ...]]:
         """What `folded` and `unfolded` take."""
-        methods = tuple((adapters[n].at(self.path), adapters[n].strength or 1.0) for n in names)
+        methods = tuple((adapters[n].at(self.path), strength_of(adapters[n])) for n in names)
         of = [
             linen_variables.layer_parts(trees[n], method, self.path, self.matrix)
             for n, (method, _) in zip(names, methods, strict=True)
         ]
         stack = self.matrix.reshape(-1, *self.matrix.shape[-2:])
         return methods, stack, tuple(own for own, _ in of), tuple(shared for _, shared in of)
+
+    def checksums(
+        self, adapters: _Adapters, trees: Mapping[str, Any], names: Sequence[str]
+    ) -> dict[str, jax.Array]:
+        """By adapter, uint32 with the axes of the stack."""
+        methods, stack, *both = self.parts(adapters, trees, names)
+        batch = self.matrix.shape[:-2]
+        whole = lambda x: jnp.broadcast_to(x, stack.shape[:1]).reshape(batch)
+        return {
+            name: whole(checksum(strength, own, shared))
+            for name, (_, strength), own, shared in zip(names, methods, *both, strict=True)
+        }
+
+
+def strength_of(attached: Attached) -> float:
+    """Its strength, also where it is switched off."""
+    return 1.0 if attached.strength is None else attached.strength
 
 
 def merge(
@@ -55,19 +75,23 @@ def merge(
         raise ValueError(f"none of the adapters {list(names)} is active and not merged yet.")
     trees = _trees(adapters, variables)
     rows, new = [], []
+    numbers: dict[str, dict[str, jax.Array]] = {name: {} for name in wanted}
     for layer in _layers(sites, variables, trees):
         together = [n for n in layer.names if n in wanted or merged[n]]
         path, now = "/".join(layer.path), [n for n in layer.names if n in wanted]
         if not now:
             continue
-        named = [(n, adapters[n].at(layer.path), adapters[n].strength or 1.0) for n in together]
+        named = [(n, adapters[n].at(layer.path), strength_of(adapters[n])) for n in together]
         check_can_unmerge(path, named)
         weights, error, size = folded(*layer.parts(adapters, trees, now))
         rows.append(MergedLayer(path, error, size))
         new.append((layer.site, weights))
+        for name, number in layer.checksums(adapters, trees, now).items():
+            numbers[name][path] = number
     result = linen_variables.with_matrices(variables, new)
     for name in wanted:
-        result = linen_variables.with_arrays(result, name, *trees[name], merged=True)
+        checksums = numbers[name]
+        result = linen_variables.with_arrays(result, name, *trees[name], checksums=checksums)
     return result, MergeReport(rows)
 
 
@@ -84,6 +108,10 @@ def unmerge(
     for layer in _layers(sites, variables, trees):
         now = [n for n in layer.names if n in wanted]
         if now:
+            path = "/".join(layer.path)
+            for name, number in layer.checksums(adapters, trees, now).items():
+                before = variables[linen_variables.MERGED][name][linen_variables.CHECKSUMS]
+                check_unchanged(path, name, before[path], number)
             new.append((layer.site, unfolded(*layer.parts(adapters, trees, now))))
     result = linen_variables.with_matrices(variables, new)
     for name in wanted:

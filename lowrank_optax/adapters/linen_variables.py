@@ -14,6 +14,9 @@ from lowrank_optax.matrices.views import from_matrix, to_matrix
 TRAINED, CONSTANTS, MERGED = "adapters", "adapter_constants", "merged_adapters"
 """Collections: arrays that are trained, arrays that are not, and both of adapters merged."""
 
+CHECKSUMS = "checksums"
+"""Beside the arrays of a merged adapter: what they were, by layer; see `folding.checksum`."""
+
 
 def own_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
     """The variables of the model itself."""
@@ -32,18 +35,35 @@ def merged_arrays_of(variables: Mapping[str, Any], name: str) -> tuple[Any, Any]
 
 
 def adapters_in(variables: Mapping[str, Any]) -> dict[str, bool]:
-    """Whether each adapter that there are arrays of is merged, by name."""
+    """Whether each adapter that there are arrays of is merged, by name.
+
+    Raises:
+      ValueError: If there are arrays of one that is merged beside those merged.
+    """
     unmerged = {name: False for c in (TRAINED, CONSTANTS) for name in variables.get(c, {})}
-    return unmerged | {name: True for name in variables.get(MERGED, {})}
+    merged = {name: True for name in variables.get(MERGED, {})}
+    if both := sorted(unmerged.keys() & merged.keys()):
+        raise ValueError(
+            f"the adapter {both[0]!r} is merged into these params, and there are arrays of it in "
+            f"{TRAINED!r} or {CONSTANTS!r} as well: its change would count twice. Unmerge the "
+            "variables, or leave those arrays out."
+        )
+    return unmerged | merged
 
 
 def with_arrays(
-    variables: Mapping[str, Any], name: str, trained: Any, constant: Any, *, merged: bool = False
+    variables: Mapping[str, Any],
+    name: str,
+    trained: Any,
+    constant: Any,
+    *,
+    checksums: Mapping[str, jax.Array] | None = None,
 ) -> dict[str, Any]:
-    """The variables with the arrays of one adapter."""
+    """The variables with the arrays of one adapter; with checksums, of one that is merged."""
     new = without_arrays(variables, [name])
-    if merged:
-        kept = {c: t for c, t in ((TRAINED, trained), (CONSTANTS, constant)) if t}
+    if checksums is not None:
+        both = ((TRAINED, trained), (CONSTANTS, constant), (CHECKSUMS, dict(checksums)))
+        kept = {c: t for c, t in both if t}
         return new | {MERGED: {**new.get(MERGED, {}), name: kept}}
     for collection, tree in ((TRAINED, trained), (CONSTANTS, constant)):
         if tree:

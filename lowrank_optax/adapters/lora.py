@@ -1,5 +1,6 @@
 """LoRA, with rsLoRA's scale: two thin matrices beside a frozen weight."""
 
+from collections.abc import Mapping
 import dataclasses
 from typing import Literal, get_args
 
@@ -7,7 +8,7 @@ import jax
 from jax.nn import initializers
 import jax.numpy as jnp
 
-from lowrank_optax.adapters.base import AdapterParams, Arrays, Weights
+from lowrank_optax.adapters.base import AdapterParams, Arrays, Side, Weights
 from lowrank_optax.adapters.initialisers import for_each, kaiming_uniform
 from lowrank_optax.adapters.low_rank import LowRank
 
@@ -67,6 +68,11 @@ class LoRA(LowRank):
         """``alpha / rank``, or ``alpha / sqrt(rank)``."""
         alpha = rank if self.alpha is None else self.alpha
         return alpha / (rank**0.5 if self.rank_stabilized else rank)
+
+    @property
+    def axes(self) -> Mapping[str, tuple[Side, ...]]:
+        """Those of ``A`` and ``B``; see `Adapter.axes`."""
+        return {"A": ("in", None), "B": (None, "out")}
 
     def init_layers(
         self, key: jax.Array, weights: Weights, shared: Arrays, *, embedding: bool = False

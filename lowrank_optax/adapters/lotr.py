@@ -1,6 +1,6 @@
 """LoTR: two factors for all layers of a group, and a small core for each."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 import dataclasses
 from typing import Literal, get_args
 
@@ -8,7 +8,7 @@ import jax
 from jax.nn import initializers
 import jax.numpy as jnp
 
-from lowrank_optax.adapters.base import AdapterParams, Arrays, Weights, product
+from lowrank_optax.adapters.base import AdapterParams, Arrays, Side, Weights, product
 from lowrank_optax.adapters.lotr_groups import GroupBy, group_of
 from lowrank_optax.adapters.low_rank import LowRank
 from lowrank_optax.adapters.spectra import check_power_iterations, values_of
@@ -118,6 +118,12 @@ class LoTR(LowRank):
         """``A`` and ``B``, or one of them."""
         sides = {"both": ("A", "B"), "input": ("A",), "output": ("B",)}[self.share]
         return frozenset(name + end for name in sides for end in ("", "_0"))
+
+    @property
+    def axes(self) -> Mapping[str, tuple[Side, ...]]:
+        """Those of the outer factors, also as they were at the start; see `Adapter.axes`."""
+        first, second = ("in", None), ("out", None)
+        return {"A": first, "B": second, "A_0": first, "B_0": second}
 
     @property
     def changes_base(self) -> bool:

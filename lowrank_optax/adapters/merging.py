@@ -1,8 +1,10 @@
 """Folding adapters into the weights they change, and taking them out again."""
 
+import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from lowrank_optax.adapters.base import Arrays
 from lowrank_optax.adapters.folding import (
@@ -10,6 +12,8 @@ from lowrank_optax.adapters.folding import (
     MergeReport,
     Methods,
     check_can_unmerge,
+    check_unchanged,
+    checksum,
     folded,
     unfolded,
 )
@@ -22,7 +26,7 @@ from lowrank_optax.adapters.nnx import (
     weight,
 )
 from lowrank_optax.matrices.selection import path_string
-from lowrank_optax.matrices.views import from_matrix, to_matrix
+from lowrank_optax.matrices.views import from_matrix, matrix_shape, to_matrix
 
 
 def merge(model: Any, name: str | None = None) -> MergeReport:
@@ -30,7 +34,8 @@ def merge(model: Any, name: str | None = None) -> MergeReport:
 
     Sums are formed in float32, one layer of a stack at a time, and rounded once to the weight's
     dtype. The adapters stay, inactive, until `unmerge` takes them out of the weights again or
-    `detach` takes them away.
+    `detach` takes them away. Until then their arrays are at ``merged_arrays`` instead of
+    ``arrays``: restore the state of a merged model into a merged model.
 
     Args:
       model: The model that `attach` was given.
@@ -72,8 +77,8 @@ def merge(model: Any, name: str | None = None) -> MergeReport:
     with lending(model):
         for path, layer, adapters in folding:
             rows.append(MergedLayer(path, *_fold(layer, adapters)))
-            for adapter in adapters:
-                adapter.active, adapter.merged = False, True
+            for adapter, number in _checksums(layer, adapters):
+                adapter.set_merged(number)
     return MergeReport(rows)
 
 
@@ -87,20 +92,25 @@ def unmerge(model: Any, name: str | None = None) -> None:
       name: Of the adapter; None for all that are merged.
 
     Raises:
-      ValueError: If there is no adapter of that name, or none is merged.
+      ValueError: If there is no adapter of that name, none is merged, or arrays or the strength of
+        one have changed since `merge` (not checked under a transformation).
     """
     wanted = check_names(model, [name] if name else [])
-    any_folded = False
-    with lending(model):
-        for _, layer in adapted_layers(model):
-            adapters = [a for a in layer.adapters.values() if a.name in wanted and a.merged]
-            if adapters:
-                _unfold(layer, adapters)
-                any_folded = True
-            for adapter in adapters:
-                adapter.active, adapter.merged = True, False
-    if not any_folded:
+    folding = []
+    for path, layer in adapted_layers(model):
+        adapters = [a for a in layer.adapters.values() if a.name in wanted and a.merged]
+        if adapters:
+            folding.append((path_string(path), layer, adapters))
+    if not folding:
         raise ValueError(f"nothing to unmerge: none of {wanted} is merged.")
+    with lending(model):
+        for path, layer, adapters in folding:  # nothing is changed if one is refused
+            for adapter, number in _checksums(layer, adapters):
+                check_unchanged(path, adapter.name, adapter.merge_checksum[...], number)
+        for _, layer, adapters in folding:
+            _unfold(layer, adapters)
+            for adapter in adapters:
+                adapter.set_unmerged()
 
 
 def _fold(layer: Any, adapters: list[LayerAdapter]) -> tuple[jax.Array, jax.Array]:
@@ -117,6 +127,15 @@ def _unfold(layer: Any, adapters: list[LayerAdapter]) -> None:
     set_weight(layer, from_matrix(unfolded(_methods(adapters), stack, *parts), spec, like=value))
 
 
+def _checksums(layer: Any, adapters: list[LayerAdapter]) -> list[tuple[LayerAdapter, jax.Array]]:
+    """Of each adapter, with the layer's stack axes, along which a scan cuts it."""
+    value, spec = weight(layer)
+    batch = matrix_shape(value.shape, spec)[:-2]
+    number = lambda a: checksum(a.strength, *_arrays(a, len(batch)))
+    whole = lambda x: jnp.broadcast_to(x, (math.prod(batch),)).reshape(batch)
+    return [(adapter, whole(number(adapter))) for adapter in adapters]
+
+
 def _methods(adapters: list[LayerAdapter]) -> Methods:
     return tuple((adapter.method, adapter.strength) for adapter in adapters)
 
@@ -126,10 +145,15 @@ def _stacked(
 ) -> tuple[jax.Array, tuple[tuple[Arrays, ...], tuple[Arrays, ...]]]:
     """Weights ``[L, d_in, d_out]``, each adapter's own arrays ``[L, ...]``, and its shared ones."""
     batch = matrices.ndim - 2
-    flat = lambda x: x.reshape(-1, *x.shape[batch:])
-    own = tuple({k: flat(v[...]) for k, v in a.arrays.items()} for a in adapters)
-    shared = tuple({k: v for k, v in a.p().items() if k not in a.arrays} for a in adapters)
-    return flat(matrices), (own, shared)
+    both = [_arrays(a, batch) for a in adapters]
+    own, shared = tuple(own for own, _ in both), tuple(shared for _, shared in both)
+    return matrices.reshape(-1, *matrices.shape[batch:]), (own, shared)
+
+
+def _arrays(adapter: LayerAdapter, batch: int) -> tuple[Arrays, Arrays]:
+    """An adapter's own arrays ``[L, ...]`` and those it shares."""
+    own = {k: v[...].reshape(-1, *v.shape[batch:]) for k, v in adapter.variables().items()}
+    return own, {k: v for k, v in adapter.p().items() if k not in own}
 
 
 def _check_can_merge(path: str, adapters: list[LayerAdapter]) -> None:

@@ -16,6 +16,7 @@ import jax
 
 from lowrank_optax.adapters import sites
 from lowrank_optax.adapters.base import Adapter
+from lowrank_optax.adapters.derivatives import refuse_derivative, warn_of_derivative
 from lowrank_optax.adapters.lending import lent_arrays
 from lowrank_optax.adapters.outputs import Part, adapted_output
 from lowrank_optax.adapters.selection import chosen
@@ -47,10 +48,12 @@ class LayerAdapter(nnx.Module):
 
     Attributes:
       method: What it is.
-      arrays: Its arrays by name, stacked as the layer is; without those it shares.
+      arrays: Its arrays by name, stacked as the layer is; without those it shares. While it is
+        merged they are at ``merged_arrays`` instead, so a state says whether the weights in it
+        hold the change, and one of a merged model fits no model that is not merged.
+      merge_checksum: While it is merged: what its arrays were, see `folding.checksum`.
       group: Name of the arrays it shares in ``model.adapter_groups``; None if it shares none.
       active: Whether calls apply it.
-      merged: Whether it is folded into the weight.
       strength: What its change is multiplied by.
       deterministic: Whether nothing is dropped, as after ``model.eval()``.
       lent: While shared arrays are lent, which; a part of the module's static structure, so that
@@ -68,9 +71,42 @@ class LayerAdapter(nnx.Module):
         self.method, self.name, self.group = method, name, group
         self.arrays = nnx.Dict(arrays)
         self.dropout = nnx.data(dropout)
-        self.active, self.merged, self.strength = True, False, 1.0
+        self.active, self.strength = True, 1.0
         self.deterministic = False
-        self.lent: tuple[int, ...] | None = None
+        self.lent: tuple[Any, ...] | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuses what ``nnx.update`` would add from a state with the arrays elsewhere."""
+        if name in ("arrays", "merged_arrays") and isinstance(value, nnx.State):
+            theirs, ours = "merged", "not merged"
+            if self.merged:
+                theirs, ours = ours, theirs
+            raise ValueError(
+                f"in this state the adapter {self.name!r} is {theirs}, in the model it is {ours}: "
+                f"`{'unmerge' if self.merged else 'merge'}` the model before it is updated."
+            )
+        super().__setattr__(name, value)
+
+    @property
+    def merged(self) -> bool:
+        """Whether it is folded into the weight."""
+        return "merged_arrays" in vars(self)
+
+    def set_merged(self, checksum: jax.Array) -> None:
+        """Notes that it has been folded into the weight."""
+        self.merged_arrays, self.merge_checksum = self.arrays, AdapterConstant(checksum)
+        del self.arrays
+        self.active = False
+
+    def set_unmerged(self) -> None:
+        """Notes that it has been taken out of the weight again."""
+        self.arrays = self.merged_arrays
+        del self.merged_arrays, self.merge_checksum
+        self.active = True
+
+    def variables(self) -> nnx.Dict:
+        """Its own arrays, merged or not."""
+        return self.merged_arrays if self.merged else self.arrays
 
     def set_view(self, deterministic: bool | None = None) -> None:
         """Of ``nnx.view``.
@@ -83,16 +119,18 @@ class LayerAdapter(nnx.Module):
 
     def p(self) -> dict[str, jax.Array]:
         """All its arrays, shared ones too."""
-        own = {name: variable[...] for name, variable in self.arrays.items()}
-        if self.group is None:
-            return own
-        shared = lent_arrays(self.name, self.group)
-        if shared is None:
+        if self.group is not None and lent_arrays(self.name, self.group) is None:
             raise RuntimeError(
                 f"the adapter {self.name!r} shares arrays that belong to the model that `attach` "
                 "was given: call a method of that model, not of a part of it."
             )
-        return own | dict(shared)
+        return self.known()
+
+    def known(self) -> dict[str, jax.Array]:
+        """Its own arrays, and shared ones if they are lent at the moment."""
+        own = {name: variable[...] for name, variable in self.variables().items()}
+        shared = None if self.group is None else lent_arrays(self.name, self.group)
+        return own | dict(shared or {})
 
     def key(self) -> jax.Array | None:
         """A key for dropout, if there is any."""
@@ -114,7 +152,30 @@ def apply_adapters(
     ]
     bias = _bias(layer, matrix.shape)
     out = adapted_output(parts, call.x, call.rows(y), weight=matrix, bias=bias)
-    return call.unrows(out).astype(y.dtype)
+    return _watched(layer, call.unrows(out).astype(y.dtype), kernel)
+
+
+def _watched(layer: Any, y: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The layer's output; derivatives by merged arrays are refused, by its weight warned of."""
+    for adapter in layer.adapters.values():
+        if adapter.merged:
+            y = refuse_derivative(MERGED_ARRAYS.format(repr(adapter.name)), y, adapter.known())
+    if not isinstance(weight_variable(layer), AlsoTrained):
+        y = warn_of_derivative(FROZEN_WEIGHT, y, kernel)
+    return y
+
+
+MERGED_ARRAYS = (
+    "a gradient by arrays of the adapter {0} is asked for, but it is merged into the weights: it "
+    "would be zero. Call `unmerge` before you train it, `detach` it to train the weights, or take "
+    "gradients without it: nnx.All(lro.adapters.trainable, nnx.Not(nnx.PathContains({0})))."
+)
+
+FROZEN_WEIGHT = (
+    "a gradient by the frozen weight of a layer with adapters is asked for, as wrt=nnx.Param does: "
+    "use wrt=lro.adapters.trainable and nnx.DiffState(0, lro.adapters.trainable). Weights that are "
+    "to be trained too are named by lro.adapters.also_train."
+)
 
 
 def _bias(layer: Any, matrix_shape: tuple[int, ...]) -> jax.Array | None:

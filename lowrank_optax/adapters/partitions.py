@@ -1,8 +1,9 @@
 """Adapters on weights that are sharded over a mesh: their arrays are sharded as the weights are.
 
-An array's axis of the size of the inputs has the sharding of the weight's inputs, and likewise for
-the outputs and for the axes of a stack; the others are whole on every device. So ``A [d_in, r]`` is
-cut as the contracted axis of the weight is, and ``B [r, d_out]`` as its output axis.
+A method says which axes of its arrays are the weight's inputs and outputs (`Adapter.axes`). These
+have the sharding of the weight's inputs and outputs, and the axes of a stack that of the stack; the
+others are whole on every device. So ``A [d_in, r]`` is cut as the contracted axis of the weight is,
+and ``B [r, d_out]`` as its output axis.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from flax import nnx
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from lowrank_optax.adapters.base import Adapter, AdapterParams, Weights
+from lowrank_optax.adapters.base import Adapter, AdapterParams, Side, Weights
 from lowrank_optax.adapters.groups import init_group
 from lowrank_optax.adapters.nnx import (
     AdapterConstant,
@@ -22,13 +23,6 @@ from lowrank_optax.adapters.nnx import (
     weight_variable,
 )
 from lowrank_optax.matrices.views import WeightDimensionNumbers
-
-
-class Axes(NamedTuple):
-    """Which axes of an array, counted from its end, are a weight's inputs and outputs."""
-
-    inputs: int | None
-    outputs: int | None
 
 
 class MatrixSharding(NamedTuple):
@@ -50,52 +44,40 @@ class MatrixSharding(NamedTuple):
 _Described: TypeAlias = tuple[tuple[tuple[int, ...], Any], ...]
 
 
-def axes_of_arrays(
+def check_arrays(
     methods: Sequence[Adapter], weights: Sequence[Weights], embeddings: Sequence[bool]
-) -> dict[str, Axes]:
-    """The axes of all arrays of a group of layers, found by doubling a weight's sides.
+) -> None:
+    """Checks that a group of layers can have such adapters; nothing is computed.
 
     Raises:
+      ValueError: If the axes that a method declares are not those of its arrays.
       Exception: What the method raises where it cannot be attached to such weights.
     """
     described = tuple((tuple(w.shape), w.dtype) for w in weights)
-    return _axes_of_arrays(tuple(methods), described, tuple(embeddings))
+    _check_arrays(tuple(methods), described, tuple(embeddings))
 
 
 @functools.lru_cache(maxsize=256)
-def _axes_of_arrays(
+def _check_arrays(
     methods: tuple[Adapter, ...], described: _Described, embeddings: tuple[bool, ...]
-) -> dict[str, Axes]:
-    usual, wide, tall = (
-        _shapes(methods, described, embeddings, scale) for scale in ((1, 1), (2, 1), (1, 2))
-    )
-
-    def changed(name: str, other: Mapping[str, tuple[int, ...]]) -> int | None:
-        shape = usual[name]
-        pairs = enumerate(zip(shape, other.get(name, shape), strict=True))
-        return next((axis - len(shape) for axis, (a, b) in pairs if b == 2 * a), None)
-
-    return {name: Axes(changed(name, wide), changed(name, tall)) for name in usual}
-
-
-def _shapes(
-    methods: tuple[Adapter, ...],
-    described: _Described,
-    embeddings: tuple[bool, ...],
-    scale: tuple[int, int],
-) -> dict[str, tuple[int, ...]]:
-    """The shapes of a group's arrays by name, where its weights' sides are scaled."""
-    weights = [
-        jax.ShapeDtypeStruct((layers, scale[0] * d_in, scale[1] * d_out), dtype)
-        for (layers, d_in, d_out), dtype in described
-    ]
+) -> None:
+    weights = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in described]
     init = lambda key, weights: init_group(key, methods, weights, embeddings)
     shared, own = jax.eval_shape(init, jax.random.key(0), weights)
-    return {
-        name: x.shape
-        for params in (shared, *own)
-        for name, x in (params.trainable | params.frozen).items()
-    }
+    of_layers = zip((shared, *own), (methods[0], *methods), (weights[0], *weights), strict=True)
+    for params, method, weight in of_layers:
+        sizes = dict(zip(("in", "out"), weight.shape[1:], strict=True))
+        for name, x in (params.trainable | params.frozen).items():
+            sides = method.axes.get(name, ())
+            last = x.shape[x.ndim - len(sides) :]
+            if len(sides) > x.ndim or any(
+                side is not None and sizes.get(side) != size
+                for side, size in zip(sides, last, strict=True)
+            ):
+                raise ValueError(
+                    f"{type(method).__name__}.axes says that the last axes of {name!r} are {sides} "
+                    f"of a weight {tuple(weight.shape[1:])}, but its shape is {x.shape}."
+                )
 
 
 def matrix_sharding(layer: Any) -> MatrixSharding:
@@ -115,33 +97,40 @@ def matrix_sharding(layer: Any) -> MatrixSharding:
 
 
 def variables(
-    params: AdapterParams, axes: Mapping[str, Axes], sharding: MatrixSharding, batch: int = 0
+    params: AdapterParams,
+    axes: Mapping[str, tuple[Side, ...]],
+    sharding: MatrixSharding,
+    batch: int = 0,
 ) -> dict[str, nnx.Variable]:
     """An adapter's arrays as Variables, sharded as the weight is.
 
     Args:
       params: The arrays.
-      axes: Of each.
+      axes: What the method says of them.
       sharding: Of the weight.
       batch: How many leading axes of the arrays are batch axes of the weight.
     """
     kinds = ((AdapterParam, params.trainable), (AdapterConstant, params.frozen))
     return {
-        name: _variable(kind, x, axes[name], sharding, batch)
+        name: _variable(kind, x, axes.get(name, ()), sharding, batch)
         for kind, arrays in kinds
         for name, x in arrays.items()
     }
 
 
 def _variable(
-    kind: type[nnx.Variable], x: jax.Array, axes: Axes, sharding: MatrixSharding, batch: int
+    kind: type[nnx.Variable],
+    x: jax.Array,
+    sides: tuple[Side, ...],
+    sharding: MatrixSharding,
+    batch: int,
 ) -> nnx.Variable:
     metadata: dict[str, Any] = {}
     if sharding.names is not None:
-        named = _of_array(sharding.names, axes, batch, x.ndim)
+        named = _of_array(sharding.names, sides, batch, x.ndim)
         metadata = {"out_sharding": named, "eager_sharding": False, **sharding.metadata}
     if sharding.mesh is not None and sharding.spec is not None:
-        entries = _of_array(sharding.spec, axes, batch, x.ndim)
+        entries = _of_array(sharding.spec, sides, batch, x.ndim)
         x = jax.device_put(x, NamedSharding(sharding.mesh, PartitionSpec(*entries)))
     return kind(x, **metadata)
 
@@ -155,11 +144,13 @@ def _of_matrix(entries: tuple[Any, ...], spec: WeightDimensionNumbers) -> tuple[
     return (*batch, entries[rows[0]], entries[columns[0]])
 
 
-def _of_array(entries: tuple[Any, ...], axes: Axes, batch: int, ndim: int) -> tuple[Any, ...]:
-    found: list[Any] = [*entries[:batch], *[None] * (ndim - batch)]
+def _of_array(
+    entries: tuple[Any, ...], sides: tuple[Side, ...], batch: int, ndim: int
+) -> tuple[Any, ...]:
     *_, of_inputs, of_outputs = entries
-    if axes.inputs is not None:
-        found[axes.inputs] = of_inputs
-    if axes.outputs is not None and of_outputs not in found:
-        found[axes.outputs] = of_outputs
+    of_sides = {"in": of_inputs, "out": of_outputs, None: None}
+    found: list[Any] = [*entries[:batch], *[None] * (ndim - batch)]
+    for axis, side in enumerate(sides, ndim - len(sides)):
+        if of_sides[side] not in found:  # an axis of the mesh cuts one axis of an array
+            found[axis] = of_sides[side]
     return tuple(found)

@@ -1,12 +1,13 @@
 """PiSSA: the principal part of a weight is trained, as a LoRA, and the rest frozen."""
 
+from collections.abc import Mapping
 import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.adapters.base import AdapterParams, Arrays, Weights, product
+from lowrank_optax.adapters.base import AdapterParams, Arrays, Side, Weights, product
 from lowrank_optax.adapters.low_rank import LowRank
 from lowrank_optax.adapters.operands import Operand
 from lowrank_optax.adapters.spectra import (
@@ -112,6 +113,12 @@ class PiSSA(LowRank):
     def scale_of(self, rank: int) -> float:
         """``alpha / rank``, or ``alpha / sqrt(rank)``."""
         return super().scale_of(rank) * (rank**0.5 if self.rank_stabilized else 1)
+
+    @property
+    def axes(self) -> Mapping[str, tuple[Side, ...]]:
+        """Those of the factors, also as they were at the start; see `Adapter.axes`."""
+        first, second = ("in", None), (None, "out")
+        return {"A": first, "B": second, "A_0": first, "B_0": second}
 
     def init_layers(
         self, key: jax.Array, weights: Weights, shared: Arrays, *, embedding: bool = False

@@ -68,7 +68,9 @@ def init(
 
     Raises:
       ValueError: If ``where`` matches no leaf that is a matrix (the message lists near ones), or a
-        pattern none of those chosen.
+        leaf of three axes or more whose inputs and outputs only ``weight_dimension_numbers`` can
+        tell (where it is None, a warning names such a weight); a pattern matches none of those
+        chosen; or the method drops inputs, for which there is no key here.
       TypeError: If ``method`` is none.
 
     Example:
@@ -82,6 +84,11 @@ def init(
       {'up': {'kernel': {'A': (4, 2), 'B': (2, 8)}}}
     """
     groups.check_method(method)
+    if getattr(method, "dropout", 0):
+        raise ValueError(
+            f"dropout={method.dropout} of {type(method).__name__} would do nothing here, where no "
+            "call has a key: leave it out, or adapt a Flax model."
+        )
     rank_pattern, alpha_pattern = rank_pattern or {}, alpha_pattern or {}
     found = matrices_of(params, where, weight_dimension_numbers)
     stacks = [groups.Stack(path, to_matrix(x, spec)) for path, (spec, x) in found.items()]

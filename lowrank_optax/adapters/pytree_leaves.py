@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import dataclasses
 from typing import Any, NamedTuple
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -111,7 +112,11 @@ Path = tuple[str, ...]
 def matrices_of(
     params: Any, where: Where, rule: DimensionNumbersRule
 ) -> dict[Path, tuple[WeightDimensionNumbers, jax.Array]]:
-    """The leaves that are meant, by path: their dimension numbers, from the end, and values."""
+    """The leaves that are meant, by path: their dimension numbers, from the end, and values.
+
+    Raises:
+      ValueError: If one is meant of which names and shapes don't tell the axes.
+    """
     leaves = {normalised_path(p): x for p, x in jax.tree_util.tree_leaves_with_path(params)}
     specs = dict(zip(leaves, resolve_dimension_numbers(rule, params), strict=True))
     default = {path for path, spec in specs.items() if spec is not None}
@@ -122,9 +127,30 @@ def matrices_of(
         every = resolve_dimension_numbers(lambda p: default_rule(p, may_be), params)
         specs = {path: specs[path] or spec for path, spec in zip(leaves, every, strict=True)}
     known = {path: leaf for path, leaf in leaves.items() if specs[path] is not None}
+    unclear = {} if rule is not None else _unclear(leaves, specs, where is None)
+    found = chosen({p: x for p, x in leaves.items() if p in known or p in unclear}, default, where)
+    left_out = unclear if where is None else [path for path in found if path in unclear]
+    if left_out:
+        path = next(iter(left_out))
+        message = (
+            f"{'/'.join(path)} {leaves[path].shape}, of which names and shapes don't tell the axes "
+            "of inputs and outputs: give weight_dimension_numbers, as WeightDimensionNumbers(-2, "
+            "-1) for stacks of [d_in, d_out]."
+        )
+        if where is not None:
+            raise ValueError(f"where={where!r} matches {message}")
+        warnings.warn(f"no adapter is attached to {message}", stacklevel=3)
+    return {path: (_from_the_end(specs[path], leaves[path].ndim), leaves[path]) for path in found}
+
+
+def _unclear(leaves: dict[Path, Any], specs: dict[Path, Any], weights: bool) -> dict[Path, Any]:
+    """Leaves of three axes or more without dimension numbers; embeddings only if asked for."""
+    no_weight = ("adapters", "biases", "scales", "norms")
+    may_be = lambda kind: kind is None if weights else kind not in no_weight
     return {
-        path: (_from_the_end(specs[path], leaves[path].ndim), leaves[path])
-        for path in chosen(known, default, where)
+        path: x
+        for path, x in leaves.items()
+        if specs[path] is None and x.ndim > 2 and may_be(named_kind("/".join(path)))
     }
 
 

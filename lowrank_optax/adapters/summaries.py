@@ -133,7 +133,7 @@ def summary(model: Any) -> AdapterSummary:
 def _row(path: str, layer: Any, adapter: LayerAdapter) -> SummaryRow:
     spec, _ = placed(layer)
     state = "merged" if adapter.merged else adapter.strength if adapter.active else None
-    shape, counts = matrix_shape(weight_variable(layer).shape, spec), _counts(adapter.arrays)
+    shape, counts = matrix_shape(weight_variable(layer).shape, spec), _counts(adapter.variables())
     return row_of(path, shape, adapter.name, adapter.method, counts, state)
 
 

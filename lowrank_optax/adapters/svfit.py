@@ -1,11 +1,12 @@
 """SVFit: the singular vectors of a weight stay, its largest singular values are trained."""
 
+from collections.abc import Mapping
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.adapters.base import AdapterParams, Arrays, Weights
+from lowrank_optax.adapters.base import AdapterParams, Arrays, Side, Weights
 from lowrank_optax.adapters.low_rank import LowRank
 from lowrank_optax.adapters.spectra import (
     check_power_iterations,
@@ -86,6 +87,11 @@ class SVFit(LowRank):
     def reads_weights(self) -> bool:
         """True: they are decomposed."""
         return True
+
+    @property
+    def axes(self) -> Mapping[str, tuple[Side, ...]]:
+        """Those of the singular vectors; see `Adapter.axes`."""
+        return {"U": ("in", None), "V": ("out", None)}
 
     def init_layers(
         self, key: jax.Array, weights: Weights, shared: Arrays, *, embedding: bool = False

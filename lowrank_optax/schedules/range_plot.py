@@ -48,8 +48,7 @@ def plot_lr_range_test(
         results, shown = (result,), result
         axes.plot(result.learning_rates, result.losses, color="0.75", label="loss")
         axes.plot(result.learning_rates, result.smoothed, color="0.2", label="smoothed")
-    if shown is not None:
-        _mark_suggestions(axes, shown)
+    _mark_suggestions(axes, shown)
     if results[0].learning_rates[0] > 0:
         axes.set_xscale("log")
     axes.set_ylim(*_limits(results))

@@ -13,7 +13,7 @@ class Suggestion(NamedTuple):
     """A maximal learning rate, and why.
 
     Attributes:
-      learning_rate: NaN where the loss never fell.
+      learning_rate: NaN where the loss never fell, or was not finite.
       reason: A sentence.
     """
 
@@ -63,7 +63,8 @@ def read_curve(rates: np.ndarray, losses: np.ndarray, mode: Mode) -> Suggestions
     curve = centred_mean(losses)
     lowest = int(np.argmin(curve)) if curve.size else 0
     if lowest == 0:
-        never = Suggestion(np.nan, "the loss never fell: lower the learning rates, or look for NaN")
+        fell = "the loss never fell: lower the learning rates"
+        never = Suggestion(np.nan, fell if curve.size else "no loss was finite")
         return Suggestions(never, never, never)
     rates = np.asarray(rates, np.float64)
     axis = np.log10(rates[: lowest + 1]) if mode == "exponential" else rates[: lowest + 1]
@@ -95,12 +96,10 @@ def choose(lowest: Mapping[float, float], fall: float) -> tuple[float, str]:
     """A weight decay and the reason, from the lowest loss of each.
 
     Args:
-      lowest: The lowest loss of each weight decay.
+      lowest: The lowest loss of each weight decay, one of them finite.
       fall: How far losses fell in the best run; differences of a hundredth of it are none.
     """
     finite = {decay: loss for decay, loss in lowest.items() if np.isfinite(loss)}
-    if not finite:
-        return np.nan, "no loss was finite"
     best = min(finite, key=lambda decay: finite[decay])
     equal = [decay for decay in finite if finite[decay] <= finite[best] + 0.01 * fall]
     chosen = max(equal)

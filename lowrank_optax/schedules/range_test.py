@@ -44,7 +44,7 @@ class RangeTestGrid(NamedTuple):
 
     Attributes:
       results: Of each weight decay.
-      weight_decay: The one to take; NaN if no loss was finite.
+      weight_decay: The one to take.
       reason: Why.
     """
 
@@ -58,9 +58,9 @@ class RangeTestGrid(NamedTuple):
         return {float(x.weight_decay or 0): _lowest(x) for x in self.results}
 
     @property
-    def best(self) -> RangeTestResult | None:
-        """The result at ``weight_decay``, if there is one."""
-        return next((x for x in self.results if x.weight_decay == self.weight_decay), None)
+    def best(self) -> RangeTestResult:
+        """The result at ``weight_decay``."""
+        return next(x for x in self.results if x.weight_decay == self.weight_decay)
 
 
 def lr_range_test(
@@ -120,7 +120,8 @@ def lr_range_test(
 
     Raises:
       ValueError: If learning rates do not rise from above 0 (``"linear"``: from 0), there are fewer
-        than 3 steps, or fewer batches than steps, or another option is out of range.
+        than 3 steps, or fewer batches than steps, or another option is out of range; or if no loss
+        of a recorded step is finite.
       TypeError: If ``step_fn`` does not return the state's shapes and dtypes and a scalar loss.
 
     Example:
@@ -160,6 +161,7 @@ def lr_range_test(
         inputs = (range_run.Inputs(*x) for x in zip(each, indices, all_rates, strict=True))
         curve = range_run.looped(test, state, inputs)
 
+    _check_finite(np.asarray(curve.losses), warmup_steps)
     curve = range_run.Curve(*(np.asarray(x)[..., warmup_steps:] for x in curve))
     if decay is None or decay.ndim == 0:
         return _result(rates, curve, mode, None if decay is None else float(weight_decay))
@@ -220,6 +222,19 @@ def _weight_decay(weight_decay: Any) -> Any:
             f"weight_decay={weight_decay!r} must be None, a number, or a sequence of numbers."
         )
     return decay
+
+
+def _check_finite(losses: np.ndarray, warmup_steps: int) -> None:
+    """Raises ValueError if all losses ``[..., warmup_steps + steps]`` after the warm-up are not."""
+    if np.isfinite(losses[..., warmup_steps:]).any():
+        return
+    first = losses.reshape(-1, losses.shape[-1])[0]
+    step = int(np.argmax(~np.isfinite(first)))
+    where = f"step {step} of the warm-up" if step < warmup_steps else "the first step"
+    raise ValueError(
+        f"step_fn returned the loss {first[step]} in {where}, so there is nothing to read: look "
+        "for it in the state, the batch and the loss, or lower min_learning_rate."
+    )
 
 
 def _check_rates(low: float, high: float, mode: Mode) -> None:

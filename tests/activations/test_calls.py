@@ -218,11 +218,13 @@ def test_where_chooses_by_scope_and_by_source():
             return nn.gelu(x)
 
     fn = lambda x: second(first(x))
-    for where in ("^second", r"second .*test_calls\.py", ["nowhere", "second"]):
+    for where in ("^second", r"second .*test_calls\.py", ["second", "second"]):
         rows = few_bit_calls(fn, where=where).report(X).rows
         assert [row.scope for row in rows] == ["second"]
     with pytest.raises(ValueError, match="in places that match third"):
         few_bit_calls(fn, where="third")(X)
+    with pytest.raises(ValueError, match=r"where='secnd' matches no call .* there are 'second"):
+        few_bit_calls(fn, where=["second", "secnd"])(X)
 
 
 def test_only_arrays_are_traced_and_results_may_be_anything():

@@ -265,6 +265,29 @@ def test_layers_stacked_by_nnx_scan_and_rematerialised() -> None:
         restore_model(model)
 
 
+def test_several_modules_in_none_of_which_anything_is_found_are_an_error() -> None:
+    class Model(nnx.Module):
+        def __init__(self) -> None:
+            self.first, self.second = sequential(), nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.second(self.first(x))
+
+    model = Model()
+    before, graphdef = model(X), nnx.graphdef(model)
+    quantize_model(model, where=nnx.Linear)
+    message = r"modules first/layers/0, first/layers/2, second calls none of the functions"
+    for run in (model, lambda x: call(model, x)):
+        with pytest.raises(ValueError, match=message):
+            run(X)
+    restore_model(model)
+    assert nnx.graphdef(model) == graphdef
+    quantize_model(model, where="^(first|second)$")
+    for _ in range(2):
+        assert_close(model(X), before, 100)
+    assert nnx.graphdef(restore_model(model)) == graphdef
+
+
 def test_bad_arguments_are_refused_and_change_nothing() -> None:
     model = sequential()
     graphdef = nnx.graphdef(model)

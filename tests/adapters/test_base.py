@@ -128,3 +128,30 @@ def test_nothing_is_dropped_without_a_key_and_the_same_is_dropped_with_the_same_
     each = jax.jit(jax.vmap(out))(jax.random.split(jax.random.key(2), 4000))
     mean = np.mean(each, axis=0)
     np.testing.assert_allclose(mean, still, atol=0.08)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        lro.adapters.LoRA(rank=2),
+        lro.adapters.LoRAFA(rank=2),
+        lro.adapters.DoRA(rank=2),
+        lro.adapters.AFLoRA(rank=2),
+        lro.adapters.LaMDA(rank=2),
+        lro.adapters.PiSSA(rank=2),
+        lro.adapters.SVFit(rank=2),
+        lro.adapters.LoTR(rank=2),
+        lro.adapters.LoTR(rank=2, share="input", initial="tucker_residual"),
+        lro.adapters.LoTR(rank=2, share="output", initial="tucker"),
+        lro.adapters.LoTR(rank=2, group_by="kind_and_block", block_size=1),
+    ],
+    ids=str,
+)
+def test_a_method_says_which_axes_are_inputs_and_outputs(method: lro.adapters.Adapter) -> None:
+    weights = jax.ShapeDtypeStruct((3, 11, 13), jnp.float32)
+    params = jax.eval_shape(method.init, jax.random.key(0), weights)
+    for name, x in (params.trainable | params.frozen).items():
+        sides = {11: "in", 13: "out"}
+        found = [sides.get(size) for size in x.shape]
+        declared = method.axes.get(name, ())
+        assert found == [None] * (x.ndim - len(declared)) + list(declared), name

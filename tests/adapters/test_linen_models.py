@@ -183,6 +183,40 @@ def test_merge_unmerge_and_detach(method):
         adapted.merge(merged)
 
 
+def test_arrays_of_a_merged_adapter_count_once_and_are_taken_out_as_they_were():
+    adapted, _, variables = _attached(Net("loop"), LORA)
+    merged, _ = adapted.merge({**variables, "adapters": _moved(variables["adapters"])})
+    with pytest.raises(ValueError, match="'default' is merged into these params, and there are"):
+        adapted.apply({**merged, "adapters": variables["adapters"]}, X)
+    of_adapter = merged["merged_adapters"]["default"]
+    of_adapter = {**of_adapter, "adapters": _moved(of_adapter["adapters"], 1e-3)}
+    changed = {**merged, "merged_adapters": {"default": of_adapter}}
+    stronger = adapted.activate("default", strengths={"default": 2.0})
+    for model, of in ((adapted, changed), (stronger, merged)):
+        with pytest.raises(ValueError, match=r"'default' of blocks_0/.* have changed since it was"):
+            model.unmerge(of)
+
+
+def test_an_adapter_of_strength_zero_changes_no_weight():
+    adapted, base, variables = _attached(Net("loop"), LORA)
+    variables = {**variables, "adapters": _moved(variables["adapters"])}
+    merged, _ = adapted.activate("default", strengths={"default": 0.0}).merge(variables)
+    jax.tree.map(np.testing.assert_array_equal, merged["params"], base["params"])
+
+
+def test_variables_without_arrays_are_refused_unless_the_adapter_is_switched_off():
+    adapted, base, _ = _attached(Net("loop"), LORA)
+    with pytest.raises(ValueError, match="no arrays of the adapter 'default': make them"):
+        adapted.apply(base, X)
+    assert_close(_run(adapted.deactivate(), base), _run(adapted.module, base))
+
+
+def test_a_gradient_by_a_frozen_weight_is_warned_of():
+    adapted, _, variables = _attached(Net("scan"), LORA)
+    with pytest.warns(UserWarning, match="frozen weight .* collection 'adapters' alone"):
+        jax.eval_shape(jax.grad(lambda v: adapted.apply(v, X).sum()), variables)
+
+
 @pytest.mark.slow
 def test_setup_modules_and_layers_in_a_vmap():
     adapted, base, variables = _attached(SetupNet(), LORA)

@@ -1,5 +1,7 @@
 """Adapters on sharded weights: their arrays are sharded as the weights' inputs and outputs."""
 
+from typing import ClassVar
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -99,3 +101,35 @@ def test_a_sharded_model_trains_and_merges_as_on_one_device() -> None:
         np.testing.assert_allclose(one, eight, atol=1e-5)
     np.testing.assert_allclose(results[0][0], results[0][1], atol=1e-5)
     assert jnp.isfinite(results[0][0]).all()
+
+
+FACTORS = {"A": P("data", None), "B": P(None, "model")}
+OF_METHODS = {
+    lro.adapters.LoRA(rank=16): FACTORS,
+    lro.adapters.DoRA(rank=16): FACTORS | {"magnitude": P("model"), "norm_squared": P("model")},
+    lro.adapters.AFLoRA(rank=16): FACTORS | {"d": P(None), "b": P("model")},
+    lro.adapters.LaMDA(rank=16): FACTORS | {"S": P(None, None), "principal": FACTORS["B"]},
+    lro.adapters.PiSSA(rank=16): FACTORS | {f"{name}_0": at for name, at in FACTORS.items()},
+    lro.adapters.SVFit(rank=16): {"U": FACTORS["A"], "V": P("model", None), "t": P(None)},
+}
+
+
+@pytest.mark.parametrize("method", OF_METHODS, ids=lambda method: type(method).__name__)
+def test_a_capped_rank_is_not_taken_for_the_inputs(method: lro.adapters.Adapter) -> None:
+    model = nnx.Sequential(nnx.Linear(8, 16, rngs=nnx.Rngs(0)))
+    on = NamedSharding(mesh(), P("data", "model"))
+    kernel = model.layers[0].kernel
+    kernel.set_value(jax.device_put(kernel[...], on))
+    lro.adapters.attach(model, method, rngs=0)
+    arrays = model.layers[0].adapters["default"].arrays
+    assert {name: arrays[name][...].sharding.spec for name in arrays} == OF_METHODS[method]
+
+
+def test_axes_that_are_not_those_of_the_arrays_are_refused() -> None:
+    class Turned(lro.adapters.LoRA):
+        axes: ClassVar = {"A": ("out", None)}
+
+    with pytest.raises(
+        ValueError, match=r"Turned.axes says .* 'A' are \('out', None\) of a weight"
+    ):
+        lro.adapters.attach(nnx.Linear(4, 6, rngs=nnx.Rngs(0)), Turned(rank=2), ".*", rngs=0)

@@ -1,6 +1,8 @@
 """Stacked layers: scans, rematerialisation, dropout, experts, and arrays that layers share."""
 
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+import threading
 from typing import Any
 
 from close import assert_close
@@ -135,6 +137,43 @@ def test_the_models_own_methods_lend_too() -> None:
     x = np.ones(4, np.float32)
     np.testing.assert_array_equal(model.encode(x), model(x))
     assert model.layer.adapters["default"].lent is None
+
+
+def test_two_threads_may_call_a_model_whose_layers_share_arrays() -> None:
+    run = nnx.jit(lambda layer, x: layer(x))
+
+    class Model(nnx.Module):
+        def __init__(self) -> None:
+            self.first, self.second = (nnx.Linear(4, 4, rngs=nnx.Rngs(i)) for i in range(2))
+
+        def __call__(self, x: jax.Array, between: Callable[[], Any] = lambda: None) -> jax.Array:
+            y = run(self.first, x)
+            between()
+            return run(self.second, y)
+
+    model, x = Model(), np.ones((2, 4), np.float32)
+    lro.adapters.attach(model, LoTR(rank=2), rngs=0)
+    model = randomized(model)
+    expected, graphdef = model(x), nnx.graphdef(model)
+    inside, first_is_done = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        inside.set()
+        assert first_is_done.wait(timeout=60)
+
+    with ThreadPoolExecutor() as pool:
+        others: list[Future[jax.Array]] = []
+
+        def start() -> None:
+            others.append(pool.submit(model, x, wait))
+            inside.wait(timeout=0.2)  # it may have to wait for this thread to end
+
+        outputs = [model(x, start)]
+        first_is_done.set()
+        outputs.append(others[0].result(timeout=60))
+    for output in outputs:
+        np.testing.assert_array_equal(output, expected)
+    assert nnx.graphdef(model) == graphdef
 
 
 @pytest.mark.slow

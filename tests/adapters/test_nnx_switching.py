@@ -2,6 +2,7 @@
 
 import dataclasses
 from typing import Any, ClassVar
+import warnings
 
 from close import assert_close
 from flax import nnx
@@ -13,7 +14,15 @@ import pytest
 import lowrank_optax as lro
 from lowrank_optax.adapters.base import AdapterParams, Arrays, Weights, product
 from lowrank_optax.adapters.operands import Operand, Rows
-from tests.adapters.nnx_models import Scanned, Unrolled, call, randomized, tokens, weights
+from tests.adapters.nnx_models import (
+    Scanned,
+    Unrolled,
+    call,
+    gradients,
+    randomized,
+    tokens,
+    weights,
+)
 
 LoRA = lro.adapters.LoRA
 
@@ -232,3 +241,76 @@ def test_a_change_that_depends_on_the_weight_is_merged_only_alone() -> None:
     assert_close(model(x), 1.5 * y + change, 100)
     with pytest.raises(ValueError, match="only by itself and at strength 1"):
         lro.adapters.merge(model)
+
+
+def merged_and_fresh(name: str) -> tuple[Any, Any]:
+    """A model with a merged adapter, and one to which the same has been attached only."""
+    merged, fresh = (
+        lro.adapters.attach(model_of("scanned"), METHODS[name], rngs=0) for _ in range(2)
+    )
+    lro.adapters.merge(randomized(merged))
+    return merged, fresh
+
+
+@pytest.mark.parametrize("name", ["LoRA", "LoTR"])
+def test_a_state_says_whether_the_change_is_in_the_weights(name: str) -> None:
+    merged, fresh = merged_and_fresh(name)
+    state, x = nnx.state(merged, nnx.Not(nnx.RngState)), tokens()
+    with pytest.raises(ValueError, match="in this state the adapter 'default' is merged, in the"):
+        nnx.update(fresh, state)
+    again = lro.adapters.attach(model_of("scanned"), METHODS[name], rngs=0)
+    of_unmerged = nnx.state(again, nnx.Not(nnx.RngState))
+    lro.adapters.merge(again)
+    with pytest.raises(ValueError, match="is not merged, in the model it is merged: `unmerge`"):
+        nnx.update(again, of_unmerged)
+    with pytest.raises(ValueError, match=r"expected 1. leaves, but got"):
+        nnx.merge(nnx.graphdef(fresh), state)
+    nnx.update(again, state)
+    np.testing.assert_allclose(call(again, x), call(merged, x), atol=1e-6)
+    lro.adapters.unmerge(again)
+    lro.adapters.unmerge(merged)
+    np.testing.assert_allclose(call(again, x), call(merged, x), atol=1e-6)
+    assert jax.tree.structure(nnx.state(again)) == jax.tree.structure(nnx.state(merged))
+
+
+@pytest.mark.parametrize("change", ["own", "shared", "strength"])
+def test_arrays_that_changed_while_merged_are_not_taken_out_of_the_weights(change: str) -> None:
+    model, _ = merged_and_fresh("LoTR" if change == "shared" else "LoRA")
+    before = weights(model)
+    adapter = model.blocks.up.adapters["default"]
+    if change == "strength":
+        adapter.strength = 2.0
+    else:
+        (group, *_) = model.adapter_groups["default"].values() if change == "shared" else [None]
+        array = group["A"] if group is not None else adapter.merged_arrays["A"]
+        array[...] = array[...].at[(0,) * array.ndim].add(1e-3)
+    with pytest.raises(
+        ValueError, match=r"'default' of blocks/.* have changed since it was merged"
+    ):
+        lro.adapters.unmerge(model)
+    assert all(bool((x == before[path]).all()) for path, x in weights(model).items())
+
+
+@pytest.mark.parametrize("name", ["LoRA", "LoTR"])
+def test_a_gradient_by_merged_arrays_is_refused(name: str) -> None:
+    model, _ = merged_and_fresh(name)
+    with pytest.raises(ValueError, match="adapter 'default' is asked for, but it is merged"):
+        gradients(model, tokens())
+    lro.adapters.attach(model, LoRA(rank=1), rngs=0, name="second")
+    wrt = nnx.All(lro.adapters.trainable, nnx.Not(nnx.PathContains("default")))
+    grads = gradients(randomized(model), tokens(), wrt)
+    assert any(bool(x.any()) for x in jax.tree.leaves(grads))
+
+
+def test_a_gradient_by_a_frozen_weight_is_warned_of() -> None:
+    model = randomized(lro.adapters.attach(model_of("scanned"), LoRA(rank=1), rngs=0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gradients(model, tokens())
+    wrt = nnx.Any(nnx.Param)
+    with pytest.warns(UserWarning, match=r"frozen weight .*also_train"):
+        gradients(model, tokens(), wrt)
+    lro.adapters.also_train(model, "kernel")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gradients(model, tokens())

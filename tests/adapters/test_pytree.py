@@ -180,6 +180,23 @@ def test_leaves_are_chosen_by_the_rule_by_names_or_by_pattern():
         pytree.effective({"down": jnp.ones((2, 2))}, adapter)
 
 
+def test_weights_whose_axes_are_not_known_are_not_left_out_in_silence():
+    params = {"in": jnp.ones((4, 8)), "mid": jnp.ones((3, 8, 8)), "mid_bias": jnp.ones((2, 3, 8))}
+    init = lambda *args: pytree.init(jax.random.key(0), params, LORA, *args).leaves
+    for where in ("in|mid", ["in", "mid"], "mid", lambda path, leaf: True):
+        with pytest.raises(ValueError, match=r"matches mid \(3, 8, 8\), of which names"):
+            init(where)
+    with pytest.warns(UserWarning, match=r"no adapter is attached to mid \(3, 8, 8\)"):
+        assert [x.name for x in init()] == ["in"]
+    axes = {"in": LAST, "mid": LAST, "mid_bias": None}
+    assert [x.name for x in init("in|mid", axes)] == ["in", "mid"]
+
+
+def test_dropout_is_refused_since_no_call_has_a_key():
+    with pytest.raises(ValueError, match=r"dropout=0\.1 of LoRA would do nothing here"):
+        pytree.init(jax.random.key(0), _params(), lro.adapters.LoRA(dropout=0.1), None, LAST)
+
+
 def test_shared_factors_are_one_array_and_the_summary_counts_them_once():
     params = {"a": jnp.ones((4, 6)), "b": jnp.ones((4, 6))}
     adapter = pytree.init(jax.random.key(0), params, lro.adapters.LoTR(rank=2))

@@ -151,3 +151,14 @@ def test_bad_arguments_are_refused() -> None:
         layer = Dense(4, sketch=QUARTER, **options)
         with pytest.raises(ValueError, match="dot_general="):
             jax.eval_shape(layer.init, {"params": key, "sketch": key}, X)
+
+
+def test_a_flax_layer_that_multiplies_by_other_means_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = Dense(4, sketch=QUARTER)
+    variables = initial(module)
+    kernel = variables["params"]["kernel"]
+    monkeypatch.setattr(nn.Dense, "__call__", lambda layer, x: x @ kernel)
+    with pytest.raises(RuntimeError, match="called its attribute dot_general 0 times"):
+        module.apply(variables, X, rngs={"sketch": jax.random.key(0)})

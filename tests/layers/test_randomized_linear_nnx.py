@@ -216,3 +216,11 @@ def test_bad_arguments_are_refused_where_they_are_given() -> None:
     layer, _ = pair()
     with pytest.raises(ValueError, match=r"out_sharding=.*reshard"):
         layer(X, out_sharding=jax.sharding.PartitionSpec("x"))
+
+
+def test_a_flax_layer_that_multiplies_by_other_means_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(nnx.Linear, "__call__", lambda layer, x, _=None: x @ layer.kernel[...])
+    with pytest.raises(RuntimeError, match="called its attribute dot_general 0 times"):
+        pair()[0](X)

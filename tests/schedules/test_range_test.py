@@ -202,9 +202,13 @@ def test_it_stops_at_a_loss_that_is_not_finite(bad: float, scan: bool) -> None:
     assert not np.isfinite(result.losses[3:]).any()
     rate = result.learning_rates[2]
     assert_close(result.suggestions.minimum.learning_rate, rate / 10)
-    from_the_start = lr_range_test(step, (), np.full(5, bad, np.float32), scan=scan)
-    assert from_the_start.stopped_at == 0
-    for suggestion in from_the_start.suggestions:
+    from_the_start = np.full(5, bad, np.float32)
+    with pytest.raises(ValueError, match=rf"the loss {bad} in the first step, so there is nothing"):
+        lr_range_test(step, (), from_the_start, scan=scan)
+    with pytest.raises(ValueError, match=rf"the loss {bad} in step 1 of the warm-up"):
+        lr_range_test(step, (), np.append(1, from_the_start), scan=scan, warmup_steps=2)
+    rises = lr_range_test(step, (), np.arange(5, dtype=np.float32), scan=scan)
+    for suggestion in rises.suggestions:
         assert np.isnan(suggestion.learning_rate)
         assert "never fell" in suggestion.reason
 
@@ -278,10 +282,9 @@ def test_a_grid_chooses_the_lowest_loss_and_never_one_that_is_not_finite() -> No
     assert grid.weight_decay == pytest.approx(0.1)
     assert "lowest of all" in grid.reason
     assert grid.results[2].stopped_at == 0
-    hopeless = lr_range_test(step, (), losses, weight_decay=[1.0])
-    assert np.isnan(hopeless.weight_decay)
-    assert hopeless.best is None
-    assert hopeless.reason == "no loss was finite"
+    assert {x.reason for x in grid.results[2].suggestions} == {"no loss was finite"}
+    with pytest.raises(ValueError, match="the loss nan in the first step"):
+        lr_range_test(step, (), losses, weight_decay=[1.0, 2.0])
 
 
 def test_exponents_are_bisected_around_the_best_weight_decay() -> None:
@@ -311,7 +314,8 @@ def test_the_plot_of_a_curve_and_of_a_grid(tmp_path: Path) -> None:
     assert sum("weight decay" in line.get_label() for line in given.lines) == 2
     linear = lr_range_test(descend, jnp.ones(1), None, mode="linear", min_learning_rate=0)
     assert plot_lr_range_test(linear).get_xscale() == "linear"
-    broken = lr_range_test(lambda x, b, r: (x, x), jnp.float32(jnp.nan), None)
+    steps = np.array([1, np.nan, np.nan], np.float32)
+    broken = lr_range_test(lambda x, b, r: (x, b), (), steps)
     assert plot_lr_range_test(broken).lines
 
 

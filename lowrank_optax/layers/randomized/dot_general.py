@@ -1,6 +1,7 @@
 """The product of a Flax layer, sketched: what NNX and Linen call in the place of XLA's."""
 
 from collections.abc import Callable
+import copy
 from typing import Any
 
 import jax
@@ -9,16 +10,28 @@ from lowrank_optax.layers.randomized.linear import randomized_linear
 from lowrank_optax.layers.randomized.sketch import Sketch
 
 
-def randomized_dot_general(
-    key: jax.Array, sketch: Sketch, valid: jax.Array | None
-) -> Callable[..., jax.Array]:
-    """A ``dot_general`` for one call of a layer; promotion and bias are Flax's own.
+def call_sketched(
+    call: Callable[..., jax.Array],
+    layer: Any,
+    *args: Any,
+    key: jax.Array,
+    sketch: Sketch,
+    valid: jax.Array | None,
+) -> jax.Array:
+    """One call of a layer with a sketched product; promotion and bias are Flax's own.
 
     Args:
-      key: Of this call alone.
+      call: The plain layer's ``__call__``.
+      layer: The layer.
+      *args: Arguments of the call.
+      key: PRNG key of this call alone.
       sketch: Kind and size of the sketch.
       valid: Which rows count, booleans ``[...]``; None if all do.
+
+    Raises:
+      RuntimeError: If the layer does not multiply by its attribute ``dot_general``.
     """
+    products = 0
 
     def product(
         x: jax.Array,
@@ -29,6 +42,8 @@ def randomized_dot_general(
         out_sharding: Any = None,
     ) -> jax.Array:
         del dimension_numbers  # those of x @ kernel: checked layers are plain linear ones
+        nonlocal products
+        products += 1
         if out_sharding is not None:
             raise ValueError(
                 f"out_sharding={out_sharding} cannot be given to a randomized layer; use "
@@ -44,7 +59,17 @@ def randomized_dot_general(
             preferred_element_type=preferred_element_type,
         )
 
-    return product
+    # The same layer with another product. Not setattr: NNX would refuse it where the layer belongs
+    # to an enclosing trace, and Linen's modules are frozen.
+    sketched = copy.copy(layer)
+    vars(sketched)["dot_general"] = product
+    outputs = call(sketched, *args)
+    if products != 1:
+        raise RuntimeError(
+            f"{type(layer).__name__} of this version of Flax called its attribute dot_general "
+            f"{products} times instead of once, so its input would not be sketched."
+        )
+    return outputs
 
 
 def check_sketch(sketch: Any) -> Sketch:

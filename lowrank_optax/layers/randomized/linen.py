@@ -1,14 +1,12 @@
 """A dense layer in Flax Linen that keeps a sketch of its input for the backward pass."""
 
-import copy
-
 from flax import linen as nn
 import jax
 
 from lowrank_optax.layers.randomized.dot_general import (
+    call_sketched,
     check_dot_general,
     check_sketch,
-    randomized_dot_general,
 )
 from lowrank_optax.layers.randomized.sketch import Sketch
 
@@ -74,8 +72,5 @@ class RandomizedDense(nn.Dense):
             return nn.Dense.__call__(self, inputs)
         own = self.dot_general if self.dot_general_cls is None else self.dot_general_cls
         check_dot_general(own, "RandomizedDense")
-        key = self.make_rng(self.rng_collection)
-        # The same module, in the same scope, with another product; modules are frozen.
-        sketched = copy.copy(self)
-        vars(sketched)["dot_general"] = randomized_dot_general(key, sketch, valid)
-        return nn.Dense.__call__(sketched, inputs)
+        options = {"key": self.make_rng(self.rng_collection), "sketch": sketch, "valid": valid}
+        return call_sketched(nn.Dense.__call__, self, inputs, **options)

@@ -1,15 +1,14 @@
 """A linear layer in Flax NNX that keeps a sketch of its input for the backward pass."""
 
-import copy
 from typing import Any, ClassVar
 
 from flax import nnx
 import jax
 
 from lowrank_optax.layers.randomized.dot_general import (
+    call_sketched,
     check_dot_general,
     check_sketch,
-    randomized_dot_general,
 )
 from lowrank_optax.layers.randomized.noise_probe import probed
 from lowrank_optax.layers.randomized.sketch import Sketch
@@ -104,11 +103,8 @@ class RandomizedLinear(nnx.Linear):
             return probed(self.sketch, outputs, inputs, valid, self.noise_probe[...])
         if self.deterministic if deterministic is None else deterministic:
             return nnx.Linear.__call__(self, inputs, out_sharding)
-        product = randomized_dot_general(self.sketch_stream(), self.sketch, valid)
-        # Not setattr: NNX would refuse it where the layer belongs to an enclosing trace.
-        sketched = copy.copy(self)
-        vars(sketched)["dot_general"] = product
-        return nnx.Linear.__call__(sketched, inputs, out_sharding)
+        options = {"key": self.sketch_stream(), "sketch": self.sketch, "valid": valid}
+        return call_sketched(nnx.Linear.__call__, self, inputs, out_sharding, **options)
 
     def set_view(self, deterministic: bool | None = None) -> None:
         """Of ``nnx.view``.

@@ -106,7 +106,8 @@ def scale_by_projection(
     Raises:
       ValueError: If an argument is out of range, a spec does not fit, or two choices exclude each
         other; in ``init``, if ``weight_dimension_numbers`` is None and no leaf is a matrix by its
-        name and shape, though some have two axes or more.
+        name and shape, though some have two axes or more; or if moments are to be rotated or
+        followed that are no moving averages of gradients and their squares.
       TypeError: If ``inner`` or ``others`` is not an optax transformation, or ``subspace`` not a
         subspace rule.
 
@@ -153,6 +154,8 @@ def scale_by_projection(
         views = views_of(params)
         if weight_dimension_numbers is None:
             _check_found(params, views)
+        with jax.ensure_compile_time_eval():
+            parts.with_averages()  # refuses moments of which it is not known how to turn them
         places, matrices = itertools.count(), sum(v is not None for v in views)
         states = [
             None if v is None else init_leaf(parts, v.view, next(places) / matrices) for v in views
@@ -179,7 +182,7 @@ def scale_by_projection(
         views = _in_dtype_of(leaves, views_of(treedef.unflatten(likes), whole))
         states = unpack(parts, treedef, state)
         views = _in_size_of(parts, states, views)
-        runner = InnerRunner(parts, other, treedef, views, leaves)
+        runner = InnerRunner(parts.with_averages(), other, treedef, views, leaves)
         micro_step = state.count % micro_steps
         when = When(
             count=state.count // micro_steps,

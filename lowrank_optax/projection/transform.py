@@ -37,7 +37,7 @@ from lowrank_optax.projection.refreshing import When, refreshed, refreshed_witho
 from lowrank_optax.projection.residuals import ResidualSpec, residual_rule
 from lowrank_optax.projection.state import ScaleByProjectionState, pack, unpack
 from lowrank_optax.projection.subspaces import Subspace, both_sides
-from lowrank_optax.projection.transfer import OnRefresh, check_on_refresh
+from lowrank_optax.projection.transfer import OnRefresh, check_on_refresh, first_moment
 from lowrank_optax.projection.view import LeafView, Side, compute_dtype, leaf_view
 from lowrank_optax.slices.call import Call
 from lowrank_optax.slices.update import update_in_slices
@@ -161,7 +161,10 @@ def scale_by_projection(
             None if v is None else init_leaf(parts, v.view, next(places) / matrices) for v in views
         ]
         zeros = [_projected_zeros(parts, *pair) for pair in zip(leaves, views, states, strict=True)]
-        inner_state, others_state = InnerRunner(parts, other, treedef, views, zeros).init(zeros)
+        runner = InnerRunner(parts, other, treedef, views, zeros)
+        inner_state, others_state = runner.init(zeros)
+        if parts.residual.needs_moments:
+            _check_moments(views, runner.split(inner_state))
         return ScaleByProjectionState(
             jnp.zeros([], jnp.int32),
             *pack(parts, treedef, states),
@@ -277,6 +280,15 @@ def _check_found(params: Any, views: Sequence[LeafView | None]) -> None:
             f"names or shapes, the largest is {name!r} {shape}. Say which are by "
             "weight_dimension_numbers, as lro.weight_dimension_numbers(params, include=...)."
         )
+
+
+def _check_moments(views: Sequence[LeafView | None], inners: Sequence[Any]) -> None:
+    for view, inner in zip(views, inners, strict=True):
+        if view is not None and first_moment(inner, view.view) is None:
+            raise ValueError(
+                "residual has a momentum_decay=, but inner keeps no first moment that a refresh "
+                "could lose a part of: leave it out, as residuals.error_feedback()."
+            )
 
 
 def _views(

@@ -1,4 +1,4 @@
-"""The layers of a stack are updated as if each were a weight of its own, whatever befalls others."""
+"""Layers of a stack are updated as if each were a weight of its own, whatever befalls the others."""
 
 from collections.abc import Callable
 from typing import Any

@@ -13,7 +13,7 @@ from lowrank_optax.optimizers.lookahead import (
     Lookahead,
     check_inner_learning_rate,
 )
-from lowrank_optax.states.arguments import transformation
+from lowrank_optax.states.arguments import refuse_unused, transformation
 from lowrank_optax.states.precision import widened
 
 
@@ -71,7 +71,7 @@ def extrapolate(
       parameter's shape. After a gradient that is not finite, that leaf is not extrapolated.
 
     Raises:
-      ValueError: If an argument is out of range.
+      ValueError: If an argument is out of range, or has no effect on this direction.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro, optax
@@ -92,6 +92,12 @@ def extrapolate(
       https://arxiv.org/abs/2006.05720; extrapolation from the past: Popov, 1980.
     """
     check_inner_learning_rate(inner_learning_rate)
+    if direction != "normalized":
+        refuse_unused(
+            extrapolate,
+            f"direction={direction!r}",
+            weight_dimension_numbers=weight_dimension_numbers,
+        )
     look = Lookahead.checked(direction, max_norm, weight_dimension_numbers)
     inner = transformation("inner", inner)
 

@@ -20,6 +20,7 @@ from lowrank_optax.optimizers.lookahead import (
     check_inner_learning_rate,
 )
 from lowrank_optax.optimizers.workers import AxisName
+from lowrank_optax.states.arguments import refuse_unused
 
 
 def extrapolated_value_and_grad(
@@ -97,7 +98,7 @@ def extrapolated_value_and_grad(
       the arguments of the first pass.
 
     Raises:
-      ValueError: If an argument is out of range.
+      ValueError: If an argument is out of range, or has no effect on this variant.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro, optax
@@ -122,6 +123,14 @@ def extrapolated_value_and_grad(
     if local_groups is not None and local_groups < 1:
         raise ValueError(f"local_groups={local_groups} must be at least 1, or None.")
     check_inner_learning_rate(inner_learning_rate)
+    unused: dict[str, Any] = {}
+    if variant != "noise":
+        unused |= {"noise": noise, "filter_normalized": filter_normalized}
+    if variant in ("noise", "none"):
+        unused |= {"direction": direction, "max_norm": max_norm}
+    if not (filter_normalized if variant == "noise" else direction == "normalized"):
+        unused["weight_dimension_numbers"] = weight_dimension_numbers
+    refuse_unused(extrapolated_value_and_grad, f"variant={variant!r}", **unused)
     return ExtrapolatedValueAndGrad(
         loss_fn,
         variant,

@@ -20,7 +20,7 @@ from lowrank_optax.matrices import DimensionNumbersRule, resolve_dimension_numbe
 from lowrank_optax.matrices.paths import leaves_by_path, normalised_path
 from lowrank_optax.matrices.sums import summed_together
 from lowrank_optax.slices.whole import Whole, whole_of
-from lowrank_optax.states.arguments import transformation
+from lowrank_optax.states.arguments import refuse_unused, transformation
 
 Mode = Literal["grams", "cautious"]
 MaskScale = Literal["mean_clamped", "count_plus_one", "none"]
@@ -120,6 +120,12 @@ def direct(
         raise ValueError(f"mode={mode!r} must be 'grams' or 'cautious'.")
     if scale not in get_args(MaskScale):
         raise ValueError(f"scale={scale!r} must be 'mean_clamped', 'count_plus_one' or 'none'.")
+    rule = weight_dimension_numbers
+    if mode == "grams":
+        refuse_unused(with_gradient_direction, "mode='grams'", scale=scale)
+        refuse_unused(with_gradient_direction, "mode='grams'", weight_dimension_numbers=rule)
+    elif scale == "none":
+        refuse_unused(with_gradient_direction, "scale='none'", weight_dimension_numbers=rule)
     inner = transformation("inner", inner)
 
     def init_fn(params: optax.Params) -> Any:

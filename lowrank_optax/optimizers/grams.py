@@ -14,6 +14,7 @@ from lowrank_optax.optimizers.gradient_direction import (
     with_gradient_direction,
 )
 from lowrank_optax.quantization import Bits
+from lowrank_optax.states.arguments import refuse_unused
 from lowrank_optax.states.assemble import optimizer
 from lowrank_optax.states.precision import in_float32
 
@@ -174,6 +175,8 @@ def _scale_by_adam(
             f"eps_placement={eps_placement!r} must be 'before_bias_correction' or "
             "'after_bias_correction'."
         )
+    if not bias_correction:
+        refuse_unused(grams, "bias_correction=False", eps_placement=eps_placement)
     for name, decay in {"b1": b1, "b2": b2}.items():
         if isinstance(decay, numbers.Real) and not 0 <= decay < 1:
             raise ValueError(f"{name}={decay!r} must be at least 0 and below 1.")

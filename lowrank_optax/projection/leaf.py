@@ -16,7 +16,7 @@ from lowrank_optax.projection.view import LeafView, View, zeros_per_matrix
 
 
 class Parts(NamedTuple):
-    """What a projected optimizer is made of."""
+    """What a projected optimizer is made of; `averages` is known only while it runs."""
 
     inner: optax.GradientTransformationExtraArgs
     subspace: Subspace
@@ -24,6 +24,12 @@ class Parts(NamedTuple):
     refresh: RefreshRule
     on_refresh: transfer.OnRefresh
     scale: Any
+    averages: Any = None
+
+    def with_averages(self) -> "Parts":
+        """With how moments average, as in `transfer.averages_of`."""
+        follows = self.subspace.follow_momentum
+        return self._replace(averages=transfer.averages_of(self.inner, self.on_refresh, follows))
 
     @property
     def each_alone(self) -> bool:

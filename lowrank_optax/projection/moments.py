@@ -1,7 +1,8 @@
 """The inner optimizer on one leaf alone, and where in its state the moments are."""
 
+import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,8 @@ from lowrank_optax.states.moments import FIRST_MOMENTS, SECOND_MOMENTS, field
 
 # Names of arrays that a basis has no part in: the coefficients of Muon's iteration.
 CONSTANTS = ("ns_coeffs",)
+# Sizes of gradients that moments are looked at with: below any sensible threshold of clipping.
+_SIZES = (2.0**-10, 2.0**-12)
 
 
 def init_one(inner: optax.GradientTransformation, leaf: jax.Array, batch_ndim: int) -> Any:
@@ -79,20 +82,91 @@ def at_path(tree: Any, path: Any) -> Any:
     return leaves_by_path(tree)[path]
 
 
-def sibling(tree: Any, path: Any, names: tuple[str, ...]) -> Any:
-    """The leaf beside that at ``path`` with one of these names; None if there is none."""
-    for other, x in jax.tree_util.tree_leaves_with_path(tree):
-        if other[:-1] == path[:-1] and field(other) in names:
+class Average(NamedTuple):
+    """How a moment with a count beside it averages gradients, or their squares.
+
+    Attributes:
+      decays: What is left of it after a gradient of zero, at the first three steps.
+      sizes: What it is of a constant gradient, in units of that gradient's size (of its square),
+        for a gradient of each of two sizes; one for an average of the gradients themselves.
+      alone: Whether other moments have no part in it.
+    """
+
+    decays: tuple[jax.Array, ...]
+    sizes: tuple[jax.Array, ...]
+    alone: jax.Array
+
+    @property
+    def steady(self) -> jax.Array:
+        """Whether `correction` is right at all steps."""
+        first, second, third = self.decays
+        return self.alone & ((first == 0) | (second == third))
+
+    def correction(self, count: jax.Array, dtype: Any) -> jax.Array:
+        """The share ``1 - b**count`` of all gradients so far in the moment; one before the first.
+
+        The first decay may be another: zero, of a moment that starts as its first gradient.
+        """
+        first, decay = (jnp.asarray(x, dtype) for x in self.decays[:2])
+        return jnp.where(count == 0, 1, 1 - first * decay ** (count - 1))
+
+
+def averages(inner: optax.GradientTransformationExtraArgs) -> dict[Any, Average]:
+    """How each moment averages that has a count beside it, by its path in the state of one leaf.
+
+    Found by updates of a small matrix. Decays are read from what is left of a moment after a
+    gradient of zero: what stands before the moments, as clipping, changes gradients, not decays.
+    """
+    signs = jnp.array([[1.0, -1.0], [-1.0, 1.0]])  # of mean zero, in case means are removed
+    zeros = jnp.zeros_like(signs)
+    after = lambda gradient, state: leaves_by_path(inner.update(gradient, state, zeros)[1])
+    states = [inner.init(zeros)]
+    for _ in range(2):
+        states.append(inner.update(zeros, states[-1], zeros)[1])
+    orders = {}
+    for path, x in jax.tree_util.tree_leaves_with_path(states[0]):
+        order = 1 if field(path) in FIRST_MOMENTS else 2 if field(path) in SECOND_MOMENTS else 0
+        if order and x.shape == zeros.shape and count_beside(states[0], path) is not None:
+            orders[path] = order
+
+    def only(state: Any, one: Any) -> Any:
+        """The state with ones as one of its moments, and zeros as the others."""
+        value = lambda path, x: jnp.full_like(x, path == one) if path in orders else x
+        return jax.tree_util.tree_map_with_path(value, state)
+
+    found = {}
+    for path, order in orders.items():
+        left = [after(zeros, only(state, path)) for state in states]
+        decays = tuple(x[path][0, 0] for x in left)
+        apart = [jnp.abs(left[-1][other][0, 0]) < 1e-6 for other in orders if other != path]
+        weights = [after(size * signs, only(states[-1], None))[path][0, 0] for size in _SIZES]
+        found[path] = Average(
+            decays,
+            tuple(
+                weight / size**order / (1 - decays[-1])
+                for weight, size in zip(weights, _SIZES, strict=True)
+            ),
+            functools.reduce(jnp.logical_and, apart, jnp.array(True)),
+        )
+    return found
+
+
+def agree(x: jax.Array, y: jax.Array, *decays: jax.Array) -> bool:
+    """Whether two sizes of averages are the same but for rounding; True if they are traced.
+
+    What rounding a decay near one makes of a size is ``eps / (1 - decay)``.
+    """
+    values = (x, y, *decays)
+    if any(isinstance(value, jax.core.Tracer) for value in values):
+        return True
+    x, y, *near = map(float, values)
+    room = 1e-2 + sum(4 * float(jnp.finfo(jnp.float32).eps) / max(1 - d, 1e-6) for d in near)
+    return math.isfinite(y) and abs(x - y) <= room * abs(y)
+
+
+def count_beside(state: Any, path: Any) -> Any:
+    """The count of steps beside the moment at ``path``; None if there is none."""
+    for other, x in jax.tree_util.tree_leaves_with_path(state):
+        if other[:-1] == path[:-1] and field(other) in ("count", "step"):
             return x
     return None
-
-
-def decay_weights(inner: optax.GradientTransformationExtraArgs) -> Any:
-    """What a first gradient of one contributes to each moment: ``1 - b`` of an exponential average.
-
-    Found by an update with a gradient of one, so that bias corrections are the inner optimizer's
-    own, whatever it is and however its rates are given.
-    """
-    one = jnp.ones((1, 1))
-    state = inner.update(one, inner.init(one), one)[1]
-    return jax.tree.map(lambda x: x.reshape(-1)[0] if x.size else x, state)

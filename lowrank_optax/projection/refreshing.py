@@ -92,7 +92,7 @@ def _refresh(parts: Parts, leaf: Prepared, when: When, due: jax.Array) -> tuple[
 def _momentum(parts: Parts, leaf: Prepared) -> jax.Array | None:
     if not parts.subspace.follow_momentum:
         return None
-    return transfer.corrected_first_moment(parts.inner, leaf.inner, leaf.view)
+    return transfer.corrected_first_moment(leaf.inner, leaf.view, parts.averages)
 
 
 def _taken(
@@ -108,7 +108,14 @@ def _taken(
     )
     if parts.on_refresh != "keep":
         moved = transfer.transferred(
-            parts.on_refresh, parts.inner, inner, subspace, state.basis, basis, view
+            parts.on_refresh,
+            parts.inner,
+            inner,
+            subspace,
+            state.basis,
+            basis,
+            view,
+            parts.averages,
         )
         inner = select(jnp.broadcast_to(taken, view.batch), moved, inner)
     new_state = LeafState(

@@ -16,6 +16,7 @@ OnRefresh: TypeAlias = Literal["keep", "reset", "rotate", "rotate_moments"]
 CHOICES = ("keep", "reset", "rotate", "rotate_moments")
 
 Turn: TypeAlias = Callable[..., jax.Array]
+Averages: TypeAlias = dict[Any, moments.Average]
 
 
 class Moments(NamedTuple):
@@ -43,6 +44,7 @@ def transferred(
     old: Any,
     new: Any,
     view: View,
+    averages: Averages,
 ) -> Any:
     """The inner state of one leaf after its basis turned from ``old`` to ``new``.
 
@@ -67,7 +69,7 @@ def transferred(
             state,
         )
     turn = lambda x, squared=False: subspace.turn(old, new, x, view, squared)
-    return _rotated(inner, state, turn, view, second=on_refresh == "rotate_moments")
+    return _rotated(state, turn, view, averages if on_refresh == "rotate_moments" else None)
 
 
 def check_on_refresh(on_refresh: Any) -> None:
@@ -84,15 +86,64 @@ def first_moment(state: Any, view: View) -> jax.Array | None:
     return moments.at_path(state, paths[0]) if paths else None
 
 
-def corrected_first_moment(
-    inner: optax.GradientTransformationExtraArgs, state: Any, view: View
-) -> jax.Array | None:
-    """A leaf's first moment without the bias of its start; None if the inner keeps none."""
+def corrected_first_moment(state: Any, view: View, averages: Averages) -> jax.Array | None:
+    """A leaf's first moment as an average of its gradients; None if the inner keeps none."""
     paths = _first_paths(state, view)
     if not paths:
         return None
-    correction = _correction(inner, state, paths[0], view)
-    return moments.at_path(state, paths[0]) / correction
+    average = averages.get(paths[0])
+    size = 1 if average is None else jnp.asarray(average.sizes[0], view.dtype)
+    return moments.at_path(state, paths[0]) / (size * _correction(averages, state, paths[0], view))
+
+
+def averages_of(
+    inner: optax.GradientTransformationExtraArgs, on_refresh: OnRefresh, follows: bool
+) -> Averages:
+    """How the inner optimizer's moments average, where a refresh needs to know.
+
+    Args:
+      inner: The inner optimizer.
+      on_refresh: What becomes of its state.
+      follows: Whether the subspace rule follows the momentum.
+
+    Raises:
+      ValueError: If moments are averages of another kind. (Not where decays are traced.)
+    """
+    if on_refresh != "rotate_moments" and not follows:
+        return {}
+    found = moments.averages(inner)
+    for path, average in found.items():
+        if field(path) not in FIRST_MOMENTS and on_refresh == "rotate_moments":
+            _check_pair(found, path)
+        elif field(path) in FIRST_MOMENTS and follows:
+            steady = moments.agree(average.steady, jnp.array(True))
+            if not (steady and moments.agree(*average.sizes, average.decays[-1])):
+                raise ValueError(
+                    f"the subspace rule follows the momentum, but {jax.tree_util.keystr(path)} of "
+                    "the inner optimizer is no moving average of gradients in their own units, as "
+                    "that of optax.scale_by_adam. Take another subspace rule."
+                )
+    return found
+
+
+def _check_pair(found: Averages, path: Any) -> None:
+    """Refuses a second moment that is no average of the squares that the first is a mean of."""
+    beside = next(
+        (p for p in found if p[:-1] == path[:-1] and field(p) in FIRST_MOMENTS and p != path), None
+    )
+    if beside is None:  # then it only turns, as it is
+        return
+    one, two = found[beside], found[path]
+    decays = one.decays[-1], two.decays[-1]
+    fits = [moments.agree(x**2, y, *decays) for x, y in zip(one.sizes, two.sizes, strict=True)]
+    fits += [moments.agree(x.steady, jnp.array(True)) for x in (one, two)]
+    if not all(fits):
+        first, second = (jax.tree_util.keystr(p) for p in (beside, path))
+        raise ValueError(
+            f"on_refresh='rotate_moments' cannot rotate the inner state's {second}: it is no "
+            f"moving average, of one decay, of the squares that {first} averages. Take 'rotate', "
+            "'keep' or 'reset'."
+        )
 
 
 def _first_paths(state: Any, view: View) -> list[Any]:
@@ -103,50 +154,39 @@ def _first_paths(state: Any, view: View) -> list[Any]:
     ]
 
 
-def _rotated(
-    inner: optax.GradientTransformationExtraArgs,
-    state: Any,
-    turn: Turn,
-    view: View,
-    second: bool,
-) -> Any:
+def _rotated(state: Any, turn: Turn, view: View, averages: Averages | None) -> Any:
+    """Moments in the new basis, second ones only if it is known how they average."""
     paths = moments.moment_paths(state, view.projected_shape, len(view.batch))
     moved = {path: turn(moments.at_path(state, path)) for path in paths["first"]}
-    if second:
+    if averages is not None:
         for path in paths["second"]:
-            moved[path] = _turned_second_moment(inner, state, path, turn, view, moved)
+            moved[path] = _turned_second_moment(state, path, turn, view, moved, averages)
     return jax.tree_util.tree_map_with_path(
         lambda path, x: moved[path].astype(x.dtype) if path in moved else x, state
     )
 
 
 def _turned_second_moment(
-    inner: optax.GradientTransformationExtraArgs,
     state: Any,
     path: Any,
     turn: Turn,
     view: View,
     moved: dict[Any, jax.Array],
+    averages: Averages,
 ) -> jax.Array:
     second = moments.at_path(state, path)
-    correction = _correction(inner, state, path, view)
-    second = second / correction
     beside = [p for p in moved if p[:-1] == path[:-1]]
     if not beside:  # no mean is kept: all of it is variance
-        return correction * jnp.abs(turn(second, squared=True))
-    unbias = _correction(inner, state, beside[0], view)
+        return jnp.abs(turn(second, squared=True))
+    correction, unbias = (_correction(averages, state, p, view) for p in (path, beside[0]))
     mean = moments.at_path(state, beside[0]) / unbias
-    variance = turn(second - mean**2, squared=True)
+    variance = turn(second / correction - mean**2, squared=True)
     return correction * jnp.abs(variance + (moved[beside[0]] / unbias) ** 2)
 
 
-def _correction(
-    inner: optax.GradientTransformationExtraArgs, state: Any, path: Any, view: View
-) -> jax.Array:
+def _correction(averages: Averages, state: Any, path: Any, view: View) -> jax.Array:
     """``1 - b**count`` of a moment, ``[*batch, 1, 1]``; one where there is no count beside it."""
-    count = moments.sibling(state, path, ("count", "step"))
+    count = moments.count_beside(state, path)
     if count is None:
         return jnp.ones((), view.dtype)
-    weight = moments.at_path(moments.decay_weights(inner), path)
-    bias = 1 - (1 - weight.astype(view.dtype)) ** count
-    return jnp.where(bias == 0, 1, bias)[..., None, None]
+    return averages[path].correction(count, view.dtype)[..., None, None]

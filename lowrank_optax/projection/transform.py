@@ -39,7 +39,7 @@ from lowrank_optax.projection.refreshing import When, refreshed, refreshed_witho
 from lowrank_optax.projection.residuals import ResidualSpec, residual_rule
 from lowrank_optax.projection.state import ScaleByProjectionState, pack, unpack
 from lowrank_optax.projection.subspaces import Subspace, both_sides
-from lowrank_optax.projection.transfer import OnRefresh, check_on_refresh
+from lowrank_optax.projection.transfer import OnRefresh, check_on_refresh, first_moment
 from lowrank_optax.projection.view import LeafView, Side, compute_dtype, leaf_view
 from lowrank_optax.slices.call import Call
 from lowrank_optax.slices.update import update_in_slices
@@ -107,9 +107,10 @@ def scale_by_projection(
 
     Raises:
       ValueError: If an argument is out of range, a spec does not fit, or two choices exclude each
-        other; in ``init``, if no leaf is a matrix though some have two axes or more, or a pattern
-        of ``subspace`` matches no matrix. If most elements of leaves of two axes or more are left
-        out, ``init`` warns.
+        other; in ``init``, if no leaf is a matrix though some have two axes or more, if a pattern
+        of ``subspace`` matches no matrix, or if moments are to be rotated or followed that are no
+        moving averages of gradients and their squares. If most elements of leaves of two axes or
+        more are left out, ``init`` warns.
       TypeError: If ``inner`` or ``others`` is not an optax transformation, or ``subspace`` not a
         subspace rule.
 
@@ -155,12 +156,17 @@ def scale_by_projection(
         leaves, treedef = jax.tree.flatten(params)
         views = views_of(params)
         _check_found(params, views, parts.subspace)
+        with jax.ensure_compile_time_eval():
+            parts.with_averages()  # refuses moments of which it is not known how to turn them
         places, matrices = itertools.count(), sum(v is not None for v in views)
         states = [
             None if v is None else init_leaf(parts, v.view, next(places) / matrices) for v in views
         ]
         zeros = [_projected_zeros(parts, *pair) for pair in zip(leaves, views, states, strict=True)]
-        inner_state, others_state = InnerRunner(parts, other, treedef, views, zeros).init(zeros)
+        runner = InnerRunner(parts, other, treedef, views, zeros)
+        inner_state, others_state = runner.init(zeros)
+        if parts.residual.needs_moments:
+            _check_moments(views, runner.split(inner_state))
         return ScaleByProjectionState(
             jnp.zeros([], jnp.int32),
             *pack(parts, treedef, states),
@@ -181,7 +187,7 @@ def scale_by_projection(
         views = _in_dtype_of(leaves, views_of(treedef.unflatten(likes), whole))
         states = unpack(parts, treedef, state)
         views = _in_size_of(parts, states, views)
-        runner = InnerRunner(parts, other, treedef, views, leaves)
+        runner = InnerRunner(parts.with_averages(), other, treedef, views, leaves)
         micro_step = state.count % micro_steps
         when = When(
             count=state.count // micro_steps,
@@ -298,6 +304,15 @@ def _check_found(params: Any, views: Sequence[LeafView | None], subspace: Subspa
             "lro.selection_table(params) shows which are.",
             stacklevel=4,
         )
+
+
+def _check_moments(views: Sequence[LeafView | None], inners: Sequence[Any]) -> None:
+    for view, inner in zip(views, inners, strict=True):
+        if view is not None and first_moment(inner, view.view) is None:
+            raise ValueError(
+                "residual has a momentum_decay=, but inner keeps no first moment that a refresh "
+                "could lose a part of: leave it out, as residuals.error_feedback()."
+            )
 
 
 def _views(

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax.schedules.gradient_noise import GradientNoise, ratio
+from lowrank_optax.states.arguments import refuse_unused
 
 BatchSizeTest = Literal["norm", "inner_product", "augmented"]
 Bucket = Literal["power_of_two", "multiple"]
@@ -137,6 +138,9 @@ class AdaptiveBatchSize:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} must be one of {get_args(known)}."
                 )
+        used = {"norm": ("eta",), "inner_product": ("theta",), "augmented": ("theta", "nu")}
+        for name in {"eta", "theta", "nu"} - set(used[self.test]):
+            refuse_unused(AdaptiveBatchSize, f"test={self.test!r}", **{name: getattr(self, name)})
         if not 0 <= self.decay < 1:
             raise ValueError(f"decay={self.decay} must be at least 0 and below 1.")
         if self.initial % self.unit:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.schedules.cycle_schedules import Shape, one_cycle_schedules
+from lowrank_optax.states.arguments import refuse_unused
 from lowrank_optax.states.precision import in_float32, keep_dtypes
 
 MOMENTUM_NAMES = ("momentum", "b1")
@@ -89,6 +90,10 @@ def one_cycle(
     """
     taken = inspect.signature(optimizer_factory).parameters
     momentum = _momentum_argument(taken, momentum_name)
+    if momentum is None:
+        names = " and ".join(MOMENTUM_NAMES)
+        because = f"momentum_name=None or an optimizer_factory without {names}"
+        refuse_unused(one_cycle, because, max_momentum=max_momentum, min_momentum=min_momentum)
     cycled = ["learning_rate"] if momentum is None else ["learning_rate", momentum]
     _check_factory(optimizer_factory, taken, cycled, hyperparams)
     factory = optimizer_factory

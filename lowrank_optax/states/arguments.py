@@ -1,7 +1,11 @@
-"""Arguments that are optax transformations."""
+"""Arguments that are optax transformations, and those that have no effect beside another one."""
 
+from collections.abc import Callable
+import inspect
 from typing import Any
 
+import jax
+import numpy as np
 import optax
 
 
@@ -26,3 +30,37 @@ def transformation(name: str, value: Any) -> optax.GradientTransformationExtraAr
         raise TypeError(f"{name}={called} {must} the function {called} returns: call it.")
     shown = repr(value) if isinstance(value, int | float | str | None) else type(value).__name__
     raise TypeError(f"{name}={shown} {must} optax.adam(1e-3).")
+
+
+def refuse_unused(function: Callable[..., Any], because: str, **values: Any) -> None:
+    """Refuses arguments of ``function`` that differ from their defaults, though they do nothing.
+
+    Numbers that are traced are let through: under ``optax.inject_hyperparams`` defaults are too.
+
+    Args:
+      function: The function, or the dataclass, that has the arguments.
+      because: What leaves them without effect, as ``"inner"`` or ``"mode='grams'"``.
+      **values: The arguments, by name.
+
+    Raises:
+      ValueError: If one was given.
+
+    Example:
+      >>> import lowrank_optax as lro
+      >>> refuse_unused(lro.galore, "inner", b1=0.8)
+      Traceback (most recent call last):
+        ...
+      ValueError: b1=0.8 has no effect with inner: leave it out.
+    """
+    parameters = inspect.signature(function).parameters
+    for name, value in values.items():
+        if _differs(value, parameters[name].default):
+            raise ValueError(f"{name}={value!r} has no effect with {because}: leave it out.")
+
+
+def _differs(value: Any, default: Any) -> bool:
+    if value is default or isinstance(value, jax.core.Tracer):
+        return False
+    if isinstance(value, jax.Array | np.generic) and isinstance(default, int | float):
+        return bool(np.any(np.asarray(value) != np.asarray(default, value.dtype)))
+    return bool(value != default)

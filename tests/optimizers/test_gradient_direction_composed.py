@@ -73,7 +73,8 @@ def test_gradients_that_arrive_projected_are_refused_in_full_space() -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_accumulated_gradients_give_the_sign_of_their_mean(mode: Any) -> None:
     """Also where the last micro-batch has the other sign."""
-    tx = with_gradient_direction(optax.sgd(1.0, momentum=0.9), mode, "none")
+    scale = {"scale": "none"} if mode == "cautious" else {}
+    tx = with_gradient_direction(optax.sgd(1.0, momentum=0.9), mode, **scale)
     means = [jnp.array([1.0, -2.0, 0.5]), jnp.array([-0.25, -1.0, 0.0])]
     micro = [x for mean in means for x in (3 * mean, -mean)]
     steps = optax.MultiSteps(tx, 2).gradient_transformation()

@@ -6,10 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import lowrank_optax as lro
 from tests.projection.rules import AXES, Case, decaying, gram_error, normal
+from tests.projection.runs import run
 
 WEIGHT = 0.908
 
@@ -65,3 +67,20 @@ def test_the_layers_of_a_stack_begin_one_by_one() -> None:
     new = many.refresh(jax.random.key(0), stack, jnp.stack([jnp.zeros((6, 3)), old]))
     np.testing.assert_allclose(new[0], one.found(stack[0]), atol=1e-4)
     np.testing.assert_allclose(new[1], _expected(stack[1], old, None), atol=1e-4)
+
+
+def test_a_momentum_in_other_units_than_the_gradient_is_brought_to_them() -> None:
+    gradients = [{"kernel": normal(6, 9, seed=i)} for i in range(3)]
+    rule = lro.subspaces.power_iteration(2)
+    bases = []
+    for inner in (optax.scale_by_adam(), optax.chain(optax.scale(128.0), optax.scale_by_adam())):
+        tx = lro.scale_by_projection(inner, rule, refresh_every=1)
+        bases.append(run(tx, gradients[0], gradients)[-1][1].basis["kernel"])
+    np.testing.assert_allclose(*bases, atol=1e-4)
+
+
+def test_a_momentum_that_is_no_average_of_gradients_is_not_followed() -> None:
+    inner = optax.chain(optax.scale_by_sign(), optax.scale_by_adam())
+    tx = lro.scale_by_projection(inner, lro.subspaces.power_iteration(2))
+    with pytest.raises(ValueError, match=r"follows the momentum, but .*mu.* in their own units"):
+        tx.init({"kernel": jnp.ones((6, 9))})

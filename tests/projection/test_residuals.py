@@ -101,7 +101,7 @@ def test_the_residual_of_fira_is_scaled_column_by_column() -> None:
 @FORMS
 @pytest.mark.parametrize("granularity", ["channel", "tensor"])
 @pytest.mark.parametrize("orthonormal_basis", [True, False])
-def test_the_norm_of_the_residual_is_known_without_forming_it(
+def test_the_norm_of_the_residual_is_that_of_what_is_applied(
     form: Any, granularity: Any, orthonormal_basis: bool
 ) -> None:
     basis = BASIS if orthonormal_basis else jax.random.normal(jax.random.key(3), (5, 2))
@@ -114,6 +114,20 @@ def test_the_norm_of_the_residual_is_known_without_forming_it(
     kernel = np.asarray(updates["kernel"], np.float64) - lifted
     applied = np.linalg.norm(kernel) / (0.25 if form == "paper" else 1)
     assert_close(state.residual["kernel"], applied, 800, dtype=np.float32)
+
+
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+def test_the_norm_of_a_residual_far_smaller_than_the_gradient_is_right(granularity: Any) -> None:
+    length, count, rank = 48, 64, 8
+    basis = orthonormal(length, rank)
+    inside, beside = (normal_gradients(s, 1)[0]["kernel"] for s in ((rank, count), (length, count)))
+    gradient = basis @ inside + 1e-5 * beside
+    fira = residuals.fira(granularity=granularity)
+    tx = _projected(fira, optax.identity(), subspace=lro.subspaces.fixed(basis))
+    norm = first(tx, {"kernel": gradient})[1].residual["kernel"]
+    p, g = np.asarray(basis, np.float64), np.asarray(gradient, np.float64)
+    expected = np.linalg.norm(g - p @ (p.T @ g))  # all factors are one
+    np.testing.assert_allclose(norm, expected, rtol=1e-3)
 
 
 def test_a_column_outside_the_subspace_gets_no_first_update() -> None:

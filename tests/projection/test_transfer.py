@@ -90,6 +90,49 @@ def test_moments_turn_by_the_rule_of_ldadam() -> None:
     assert_close(state.inner.nu["kernel"], adam.second, 800)
 
 
+@pytest.mark.parametrize(
+    ("before", "factor"),
+    [
+        (lambda: optax.clip_by_global_norm(0.1), lambda x: 0.1 / np.linalg.norm(x)),
+        (lambda: optax.scale(128.0), lambda x: 128.0),
+    ],
+    ids=["clipped", "scaled"],
+)
+def test_moments_of_changed_gradients_turn_by_their_own_decays(before: Any, factor: Any) -> None:
+    gradients = normal_gradients(SHAPE, 3)
+    turn = np.asarray(orthonormal(3, 3, seed=1), np.float64)
+    inner = optax.chain(before(), optax.scale_by_adam())
+    tx = _projected(_sequence(turn), "rotate_moments", refresh_every=2, inner=inner)
+    _, state = run(tx, {"kernel": jnp.zeros(SHAPE)}, gradients)[-1]
+
+    basis, adam = np.asarray(BASIS, np.float64), Adam(eps=1e-8)
+    for i, gradient in enumerate(float64(gradients)):
+        if i == 2:
+            adam.turn(turn.T)
+            basis = basis @ turn
+        seen = basis.T @ gradient
+        adam.update(seen * factor(seen))
+    assert_close(state.inner[1].mu["kernel"], adam.first, 800)
+    assert_close(state.inner[1].nu["kernel"], adam.second, 800)
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        optax.scale_by_belief,
+        optax.scale_by_adamax,
+        optax.scale_by_yogi,
+        optax.contrib.scale_by_adopt,
+    ],
+    ids=lambda inner: inner.__name__,
+)
+def test_second_moments_that_are_not_mean_squares_are_not_rotated(inner: Any) -> None:
+    params = {"kernel": jnp.ones(SHAPE)}
+    tx = _projected(lro.subspaces.svd(2), "rotate_moments", inner=inner())
+    with pytest.raises(ValueError, match=r"'rotate_moments'.*nu.*'rotate', 'keep' or 'reset'"):
+        tx.init(params)
+
+
 def test_second_moments_stay_where_they_are_if_only_first_ones_rotate() -> None:
     gradient = normal_gradients(SHAPE, 1)[0]
     tx = _projected(_sequence(-np.eye(3)), "rotate")

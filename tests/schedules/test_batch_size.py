@@ -41,7 +41,8 @@ def noise_of(
     ],
 )
 def test_worked_example_asks_for_these_sizes(test: Any, nu: float, expected: float) -> None:
-    options = HALF | {"nu": nu}
+    used = {"norm": ["eta"], "inner_product": ["theta"], "augmented": ["theta", "nu"]}[test]
+    options = {name: x for name, x in (HALF | {"nu": nu}).items() if name in used}
     control = AdaptiveBatchSize(initial=1, maximum=64, test=test, bucket="multiple", **options)
     noise = NOISE(WORKED)
     assert control.required(noise) == pytest.approx(expected, abs=1e-4)

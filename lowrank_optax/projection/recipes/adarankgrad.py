@@ -7,6 +7,7 @@ import optax
 
 from lowrank_optax.matrices import DimensionNumbersRule
 from lowrank_optax.projection.rank import RankSpec
+from lowrank_optax.projection.recipes.chosen import chosen_subspace
 from lowrank_optax.projection.refresh import RefreshRule, when_converged
 from lowrank_optax.projection.subspaces import Subspace, adaptive_rank, randomized_svd
 from lowrank_optax.projection.transfer import OnRefresh
@@ -18,7 +19,7 @@ from lowrank_optax.states.assemble import optimizer
 
 def adarankgrad(
     learning_rate: optax.ScalarOrSchedule,
-    rank: RankSpec = 128,
+    rank: RankSpec | None = None,
     refresh_every: int | RefreshRule | None = 200,
     scale: float = 0.25,
     b1: float = 0.9,
@@ -50,7 +51,7 @@ def adarankgrad(
 
     Args:
       learning_rate: A float or an optax schedule; GaLore's values.
-      rank: The largest rank: see `galore`.
+      rank: The largest rank, 128 if None: see `galore`.
       refresh_every: Longest stay in a subspace; or one of ``lowrank_optax.refresh``.
       scale: GaLore's :math:`\alpha`.
       b1: Decay of the first moment.
@@ -92,7 +93,7 @@ def adarankgrad(
     """
     if isinstance(refresh_every, int):
         refresh_every = when_converged(shortest=max(1, refresh_every // 4), longest=refresh_every)
-    found = randomized_svd(rank) if subspace is None else subspace
+    found = chosen_subspace(subspace, rank, 128, randomized_svd)
     projected = scale_by_projection(
         optax.scale_by_adam(b1, b2, eps),
         adaptive_rank(found, min_rank, rank_step, threshold, monotone),

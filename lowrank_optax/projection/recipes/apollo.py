@@ -8,6 +8,7 @@ import optax
 from lowrank_optax.matrices import DimensionNumbersRule
 from lowrank_optax.projection import residuals
 from lowrank_optax.projection.rank import RankSpec
+from lowrank_optax.projection.recipes.chosen import chosen_subspace
 from lowrank_optax.projection.subspaces import Subspace, random
 from lowrank_optax.projection.transform import scale_by_projection
 from lowrank_optax.projection.view import Side
@@ -17,7 +18,7 @@ from lowrank_optax.states.assemble import optimizer
 
 def apollo(
     learning_rate: optax.ScalarOrSchedule,
-    rank: RankSpec = 0.25,
+    rank: RankSpec | None = None,
     refresh_every: int | None = 200,
     scale: float = 1.0,
     b1: float = 0.9,
@@ -48,7 +49,7 @@ def apollo(
 
     Args:
       learning_rate: A float or an optax schedule; 0.01 in the paper's pre-training.
-      rank: Size of the projection; a quarter of the smaller side in the paper, see also `galore`.
+      rank: Size of the projection: see `galore`; None for a quarter of the smaller side.
       refresh_every: Steps from one random basis to the next.
       scale: :math:`\alpha`, of which the root is taken (official code): 1; the width over the rank
         in fine-tuning.
@@ -85,7 +86,7 @@ def apollo(
         raise ValueError(f"scale={scale!r} must be a positive number.")
     projected = scale_by_projection(
         optax.scale_by_adam(b1, b2, eps),
-        random(rank) if subspace is None else subspace,
+        chosen_subspace(subspace, rank, 0.25, random),
         residual=residuals.gradient_scaling(gamma, (b1, b2), granularity),
         refresh_every=refresh_every,
         scale=scale**0.5,

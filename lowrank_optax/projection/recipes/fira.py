@@ -8,6 +8,7 @@ import optax
 from lowrank_optax.matrices import DimensionNumbersRule
 from lowrank_optax.projection import residuals
 from lowrank_optax.projection.rank import RankSpec
+from lowrank_optax.projection.recipes.chosen import chosen_subspace
 from lowrank_optax.projection.refresh import RefreshRule
 from lowrank_optax.projection.subspaces import Subspace, randomized_svd
 from lowrank_optax.projection.transfer import OnRefresh
@@ -19,7 +20,7 @@ from lowrank_optax.states.assemble import optimizer
 
 def fira(
     learning_rate: optax.ScalarOrSchedule,
-    rank: RankSpec = 128,
+    rank: RankSpec | None = None,
     refresh_every: int | RefreshRule | None = 200,
     scale: float = 0.25,
     b1: float = 0.9,
@@ -52,7 +53,7 @@ def fira(
 
     Args:
       learning_rate: A float or an optax schedule; 0.01 in the paper's pre-training.
-      rank: Number of directions kept: see `galore`.
+      rank: Number of directions kept, 128 if None: see `galore`.
       refresh_every: Steps from one basis to the next: see `galore`.
       scale: :math:`\alpha`: 0.25 below 1B parameters, 0.0625 from there on.
       b1: Decay of the first moment.
@@ -90,7 +91,7 @@ def fira(
     """
     projected = scale_by_projection(
         optax.scale_by_adam(b1, b2, eps),
-        randomized_svd(rank) if subspace is None else subspace,
+        chosen_subspace(subspace, rank, 128, randomized_svd),
         residual=residuals.fira(
             gamma, residual_form, decays=(b1, b2) if residual_form == "code" else None
         ),

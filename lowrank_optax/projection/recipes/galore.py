@@ -7,6 +7,7 @@ import optax
 
 from lowrank_optax.matrices import DimensionNumbersRule
 from lowrank_optax.projection.rank import RankSpec
+from lowrank_optax.projection.recipes.chosen import chosen_inner, chosen_subspace
 from lowrank_optax.projection.refresh import RefreshRule
 from lowrank_optax.projection.subspaces import Subspace, quantized, randomized_svd
 from lowrank_optax.projection.subspaces.quantized import BasisBits
@@ -19,7 +20,7 @@ from lowrank_optax.states.assemble import optimizer
 
 def galore(
     learning_rate: optax.ScalarOrSchedule,
-    rank: RankSpec = 128,
+    rank: RankSpec | None = None,
     refresh_every: int | RefreshRule | None = 200,
     scale: float = 0.25,
     b1: float = 0.9,
@@ -56,7 +57,7 @@ def galore(
         parameters and 0.005 for 7B, with ``scale=0.25``: ten times an Adam rate, since the
         product of both is what counts.
       rank: Number of directions kept: an int, a fraction, ``{pattern: rank}`` or a function of path
-        and shape. The paper takes a quarter to a half of the model's width.
+        and shape; 128 if None. The paper takes a quarter to a half of the model's width.
       refresh_every: Steps from one basis to the next (50 to 1000 all work in the paper), or one of
         ``lowrank_optax.refresh``.
       scale: The paper's :math:`\alpha`, of projected leaves alone.
@@ -66,11 +67,11 @@ def galore(
         the official code adds it before). The default is the official code's.
       weight_decay: Decoupled decay :math:`\lambda`, of the full weights.
       weight_decay_mask: Which leaves decay: as ``mask`` of ``optax.adamw``.
-      subspace: How the basis is found, if not by ``subspaces.randomized_svd(rank)``; ``rank`` is
-        then ignored.
+      subspace: How the basis is found, if not by ``subspaces.randomized_svd(rank)``; leave
+        ``rank`` out then, the rule has its own.
       basis_bits: Bits of a basis between refreshes, 16 (bfloat16), 8 or 4 (Q-GaLore): see
         ``subspaces.quantized``; None for float32.
-      inner: The optimizer in the subspace, if not Adam (``b1``, ``b2``, ``eps`` are then ignored).
+      inner: The optimizer in the subspace, if not Adam; leave ``b1``, ``b2`` and ``eps`` out then.
       on_refresh: What becomes of the moments when the basis turns: see `scale_by_projection`.
       side: Which side of a matrix is compressed: see `scale_by_projection`.
       accumulate_steps: Micro-batches to a step: see `scale_by_projection`.
@@ -82,8 +83,9 @@ def galore(
       The optimizer.
 
     Raises:
-      TypeError: If ``rank`` is none.
-      ValueError: If ``rank`` or ``refresh_every`` is below 1, or ``side`` unknown.
+      TypeError: If ``rank`` is of another type.
+      ValueError: If ``rank`` or ``refresh_every`` is below 1, or ``side`` unknown, or an argument
+        has no effect with another one.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro, optax
@@ -104,9 +106,9 @@ def galore(
       https://arxiv.org/abs/2403.03507. The basis by randomized SVD: Su et al., GaLore 2, 2025,
       https://arxiv.org/abs/2504.20437.
     """
-    rule = randomized_svd(rank) if subspace is None else subspace
+    rule = chosen_subspace(subspace, rank, 128, randomized_svd)
     projected = scale_by_projection(
-        optax.scale_by_adam(b1, b2, eps) if inner is None else inner,
+        chosen_inner(galore, inner, b1, b2, eps),
         rule if basis_bits is None else quantized(rule, basis_bits),
         on_refresh=on_refresh,
         refresh_every=refresh_every,

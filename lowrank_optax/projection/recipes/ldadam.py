@@ -8,17 +8,19 @@ import optax
 from lowrank_optax.matrices import DimensionNumbersRule
 from lowrank_optax.projection import residuals
 from lowrank_optax.projection.rank import RankSpec
+from lowrank_optax.projection.recipes.chosen import chosen_subspace
 from lowrank_optax.projection.refresh import RefreshRule
 from lowrank_optax.projection.subspaces import Subspace, power_iteration, randomized_svd
 from lowrank_optax.projection.transform import scale_by_projection
 from lowrank_optax.projection.view import Side
 from lowrank_optax.quantization import Bits
+from lowrank_optax.states.arguments import refuse_unused
 from lowrank_optax.states.assemble import optimizer
 
 
 def ldadam(
     learning_rate: optax.ScalarOrSchedule,
-    rank: RankSpec = 128,
+    rank: RankSpec | None = None,
     refresh_every: int | RefreshRule | None = 1,
     b1: float = 0.908,
     b2: float = 0.99,
@@ -49,7 +51,7 @@ def ldadam(
 
     Args:
       learning_rate: A float or an optax schedule.
-      rank: Number of directions: see `galore`.
+      rank: Number of directions, 128 if None: see `galore`.
       refresh_every: Steps from one power iteration to the next: see `galore`.
       b1: Decay of the first moment.
       b2: Decay of the second moment.
@@ -58,7 +60,8 @@ def ldadam(
       rho: Weight :math:`\rho` of the momentum in what the subspace follows.
       error_feedback: Bits of the error, 32 or 8; None for no feedback.
       weight_decay_mask: Which leaves decay: as ``mask`` of ``optax.adamw``.
-      subspace: The subspace rule, if not ``subspaces.power_iteration(rank, rho)``.
+      subspace: The subspace rule, if not ``subspaces.power_iteration(rank, rho)``; leave ``rank``
+        and ``rho`` out then.
       side: Which side of a matrix is compressed: see `scale_by_projection`.
       state_bits: Bits of the moments between steps, 8 or 4: see `low_bit`; None for float32.
       seed: Seed of the first basis, by a randomized range finder (in the code, an SVD).
@@ -83,9 +86,12 @@ def ldadam(
       https://arxiv.org/abs/2410.16103, Algorithm 1.
     """
     keeps_error = error_feedback is not None
+    followed = lambda rank: power_iteration(rank, rho, initial=randomized_svd(rank))
+    if subspace is not None:
+        refuse_unused(ldadam, "subspace", rho=rho)
     projected = scale_by_projection(
         optax.scale_by_adam(b1, b2, eps),
-        power_iteration(rank, rho, initial=randomized_svd(rank)) if subspace is None else subspace,
+        chosen_subspace(subspace, rank, 128, followed),
         residual=residuals.error_feedback(error_feedback, b1) if keeps_error else "drop",
         on_refresh="rotate_moments",
         refresh_every=refresh_every,

@@ -7,10 +7,12 @@ import optax
 
 from lowrank_optax.matrices import DimensionNumbersRule
 from lowrank_optax.projection.rank import RankSpec
+from lowrank_optax.projection.recipes.chosen import chosen_inner
 from lowrank_optax.projection.subspaces import online_pca
 from lowrank_optax.projection.transform import scale_by_projection
 from lowrank_optax.projection.view import Side
 from lowrank_optax.quantization import Bits
+from lowrank_optax.states.arguments import refuse_unused
 from lowrank_optax.states.assemble import optimizer
 
 
@@ -84,10 +86,12 @@ def online_subspace_descent(
       https://arxiv.org/abs/2408.12857, Algorithm 1.
     """
     rate = subspace_learning_rate
+    if subspace_optimizer is not None:
+        refuse_unused(online_subspace_descent, "subspace_optimizer", subspace_learning_rate=rate)
     adam = optax.adam(_one_step_later(rate) if callable(rate) else rate)
     moves = adam if subspace_optimizer is None else subspace_optimizer
     projected = scale_by_projection(
-        optax.scale_by_adam(b1, b2, eps) if inner is None else inner,
+        chosen_inner(online_subspace_descent, inner, b1, b2, eps),
         online_pca(rank, moves, penalty),
         refresh_every=None,
         scale=scale,

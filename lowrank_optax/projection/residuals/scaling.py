@@ -34,8 +34,7 @@ def fira(
     and the update is :math:`\alpha (P N + S)` after the growth of :math:`\lVert S \rVert_F` is
     limited. The official code differs: the residual is :math:`G - \alpha P R`, and ``S`` is not
     multiplied by :math:`\alpha`, so that outside the subspace it is :math:`1/\alpha` times larger;
-    the paper's numbers were made with it. One float is kept for each matrix, and no full-size
-    temporary is made.
+    the paper's numbers were made with it. One float is kept for each matrix.
 
     Args:
       gamma: Largest growth of the residual's norm from step to step; ``inf`` for no limit.
@@ -70,15 +69,12 @@ def fira(
 
     def update(previous: jax.Array, step: Step) -> tuple[jax.Array, jax.Array]:
         matrix = step.gradient()
-        whole = _norms(matrix, step.view, granularity)
-        factors = _factors(step, granularity, floor * whole)
+        least = floor * _norms(matrix, step.view, granularity) if floor else 0.0
+        factors = _factors(step, granularity, least)
         inside = step.scale if form == "code" else 1.0
-        lost = (
-            whole**2
-            + (inside**2 * _lifted_squares(step, granularity))
-            - (2 * inside * _norms(step.projected, step.view, granularity) ** 2)
-        )
-        norm = jnp.sqrt(jnp.sum(factors**2 * jnp.maximum(lost, 0), axis=(-2, -1)))
+        # Formed for its norm: the difference of squared norms would cancel where it is small.
+        lost = _norms(matrix - inside * step.lift(step.projected), step.view, granularity)
+        norm = jnp.sqrt(jnp.sum((factors * lost) ** 2, axis=(-2, -1)))
         limit, previous = _limited(norm, previous, gamma, decays, step.count)
         factors = factors * limit[..., None, None]
         outside = factors if form == "code" else step.scale * factors
@@ -163,15 +159,6 @@ def _factors(step: Step, granularity: Granularity, least: jax.Array | float) -> 
     answer = _norms(step.answer, step.view, granularity)
     projected = _norms(step.projected, step.view, granularity)
     return answer / (jnp.maximum(projected, least) + _TINY)
-
-
-def _lifted_squares(step: Step, granularity: Granularity) -> jax.Array:
-    """``‖P R_j‖²`` without lifting: it is ``‖R_j‖²`` where the basis is orthonormal."""
-    if step.subspace.orthonormal:
-        return _norms(step.projected, step.view, granularity) ** 2
-    again = step.subspace.turn(step.basis, step.basis, step.projected, step.view)  # PᵀP R
-    axes = step.view.axis if granularity == "channel" else (-2, -1)
-    return jnp.sum(step.projected * again, axis=axes, keepdims=True)
 
 
 def _limited(

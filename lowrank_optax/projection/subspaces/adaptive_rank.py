@@ -69,6 +69,8 @@ def adaptive_rank(
                 f"{name}={value!r} must be an int of at least 1; under optax.inject_hyperparams, "
                 "list it in static_args."
             )
+    if isinstance(rule.rank, int) and min_rank > rule.rank:
+        raise ValueError(f"min_rank={min_rank!r} must be at most the rule's rank, {rule.rank!r}.")
     if isinstance(threshold, int | float) and not 0 <= threshold <= 1:
         raise ValueError(f"threshold={threshold!r} must be between 0 and 1.")
     if rule.shared or rule.track is not None or not rule.orthonormal:

@@ -17,6 +17,7 @@ from lowrank_optax.schedules.weight_decay.equilibrium import Optimizer, check_op
 from lowrank_optax.schedules.weight_decay.groups import Groups, LabelRule, find_groups
 from lowrank_optax.schedules.weight_decay.measurements import MEASURED, NONE, leaf_sums, measure
 from lowrank_optax.schedules.weight_decay.rates import check_rate, learning_rate_at
+from lowrank_optax.states.arguments import refuse_unused
 from lowrank_optax.states.precision import value_at
 
 
@@ -119,6 +120,10 @@ def monitor_weight_decay(
     """
     _check(groups, every, learning_rate, weight_decay)
     check_optimizer(optimizer, momentum)
+    if weight_decay is None:
+        refuse_unused(
+            monitor_weight_decay, "weight_decay=None", weight_decay_mask=weight_decay_mask
+        )
     groups_of = lambda tree: find_groups(tree, groups, per_layer, weight_dimension_numbers)
 
     def init_fn(params: optax.Params) -> MonitorWeightDecayState:

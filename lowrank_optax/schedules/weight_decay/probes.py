@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_optax.states.arguments import refuse_unused
+
 
 def jacobian_norm_sq(
     f: Callable[..., jax.Array],
@@ -49,6 +51,7 @@ def jacobian_norm_sq(
     """
     of_params = lambda p: f(p, *inputs)
     if samples is None:
+        refuse_unused(jacobian_norm_sq, "samples=None", key=key)
         return _norm_sq(jax.jacrev(of_params)(params))
     keys = _keys(key, samples)
     output, pull_back = jax.vjp(of_params, params)

@@ -44,9 +44,8 @@ def test_agrees_with_a_float64_reference(penalty: float, adam: bool) -> None:
     tx = optax.chain(tx, optax.scale_by_learning_rate(0.1))
     expected = _reference(float64(gradients), penalty, rate, adam)
     np.testing.assert_allclose(moved(tx, SHAPE, gradients), expected, atol=1e-5)
-    recipe = lro.online_subspace_descent(
-        0.1, RANK, rate, penalty=penalty, subspace_optimizer=None if adam else moves
-    )
+    how = {"subspace_learning_rate": rate} if adam else {"subspace_optimizer": moves}
+    recipe = lro.online_subspace_descent(0.1, RANK, penalty=penalty, **how)
     # Its first basis is found by a sketch, which has all columns here.
     np.testing.assert_allclose(moved(recipe, SHAPE, gradients), expected, atol=2e-4)
 

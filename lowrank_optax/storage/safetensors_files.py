@@ -141,6 +141,14 @@ class TensorReader:
         """One tensor as it is stored."""
         return self._handles[name].get_tensor(name)
 
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two tensors have the same shape and values; False of dtypes that are not read."""
+        if self.shapes[one] != self.shapes[other]:
+            return False
+        if not {self.dtypes[one], self.dtypes[other]} <= set(_FLOATS):
+            return False
+        return bool(np.array_equal(self.read(one), self.read(other)))
+
 
 def import_safetensors(missing_package: str) -> ModuleType:
     """The package safetensors, or ImportError with this sentence."""

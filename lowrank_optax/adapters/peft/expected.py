@@ -55,8 +55,7 @@ def expected_tensors(slots: Mapping[str, Slot], config: PeftConfig) -> Expected:
             )
         of_layer = layout.shapes(rank_of(module, config), config.use_dora)
         shapes |= {(module, name): shape for name, shape in of_layer.items()}
-        if layout.kind == "embedding":
-            optional[module, "base_layer.weight"] = layout.weight_shape
+        optional[module, "base_layer.weight"] = layout.weight_shape
     for module, slot in slots.items():
         if is_saved(module, config) and module not in layers:
             shapes |= {(module, p): slot.read(p).shape for p in slot.parameters()}

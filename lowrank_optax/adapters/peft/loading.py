@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 import os
-from pathlib import Path
+import pathlib
 import re
-from typing import Any
+from typing import Any, NamedTuple
+import warnings
 
 from flax import nnx
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ import numpy as np
 
 from lowrank_optax.adapters.attaching import attach
 from lowrank_optax.adapters.base import Adapter
+from lowrank_optax.adapters.nnx import adapted_layers
+from lowrank_optax.adapters.own_values import claim, live_in, parameters_of
 from lowrank_optax.adapters.peft.config import (
     PeftConfig,
     UnsupportedConfigError,
@@ -22,8 +25,8 @@ from lowrank_optax.adapters.peft.expected import Expected, expected_tensors, rea
 from lowrank_optax.adapters.peft.forms import method_of
 from lowrank_optax.adapters.peft.matching import alpha_of, rank_of, scale_of
 from lowrank_optax.adapters.peft.module_names import ModuleNames, Slot, module_slots
-from lowrank_optax.adapters.retyping import also_train
-from lowrank_optax.matrices.selection import path_string
+from lowrank_optax.adapters.switching import deactivate
+from lowrank_optax.matrices.selection import Path, path_string
 
 
 def load_peft(
@@ -37,10 +40,13 @@ def load_peft(
     """Attaches the adapter in a folder of Hugging Face PEFT to a model, in place.
 
     Reads LoRA, rsLoRA, DoRA and PiSSA, with regular expressions, lists, ranks and alphas by
-    pattern, ``modules_to_save`` and trained biases (whose values the model takes over, as
-    parameters of `also_train`), of linear layers, embeddings and convolutions. Everything is
-    compared before anything is attached: the file's tensors must be those that its configuration
-    asks of this model. Layers that the model has stacked are stacked.
+    pattern, ``modules_to_save`` and trained biases, of linear layers, embeddings and convolutions.
+    Everything is compared before anything is attached: the file's tensors must be those that its
+    configuration asks of this model. Layers that the model has stacked are stacked.
+
+    Values of ``modules_to_save`` and biases stand in the model's parameters, as those of
+    `also_train`, while the adapter is active. Of two adapters with values of one parameter only one
+    can be: the one that was there is deactivated.
 
     Args:
       model: An NNX model with the weights of the adapter's base model.
@@ -51,6 +57,9 @@ def load_peft(
 
     Returns:
       The model itself. The adapter's arrays are float32.
+
+    Warns:
+      UserWarning: Another adapter with values of its own of the same parameters is deactivated.
 
     Raises:
       ImportError: safetensors is not installed.
@@ -64,13 +73,24 @@ def load_peft(
     Example:
       See `save_peft`.
     """
-    folder = Path(path)
+    folder = pathlib.Path(path)
     config = parse_config(read_json(folder))
     slots = module_slots(model, names)
     expected = expected_tensors(slots, config)
     tensors = read_tensors(folder, expected)
+    values = _own_values(expected, tensors)
+    others = live_in(model, {one.path for one in values})
+    _check_unmerged(model, others)
     _attach(model, name, config, expected.layers, tensors, rngs)
-    _set_parameters(model, expected, tensors)
+    if others:
+        deactivate(model, *others)
+        warnings.warn(
+            f"{', '.join(sorted({p for paths in others.values() for p in paths}))}: {name!r} has "
+            f"values of its own, and so has {', '.join(map(repr, others))}, which is deactivated: "
+            "`activate` one of them.",
+            stacklevel=2,
+        )
+    _set_parameters(model, name, values)
     return model
 
 
@@ -152,19 +172,57 @@ class _Place:
             arrays[key].set_value(jnp.asarray(value))
 
 
-def _set_parameters(
-    model: Any, expected: Expected, tensors: Mapping[str, Mapping[str, np.ndarray]]
-) -> None:
-    trained = set()
-    for module, slot in expected.slots.items():
-        names = slot.parameters() if module in tensors else {}
-        for parameter, value in tensors.get(module, {}).items():
-            own = parameter.removeprefix("base_layer.")
-            if own not in ("weight", "bias"):
+class _Values(NamedTuple):
+    """Values of the model's own parameters that a file holds.
+
+    Attributes:
+      slot: The module.
+      parameter: PyTorch's name of the parameter.
+      value: Its tensor.
+      trained: Whether it is trained on; the base of an adapted embedding is not.
+    """
+
+    slot: Slot
+    parameter: str
+    value: np.ndarray
+    trained: bool
+
+    @property
+    def path(self) -> Path:
+        return (*self.slot.path, self.slot.parameters()[self.parameter])
+
+
+def _own_values(
+    expected: Expected, tensors: Mapping[str, Mapping[str, np.ndarray]]
+) -> list[_Values]:
+    """What the file holds of the model's own parameters, but for bases that are the model's."""
+    found = []
+    for module, of_module in tensors.items():
+        for tensor, value in of_module.items():
+            parameter = tensor.removeprefix("base_layer.")
+            if parameter not in ("weight", "bias"):
                 continue
-            slot.write(own, value)
-            # The base of an adapted embedding comes along, and is not trained.
-            if parameter != "base_layer.weight":
-                trained.add((*slot.path, names[own]))
-    if trained:
-        also_train(model, lambda path, _: tuple(map(str, path)) in trained)
+            one = _Values(expected.slots[module], parameter, value, tensor != "base_layer.weight")
+            if one.trained or (one.slot.cast(parameter, value) != one.slot.read(parameter)).any():
+                found.append(one)
+    return found
+
+
+def _check_unmerged(model: Any, owners: Mapping[str, list[str]]) -> None:
+    for path, layer in adapted_layers(model):
+        for adapter in layer.adapters.values():
+            if adapter.merged and adapter.name in owners:
+                raise ValueError(
+                    f"{owners[adapter.name][0]} has values of the adapter {adapter.name!r}, which "
+                    f"is merged into {path_string(path)}, and the file has others: unmerge the "
+                    "model first."
+                )
+
+
+def _set_parameters(model: Any, name: str, values: list[_Values]) -> None:
+    parameters = parameters_of(model)
+    for trained in (False, True):
+        paths = {one.path for one in values if one.trained is trained}
+        claim(model, {path: parameters[path] for path in paths}, name, trained=trained)
+    for one in values:
+        one.slot.write(one.parameter, one.value)

@@ -88,6 +88,10 @@ class Slot(NamedTuple):
         value, spec = weight(self.module)
         return layout.pack_weight(np.asarray(to_matrix(value, spec))[self.index])
 
+    def cast(self, parameter: str, tensor: np.ndarray) -> np.ndarray:
+        """PyTorch's tensor in the model's own dtype."""
+        return tensor.astype(self._variable(parameter).get_value().dtype)
+
     def write(self, parameter: str, tensor: np.ndarray) -> None:
         """Sets a parameter from PyTorch's tensor, in the model's own dtype."""
         layout, variable = self.layout(), self._variable(parameter)
@@ -142,7 +146,7 @@ def _modules(model: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Modules that have parameters of their own."""
     for path, module in nnx.iter_modules(model):
         path = tuple(map(str, path))
-        inside = {"adapters", "adapter_groups"} & set(path)
+        inside = {"adapters", "adapter_groups", "own_values"} & set(path)
         if not inside and any(isinstance(x, nnx.Param) for x in vars(module).values()):
             yield path, module
 

@@ -113,7 +113,7 @@ def claim(model: Any, variables: dict[Path, Any], name: str, *, trained: bool = 
                 f"{path_string(one.path)} has values of the adapter {live!r} in it: deactivate "
                 f"that before {name!r} gets its own."
             )
-    for path, variable, module, key in owned:
+    for _, variable, module, key in owned:
         if not hasattr(module, "own_values"):
             module.own_values = nnx.Dict()
         if key not in module.own_values:

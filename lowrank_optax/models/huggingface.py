@@ -19,6 +19,7 @@ import numpy as np
 
 from lowrank_optax.models.config import DecoderConfig
 from lowrank_optax.models.decoder import Decoder, Remat
+from lowrank_optax.models.huggingface_config import read_json
 from lowrank_optax.models.huggingface_names import BLOCK_MODULES, OUTER_MODULES
 from lowrank_optax.models.safetensors_files import (
     MODEL_FOLDER,
@@ -26,6 +27,7 @@ from lowrank_optax.models.safetensors_files import (
     write_sharded,
 )
 from lowrank_optax.storage.folders import replaced_folder
+from lowrank_optax.storage.quantized import check_not_quantized
 
 _OUTER_NAMES = {
     f"{module}.{parameter}": f"{OUTER_MODULES[module]}.weight"
@@ -70,7 +72,8 @@ def load_huggingface(
     Raises:
         ImportError: safetensors is not installed.
         FileNotFoundError: the folder holds no config.json or no safetensors.
-        ValueError: the configuration asks for something this decoder does not do.
+        ValueError: the configuration asks for something this decoder does not do, or the weights
+            are quantized.
         CheckpointMismatchError: a file is missing or damaged, or the tensors are not those of
             the configuration; the error lists all names concerned.
 
@@ -87,6 +90,7 @@ def load_huggingface(
     """
     config = DecoderConfig.from_huggingface(folder)
     with CheckpointReader(Path(folder)) as reader:
+        check_not_quantized(folder, read_json(folder), reader.dtypes)
         own_head = config.tie_word_embeddings and _has_own_head(reader)
         config = dataclasses.replace(config, tie_word_embeddings=False) if own_head else config
         names = _expected_shapes(config)

@@ -11,7 +11,7 @@ import pytest
 
 import lowrank_optax as lro
 from lowrank_optax.adapters import load_peft, save_peft
-from lowrank_optax.models import Decoder, decoder_config
+from lowrank_optax.models import Decoder, DecoderConfig, decoder_config
 from tests.adapters.peft_files import (
     DIM,
     HEADS,
@@ -402,3 +402,29 @@ def test_an_embeddings_base_is_written_and_returns_when_the_adapter_is_detached(
     np.testing.assert_array_equal(saved, table + 1)
     lro.adapters.detach(again)
     np.testing.assert_array_equal(again.table.embedding[...], table)
+
+
+def test_an_embedding_that_may_be_the_head_is_warned_of_and_a_tied_one_refused(tmp_path):
+    model = adapted(True, LORA, "query")
+    lro.adapters.also_train(model, "table")
+    save_peft(model, tmp_path / "a", names=NAMES)
+    load_peft(Model(True), tmp_path / "a", names=NAMES)  # it has a head of its own
+    names = {k: v for k, v in NAMES.items() if k != "head"}
+    with pytest.warns(UserWarning, match=r"model\.embed_tokens\. If its table is the head's too"):
+        load_peft(Model(True), tmp_path / "a", names=names)
+    tied = Model(True)
+    tied.config = DecoderConfig(8, 8, 8, 1, 1, tie_word_embeddings=True)
+    with pytest.raises(lro.adapters.UnsupportedConfigError, match=r"embed_tokens alone: PEFT gave"):
+        load_peft(tied, tmp_path / "a", names=names)
+
+
+def test_a_square_weight_of_gpt2_cannot_be_told_from_its_transpose(tmp_path):
+    model = adapted(True, LORA, "query")
+    lro.adapters.also_train(model, "mlp")
+    save_peft(model, tmp_path / "a", names=NAMES)
+    config, tensors = read(tmp_path / "a")
+    write(tmp_path / "a", config | {"fan_in_fan_out": True}, tensors)
+    with pytest.raises(
+        lro.adapters.UnsupportedConfigError, match=r"mlp in modules_to_save, a squa"
+    ):
+        load_peft(Model(True), tmp_path / "a", names=NAMES)

@@ -16,15 +16,23 @@ from lowrank_optax.adapters.base import Adapter
 from lowrank_optax.adapters.nnx import adapted_layers
 from lowrank_optax.adapters.own_values import claim, live_in, parameters_of
 from lowrank_optax.adapters.peft.config import (
+    CONFIG_FILE,
+    MERGE_IN_PEFT,
     PeftConfig,
     UnsupportedConfigError,
     parse_config,
     read_json,
 )
-from lowrank_optax.adapters.peft.expected import Expected, expected_tensors, read_tensors
+from lowrank_optax.adapters.peft.expected import (
+    Expected,
+    expected_tensors,
+    file_shapes,
+    read_tensors,
+)
 from lowrank_optax.adapters.peft.forms import method_of
 from lowrank_optax.adapters.peft.matching import alpha_of, rank_of, scale_of
 from lowrank_optax.adapters.peft.module_names import ModuleNames, Slot, module_slots
+from lowrank_optax.adapters.peft.tied import may_be_tied, tied_in_model
 from lowrank_optax.adapters.switching import deactivate
 from lowrank_optax.matrices.selection import Path, path_string
 
@@ -74,11 +82,25 @@ def load_peft(
       See `save_peft`.
     """
     folder = pathlib.Path(path)
-    config = parse_config(read_json(folder))
+    config = parse_config(read_json(folder), str(folder / CONFIG_FILE))
     slots = module_slots(model, names)
-    expected = expected_tensors(slots, config)
+    tied = tied_in_model(model, slots)
+    expected = expected_tensors(slots, config, file_shapes(folder), tied)
+    _check_orientation(expected, config)
     tensors = read_tensors(folder, expected)
     values = _own_values(expected, tensors)
+    for embedding in {m for m in tensors if "weight" in tensors[m]} & slots.keys():
+        if isinstance(slots[embedding].module, nnx.Embed) and may_be_tied(model, slots, embedding):
+            warnings.warn(
+                f"modules_to_save has {embedding}. If its table is the head's too in this model, "
+                "the head changes with it, as in PEFT only with ensure_weight_tying=True.",
+                stacklevel=2,
+            )
+    if config.init_lora_weights == "pissa" and config.lora_dropout:
+        warnings.warn(
+            f"lora_dropout={config.lora_dropout} is left out: PiSSA has no dropout here.",
+            stacklevel=2,
+        )
     others = live_in(model, {one.path for one in values})
     _check_unmerged(model, others)
     _attach(model, name, config, expected.layers, tensors, rngs)
@@ -192,17 +214,30 @@ class _Values(NamedTuple):
         return (*self.slot.path, self.slot.parameters()[self.parameter])
 
 
+def _check_orientation(expected: Expected[Slot], config: PeftConfig) -> None:
+    """A square weight of transformers' Conv1D cannot be told from a Linear's."""
+    for module, tensor in expected.shapes if config.fan_in_fan_out else ():
+        layout = expected.modules[module].layout() if tensor == "weight" else None
+        if layout and layout.kind == "linear" and layout.d_in == layout.d_out:
+            raise UnsupportedConfigError(
+                f"fan_in_fan_out=True with {module} in modules_to_save, a square weight, which "
+                f"PyTorch may hold as [in, out] or [out, in]: unsupported. {MERGE_IN_PEFT}"
+            )
+
+
 def _own_values(
-    expected: Expected, tensors: Mapping[str, Mapping[str, np.ndarray]]
+    expected: Expected[Slot], tensors: Mapping[str, Mapping[str, np.ndarray]]
 ) -> list[_Values]:
     """What the file holds of the model's own parameters, but for bases that are the model's."""
     found = []
     for module, of_module in tensors.items():
+        if module not in expected.modules:
+            continue  # a head that is tied to its embedding
         for tensor, value in of_module.items():
             parameter = tensor.removeprefix("base_layer.")
             if parameter not in ("weight", "bias"):
                 continue
-            one = _Values(expected.slots[module], parameter, value, tensor != "base_layer.weight")
+            one = _Values(expected.modules[module], parameter, value, tensor != "base_layer.weight")
             if one.trained or (one.slot.cast(parameter, value) != one.slot.read(parameter)).any():
                 found.append(one)
     return found

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 import itertools
+import math
 import re
 from typing import Any, NamedTuple, TypeAlias
 
@@ -78,6 +79,16 @@ class Slot(NamedTuple):
         if foreign:
             raise ValueError(f"{path_string(self.path)}: {foreign} have no name in PyTorch.")
         return {"bias" if name == "bias" else "weight": name for name in own}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """PyTorch's shapes of its parameters."""
+        layout = self.layout()
+        return {
+            parameter: layout.weight_shape
+            if layout and parameter == "weight"
+            else (math.prod(self._variable(parameter).shape[len(self.index) :]),)
+            for parameter in self.parameters()
+        }
 
     def read(self, parameter: str) -> np.ndarray:
         """A parameter in PyTorch's layout."""

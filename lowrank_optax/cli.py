@@ -1,17 +1,15 @@
 """The command ``lowrank-optax``: what is done to files, without a program of one's own."""
 
 import argparse
-from collections.abc import Callable, Sequence, Set
-import json
+from collections.abc import Iterator, Sequence
+import contextlib
 from pathlib import Path
 import shutil
 import sys
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 if TYPE_CHECKING:
-    from lowrank_optax.storage.safetensors_files import TensorReader
+    from lowrank_optax.adapters.peft.conversion import BaseModel
 
 _DESCRIPTION = "Memory-efficient training for JAX: the parts that work on files."
 _CONVERT = """\
@@ -81,12 +79,13 @@ def _parser() -> argparse.ArgumentParser:
 def _convert(options: argparse.Namespace) -> str:
     from lowrank_optax.adapters.peft import conversion
 
-    adapter = conversion.rename_bone(conversion.read_adapter(options.source))
     if options.plain_lora and options.base:
-        with _open_base(options.base) as reader:
-            adapter = conversion.to_plain_lora(adapter, _weights(reader))
+        with _open_base(options.base) as base:
+            adapter = conversion.to_plain_lora(options.source, base)
     elif options.plain_lora:
-        adapter = conversion.to_plain_lora(adapter, None)
+        adapter = conversion.to_plain_lora(options.source, None)
+    else:
+        adapter = conversion.rename_bone(conversion.read_adapter(options.source))
     if options.dtype:
         adapter = conversion.cast(adapter, options.dtype)
     conversion.write_adapter(options.target, adapter)
@@ -98,50 +97,29 @@ def _merge(options: argparse.Namespace) -> str:
     from lowrank_optax.models.safetensors_files import MODEL_FOLDER, write_sharded
     from lowrank_optax.storage.folders import replaced_folder
 
-    adapter = conversion.read_adapter(options.source)
-    with _open_base(options.base) as reader:
-        merging = conversion.Merging(adapter, _weights(reader))
-        missing = sorted(merging.names - reader.shapes.keys())
-        if missing:
-            raise ValueError(
-                f"{options.base} has no {', '.join(missing[:5])}"
-                f"{f' and {len(missing) - 5} more' if len(missing) > 5 else ''}, which the adapter "
-                "changes: it belongs to another base model."
-            )
-        _check_not_tied(options.base, merging.names)
-        tensors = ((name, merging.tensor(name)) for name in reader.shapes)
+    with _open_base(options.base) as base:
+        merging = conversion.Merging(options.source, base)
+        tensors = ((name, merging.tensor(name)) for name in base.reader.shapes)
         with replaced_folder(options.target, MODEL_FOLDER) as folder:
             for file in options.base.iterdir():
                 if file.is_file() and not _holds_weights(file):
                     shutil.copy2(file, folder)
             write_sharded(folder, tensors, 5 * 2**30)
-    return f"{options.target}: {len(merging.names)} of {len(reader.shapes)} tensors changed"
+        changed, total = len(merging.names), len(base.reader.shapes)
+    return f"{options.target}: {changed} of {total} tensors changed"
 
 
-def _open_base(folder: Path) -> "TensorReader":
+@contextlib.contextmanager
+def _open_base(folder: Path) -> Iterator["BaseModel"]:
+    from lowrank_optax.adapters.peft.conversion import BaseModel
+    from lowrank_optax.models.huggingface_config import read_json
     from lowrank_optax.models.safetensors_files import CheckpointReader
+    from lowrank_optax.storage.quantized import check_not_quantized
 
-    return CheckpointReader(folder)
-
-
-def _weights(reader: "TensorReader") -> Callable[[str], np.ndarray]:
-    def weight_of(name: str) -> np.ndarray:
-        if name not in reader.shapes:
-            raise ValueError(f"the base model has no {name}, which the adapter changes.")
-        return reader.read(name)
-
-    return weight_of
-
-
-def _check_not_tied(base: Path, changed: Set[str]) -> None:
-    file = base / "config.json"
-    config = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    tied = sorted(n for n in changed if n.endswith(("embed_tokens.weight", "lm_head.weight")))
-    if tied and config.get("tie_word_embeddings"):
-        raise ValueError(
-            f"{', '.join(tied)}: the base model ties its embedding and its head, and a change of "
-            "one would become a change of both. Load the adapter beside the model instead."
-        )
+    config = read_json(folder)
+    with CheckpointReader(folder) as reader:
+        check_not_quantized(folder, config, reader.dtypes)
+        yield BaseModel(config, reader)
 
 
 def _holds_weights(file: Path) -> bool:

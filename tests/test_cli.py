@@ -1,6 +1,8 @@
 """The command: what it writes, and what it says of arguments and files that are wrong."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 
@@ -13,7 +15,7 @@ import lowrank_optax as lro
 from lowrank_optax import cli
 from lowrank_optax.adapters import load_peft, save_peft
 from lowrank_optax.models import decoder_config, load_huggingface, save_huggingface
-from tests.adapters.peft_files import query_folder, read, write
+from tests.adapters.peft_files import query_folder, random_tensors, read, write
 from tests.models.decoders import logits_of, random_decoder
 
 pytest.importorskip("safetensors")
@@ -136,12 +138,13 @@ def test_an_adapter_of_another_model_is_refused_and_nothing_written(base, tmp_pa
     assert run(tmp_path / "a", tmp_path / "m", "--base", base, "--merge") == 1
     error = capsys.readouterr().err
     assert error.startswith("lowrank-optax: error: ")
-    assert "no model.layers.2.self_attn.q_proj.weight, which the adapter changes" in error
+    assert re.search(r"extra \(2\): \S*model\.layers\.2\.self_attn\.q_proj\.lora_A\.weight", error)
+    assert re.search(r"wrong shape .*q_proj\.lora_A\.weight \(2, 4\), not \(2, 16\)", error)
     config, tensors = read(tmp_path / "a")
-    write(tmp_path / "a", config, {k: x for k, x in tensors.items() if ".2." not in k})
+    some = {k: x for k, x in tensors.items() if ".2." not in k and ".1." not in k}
+    write(tmp_path / "a", config, some)  # a layer is missing, too
     assert run(tmp_path / "a", tmp_path / "m", "--base", base, "--merge") == 1
-    error = capsys.readouterr().err
-    assert "q_proj.weight is of shape (16, 16), and should be of shape (6, 4)" in error
+    assert re.search(r"missing \(2\): \S*layers\.1\.self_attn\.q_proj", capsys.readouterr().err)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "base"]
 
 
@@ -205,3 +208,167 @@ def test_a_sharded_base_stays_readable(base, tmp_path):
     assert run(tmp_path / "a", tmp_path / "m", "--base", base, "--merge") == 0
     merged = load_huggingface(tmp_path / "m")
     assert_close(logits_of(merged, TOKENS), expected, 200)
+
+
+def folder_of(folder, config, tensors):
+    """A base model's folder, by nothing of this library."""
+    from safetensors.numpy import save_file
+
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def gpt2(folder, **config):
+    shapes = {
+        "transformer.wte.weight": (9, 4),
+        "transformer.wpe.weight": (5, 4),
+        "transformer.h.0.attn.c_attn.weight": (4, 12),
+        "transformer.h.0.attn.c_proj.weight": (4, 4),
+        "transformer.h.0.attn.c_proj.bias": (4,),
+    }
+    config = {"model_type": "gpt2", "vocab_size": 9, "architectures": ["GPT2LMHeadModel"], **config}
+    return folder_of(folder, config, random_tensors(shapes, seed=1))
+
+
+def loras(modules, rank=2):
+    """Tensors of an adapter: names of modules to (inputs, outputs)."""
+    shapes = {}
+    for module, (d_in, d_out) in modules.items():
+        name = f"base_model.model.{module}"
+        shapes |= {f"{name}.lora_A.weight": (rank, d_in), f"{name}.lora_B.weight": (d_out, rank)}
+    return random_tensors(shapes)
+
+
+def product_of(tensors, module):
+    name = f"base_model.model.{module}.lora_{{}}.weight"
+    return tensors[name.format("B")].astype(np.float64) @ tensors[name.format("A")]
+
+
+@pytest.mark.parametrize("fan_in_fan_out", [True, None])
+def test_square_weights_of_gpt2_are_merged_as_they_are_stored(tmp_path, fan_in_fan_out):
+    base = gpt2(tmp_path / "base")
+    c_attn, c_proj = (f"transformer.h.0.attn.{name}" for name in ("c_attn", "c_proj"))
+    tensors = loras({c_attn: (4, 12), c_proj: (4, 4)})
+    config = {"r": 2, "lora_alpha": 3, "target_modules": ["c_attn", "c_proj"]}
+    if fan_in_fan_out is not None:  # PEFT sets it by itself where it is left out
+        config["fan_in_fan_out"] = fan_in_fan_out
+    write(tmp_path / "a", config, tensors)
+    assert run(tmp_path / "a", tmp_path / "m", "--base", base, "--merge") == 0
+    before, after = (tensors_of(folder) for folder in (base, tmp_path / "m"))
+    for module in (c_attn, c_proj):
+        change = after[f"{module}.weight"] - before[f"{module}.weight"]
+        assert_close(change, 1.5 * product_of(tensors, module).T, 20)
+
+
+def tensors_of(folder):
+    from safetensors.numpy import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def test_an_embeddings_own_base_is_merged_and_kept(base, tmp_path):
+    name = "base_model.model.model.embed_tokens"
+    shapes = {
+        f"{name}.lora_embedding_A": (2, 17),
+        f"{name}.lora_embedding_B": (16, 2),
+        f"{name}.base_layer.weight": (17, 16),
+    }
+    tensors = random_tensors(shapes)
+    write(tmp_path / "a", {"r": 2, "lora_alpha": 2, "target_modules": ["embed_tokens"]}, tensors)
+    assert run(tmp_path / "a", tmp_path / "m", "--base", base, "--merge") == 0
+    a, b, own = (tensors[n].astype(np.float64) for n in shapes)
+    assert_close(tensors_of(tmp_path / "m")["model.embed_tokens.weight"], own + (b @ a).T, 20)
+    for more in ([], ["--base", base]):
+        assert run(tmp_path / "a", tmp_path / "p", "--plain-lora", *more) == 0
+        kept = read(tmp_path / "p")[1][f"{name}.base_layer.weight"]
+        assert (kept == tensors[f"{name}.base_layer.weight"]).all()
+    expected = logits_of(load_peft(load_huggingface(base), tmp_path / "a"), TOKENS)
+    assert_close(logits_of(load_huggingface(tmp_path / "m"), TOKENS), expected, 200)
+
+
+def test_trained_biases_are_merged_and_kept(tmp_path):
+    base, module = gpt2(tmp_path / "base"), "transformer.h.0.attn.c_proj"
+    bias = {f"base_model.model.{module}.base_layer.bias": np.arange(4, dtype=np.float32)}
+    tensors = loras({module: (4, 4)}) | bias
+    write(tmp_path / "a", {"r": 2, "target_modules": ["c_proj"], "bias": "all"}, tensors)
+    assert run(tmp_path / "a", tmp_path / "p", "--plain-lora") == 0
+    config, plain = read(tmp_path / "p")
+    assert config["bias"] == "all"
+    assert all((plain[name] == x).all() for name, x in bias.items())
+    assert run(tmp_path / "a", tmp_path / "m", "--base", base, "--merge") == 0
+    assert (tensors_of(tmp_path / "m")[f"{module}.bias"] == np.arange(4)).all()
+
+
+def test_a_head_that_is_tied_by_the_types_default_is_not_changed_with_the_embedding(
+    tmp_path, capsys
+):
+    name = "base_model.model.transformer.wte"
+    shapes = {f"{name}.lora_embedding_A": (2, 9), f"{name}.lora_embedding_B": (4, 2)}
+    adapter = write(tmp_path / "a", {"r": 2, "target_modules": ["wte"]}, random_tensors(shapes))
+    tied = gpt2(tmp_path / "base")
+    assert run(adapter, tmp_path / "m", "--base", tied, "--merge") == 1
+    assert "transformer.wte: the base model ties its embedding" in capsys.readouterr().err
+    untied = gpt2(tmp_path / "untied", tie_word_embeddings=False)
+    assert run(adapter, tmp_path / "m", "--base", untied, "--merge") == 0
+    tensors = tensors_of(tied) | {"lm_head.weight": np.ones((9, 4), np.float32)}
+    other = folder_of(tmp_path / "o", json.loads((tied / "config.json").read_text()), tensors)
+    assert run(adapter, tmp_path / "n", "--base", other, "--merge") == 0
+    same = tensors | {"lm_head.weight": tensors["transformer.wte.weight"]}
+    again = folder_of(tmp_path / "s", json.loads((tied / "config.json").read_text()), same)
+    assert run(adapter, tmp_path / "m", "--base", again, "--merge") == 1
+
+
+def test_a_tied_embedding_that_is_trained_with_its_head_is_merged(tmp_path, capsys):
+    module, table = "transformer.h.0.attn.c_proj", np.ones((9, 4), np.float32)
+    tensors = loras({module: (4, 4)})
+    tensors |= {"base_model.model.transformer.wte.weight": table}
+    config = {"r": 2, "target_modules": ["c_proj"], "modules_to_save": ["wte"]}
+    write(tmp_path / "a", config, tensors)
+    base = gpt2(tmp_path / "base")
+    assert run(tmp_path / "a", tmp_path / "m", "--base", base, "--merge") == 1
+    assert "modules_to_save has transformer.wte alone" in capsys.readouterr().err
+    write(tmp_path / "a", config | {"ensure_weight_tying": True}, tensors)
+    assert run(tmp_path / "a", tmp_path / "m", "--base", base, "--merge") == 0
+    assert (tensors_of(tmp_path / "m")["transformer.wte.weight"] == table).all()
+    tensors |= {"base_model.model.lm_head.weight": 2 * table}
+    write(tmp_path / "a", config | {"ensure_weight_tying": True}, tensors)
+    assert run(tmp_path / "a", tmp_path / "n", "--base", base, "--merge") == 1
+    assert "tied, but differ" in capsys.readouterr().err
+
+
+def test_a_quantized_base_is_refused_by_the_word(base, tmp_path, capsys):
+    name = "model.layers.0.self_attn.q_proj.weight"
+    header = json.dumps({name: {"dtype": "F8_E4M3", "shape": [2, 2], "data_offsets": [0, 4]}})
+    fp8 = len(header).to_bytes(8, "little") + header.encode() + bytes(4)
+    for number, (changes, content) in enumerate(
+        (({"quantization_config": {"quant_method": "gptq"}}, None), ({}, fp8))
+    ):
+        folder = tmp_path / f"quantized{number}"
+        shutil.copytree(base, folder)
+        config = json.loads((folder / "config.json").read_text()) | changes
+        (folder / "config.json").write_text(json.dumps(config))
+        if content:
+            (folder / "model.safetensors").write_bytes(content)
+        query_folder(tmp_path / "a")
+        for arguments in (["--merge"], ["--plain-lora"]):
+            assert run(tmp_path / "a", tmp_path / "m", "--base", folder, *arguments) == 1
+            error = capsys.readouterr().err
+            assert re.search(r"is quantized \(.*gptq|is quantized \(.*F8_E4M3", error), error
+        with pytest.raises(ValueError, match=r"is quantized .*dequantize"):
+            load_huggingface(folder)
+    assert not (tmp_path / "m").exists()
+
+
+def test_an_adapter_whose_tensors_are_others_than_it_says_is_not_converted(tmp_path, capsys):
+    query_folder(tmp_path / "a")
+    config, tensors = read(tmp_path / "a")
+    for changes, match in (
+        ({"target_modules": ["v_proj"]}, "target_modules of .* 'v_proj'.* it has q_proj"),
+        ({"r": 3}, r"wrong shape .*\(2, 4\), not \(3, 4\)"),
+        ({"target_modules": ["0.self_attn.q_proj"]}, r"extra \(4\)"),
+    ):
+        write(tmp_path / "a", config | changes, tensors)
+        assert run(tmp_path / "a", tmp_path / "p", "--plain-lora") == 1
+        assert re.search(match, capsys.readouterr().err)

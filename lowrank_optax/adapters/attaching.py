@@ -26,8 +26,8 @@ from lowrank_optax.adapters.nnx import (
     weight,
     weight_variable,
 )
+from lowrank_optax.adapters.own_values import release
 from lowrank_optax.adapters.partitions import check_arrays, matrix_sharding, variables
-from lowrank_optax.adapters.retyping import restore_types
 from lowrank_optax.matrices.selection import Where, path_string
 from lowrank_optax.matrices.views import from_matrix, matrix_shape, to_matrix
 
@@ -200,8 +200,9 @@ def detach(model: Any, name: str | None = None) -> nnx.Module:
     """Takes adapters away, in place: what is left has the model's own structure and classes.
 
     What is merged stays in the weights. A method that changed them when it was attached (PiSSA)
-    gives the original ones back, to the rounding of their dtype, unless it is merged. With the
-    last adapter, parameters of `also_train` get their own types back.
+    gives the original ones back, to the rounding of their dtype, unless it is merged. Parameters
+    of `also_train` get the base's values and their own types back; where the adapter is merged,
+    the trained values stay.
 
     Args:
       model: The model that `attach` was given.
@@ -214,8 +215,12 @@ def detach(model: Any, name: str | None = None) -> nnx.Module:
       ValueError: If there is no adapter of that name.
     """
     names = check_names(model, [name] if name else [])
+    layers = [layer for _, layer in adapted_layers(model)]
+    merged = {a.name for layer in layers for a in layer.adapters.values() if a.merged}
+    for key in names:
+        release(model, key, keep=key in merged)
     with lending(model):
-        for _, layer in list(adapted_layers(model)):
+        for layer in layers:
             for key in [k for k in layer.adapters if k in names]:
                 _restore(layer, layer.adapters[key])
                 del layer.adapters[key]
@@ -229,7 +234,7 @@ def detach(model: Any, name: str | None = None) -> nnx.Module:
             del model.adapter_groups
         set_class(model)
     if not any(adapted_layers(model)):
-        restore_types(model)
+        release(model, None, keep=False)  # of parameters that were trained before any adapter
     return model
 
 

@@ -1,34 +1,41 @@
 """What of a model is trained beside its adapters, and what of its adapters is trained no more."""
 
 from collections.abc import Callable
-import functools
 from typing import Any, TypeAlias
 
 from flax import nnx
 
-from lowrank_optax.adapters.nnx import AdapterConstant, AdapterParam, AlsoTrained
+from lowrank_optax.adapters.nnx import AdapterConstant, AdapterParam, adapter_names, check_names
+from lowrank_optax.adapters.own_values import active_names, claim, parameters_of, retype
 from lowrank_optax.matrices.selection import matching, path_string
 
 Arrays: TypeAlias = str | Callable[[tuple[str, ...], Any], bool]
 
 
-def also_train(model: Any, where: Any) -> list[str]:
+def also_train(model: Any, where: Any, name: str | None = None) -> list[str]:
     """Trains parameters of the model itself beside its adapters (PEFT's ``modules_to_save``).
 
     Their types change in place to `AlsoTrained`, which ``lro.adapters.trainable`` has; they are
-    still ``nnx.Param``. `detach` of the last adapter gives the types back. Do this before the
-    optimizer is made.
+    still ``nnx.Param``. Do this before the optimizer is made.
+
+    The trained values belong to the adapter: where it is not active, and after `detach`, the
+    parameters have the base's values and their own types again. So a copy of the base's values is
+    kept, beside the ones that are trained.
 
     Args:
       model: Any NNX model.
       where: Which: a regular expression found in the parameter's path (``norm/scale``), or any
         filter of ``flax.nnx``.
+      name: The adapter that the values belong to, which must be active; None for the model's only
+        one.
 
     Returns:
       The paths of what is trained now.
 
     Raises:
-      ValueError: If ``where`` matches no parameter; the message lists near ones.
+      ValueError: If ``where`` matches no parameter (the message lists near ones); if the model has
+        no adapter ``name``, several where that is None, or it is inactive; or if a parameter has
+        values of another active adapter in it.
 
     Example:
       >>> from flax import nnx
@@ -38,10 +45,9 @@ def also_train(model: Any, where: Any) -> list[str]:
       >>> lro.adapters.also_train(model, "scale|bias$")
       ['layers/0/bias', 'layers/1/bias', 'layers/1/scale']
     """
-    params = _variables(model, nnx.All(nnx.Param, nnx.Not(AdapterParam)))
+    params = parameters_of(model)
     paths = matching("where", params, where, "parameter")
-    for path in paths:
-        _retype(params[path], _also_trained(type(params[path])))
+    claim(model, {path: params[path] for path in paths}, _owner(model, name))
     return [path_string(path) for path in paths]
 
 
@@ -78,14 +84,24 @@ def freeze_arrays(model: Any, names: Arrays) -> list[str]:
         names = rf"(^|/)({names})$"
     paths = matching("names", arrays, names, "trained array of an adapter")
     for path in paths:
-        _retype(arrays[path], AdapterConstant)
+        retype(arrays[path], AdapterConstant)
     return [path_string(path) for path in paths]
 
 
-def restore_types(model: Any) -> None:
-    """Parameters of `also_train` are again of the types that they were."""
-    for variable in _variables(model, AlsoTrained).values():
-        _retype(variable, variable.type_before)
+def _owner(model: Any, name: str | None) -> str:
+    """The adapter that trained parameters belong to."""
+    known = adapter_names(model)
+    if name is None and len(known) > 1:
+        raise ValueError(
+            f"name=None: the model has adapters {', '.join(map(repr, known))}; give the name of "
+            "that which the parameters are trained with."
+        )
+    if name is not None:
+        check_names(model, [name])
+    if known and (name or known[0]) not in active_names(model):
+        raise ValueError(f"the adapter {name or known[0]!r} is inactive: activate it first.")
+    # Before there is an adapter, that which `attach` makes unless it is told a name.
+    return name or (known[0] if known else "default")
 
 
 def _variables(model: Any, wanted: Any) -> dict[tuple[str, ...], Any]:
@@ -96,20 +112,3 @@ def _variables(model: Any, wanted: Any) -> dict[tuple[str, ...], Any]:
         for path, x in nnx.iter_graph(model)
         if isinstance(x, nnx.Variable) and found(path, x)
     }
-
-
-def _retype(variable: Any, cls: type) -> None:
-    # Variables refuse attributes; their class is read from the object at every split.
-    object.__setattr__(variable, "__class__", cls)
-
-
-@functools.cache
-def _also_trained(cls: type) -> type:
-    """`AlsoTrained`, and what the parameter was."""
-    if issubclass(cls, AlsoTrained):
-        return cls
-    if cls is nnx.Param:
-        return AlsoTrained
-    return type(
-        cls.__name__, (AlsoTrained, cls), {"type_before": cls, "__module__": cls.__module__}
-    )

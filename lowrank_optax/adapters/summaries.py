@@ -16,6 +16,7 @@ from lowrank_optax.adapters.nnx import (
     placed,
     weight_variable,
 )
+from lowrank_optax.adapters.own_values import OwnedParameter, owned_parameters
 from lowrank_optax.matrices.printing import printed
 from lowrank_optax.matrices.selection import path_string
 from lowrank_optax.matrices.views import matrix_shape
@@ -120,12 +121,7 @@ def summary(model: Any) -> AdapterSummary:
         for group, arrays in groups.items():
             label = f"adapter_groups/{name}/{group}"
             rows.append(SummaryRow(label, "–", name, "shared", None, *_counts(arrays), ""))
-    also = nnx.state(model, AlsoTrained)
-    for path, x in nnx.to_flat_state(also):
-        shape = " × ".join(map(str, x.shape)) or "scalar"
-        counts = (math.prod(x.shape), 0, byte_count(x))
-        label = path_string(map(str, path))
-        rows.append(SummaryRow(label, shape, "–", "also trained", None, *counts, "active"))
+    rows += [_row_of_values(one) for one in owned_parameters(model)]
     own = nnx.state(model, nnx.All(nnx.Param, nnx.Not(AdapterParam)))
     return AdapterSummary(rows, parameter_count(own))
 
@@ -135,6 +131,25 @@ def _row(path: str, layer: Any, adapter: LayerAdapter) -> SummaryRow:
     state = "merged" if adapter.merged else adapter.strength if adapter.active else None
     shape, counts = matrix_shape(weight_variable(layer).shape, spec), _counts(adapter.variables())
     return row_of(path, shape, adapter.name, adapter.method, counts, state)
+
+
+def _row_of_values(one: OwnedParameter) -> SummaryRow:
+    shape = " × ".join(map(str, one.variable.shape)) or "scalar"
+    values, size = one.values, math.prod(one.variable.shape)
+    trained = isinstance(one.variable, AlsoTrained)
+    copies = [*values.stored.values(), *([] if values.base is None else [values.base])]
+    stored = sum(map(byte_count, [one.variable] * trained + copies))
+    return SummaryRow(
+        path_string(one.path),
+        shape,
+        ", ".join(sorted(values.owners())),
+        "also trained",
+        None,
+        size * trained,
+        size * len(copies),
+        stored,
+        "inactive" if values.live is None else "active",
+    )
 
 
 def row_of(

@@ -5,6 +5,7 @@ import contextlib
 from typing import Any
 
 from lowrank_optax.adapters.nnx import LayerAdapter, adapted_layers, check_names
+from lowrank_optax.adapters.own_values import active_names, check_one_owner, settle
 from lowrank_optax.matrices.selection import path_string
 
 
@@ -12,7 +13,8 @@ def activate(model: Any, *names: str, strengths: Mapping[str, float] | None = No
     r"""Applies these adapters and no others, in place.
 
     With several, a layer's output is :math:`y + \sum_i s_i (y_i - y)`, where :math:`y_i` is the
-    output with adapter :math:`i` alone.
+    output with adapter :math:`i` alone. Parameters that `also_train` trains have the values of the
+    adapter that they were trained with, or else the base's.
 
     Args:
       model: A model with adapters.
@@ -20,8 +22,8 @@ def activate(model: Any, *names: str, strengths: Mapping[str, float] | None = No
       strengths: By name, what the change of an adapter is multiplied by; 1 for the others.
 
     Raises:
-      ValueError: If the model has no adapter of a name, one is merged, or a strength is given for
-        an adapter that is not activated.
+      ValueError: If the model has no adapter of a name, one is merged, a strength is given for an
+        adapter that is not activated, or two of them have values of their own of one parameter.
 
     Example:
       >>> from flax import nnx
@@ -43,9 +45,12 @@ def activate(model: Any, *names: str, strengths: Mapping[str, float] | None = No
     for name in strengths:
         if name not in wanted:
             raise ValueError(f"strengths has {name!r}, which is not among {wanted}.")
-    for adapter in _unmerged(model):
+    adapters = _unmerged(model)
+    check_one_owner(model, wanted)
+    for adapter in adapters:
         adapter.active = adapter.name in wanted
         adapter.strength = float(strengths.get(adapter.name, 1.0))
+    settle(model, wanted)
 
 
 def deactivate(model: Any, *names: str) -> None:
@@ -61,6 +66,7 @@ def deactivate(model: Any, *names: str) -> None:
     unwanted = check_names(model, names)
     for adapter in _unmerged(model):
         adapter.active = adapter.active and adapter.name not in unwanted
+    settle(model, active_names(model))
 
 
 @contextlib.contextmanager
@@ -84,6 +90,7 @@ def disabled(model: Any, *names: str) -> Iterator[Any]:
     finally:
         for adapter, active in before:
             adapter.active = active
+        settle(model, active_names(model))
 
 
 def _unmerged(model: Any) -> list[LayerAdapter]:

@@ -4,10 +4,12 @@ PyTorch stores a linear layer as [out, in]; it is transposed here, once, to JAX'
 """
 
 from collections.abc import Iterator
+import dataclasses
 import json
 import os
 from pathlib import Path
 from typing import Any
+import warnings
 
 from flax import nnx
 import jax
@@ -17,6 +19,7 @@ import numpy as np
 
 from lowrank_optax.models.config import DecoderConfig
 from lowrank_optax.models.decoder import Decoder, Remat
+from lowrank_optax.models.huggingface_config import read_json
 from lowrank_optax.models.huggingface_names import BLOCK_MODULES, OUTER_MODULES
 from lowrank_optax.models.safetensors_files import (
     MODEL_FOLDER,
@@ -24,11 +27,13 @@ from lowrank_optax.models.safetensors_files import (
     write_sharded,
 )
 from lowrank_optax.storage.folders import replaced_folder
+from lowrank_optax.storage.quantized import check_not_quantized
 
 _OUTER_NAMES = {
     f"{module}.{parameter}": f"{OUTER_MODULES[module]}.weight"
     for module, parameter in (("embed", "embedding"), ("norm", "scale"), ("lm_head", "kernel"))
 }
+_EMBEDDING, _HEAD = _OUTER_NAMES["embed.embedding"], _OUTER_NAMES["lm_head.kernel"]
 _PARAMETERS = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 _DTYPES = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16}
 
@@ -60,10 +65,15 @@ def load_huggingface(
     Returns:
         The decoder with the checkpoint's weights.
 
+    Warns:
+        UserWarning: the configuration ties the head to the embedding, but the files hold a head
+            with other values. It is used, as transformers does.
+
     Raises:
         ImportError: safetensors is not installed.
         FileNotFoundError: the folder holds no config.json or no safetensors.
-        ValueError: the configuration asks for something this decoder does not do.
+        ValueError: the configuration asks for something this decoder does not do, or the weights
+            are quantized.
         CheckpointMismatchError: a file is missing or damaged, or the tensors are not those of
             the configuration; the error lists all names concerned.
 
@@ -80,10 +90,19 @@ def load_huggingface(
     """
     config = DecoderConfig.from_huggingface(folder)
     with CheckpointReader(Path(folder)) as reader:
+        check_not_quantized(folder, read_json(folder), reader.dtypes)
+        own_head = config.tie_word_embeddings and _has_own_head(reader)
+        config = dataclasses.replace(config, tie_word_embeddings=False) if own_head else config
         names = _expected_shapes(config)
         reader.check(names, ignore=lambda name: _is_harmless(name, config))
+        if own_head:
+            warnings.warn(
+                f"{folder}: config.json says tie_word_embeddings=true, but {_HEAD} and "
+                f"{_EMBEDDING} differ: the head is used as it is, untied.",
+                stacklevel=2,
+            )
         if param_dtype is None:
-            param_dtype = _DTYPES[reader.dtypes[_OUTER_NAMES["embed.embedding"]]]
+            param_dtype = _DTYPES[reader.dtypes[_EMBEDDING]]
         options = {
             "dtype": param_dtype if dtype is None else dtype,
             "param_dtype": param_dtype,
@@ -174,10 +193,16 @@ def _expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def _has_own_head(reader: CheckpointReader) -> bool:
+    """Whether there is a head that is not the embedding."""
+    if not {_HEAD, _EMBEDDING} <= reader.shapes.keys():
+        return False
+    return not reader.equal(_HEAD, _EMBEDDING)
+
+
 def _is_harmless(name: str, config: DecoderConfig) -> bool:
     """Tensors that some checkpoints hold besides the weights and that can be left out."""
-    tied_head = config.tie_word_embeddings and name == _OUTER_NAMES["lm_head.kernel"]
-    return tied_head or name.endswith(".rotary_emb.inv_freq")
+    return (config.tie_word_embeddings and name == _HEAD) or name.endswith(".rotary_emb.inv_freq")
 
 
 def _read_parameter(

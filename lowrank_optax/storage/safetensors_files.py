@@ -50,6 +50,10 @@ class CheckpointMismatchError(ValueError):
         super().__init__(what.format(folder) + ": " + "; ".join(part for part in parts if part))
 
 
+class _DuplicateError(ValueError):
+    """Two files of a checkpoint hold a tensor of one name."""
+
+
 def _listing(title: str, items: list[str]) -> str:
     if not items:
         return ""
@@ -92,10 +96,11 @@ class TensorReader:
                     self._read_header(file, stack.enter_context(handle))
                 except FileNotFoundError:
                     damaged[file] = "missing"
-                except (safetensors.SafetensorError, OSError) as error:
+                except (safetensors.SafetensorError, OSError, _DuplicateError) as error:
                     damaged[file] = str(error)
             if damaged:
-                raise CheckpointMismatchError(self._folder, what=self._what, files=damaged)
+                what = "files in {} are damaged, truncated or missing"
+                raise CheckpointMismatchError(self._folder, what=what, files=damaged)
             self._stack = stack.pop_all()
         return self
 
@@ -105,6 +110,8 @@ class TensorReader:
 
     def _read_header(self, file: str, handle: Any) -> None:
         for name in handle.keys():  # noqa: SIM118  (a handle is no mapping)
+            if name in self.files:
+                raise _DuplicateError(f"it holds {name}, and so does {self.files[name]}")
             view = handle.get_slice(name)
             self.shapes[name] = tuple(view.get_shape())
             self.dtypes[name] = view.get_dtype()
@@ -138,8 +145,26 @@ class TensorReader:
             raise CheckpointMismatchError(self._folder, what=self._what, **problems)
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor as it is stored."""
-        return self._handles[name].get_tensor(name)
+        """One tensor as it is stored.
+
+        Raises:
+            ValueError: its dtype is one that NumPy has not.
+        """
+        try:
+            return self._handles[name].get_tensor(name)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{name} in {self._folder / self.files[name]} is of dtype {self.dtypes[name]}, "
+                "which cannot be read"
+            ) from error
+
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two tensors have the same shape and values; False of dtypes that are not read."""
+        if self.shapes[one] != self.shapes[other]:
+            return False
+        if not {self.dtypes[one], self.dtypes[other]} <= set(_FLOATS):
+            return False
+        return bool(np.array_equal(self.read(one), self.read(other)))
 
 
 def import_safetensors(missing_package: str) -> ModuleType:

@@ -187,7 +187,7 @@ def test_the_summary_counts_what_is_there() -> None:
     model = Scanned(3, nnx.Rngs(0))
     lro.adapters.attach(model, LoRA(rank=2), "up", rngs=0)
     lro.adapters.attach(model, lro.adapters.LoTR(rank=2), "down", rngs=0, name="second")
-    lro.adapters.also_train(model, "head/bias")
+    lro.adapters.also_train(model, "head/bias", name="default")
     summary = lro.adapters.summary(model)
     state = nnx.state(model, lro.adapters.trainable)
     assert summary.trained == sum(x.size for x in jax.tree.leaves(state))

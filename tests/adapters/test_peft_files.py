@@ -11,7 +11,7 @@ import pytest
 
 import lowrank_optax as lro
 from lowrank_optax.adapters import load_peft, save_peft
-from lowrank_optax.models import Decoder, decoder_config
+from lowrank_optax.models import Decoder, DecoderConfig, decoder_config
 from tests.adapters.peft_files import (
     DIM,
     HEADS,
@@ -258,7 +258,8 @@ def test_the_decoder_knows_its_names(tmp_path):
     lro.adapters.attach(model, LORA, ".*", rngs=0)
     save_peft(model, tmp_path / "a")
     tensors = read(tmp_path / "a")[1]
-    assert len(tensors) == 2 * (2 * 7 + 1 + (model.lm_head is not None))
+    layers, outer = 2 * 7, 1 + (model.lm_head is not None)  # outer ones bring their bases along
+    assert len(tensors) == 2 * layers + 3 * outer
     name = f"{PREFIX}model.layers.1.mlp.down_proj.lora_A.weight"
     down = model.blocks.mlp.down.adapters["default"].arrays["A"]
     np.testing.assert_array_equal(np.asarray(down[...])[1], tensors[name].T)
@@ -311,3 +312,119 @@ def test_an_embedding_brings_its_base_along(tmp_path):
         model.table.embedding[...], tensors[f"{module}.base_layer.weight"]
     )
     assert not isinstance(model.table.embedding, lro.adapters.AlsoTrained)
+
+
+@pytest.mark.slow
+def test_each_adapter_has_values_of_its_own_and_the_bases_return(tmp_path):
+    model, base = Model(True), output(Model(True))
+    graphdef = nnx.graphdef(model)
+    expected = {}
+    for name, change in (("a", 0.5), ("b", -0.25)):
+        lro.adapters.attach(model, LORA, "query", rngs=0, name=name)
+        lro.adapters.activate(model, name)
+        assert lro.adapters.also_train(model, "head|norm/scale", name=name) == [
+            "head/kernel",
+            "layers/norm/scale",
+        ]
+        for x in (model.head.kernel, model.layers.norm.scale):
+            x.set_value(x[...] + np.float32(change))
+        expected[name] = output(model)
+    with lro.adapters.disabled(model):
+        np.testing.assert_array_equal(output(model), base)
+        assert type(model.head.kernel) is nnx.Param
+    np.testing.assert_array_equal(output(model), expected["b"])
+    lro.adapters.activate(model, "a")
+    np.testing.assert_array_equal(output(model), expected["a"])
+    with pytest.raises(ValueError, match="values of its own in each of the adapters 'a', 'b'"):
+        lro.adapters.activate(model)
+    for name in "ab":  # whichever is active
+        save_peft(model, tmp_path / name, names=NAMES, name=name)
+    np.testing.assert_array_equal(output(model), expected["a"])
+    kernels = {n: read(tmp_path / n)[1][f"{PREFIX}lm_head.weight"] for n in "ab"}
+    assert_close(kernels["a"] - kernels["b"], np.full((7, DIM), 0.75), 4)
+    lro.adapters.detach(model, "a")
+    np.testing.assert_array_equal(output(model), base)
+    lro.adapters.activate(model, "b")
+    np.testing.assert_array_equal(output(model), expected["b"])
+    lro.adapters.detach(model)
+    np.testing.assert_array_equal(output(model), base)
+    assert nnx.graphdef(model) == graphdef
+
+    load_peft(model, tmp_path / "a", names=NAMES, name="a")
+    with pytest.warns(UserWarning, match="'b' has values of its own, and so has 'a', which is de"):
+        load_peft(model, tmp_path / "b", names=NAMES, name="b")
+    for name in "ba":
+        lro.adapters.activate(model, name)
+        assert_close(output(model), expected[name], 800)
+
+
+def test_trained_values_of_a_merged_adapter_stay(tmp_path):
+    model = adapted(True, LORA, "query")
+    lro.adapters.also_train(model, "head")
+    model.head.kernel.set_value(model.head.kernel[...] + 1)
+    expected = output(model)
+    lro.adapters.merge(model)
+    lro.adapters.detach(model)
+    assert_close(output(model), expected, 800)
+    assert type(model.head.kernel) is nnx.Param
+
+
+def test_whose_parameters_are_trained_must_be_said_of_several_adapters():
+    model = adapted(True, LORA, "query")
+    lro.adapters.attach(model, LORA, "mlp", rngs=0, name="other")
+    with pytest.raises(ValueError, match=r"name=None: .* 'other', 'default'; give"):
+        lro.adapters.also_train(model, "head")
+    lro.adapters.also_train(model, "head", name="other")
+    with pytest.raises(ValueError, match="head/kernel has values of the adapter 'other' in it"):
+        lro.adapters.also_train(model, "head", name="default")
+    lro.adapters.deactivate(model, "other")
+    with pytest.raises(ValueError, match="adapter 'other' is inactive"):
+        lro.adapters.also_train(model, "head", name="other")
+    row = next(r for r in lro.adapters.summary(model).rows if r.method == "also trained")
+    assert (row.adapter, row.trained, row.frozen, row.state) == ("other", 0, 7 * DIM, "inactive")
+
+
+def test_an_embeddings_base_is_written_and_returns_when_the_adapter_is_detached(tmp_path):
+    model = adapted(True, LORA, "table")
+    save_peft(model, tmp_path / "a", names=NAMES, dtype=jnp.bfloat16)
+    tensors = read(tmp_path / "a")[1]
+    table = tensors[f"{PREFIX}model.embed_tokens.base_layer.weight"]
+    np.testing.assert_array_equal(table, model.table.embedding[...])  # not rounded
+    again = load_peft(Model(True), tmp_path / "a", names=NAMES)
+    assert not hasattr(again.table, "own_values")  # it is the model's own
+    config, tensors = read(tmp_path / "a")
+    tensors[f"{PREFIX}model.embed_tokens.base_layer.weight"] = table + 1
+    write(tmp_path / "b", config, tensors)
+    again = load_peft(Model(True), tmp_path / "b", names=NAMES)
+    np.testing.assert_array_equal(again.table.embedding[...], table + 1)
+    save_peft(again, tmp_path / "c", names=NAMES)
+    saved = read(tmp_path / "c")[1][f"{PREFIX}model.embed_tokens.base_layer.weight"]
+    np.testing.assert_array_equal(saved, table + 1)
+    lro.adapters.detach(again)
+    np.testing.assert_array_equal(again.table.embedding[...], table)
+
+
+def test_an_embedding_that_may_be_the_head_is_warned_of_and_a_tied_one_refused(tmp_path):
+    model = adapted(True, LORA, "query")
+    lro.adapters.also_train(model, "table")
+    save_peft(model, tmp_path / "a", names=NAMES)
+    load_peft(Model(True), tmp_path / "a", names=NAMES)  # it has a head of its own
+    names = {k: v for k, v in NAMES.items() if k != "head"}
+    with pytest.warns(UserWarning, match=r"model\.embed_tokens\. If its table is the head's too"):
+        load_peft(Model(True), tmp_path / "a", names=names)
+    tied = Model(True)
+    tied.config = DecoderConfig(8, 8, 8, 1, 1, tie_word_embeddings=True)
+    with pytest.raises(lro.adapters.UnsupportedConfigError, match=r"embed_tokens alone: PEFT gave"):
+        load_peft(tied, tmp_path / "a", names=names)
+
+
+def test_a_square_weight_of_gpt2_cannot_be_told_from_its_transpose(tmp_path):
+    model = adapted(True, LORA, "query")
+    lro.adapters.also_train(model, "mlp")
+    save_peft(model, tmp_path / "a", names=NAMES)
+    config, tensors = read(tmp_path / "a")
+    write(tmp_path / "a", config | {"fan_in_fan_out": True}, tensors)
+    with pytest.raises(
+        lro.adapters.UnsupportedConfigError, match=r"mlp in modules_to_save, a squa"
+    ):
+        load_peft(Model(True), tmp_path / "a", names=NAMES)

@@ -290,3 +290,120 @@ def test_convolutions_and_gpt2s_layers_of_peft_give_its_outputs(tmp_path, use_do
     again = peft.PeftModel.from_pretrained(Torch(), tmp_path / "b").eval()
     with torch.no_grad():
         agree(again(torch.tensor(x)).numpy(), expected)
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory):
+    """A Llama whose head is its embedding."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    config = transformers.LlamaConfig(
+        **sizes, num_attention_heads=4, initializer_range=0.3, tie_word_embeddings=True
+    )
+    folder = tmp_path_factory.mktemp("tied")
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("what", ["embed_tokens", "lm_head", "target"])
+def test_adapters_of_tied_embeddings_give_pefts_outputs_or_are_refused(tied, tmp_path, what):
+    fields = {"target_modules": ["q_proj"], "modules_to_save": [what]}
+    if what == "target":
+        fields = {"target_modules": ["q_proj", "embed_tokens"]}
+    for ensure in (False, True):
+        config = peft.LoraConfig(
+            task_type="CAUSAL_LM", r=2, lora_alpha=5, ensure_weight_tying=ensure, **fields
+        )
+        theirs = peft.get_peft_model(torch_base(tied), config)
+        randomize(theirs)
+        folder = tmp_path / str(ensure)
+        theirs.eval().save_pretrained(folder)
+        arguments = ["convert", str(folder), str(tmp_path / f"m{ensure}"), "--base", str(tied)]
+        if ensure is (what == "target"):
+            with pytest.raises(lro.adapters.UnsupportedConfigError, match=r"ensure_weight_tying"):
+                load_peft(ours(tied), folder)
+            assert cli.main([*arguments, "--merge"]) == 1
+            continue
+        model = load_peft(ours(tied), folder)
+        agree(model(TOKENS), torch_logits(theirs))
+        save_peft(model, tmp_path / "again")
+        again = peft.PeftModel.from_pretrained(torch_base(tied), tmp_path / "again").eval()
+        agree(torch_logits(again), torch_logits(theirs))
+        # A LoRA of the table alone has no place in a model with one table.
+        assert cli.main([*arguments, "--merge"]) == int(what == "target")
+        if what != "target":
+            agree(torch_logits(torch_base(tmp_path / f"m{ensure}")), torch_logits(theirs))
+        lro.adapters.detach(model)
+        agree(model(TOKENS), ours(tied)(TOKENS))
+
+
+def test_a_trained_tied_embedding_of_ours_is_in_peft(tied, tmp_path):
+    model = ours(tied)
+    lro.adapters.attach(model, lro.adapters.LoRA(rank=2), "query", rngs=3)
+    lro.adapters.also_train(model, "embed")
+    disturb(model)
+    save_peft(model, tmp_path / "a", base_model=str(tied))
+    theirs = peft.PeftModel.from_pretrained(torch_base(tied), tmp_path / "a").eval()
+    agree(torch_logits(theirs), model(TOKENS))
+
+
+def test_two_adapters_with_heads_of_their_own_are_switched_as_in_peft(base, tmp_path):
+    theirs = None
+    for name in "ab":
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+        if theirs is None:
+            theirs = peft.get_peft_model(torch_base(base), config, adapter_name=name)
+        else:
+            theirs.add_adapter(name, config)
+        theirs.set_adapter(name)
+        randomize(theirs)
+    theirs.eval().save_pretrained(tmp_path)
+    model = ours(base)
+    for name in "ab":
+        load_peft(model, tmp_path / name, name=name)
+    for name in "aba":
+        lro.adapters.activate(model, name)
+        theirs.set_adapter(name)
+        agree(model(TOKENS), torch_logits(theirs))
+    with lro.adapters.disabled(model), theirs.disable_adapter():
+        agree(model(TOKENS), torch_logits(theirs))
+
+
+def test_an_adapted_head_of_peft_gives_its_outputs(base, tmp_path):
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["lm_head", "q_proj"])
+    theirs = peft.get_peft_model(torch_base(base), config)
+    randomize(theirs)
+    theirs.eval().save_pretrained(tmp_path / "a")
+    agree(load_peft(ours(base), tmp_path / "a")(TOKENS), torch_logits(theirs))
+    arguments = ["convert", str(tmp_path / "a"), str(tmp_path / "m"), "--base", str(base)]
+    assert cli.main([*arguments, "--merge"]) == 0
+    agree(torch_logits(torch_base(tmp_path / "m")), torch_logits(theirs))
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_the_command_merges_gpt2_as_peft_does(tmp_path, use_dora):
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=32, n_embd=16, n_layer=2, n_head=4, n_positions=12, initializer_range=0.3
+    )
+    model = transformers.GPT2LMHeadModel(config).eval()
+    model.save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=2, lora_alpha=5, use_dora=use_dora, bias="all",
+        target_modules=["c_attn", "c_proj", "c_fc"],
+    )  # fmt: skip
+    theirs = peft.get_peft_model(model, config)
+    randomize(theirs)
+    theirs.eval().save_pretrained(tmp_path / "a")
+    expected = torch_logits(theirs)
+    arguments = [str(tmp_path / "a"), str(tmp_path / "m"), "--base", str(tmp_path / "base")]
+    assert cli.main(["convert", *arguments, "--merge"]) == 0
+    merged = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "m").eval()
+    agree(torch_logits(merged), expected)
+    if use_dora:
+        return
+    arguments = [str(tmp_path / "a"), str(tmp_path / "p"), "--base", str(tmp_path / "base")]
+    assert cli.main(["convert", *arguments, "--plain-lora"]) == 0
+    base = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "base")
+    plain = peft.PeftModel.from_pretrained(base, tmp_path / "p").eval()
+    agree(torch_logits(plain), expected)

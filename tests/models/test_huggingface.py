@@ -141,6 +141,21 @@ def test_bfloat16_logits_are_near_those_of_transformers(tmp_path, torch):
     assert np.abs(logits - expected).mean() < 0.02 * np.abs(expected).mean() + 1e-3
 
 
+@pytest.mark.filterwarnings("default")
+def test_a_head_that_differs_from_its_tied_embedding_is_used_as_in_transformers(tmp_path, torch):
+    import transformers
+
+    save_huggingface(random_decoder(decoder_config("llama-tiny", **SIZES)), tmp_path / "m")
+    content = json.loads((tmp_path / "m" / "config.json").read_text())
+    content["tie_word_embeddings"] = True
+    (tmp_path / "m" / "config.json").write_text(json.dumps(content))
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "m", dtype=torch.float32
+    ).eval()
+    logits = jax_logits(load_huggingface(tmp_path / "m"))
+    np.testing.assert_allclose(logits, torch_logits(torch, model), atol=1e-5, rtol=1e-5)
+
+
 @pytest.fixture(scope="module")
 def model() -> Decoder:
     return random_decoder(decoder_config("llama-tiny", **SIZES))
@@ -242,6 +257,26 @@ def test_harmless_extras_are_ignored(tmp_path):
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
     safetensors_numpy.save_file(tensors, file)
     np.testing.assert_array_equal(jax_logits(load_huggingface(tmp_path / "m")), jax_logits(model))
+
+
+def test_a_head_that_differs_from_its_tied_embedding_is_used_with_a_warning(tmp_path):
+    config = decoder_config("llama-tiny", **SIZES)
+    model = random_decoder(config)
+    save_huggingface(model, tmp_path / "m")
+    content = json.loads((tmp_path / "m" / "config.json").read_text())
+    content["tie_word_embeddings"] = True
+    (tmp_path / "m" / "config.json").write_text(json.dumps(content))
+    with pytest.warns(UserWarning, match=r"tie_word_embeddings.*lm_head\.weight.*differ"):
+        loaded = load_huggingface(tmp_path / "m")
+    assert loaded.config == config
+    np.testing.assert_array_equal(jax_logits(loaded), jax_logits(model))
+    file = tmp_path / "m" / "model.safetensors"
+    tensors = safetensors_numpy.load_file(file)
+    tensors["lm_head.weight"] = tensors["lm_head.weight"][:-1]
+    safetensors_numpy.save_file(tensors, file)
+    with pytest.raises(CheckpointMismatchError) as caught:
+        load_huggingface(tmp_path / "m")
+    assert caught.value.wrong_shape == {"lm_head.weight": ((60, 32), (61, 32))}
 
 
 @pytest.mark.parametrize("max_shard_bytes", [5 * 2**30, 9_000])

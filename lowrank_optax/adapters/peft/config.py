@@ -4,9 +4,22 @@ from collections.abc import Mapping
 import dataclasses
 import json
 from pathlib import Path
-import re
 from typing import Any
 import warnings
+
+from lowrank_optax.storage.fields import (
+    BOOLEAN,
+    FRACTION,
+    NULL,
+    NUMBER,
+    PATTERN,
+    TEXT,
+    choice,
+    integer,
+    list_of,
+    mapping_to,
+    wrong_fields,
+)
 
 CONFIG_FILE = "adapter_config.json"
 
@@ -16,7 +29,6 @@ Names = str | tuple[str, ...] | None
 _REFUSED = {
     "alora_invocation_tokens": "adapters that switch on at a token",
     "arrow_config": "routing among adapters",
-    "ensure_weight_tying": "one adapter of a tied embedding and head",
     "kasa_config": "KaSA, whose base is changed",
     "layer_replication": "layers that stand in the model several times",
     "lora_bias": "a bias beside lora_B",
@@ -45,6 +57,28 @@ _HARMLESS = {
     "runtime_config",
     "task_type",
 }
+_NAMES_OR_PATTERN = PATTERN | list_of(TEXT) | NULL
+_KINDS = {
+    "r": integer(1),
+    "lora_alpha": NUMBER,
+    "lora_dropout": FRACTION,
+    "use_rslora": BOOLEAN,
+    "use_dora": BOOLEAN,
+    "target_modules": _NAMES_OR_PATTERN,
+    "exclude_modules": _NAMES_OR_PATTERN,
+    "layers_to_transform": integer(0) | list_of(integer(0)) | NULL,
+    "layers_pattern": PATTERN | list_of(PATTERN) | NULL,
+    "rank_pattern": mapping_to(PATTERN, integer(1)) | NULL,
+    "alpha_pattern": mapping_to(PATTERN, NUMBER) | NULL,
+    "modules_to_save": list_of(PATTERN) | NULL,
+    "bias": choice("none", "all", "lora_only"),
+    "fan_in_fan_out": BOOLEAN,
+    "ensure_weight_tying": BOOLEAN | NULL,
+}
+# What to do with an adapter that is not supported.
+MERGE_IN_PEFT = (
+    "Merge it in PEFT (`merge_and_unload`), save the merged model, and load that instead."
+)
 # Those after which the base is what it was; of "pissa" the residual is computed again.
 _INITIALS = (True, False, None, "gaussian", "orthogonal", "eva", "mica", "pissa")
 
@@ -76,6 +110,7 @@ class PeftConfig:
     modules_to_save: Names = None
     bias: str = "none"
     fan_in_fan_out: bool = False
+    ensure_weight_tying: bool | None = False
     others: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def scale(self, rank: int, alpha: float) -> float:
@@ -112,8 +147,12 @@ def read_json(folder: Path) -> dict[str, Any]:
     return content
 
 
-def parse_config(content: Mapping[str, Any]) -> PeftConfig:
+def parse_config(content: Mapping[str, Any], source: str = CONFIG_FILE) -> PeftConfig:
     """The configuration in an object of adapter_config.json.
+
+    Args:
+      content: The object.
+      source: Where it is from, for messages.
 
     Raises:
       UnsupportedConfigError: If a field that changes what the adapter computes has a value that is
@@ -123,19 +162,26 @@ def parse_config(content: Mapping[str, Any]) -> PeftConfig:
     Warns:
       UserWarning: Of fields that are not known here and not off.
     """
-    _check_type(content)
+    _check_type(content, source)
     refused = [f"{k}={content[k]!r} ({why})" for k, why in _REFUSED.items() if content.get(k)]
     initial = content.get("init_lora_weights", True)
     if initial not in _INITIALS:
         refused.append(f"init_lora_weights={initial!r} ({_about_initial(initial)})")
+    if initial == "pissa" and content.get("use_dora"):
+        refused.append("use_dora=True with init_lora_weights='pissa' (DoRA of a residual)")
     if refused:
-        raise UnsupportedConfigError(f"adapter_config.json has {'; '.join(refused)}: unsupported.")
+        raise UnsupportedConfigError(
+            f"{source} has {'; '.join(refused)}: unsupported. {MERGE_IN_PEFT}"
+        )
+    wrong = wrong_fields(content, _KINDS) + _wrong_together(content)
+    if wrong:
+        raise ValueError(f"{source} is damaged: {'; '.join(wrong)}.")
     own = {f.name for f in dataclasses.fields(PeftConfig)} - {"others"}
     unknown = content.keys() - own - _REFUSED.keys() - _HARMLESS
     noticed = sorted(f"{k}={content[k]!r}" for k in unknown if content[k] or content[k] == 0)
     if noticed:
         warnings.warn(
-            f"adapter_config.json has fields that are not known here: {', '.join(noticed)}. "
+            f"{source} has fields that are not known here: {', '.join(noticed)}. "
             "They are ignored, as PEFT does with those it does not know.",
             stacklevel=3,
         )
@@ -144,23 +190,37 @@ def parse_config(content: Mapping[str, Any]) -> PeftConfig:
     }
     for name in ("rank_pattern", "alpha_pattern"):
         given[name] = given.get(name) or {}
-    config = PeftConfig(**given, others={k: v for k, v in content.items() if k not in own})
-    _check_values(config)
-    return config
+    return PeftConfig(**given, others={k: v for k, v in content.items() if k not in own})
 
 
-def _check_type(content: Mapping[str, Any]) -> None:
+def _wrong_together(content: Mapping[str, Any]) -> list[str]:
+    """Fields that PEFT refuses beside others."""
+    layers, pattern = (content.get(f"layers_{k}") for k in ("to_transform", "pattern"))
+    wrong = []
+    if isinstance(content.get("target_modules"), str) and (layers not in (None, []) or pattern):
+        wrong.append(
+            "layers_to_transform and layers_pattern select layers of a list in target_modules, "
+            f"which is the regular expression {content['target_modules']!r}"
+        )
+    if pattern and layers is None:
+        wrong.append(f"layers_pattern={pattern!r} needs layers_to_transform, which is null")
+    return wrong
+
+
+def _check_type(content: Mapping[str, Any], source: str) -> None:
     kind = content.get("peft_type")
     if kind is None:
-        raise UnsupportedConfigError("adapter_config.json has no peft_type, so no known meaning.")
+        raise UnsupportedConfigError(f"{source} has no peft_type, so no known meaning.")
     if str(kind).upper() == "BONE":
         raise UnsupportedConfigError(
-            "peft_type='BONE' is an old name, PEFT calls it MISS now: rename BONE to MISS, and "
-            "`.bone_` in the tensors' names to `.miss_`, as `lowrank-optax convert` does. Neither "
-            "is supported here yet."
+            f"{source}: peft_type='BONE' is an old name, PEFT calls it MISS now: rename BONE to "
+            "MISS, and `.bone_` in the tensors' names to `.miss_`, as `lowrank-optax convert` "
+            "does. Neither is supported here yet."
         )
     if str(kind).upper() != "LORA":
-        raise UnsupportedConfigError(f"peft_type={kind!r} is not supported, only 'LORA' is.")
+        raise UnsupportedConfigError(
+            f"{source}: peft_type={kind!r} is not supported, only 'LORA' is. {MERGE_IN_PEFT}"
+        )
 
 
 def _about_initial(initial: Any) -> str:
@@ -169,29 +229,3 @@ def _about_initial(initial: Any) -> str:
     if initial in ("olora", "loftq", "corda", "lora_ga"):
         return "it belongs to a base that it changed: have PEFT convert it as it saves"
     return "unknown"
-
-
-def _check_values(config: PeftConfig) -> None:
-    whole = lambda x: isinstance(x, int) and not isinstance(x, bool) and x >= 1
-    number = lambda x: isinstance(x, int | float) and not isinstance(x, bool)
-    wrong = []
-    for name, value in [("r", config.r), *config.rank_pattern.items()]:
-        if not whole(value):
-            wrong.append(f"rank {name}={value!r} must be an integer of at least 1")
-    for name, value in [("lora_alpha", config.lora_alpha), *config.alpha_pattern.items()]:
-        if not number(value):
-            wrong.append(f"alpha {name}={value!r} must be a number")
-    if not number(config.lora_dropout) or not 0 <= config.lora_dropout < 1:
-        wrong.append(f"lora_dropout={config.lora_dropout!r} must be at least 0 and below 1")
-    if config.bias not in ("none", "all", "lora_only"):
-        wrong.append(f"bias={config.bias!r} must be 'none', 'all' or 'lora_only'")
-    patterns = [*config.rank_pattern, *config.alpha_pattern]
-    for names in (config.target_modules, config.exclude_modules):
-        patterns += [names] if isinstance(names, str) else []
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            wrong.append(f"{pattern!r} is no regular expression ({error})")
-    if wrong:
-        raise ValueError(f"adapter_config.json is damaged: {'; '.join(wrong)}.")

@@ -1,6 +1,6 @@
 """Adapters' folders changed into others, and folded into weights, without a model."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 import json
 import os
 from pathlib import Path
@@ -11,14 +11,27 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 import numpy as np
 
-from lowrank_optax.adapters.peft.config import PeftConfig, parse_config, read_json
-from lowrank_optax.adapters.peft.folders import PREFIX, open_tensors, plain_name, write_folder
+from lowrank_optax.adapters.peft.base_files import modules_of_adapter, modules_of_base
+from lowrank_optax.adapters.peft.config import CONFIG_FILE, PeftConfig, parse_config, read_json
+from lowrank_optax.adapters.peft.expected import expected_tensors, file_shapes, read_tensors
+from lowrank_optax.adapters.peft.folders import PREFIX, open_tensors, write_folder
 from lowrank_optax.adapters.peft.forms import method_of
 from lowrank_optax.adapters.peft.layouts import Layout
 from lowrank_optax.adapters.peft.matching import alpha_of, rank_of
+from lowrank_optax.adapters.peft.tied import tied_in_files
+from lowrank_optax.storage.safetensors_files import TensorReader
 
-Weight = Callable[[str], np.ndarray]
-"""The base model's tensor of a name, ``model.layers.0.self_attn.q_proj.weight``."""
+
+class BaseModel(NamedTuple):
+    """A base model's folder.
+
+    Attributes:
+      config: What is in its config.json.
+      reader: Its tensors, open.
+    """
+
+    config: Mapping[str, Any]
+    reader: TensorReader
 
 
 class AdapterFolder(NamedTuple):
@@ -68,31 +81,38 @@ def rename_bone(adapter: AdapterFolder) -> AdapterFolder:
     )
 
 
-def to_plain_lora(adapter: AdapterFolder, weight_of: Weight | None) -> AdapterFolder:
+def to_plain_lora(path: str | os.PathLike, base: BaseModel | None) -> AdapterFolder:
     """The same change of the base as a LoRA whose alpha is its rank: scales are folded in.
 
     Args:
-      adapter: LoRA, rsLoRA or PiSSA.
-      weight_of: The base model's tensors, which PiSSA needs.
+      path: The folder of a LoRA, rsLoRA or PiSSA.
+      base: The base model, which PiSSA needs, and with which others are compared if it is given.
 
     Raises:
       TypeError: If it is DoRA, whose change is of full rank.
-      ValueError: If it is PiSSA and there is no base; or the adapter is not supported or damaged.
+      ValueError: If it is PiSSA and there is no base; or the adapter is not supported, damaged, or
+        of another base.
     """
-    config = parse_config(adapter.content)
-    if config.init_lora_weights == "pissa" and weight_of is None:
+    checked = _Checked(Path(path), base)
+    config = checked.config
+    pissa = config.init_lora_weights == "pissa"
+    if pissa and base is None:
         raise ValueError("init_lora_weights='pissa': its base is needed to convert it (--base).")
-    tensors, ranks = {}, {}
-    for module, of_module in modules(adapter.tensors).items():
-        if not is_adapted(of_module):
-            tensors |= {f"{PREFIX}{module}.{name}": x for name, x in of_module.items()}
-            continue
-        layer = _Layer(module, of_module, config, weight_of)
-        a, b = (np.asarray(x) for x in layer.method.to_lora(layer.p))
-        ranks[module] = a.shape[1]
-        packed = layer.layout.pack(a, b)
-        tensors |= {f"{PREFIX}{module}.{name}": x for name, x in packed.items()}
-    factor = 2 if config.init_lora_weights == "pissa" else 1
+    tensors = {}
+    for module, of_module in checked.tensors.items():
+        # What PEFT saves as PiSSA's base is the residual, and that of a LoRA is the whole weight.
+        kept = {
+            name: x
+            for name, x in of_module.items()
+            if not name.startswith("lora_") and not (pissa and name == "base_layer.weight")
+        }
+        tensors |= {f"{PREFIX}{module}.{name}": x for name, x in kept.items()}
+        if module in checked.expected.layers:
+            layer = checked.layer(module)
+            a, b = (np.asarray(x) for x in layer.method.to_lora(layer.p))
+            packed = layer.layout.pack(a, b)
+            tensors |= {f"{PREFIX}{module}.{name}": x for name, x in packed.items()}
+    factor = 2 if pissa else 1
     pattern = {p: factor * rank for p, rank in config.rank_pattern.items()}
     changed = {
         "r": factor * config.r,
@@ -102,7 +122,7 @@ def to_plain_lora(adapter: AdapterFolder, weight_of: Weight | None) -> AdapterFo
         "use_rslora": False,
         "init_lora_weights": True,
     }
-    return AdapterFolder({**adapter.content, **changed}, tensors)
+    return AdapterFolder({**checked.content, **changed}, tensors)
 
 
 class Merging:
@@ -110,54 +130,71 @@ class Merging:
 
     Attributes:
       names: Of the tensors that the adapter changes.
+
+    Raises:
+      ValueError: If the adapter is not supported, damaged, or of another base.
     """
 
-    def __init__(self, adapter: AdapterFolder, weight_of: Weight) -> None:
-        self._config, self._weight_of = parse_config(adapter.content), weight_of
-        self._modules = modules(adapter.tensors)
-        self._adapted = {f"{m}.weight": m for m, of in self._modules.items() if is_adapted(of)}
+    def __init__(self, path: str | os.PathLike, base: BaseModel) -> None:
+        self._checked, self._base = _Checked(Path(path), base), base
+        layers, tied = self._checked.expected.layers, self._checked.expected.tied
+        if tied and not layers.keys().isdisjoint(tied):
+            raise ValueError(
+                f"{', '.join(m for m in tied if m in layers)}: the base model ties its embedding "
+                "and its head, and a change of one would become a change of both. Load the "
+                "adapter beside the model instead."
+            )
         self._replaced = {
-            f"{module}.{name.removeprefix('base_layer.')}": (module, name)
-            for module, of_module in self._modules.items()
-            for name in of_module
-            if name in ("weight", "bias", "base_layer.bias")
+            f"{module}.{name.removeprefix('base_layer.')}": tensor
+            for module, of_module in self._checked.tensors.items()
+            for name, tensor in of_module.items()
+            if not name.startswith("lora_") and name != "base_layer.weight"
         }
-        self.names = self._adapted.keys() | self._replaced.keys()
+        if tied and f"{tied.embedding}.weight" in self._replaced:
+            self._replaced[f"{tied.head}.weight"] = self._replaced[f"{tied.embedding}.weight"]
+        self.names = {
+            name
+            for name in (*self._replaced, *(f"{module}.weight" for module in layers))
+            if name in base.reader.shapes  # but for a head that is tied
+        }
+        base.reader.check(
+            {name: base.reader.shapes[name] for name in self.names}, ignore=lambda _: True
+        )
 
     def tensor(self, name: str) -> np.ndarray:
-        """A tensor: summed in float32, rounded once to the base's dtype.
-
-        Raises:
-          ValueError: If the adapter does not fit the base.
-        """
-        old = self._weight_of(name)
+        """A tensor: summed in float32, rounded once to the base's dtype."""
+        old = self._base.reader.read(name)
         if name in self._replaced:
-            module, parameter = self._replaced[name]
-            new = self._modules[module][parameter]
-            _check_shape(name, new.shape, old.shape)
-            return new.astype(old.dtype)
-        if name not in self._adapted:
+            return self._replaced[name].astype(old.dtype)
+        if name not in self.names:
             return old
-        module = self._adapted[name]
-        layer = _Layer(module, self._modules[module], self._config, self._weight_of)
+        layer = self._checked.layer(name.removesuffix(".weight"))
         merged = np.asarray(layer.method.merged(layer.p, layer.base).weight)
         return layer.layout.pack_weight(merged).astype(old.dtype)
 
 
-def modules(tensors: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
-    """Tensors by the module's name and what follows it."""
-    found: dict[str, dict[str, np.ndarray]] = {}
-    for raw, value in tensors.items():
-        name = plain_name(raw)
-        at = name.find(".lora_") if ".lora_" in name else name.rfind(".")
-        at = name.find(".base_layer.") if ".base_layer." in name else at
-        found.setdefault(name[:at], {})[name[at + 1 :]] = value
-    return found
+class _Checked:
+    """A folder's configuration and tensors, after they have been compared with the base."""
 
+    def __init__(self, folder: Path, base: BaseModel | None) -> None:
+        self.content = read_json(folder)
+        self.config = parse_config(self.content, str(folder / CONFIG_FILE))
+        self.base, found = base, file_shapes(folder)
+        if base is None:
+            modules, tied = modules_of_adapter(found), None
+        else:
+            shapes, fan_in_fan_out = base.reader.shapes, self.config.fan_in_fan_out
+            modules = modules_of_base(shapes, found, base.config, fan_in_fan_out)
+            tied = tied_in_files(base.config, base.reader)
+        self.expected = expected_tensors(modules, self.config, found, tied)
+        self.tensors = read_tensors(folder, self.expected)
 
-def is_adapted(tensors: Mapping[str, np.ndarray]) -> bool:
-    """Whether the tensors of a module are those of an adapter."""
-    return any(name.startswith("lora_") for name in tensors)
+    def layer(self, module: str) -> "_Layer":
+        """The adapter of a module."""
+        layout = self.expected.layers[module].layout()
+        assert layout is not None  # it is a layer
+        weight = None if self.base is None else self.base.reader.read(f"{module}.weight")
+        return _Layer(module, self.tensors[module], self.config, layout, weight)
 
 
 class _Layer:
@@ -168,44 +205,22 @@ class _Layer:
         module: str,
         tensors: Mapping[str, np.ndarray],
         config: PeftConfig,
-        weight_of: Weight | None,
+        layout: Layout,
+        tensor: np.ndarray | None,
     ) -> None:
-        rank = rank_of(module, config)
-        self.layout = _layout(tensors)
-        self.method = method_of(config, rank, alpha_of(module, config))
-        expected = self.layout.shapes(rank, config.use_dora)
-        for name, shape in expected.items():
-            found = tensors[name].shape if name in tensors else None
-            _check_shape(f"{module}.{name}", found, shape)
-        a, b = self.layout.unpack(tensors)
+        self.layout = layout
+        self.method = method_of(config, rank_of(module, config), alpha_of(module, config))
+        a, b = layout.unpack(tensors)
         self.p = {"A": jnp.asarray(a), "B": jnp.asarray(b)}
-        if weight_of is None:
+        if tensor is None:
             return
-        tensor = weight_of(f"{module}.weight")
-        _check_shape(f"{module}.weight", tensor.shape, self.layout.weight_shape)
-        weight = jnp.asarray(self.layout.unpack_weight(tensor))
+        own = tensors.get("base_layer.weight", tensor).astype(tensor.dtype)
+        weight, base = (jnp.asarray(layout.unpack_weight(x)) for x in (tensor, own))
         params = self.method.init(jax.random.key(0), weight[None])
-        start = self.method.layer_arrays(params, 0)
-        self.base = weight if params.base is None else params.base[0]
-        self.p = start | self.p
+        self.p = self.method.layer_arrays(params, 0) | self.p
+        # Of PiSSA the file's own base is the residual.
+        residual = params.base is not None and "base_layer.weight" not in tensors
+        self.base = params.base[0] if residual else base
         if config.use_dora:
             magnitude = tensors["lora_magnitude_vector"].astype(np.float32)
             self.p["magnitude"] = jnp.asarray(magnitude.reshape(-1))
-
-
-def _layout(tensors: Mapping[str, np.ndarray]) -> Layout:
-    if "lora_embedding_A" in tensors:
-        a, b = tensors["lora_embedding_A"], tensors.get("lora_embedding_B")
-        return Layout("embedding", a.shape[1], 0 if b is None else b.shape[0])
-    a, b = tensors.get("lora_A.weight"), tensors.get("lora_B.weight")
-    if a is None or b is None or a.ndim < 2 or b.ndim < 2:
-        raise ValueError(f"an adapter has {', '.join(sorted(tensors))}, no lora_A and lora_B.")
-    if a.ndim == 2:
-        return Layout("linear", a.shape[1], b.shape[0])
-    return Layout("convolution", int(np.prod(a.shape[1:])), b.shape[0], a.shape[2:])
-
-
-def _check_shape(name: str, found: tuple[int, ...] | None, expected: tuple[int, ...]) -> None:
-    if found != expected:
-        what = "missing" if found is None else f"of shape {found}"
-        raise ValueError(f"{name} is {what}, and should be of shape {expected}.")

@@ -61,6 +61,21 @@ def plain_name(name: str) -> str:
     return re.sub(r"(\.lora_magnitude_vector)\.weight$", r"\1", name)
 
 
+def split_name(name: str) -> tuple[str, str]:
+    """A plain name as the module's, and what follows it.
+
+    Example:
+      >>> split_name("lm_head.lora_A.weight"), split_name("model.norm.weight")
+      (('lm_head', 'lora_A.weight'), ('model.norm', 'weight'))
+    """
+    for inside in (".base_layer.", ".lora_"):
+        if inside in name:
+            at = name.find(inside)
+            return name[:at], name[at + 1 :]
+    module, _, tensor = name.rpartition(".")
+    return module, tensor
+
+
 def write_folder(path: str | os.PathLike, config: str, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes a folder that takes the place of an earlier one when it is complete.
 

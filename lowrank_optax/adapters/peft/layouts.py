@@ -23,12 +23,15 @@ class Layout:
       d_in: Inputs of its matrix; of a convolution, ``window * channels``; of an embedding, rows.
       d_out: Outputs.
       window: Spatial sizes of a convolution's kernel.
+      inputs_first: Whether PyTorch's weight is [in, out], as in transformers' Conv1D; the factors
+        are as of any linear layer.
     """
 
     kind: Kind
     d_in: int
     d_out: int
     window: tuple[int, ...] = ()
+    inputs_first: bool = False
 
     def shapes(self, rank: int, dora: bool = False) -> dict[str, tuple[int, ...]]:
         """Names (after the module's) and shapes of the tensors of an adapter."""
@@ -47,7 +50,7 @@ class Layout:
     @property
     def weight_shape(self) -> tuple[int, ...]:
         """PyTorch's shape of the weight."""
-        if self.kind == "embedding":
+        if self._as_matrix:
             return self.d_in, self.d_out
         return self.d_out, *self._inputs
 
@@ -68,13 +71,18 @@ class Layout:
 
     def pack_weight(self, matrix: np.ndarray) -> np.ndarray:
         """PyTorch's tensor of a weight ``[d_in, d_out]``, in its dtype."""
-        if self.kind == "embedding":
+        if self._as_matrix:
             return np.ascontiguousarray(matrix)
         return np.ascontiguousarray(self._outputs_first(matrix).reshape(self.weight_shape))
 
     def unpack_weight(self, tensor: np.ndarray) -> np.ndarray:
         """The weight as a matrix, the inverse of `pack_weight`."""
-        return tensor if self.kind == "embedding" else self._outputs_last(tensor)
+        return tensor if self._as_matrix else self._outputs_last(tensor)
+
+    @property
+    def _as_matrix(self) -> bool:
+        """Whether PyTorch's weight is the matrix itself."""
+        return self.kind == "embedding" or self.inputs_first
 
     @property
     def _inputs(self) -> tuple[int, ...]:

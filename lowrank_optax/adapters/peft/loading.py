@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 import os
-from pathlib import Path
+import pathlib
 import re
-from typing import Any
+from typing import Any, NamedTuple
+import warnings
 
 from flax import nnx
 import jax.numpy as jnp
@@ -12,18 +13,28 @@ import numpy as np
 
 from lowrank_optax.adapters.attaching import attach
 from lowrank_optax.adapters.base import Adapter
+from lowrank_optax.adapters.nnx import adapted_layers
+from lowrank_optax.adapters.own_values import claim, live_in, parameters_of
 from lowrank_optax.adapters.peft.config import (
+    CONFIG_FILE,
+    MERGE_IN_PEFT,
     PeftConfig,
     UnsupportedConfigError,
     parse_config,
     read_json,
 )
-from lowrank_optax.adapters.peft.expected import Expected, expected_tensors, read_tensors
+from lowrank_optax.adapters.peft.expected import (
+    Expected,
+    expected_tensors,
+    file_shapes,
+    read_tensors,
+)
 from lowrank_optax.adapters.peft.forms import method_of
 from lowrank_optax.adapters.peft.matching import alpha_of, rank_of, scale_of
 from lowrank_optax.adapters.peft.module_names import ModuleNames, Slot, module_slots
-from lowrank_optax.adapters.retyping import also_train
-from lowrank_optax.matrices.selection import path_string
+from lowrank_optax.adapters.peft.tied import may_be_tied, tied_in_model
+from lowrank_optax.adapters.switching import deactivate
+from lowrank_optax.matrices.selection import Path, path_string
 
 
 def load_peft(
@@ -37,10 +48,13 @@ def load_peft(
     """Attaches the adapter in a folder of Hugging Face PEFT to a model, in place.
 
     Reads LoRA, rsLoRA, DoRA and PiSSA, with regular expressions, lists, ranks and alphas by
-    pattern, ``modules_to_save`` and trained biases (whose values the model takes over, as
-    parameters of `also_train`), of linear layers, embeddings and convolutions. Everything is
-    compared before anything is attached: the file's tensors must be those that its configuration
-    asks of this model. Layers that the model has stacked are stacked.
+    pattern, ``modules_to_save`` and trained biases, of linear layers, embeddings and convolutions.
+    Everything is compared before anything is attached: the file's tensors must be those that its
+    configuration asks of this model. Layers that the model has stacked are stacked.
+
+    Values of ``modules_to_save`` and biases stand in the model's parameters, as those of
+    `also_train`, while the adapter is active. Of two adapters with values of one parameter only one
+    can be: the one that was there is deactivated.
 
     Args:
       model: An NNX model with the weights of the adapter's base model.
@@ -51,6 +65,9 @@ def load_peft(
 
     Returns:
       The model itself. The adapter's arrays are float32.
+
+    Warns:
+      UserWarning: Another adapter with values of its own of the same parameters is deactivated.
 
     Raises:
       ImportError: safetensors is not installed.
@@ -64,13 +81,38 @@ def load_peft(
     Example:
       See `save_peft`.
     """
-    folder = Path(path)
-    config = parse_config(read_json(folder))
+    folder = pathlib.Path(path)
+    config = parse_config(read_json(folder), str(folder / CONFIG_FILE))
     slots = module_slots(model, names)
-    expected = expected_tensors(slots, config)
+    tied = tied_in_model(model, slots)
+    expected = expected_tensors(slots, config, file_shapes(folder), tied)
+    _check_orientation(expected, config)
     tensors = read_tensors(folder, expected)
+    values = _own_values(expected, tensors)
+    for embedding in {m for m in tensors if "weight" in tensors[m]} & slots.keys():
+        if isinstance(slots[embedding].module, nnx.Embed) and may_be_tied(model, slots, embedding):
+            warnings.warn(
+                f"modules_to_save has {embedding}. If its table is the head's too in this model, "
+                "the head changes with it, as in PEFT only with ensure_weight_tying=True.",
+                stacklevel=2,
+            )
+    if config.init_lora_weights == "pissa" and config.lora_dropout:
+        warnings.warn(
+            f"lora_dropout={config.lora_dropout} is left out: PiSSA has no dropout here.",
+            stacklevel=2,
+        )
+    others = live_in(model, {one.path for one in values})
+    _check_unmerged(model, others)
     _attach(model, name, config, expected.layers, tensors, rngs)
-    _set_parameters(model, expected, tensors)
+    if others:
+        deactivate(model, *others)
+        warnings.warn(
+            f"{', '.join(sorted({p for paths in others.values() for p in paths}))}: {name!r} has "
+            f"values of its own, and so has {', '.join(map(repr, others))}, which is deactivated: "
+            "`activate` one of them.",
+            stacklevel=2,
+        )
+    _set_parameters(model, name, values)
     return model
 
 
@@ -152,19 +194,70 @@ class _Place:
             arrays[key].set_value(jnp.asarray(value))
 
 
-def _set_parameters(
-    model: Any, expected: Expected, tensors: Mapping[str, Mapping[str, np.ndarray]]
-) -> None:
-    trained = set()
-    for module, slot in expected.slots.items():
-        names = slot.parameters() if module in tensors else {}
-        for parameter, value in tensors.get(module, {}).items():
-            own = parameter.removeprefix("base_layer.")
-            if own not in ("weight", "bias"):
+class _Values(NamedTuple):
+    """Values of the model's own parameters that a file holds.
+
+    Attributes:
+      slot: The module.
+      parameter: PyTorch's name of the parameter.
+      value: Its tensor.
+      trained: Whether it is trained on; the base of an adapted embedding is not.
+    """
+
+    slot: Slot
+    parameter: str
+    value: np.ndarray
+    trained: bool
+
+    @property
+    def path(self) -> Path:
+        return (*self.slot.path, self.slot.parameters()[self.parameter])
+
+
+def _check_orientation(expected: Expected[Slot], config: PeftConfig) -> None:
+    """A square weight of transformers' Conv1D cannot be told from a Linear's."""
+    for module, tensor in expected.shapes if config.fan_in_fan_out else ():
+        layout = expected.modules[module].layout() if tensor == "weight" else None
+        if layout and layout.kind == "linear" and layout.d_in == layout.d_out:
+            raise UnsupportedConfigError(
+                f"fan_in_fan_out=True with {module} in modules_to_save, a square weight, which "
+                f"PyTorch may hold as [in, out] or [out, in]: unsupported. {MERGE_IN_PEFT}"
+            )
+
+
+def _own_values(
+    expected: Expected[Slot], tensors: Mapping[str, Mapping[str, np.ndarray]]
+) -> list[_Values]:
+    """What the file holds of the model's own parameters, but for bases that are the model's."""
+    found = []
+    for module, of_module in tensors.items():
+        if module not in expected.modules:
+            continue  # a head that is tied to its embedding
+        for tensor, value in of_module.items():
+            parameter = tensor.removeprefix("base_layer.")
+            if parameter not in ("weight", "bias"):
                 continue
-            slot.write(own, value)
-            # The base of an adapted embedding comes along, and is not trained.
-            if parameter != "base_layer.weight":
-                trained.add((*slot.path, names[own]))
-    if trained:
-        also_train(model, lambda path, _: tuple(map(str, path)) in trained)
+            one = _Values(expected.modules[module], parameter, value, tensor != "base_layer.weight")
+            if one.trained or (one.slot.cast(parameter, value) != one.slot.read(parameter)).any():
+                found.append(one)
+    return found
+
+
+def _check_unmerged(model: Any, owners: Mapping[str, list[str]]) -> None:
+    for path, layer in adapted_layers(model):
+        for adapter in layer.adapters.values():
+            if adapter.merged and adapter.name in owners:
+                raise ValueError(
+                    f"{owners[adapter.name][0]} has values of the adapter {adapter.name!r}, which "
+                    f"is merged into {path_string(path)}, and the file has others: unmerge the "
+                    "model first."
+                )
+
+
+def _set_parameters(model: Any, name: str, values: list[_Values]) -> None:
+    parameters = parameters_of(model)
+    for trained in (False, True):
+        paths = {one.path for one in values if one.trained is trained}
+        claim(model, {path: parameters[path] for path in paths}, name, trained=trained)
+    for one in values:
+        one.slot.write(one.parameter, one.value)

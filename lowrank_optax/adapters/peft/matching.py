@@ -20,7 +20,7 @@ def is_target(name: str, config: PeftConfig) -> bool:
       >>> [is_target(f"model.layers.{i}.self_attn.q_proj", config) for i in range(3)]
       [False, True, False]
     """
-    if config.exclude_modules and _named(name, config.exclude_modules):
+    if config.exclude_modules and is_named(name, config.exclude_modules):
         return False
     saved = config.modules_to_save or ()
     if any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in _tuple(saved)):
@@ -29,8 +29,8 @@ def is_target(name: str, config: PeftConfig) -> bool:
     if not targets:
         return False
     if isinstance(targets, str) or name in targets:
-        return _named(name, targets)
-    return _named(name, targets) and _in_layers(name, config)
+        return is_named(name, targets)
+    return is_named(name, targets) and in_layers(name, config)
 
 
 def is_saved(name: str, config: PeftConfig) -> bool:
@@ -56,18 +56,24 @@ def scale_of(name: str, config: PeftConfig) -> float:
     return config.scale(rank_of(name, config), alpha_of(name, config))
 
 
+def has_pattern(name: str, pattern: str) -> bool:
+    """Whether a key of ``rank_pattern`` or ``alpha_pattern`` means the module."""
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
 def _tuple(names: Names) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names or ())
 
 
-def _named(name: str, names: Names) -> bool:
-    """A string is the whole name's regular expression, a list has names or their ends."""
+def is_named(name: str, names: Names) -> bool:
+    """Whether names mean a module: a regular expression of all of it, or names or their ends."""
     if isinstance(names, str):
         return re.fullmatch(names, name) is not None
     return any(name == n or name.endswith(f".{n}") for n in names or ())
 
 
-def _in_layers(name: str, config: PeftConfig) -> bool:
+def in_layers(name: str, config: PeftConfig) -> bool:
+    """Whether the module is in one of ``layers_to_transform``."""
     layers = config.layers_to_transform
     if layers is None or layers == ():
         return True
@@ -82,5 +88,5 @@ def _in_layers(name: str, config: PeftConfig) -> bool:
 
 def _by_pattern(name: str, patterns: Mapping[str, T], otherwise: T) -> T:
     """The value of the first pattern, in the file's order, that the name ends with."""
-    found = (p for p in patterns if re.match(rf"(.*\.)?({p})$", name))
+    found = (p for p in patterns if has_pattern(name, p))
     return next((patterns[p] for p in found), otherwise)

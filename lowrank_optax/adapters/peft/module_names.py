@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 import itertools
+import math
 import re
 from typing import Any, NamedTuple, TypeAlias
 
@@ -79,6 +80,16 @@ class Slot(NamedTuple):
             raise ValueError(f"{path_string(self.path)}: {foreign} have no name in PyTorch.")
         return {"bias" if name == "bias" else "weight": name for name in own}
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """PyTorch's shapes of its parameters."""
+        layout = self.layout()
+        return {
+            parameter: layout.weight_shape
+            if layout and parameter == "weight"
+            else (math.prod(self._variable(parameter).shape[len(self.index) :]),)
+            for parameter in self.parameters()
+        }
+
     def read(self, parameter: str) -> np.ndarray:
         """A parameter in PyTorch's layout."""
         layout = self.layout()
@@ -87,6 +98,10 @@ class Slot(NamedTuple):
             return value.reshape(-1)
         value, spec = weight(self.module)
         return layout.pack_weight(np.asarray(to_matrix(value, spec))[self.index])
+
+    def cast(self, parameter: str, tensor: np.ndarray) -> np.ndarray:
+        """PyTorch's tensor in the model's own dtype."""
+        return tensor.astype(self._variable(parameter).get_value().dtype)
 
     def write(self, parameter: str, tensor: np.ndarray) -> None:
         """Sets a parameter from PyTorch's tensor, in the model's own dtype."""
@@ -142,7 +157,7 @@ def _modules(model: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Modules that have parameters of their own."""
     for path, module in nnx.iter_modules(model):
         path = tuple(map(str, path))
-        inside = {"adapters", "adapter_groups"} & set(path)
+        inside = {"adapters", "adapter_groups", "own_values"} & set(path)
         if not inside and any(isinstance(x, nnx.Param) for x in vars(module).values()):
             yield path, module
 

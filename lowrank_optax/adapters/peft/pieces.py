@@ -1,6 +1,6 @@
 """The adapter of a Flax model, taken apart into PyTorch's modules."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -46,6 +46,23 @@ def adapter_pieces(
         p = {k: x if k in shared else x[slot.index] for k, x in adapter.p().items()}
         if "rank_scale" not in p or p["rank_scale"].any():
             yield module, _piece(slot, adapter, p, as_lora)
+
+
+def written_bases(
+    slots: Mapping[str, Slot], adapted: Iterable[str], name: str
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The weights that adapters are beside, where a file holds them: of embeddings and heads.
+
+    PEFT writes those by their names; others come along where the adapter has values of its own.
+    """
+    for module in adapted:
+        slot = slots[module]
+        of_vocabulary = module.rpartition(".")[2] in ("embed_tokens", "lm_head")
+        own = getattr(slot.module, "own_values", {})
+        if slot.module.adapters[name].method.changes_base:
+            continue  # the weight is a residual, which is no base of a plain LoRA
+        if of_vocabulary or slot.parameters()["weight"] in own:
+            yield module, slot.read("weight")
 
 
 def trained_parameters(

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+import dataclasses
 import os
 import re
 from typing import Any
@@ -13,10 +14,17 @@ import numpy as np
 
 from lowrank_optax.adapters.hosting import lending
 from lowrank_optax.adapters.nnx import AlsoTrained, adapted_layers, check_names
+from lowrank_optax.adapters.own_values import values_of
 from lowrank_optax.adapters.peft.config import PeftConfig
 from lowrank_optax.adapters.peft.folders import PREFIX, write_folder
 from lowrank_optax.adapters.peft.module_names import ModuleNames, Slot, module_slots
-from lowrank_optax.adapters.peft.pieces import Piece, adapter_pieces, trained_parameters
+from lowrank_optax.adapters.peft.pieces import (
+    Piece,
+    adapter_pieces,
+    trained_parameters,
+    written_bases,
+)
+from lowrank_optax.adapters.peft.tied import tied_in_model
 from lowrank_optax.matrices.selection import path_string
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -37,8 +45,10 @@ def save_peft(
 
     LoRA (with rsLoRA's scale), LoRA-FA and DoRA are written as they are. What PEFT does not have
     (LoTR, LaMDA, AFLoRA, SVFit), and PiSSA, whose base is not the model's, is written as a plain
-    LoRA of the same change, the scale folded into its factors. Parameters of `also_train` become
-    ``modules_to_save``. Layers of a stack become modules of their own, with their own ranks.
+    LoRA of the same change, the scale folded into its factors. Parameters that `also_train` trains
+    with this adapter become ``modules_to_save``, with ``ensure_weight_tying`` where that is an
+    embedding which is the model's head too. Layers of a stack become modules of their own, with
+    their own ranks.
 
     The folder is written beside ``path`` and takes its place at the end: a save that fails leaves
     an earlier one as it was.
@@ -85,18 +95,25 @@ def save_peft(
         raise ValueError(f"dtype={dtype!r} must be one of {', '.join(_DTYPES)}.")
     check_names(model, [name])
     slots = module_slots(model, names)
-    _check_named(model, slots, name)
-    with lending(model):
+    with values_of(model, name), lending(model):
+        _check_named(model, slots, name)
         pieces = dict(adapter_pieces(slots, name, as_lora))
-    saved = dict(trained_parameters(slots, pieces))
+        saved = dict(trained_parameters(slots, pieces))
+        bases = dict(written_bases(slots, pieces, name))
+    tied = tied_in_model(model, slots)
+    ties = tied is not None and tied.embedding in saved and tied.embedding not in pieces
     others = {"base_model_name_or_path": base_model, "task_type": task_type}
-    config = _config(pieces, slots, saved, others)
+    config = dataclasses.replace(_config(pieces, slots, saved, others), ensure_weight_tying=ties)
+    if tied and ties:
+        saved[tied.head] = saved[tied.embedding]
     arrays = [(module, piece.tensors) for module, piece in pieces.items()] + list(saved.items())
     tensors = {
         f"{PREFIX}{module}.{tensor}": np.ascontiguousarray(np.asarray(x).astype(jnp.dtype(dtype)))
         for module, of_module in arrays
         for tensor, x in of_module.items()
     }
+    # In the model's dtype: they are compared with its own when they are read.
+    tensors |= {f"{PREFIX}{module}.base_layer.weight": x for module, x in bases.items()}
     write_folder(path, config.to_json(), tensors)
 
 

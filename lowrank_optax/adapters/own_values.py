@@ -1,0 +1,264 @@
+"""Parameters of a model that adapters have values of their own of, beside the base's.
+
+What `also_train` trains, and what ``modules_to_save`` of a file holds. The values of the adapter
+that is active stand in the parameter itself, so that whatever reads it computes with them; those
+of the base and of other adapters wait in ``own_values`` of the module that the parameter is of.
+"""
+
+from collections.abc import Collection, Iterator
+import contextlib
+import functools
+from typing import Any, NamedTuple
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from lowrank_optax.adapters.nnx import (
+    AdapterConstant,
+    AdapterParam,
+    AlsoTrained,
+    adapted_layers,
+    adapter_names,
+)
+from lowrank_optax.matrices.selection import Path, path_string
+
+_SHARDING = ("out_sharding", "sharding_rules", "mesh")
+
+
+class OwnValues(nnx.Module):
+    """The values of one parameter.
+
+    Attributes:
+      live: Whose values stand in the parameter itself: an adapter's name, None for the base's.
+      base: The base's values, while others stand in the parameter.
+      stored: Those of adapters by name, without the live one's.
+      constant: The adapters whose values are not trained.
+    """
+
+    def __init__(self) -> None:
+        self.live: str | None = None
+        self.base = nnx.data(None)
+        self.stored = nnx.Dict()
+        self.constant: tuple[str, ...] = ()
+
+    def owners(self) -> set[str]:
+        """The adapters that have values of their own."""
+        return {*self.stored, *([] if self.live is None else [self.live])}
+
+    def swap(self, variable: Any, name: str | None) -> None:
+        """Puts the values of an adapter, or of the base, in the place of those that are there."""
+        if name == self.live:
+            return
+        put_aside = _copy(variable, variable.get_value())
+        if self.live is None:
+            self.base = nnx.data(put_aside)
+        else:
+            self.stored[self.live] = put_aside
+        if name is None:
+            variable.set_value(self.base.get_value())
+            self.base = nnx.data(None)
+        else:
+            variable.set_value(self.stored[name].get_value())
+            del self.stored[name]
+        self.live = name
+        self.set_type(variable)
+
+    def set_type(self, variable: Any) -> None:
+        """The parameter is trained while trained values are in it."""
+        if self.live is None or self.live in self.constant:
+            retype(variable, getattr(type(variable), "type_before", type(variable)))
+        else:
+            retype(variable, _also_trained(type(variable)))
+
+
+class OwnedParameter(NamedTuple):
+    """A parameter with values of adapters.
+
+    Attributes:
+      path: Of the parameter.
+      variable: The parameter.
+      module: The module that ``own_values`` is of.
+      key: Of the parameter in there.
+    """
+
+    path: Path
+    variable: Any
+    module: Any
+    key: str
+
+    @property
+    def values(self) -> OwnValues:
+        return self.module.own_values[self.key]
+
+
+def claim(model: Any, variables: dict[Path, Any], name: str, *, trained: bool = True) -> None:
+    """Gives an adapter values of its own of parameters: those that are there, which become live.
+
+    Args:
+      model: The model.
+      variables: The parameters by path.
+      name: The adapter.
+      trained: Whether they are trained.
+
+    Raises:
+      ValueError: If the values of another adapter stand in one.
+    """
+    places = _places(model)
+    owned = [OwnedParameter(path, x, *places[path]) for path, x in variables.items()]
+    for one in owned:
+        live = one.values.live if one.key in getattr(one.module, "own_values", {}) else None
+        if live not in (None, name):
+            raise ValueError(
+                f"{path_string(one.path)} has values of the adapter {live!r} in it: deactivate "
+                f"that before {name!r} gets its own."
+            )
+    for _, variable, module, key in owned:
+        if not hasattr(module, "own_values"):
+            module.own_values = nnx.Dict()
+        if key not in module.own_values:
+            module.own_values[key] = OwnValues()
+        values = module.own_values[key]
+        if name not in values.owners():
+            # A copy: a step may donate the parameter.
+            values.stored[name] = _copy(variable, jax.tree.map(_copied, variable.get_value()))
+        values.swap(variable, name)
+        if trained:
+            values.constant = tuple(n for n in values.constant if n != name)
+        elif name not in values.constant:
+            values.constant = (*values.constant, name)
+        values.set_type(variable)
+
+
+def live_in(model: Any, paths: Collection[Path]) -> dict[str, list[str]]:
+    """Adapters whose values stand in these parameters, with the parameters' paths."""
+    found: dict[str, list[str]] = {}
+    for one in owned_parameters(model):
+        if one.path in paths and one.values.live is not None:
+            found.setdefault(one.values.live, []).append(path_string(one.path))
+    return found
+
+
+def check_one_owner(model: Any, active: Collection[str]) -> None:
+    """Raises ValueError where two of these adapters have values of their own of one parameter."""
+    for one in owned_parameters(model):
+        owners = sorted(one.values.owners() & set(active))
+        if len(owners) > 1:
+            raise ValueError(
+                f"{path_string(one.path)} has values of its own in each of the adapters "
+                f"{', '.join(map(repr, owners))}, and one parameter has one value: activate one of "
+                "them."
+            )
+
+
+def settle(model: Any, active: Collection[str]) -> None:
+    """Puts the values of the active adapters in the parameters, and elsewhere the base's."""
+    known = adapter_names(model)
+    for one in owned_parameters(model):
+        values = one.values
+        # Values from before there was an adapter of that name stay.
+        owners = [n for n in values.owners() if n in active or n not in known]
+        values.swap(one.variable, owners[0] if owners else None)
+
+
+def active_names(model: Any) -> list[str]:
+    """The adapters that are applied in some layer."""
+    layers = [layer for _, layer in adapted_layers(model)]
+    return list(dict.fromkeys(a.name for x in layers for a in x.adapters.values() if a.active))
+
+
+@contextlib.contextmanager
+def values_of(model: Any, name: str) -> Iterator[None]:
+    """While open, parameters have the values of this adapter, and elsewhere the base's."""
+    before = [(one, one.values.live) for one in owned_parameters(model)]
+    settle(model, [name])
+    try:
+        yield
+    finally:
+        for one, live in before:
+            one.values.swap(one.variable, live)
+
+
+def release(model: Any, name: str | None, *, keep: bool) -> None:
+    """Forgets the values of an adapter, or of all: the base's return, and the parameter's type.
+
+    Args:
+      model: The model.
+      name: The adapter; None for all.
+      keep: Whether values that stand in a parameter stay there, as the base's.
+    """
+    for one in owned_parameters(model):
+        values = one.values
+        for owner in [name] if name else sorted(values.owners()):
+            if owner == values.live and keep:
+                values.live, values.base = None, nnx.data(None)
+                values.set_type(one.variable)
+            elif owner == values.live:
+                values.swap(one.variable, None)
+            if owner in values.stored:
+                del values.stored[owner]
+        if not values.owners():
+            del one.module.own_values[one.key]
+        if not one.module.own_values:
+            del one.module.own_values
+
+
+def parameters_of(model: Any, wanted: Any = nnx.Param) -> dict[Path, Any]:
+    """The model's own parameters by path, each once, and without the arrays of adapters."""
+    found = nnx.filterlib.to_predicate(nnx.All(wanted, nnx.Not(AdapterParam)))
+    return {
+        tuple(map(str, path)): x
+        for path, x in nnx.iter_graph(model)
+        if isinstance(x, nnx.Variable) and found(path, x)
+    }
+
+
+def retype(variable: Any, cls: type) -> None:
+    """Changes the type of a variable in place."""
+    # Variables refuse attributes; their class is read from the object at every split.
+    object.__setattr__(variable, "__class__", cls)
+
+
+@functools.cache
+def _also_trained(cls: type) -> type:
+    """`AlsoTrained`, and what the parameter was."""
+    if issubclass(cls, AlsoTrained):
+        return cls
+    if cls is nnx.Param:
+        return AlsoTrained
+    return type(
+        cls.__name__, (AlsoTrained, cls), {"type_before": cls, "__module__": cls.__module__}
+    )
+
+
+def owned_parameters(model: Any) -> list[OwnedParameter]:
+    """The parameters that some adapter has values of its own of."""
+    places = _places(model)
+    return [
+        OwnedParameter(path, x, *places[path])
+        for path, x in parameters_of(model).items()
+        if places[path][1] in getattr(places[path][0], "own_values", {})
+    ]
+
+
+def _places(model: Any) -> dict[Path, tuple[Any, str]]:
+    """Of each parameter, the module nearest above it, and its name there."""
+    modules = {
+        tuple(map(str, path)): x
+        for path, x in nnx.iter_graph(model)
+        if isinstance(x, nnx.Module) and not isinstance(x, nnx.List | nnx.Dict)
+    }
+    found = {}
+    for path in parameters_of(model):
+        above = next(path[:n] for n in range(len(path) - 1, -1, -1) if path[:n] in modules)
+        found[path] = modules[above], ".".join(path[len(above) :])
+    return found
+
+
+def _copy(variable: Any, value: Any) -> AdapterConstant:
+    metadata = {k: v for k, v in variable.get_metadata().items() if k in _SHARDING}
+    return AdapterConstant(value, **metadata, **({"eager_sharding": False} if metadata else {}))
+
+
+def _copied(x: Any) -> Any:
+    return x if isinstance(x, jax.ShapeDtypeStruct) else jnp.copy(x)

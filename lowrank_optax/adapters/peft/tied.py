@@ -1,0 +1,81 @@
+"""Embeddings whose table is the output head's weight too."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from flax import nnx
+
+from lowrank_optax.adapters.peft.module_names import Slot
+from lowrank_optax.storage.safetensors_files import TensorReader
+
+HEAD = "lm_head"
+
+
+class Tied(NamedTuple):
+    """Two modules of PyTorch with one weight.
+
+    Attributes:
+      embedding: Name of the embedding.
+      head: Name of the head, which the Flax model or the file may be without.
+    """
+
+    embedding: str
+    head: str
+
+
+def tied_in_model(model: Any, slots: Mapping[str, Slot]) -> Tied | None:
+    """The tied modules of a model whose configuration says that there are any."""
+    if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        return None
+    tables = [name for name, slot in slots.items() if isinstance(slot.module, nnx.Embed)]
+    return Tied(tables[0], HEAD) if tables else None
+
+
+def may_be_tied(model: Any, slots: Mapping[str, Slot], embedding: str) -> bool:
+    """Whether a model that does not say so could use this table as its head: it has no other."""
+    if hasattr(getattr(model, "config", None), "tie_word_embeddings"):
+        return False
+    rows = slots[embedding].shapes()["weight"][0]
+    others = (slot.shapes().get("weight") for name, slot in slots.items() if name != embedding)
+    return all(shape is None or shape[0] != rows for shape in others)
+
+
+def tied_in_files(config: Mapping[str, Any], reader: TensorReader) -> Tied | None:
+    """The tied modules of a model's folder.
+
+    A configuration that leaves `tie_word_embeddings` out has its type's default, which for most is
+    true. So only one that says false, or a head with values of its own, shows that none are tied.
+
+    Args:
+      config: What is in its config.json.
+      reader: Its tensors.
+    """
+    text = config.get("text_config")
+    both = [config, text if isinstance(text, Mapping) else {}]
+    said = [c["tie_word_embeddings"] for c in both if c.get("tie_word_embeddings") is not None]
+    rows = next((c["vocab_size"] for c in both if c.get("vocab_size")), None)
+    if (said and not said[0]) or not _has_head(config):
+        return None
+    tables = [
+        name.removesuffix(".weight")
+        for name, shape in reader.shapes.items()
+        if name.endswith(".weight")
+        and len(shape) == 2
+        and shape[0] == rows
+        and not any(part.isdigit() for part in name.split("."))  # not of a layer
+    ]
+    if not tables:
+        return None
+    # Heads last: an embedding has no such name.
+    first, *others = sorted(tables, key=lambda name: name.rpartition(".")[2] == HEAD)
+    equal = [name for name in others if reader.equal(f"{first}.weight", f"{name}.weight")]
+    if others and not equal:
+        return None
+    return Tied(first, equal[-1] if equal else HEAD)
+
+
+def _has_head(config: Mapping[str, Any]) -> bool:
+    """Whether the model predicts tokens, as far as its configuration says."""
+    architectures = config.get("architectures") or ["ForCausalLM"]
+    kinds = ("ForCausalLM", "LMHead", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining")
+    return any(kind in str(name) for name in architectures for kind in kinds)

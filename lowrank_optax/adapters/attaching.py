@@ -28,6 +28,7 @@ from lowrank_optax.adapters.nnx import (
 )
 from lowrank_optax.adapters.own_values import release
 from lowrank_optax.adapters.partitions import check_arrays, matrix_sharding, variables
+from lowrank_optax.matrices.argument_names import explains_names
 from lowrank_optax.matrices.selection import Where, path_string
 from lowrank_optax.matrices.views import from_matrix, matrix_shape, to_matrix
 
@@ -57,6 +58,7 @@ class _Target(NamedTuple):
         return jax.ShapeDtypeStruct(shape, weight_variable(self.layer).dtype)
 
 
+@explains_names
 def attach(
     model: nnx.Module,
     method: Adapter,
@@ -92,7 +94,7 @@ def attach(
     Raises:
       ValueError: If ``where`` matches no layer (the message lists near ones), a pattern matches
         none of the layers chosen, or a layer has an adapter of this name already.
-      TypeError: If ``method`` is none.
+      TypeError: If ``method`` is no adapter, or ``model`` no NNX model.
 
     Example:
       >>> from flax import nnx
@@ -109,6 +111,11 @@ def attach(
     """
     check_method(method)
     _check_name(name)
+    if not isinstance(model, nnx.Module):
+        raise TypeError(
+            f"model is a {type(model).__name__}, and must be an NNX model; a Linen module is "
+            "adapted by lro.adapters.linen.Adapted, a tree of parameters by lro.adapters.pytree."
+        )
     rngs = rngs if isinstance(rngs, nnx.Rngs) else nnx.Rngs(rngs)
     targets = _targets(model, method, where, name, rank_pattern or {}, alpha_pattern or {})
     groups: dict[Hashable, list[_Target]] = {}

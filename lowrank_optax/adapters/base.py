@@ -10,13 +10,15 @@ Nearly every method is a `LowRank`, in the file beside this one.
 import abc
 from collections.abc import Hashable, Mapping, Sequence
 import dataclasses
+import inspect
 import math
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, Self, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from lowrank_optax.adapters.operands import Operand
+from lowrank_optax.matrices.argument_names import check_names
 
 Arrays: TypeAlias = Mapping[str, jax.Array]
 Side: TypeAlias = Literal["in", "out"] | None
@@ -59,6 +61,11 @@ class Adapter(abc.ABC):
     together (`layer_arrays`). They may have leading batch axes (experts), so methods are written
     for the last axes.
     """
+
+    def __new__(cls, *_: Any, **options: Any) -> Self:
+        """Refuses options by their names in other libraries, with the names here."""
+        check_names(cls.__name__, inspect.signature(cls.__init__).parameters, options)
+        return super().__new__(cls)
 
     @property
     def shared(self) -> frozenset[str]:

@@ -137,7 +137,13 @@ def layer_parts(
 
 
 def _leaf(variables: Mapping[str, Any], path: tuple[str, ...], site: LinenSite) -> jax.Array:
-    node = variables.get("params", {})
+    if "params" not in variables:
+        known = ", ".join(map(repr, variables)) or "nothing"
+        raise ValueError(
+            f"variables has no collection 'params': it has {known}. Pass {{'params': params}}, "
+            "as module.init returns it."
+        )
+    node = variables["params"]
     try:
         for name in (*site.scope, site.weight):
             node = node[name]

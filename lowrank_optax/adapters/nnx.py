@@ -266,7 +266,11 @@ def check_names(model: Any, names: Iterable[str]) -> list[str]:
     known, names = adapter_names(model), list(names)
     missing = [name for name in names if name not in known]
     if missing or not known:
-        has = f"it has {', '.join(map(repr, known))}" if known else "it has none"
-        of_name = f" named {missing[0]!r}" if missing else ""
-        raise ValueError(f"the model has no adapter{of_name}: {has}.")
+        if not known:
+            raise ValueError(
+                f"the {type(model).__name__} has no adapter: lro.adapters.attach(model, method, "
+                "rngs=...) attaches one."
+            )
+        has = ", ".join(map(repr, known))
+        raise ValueError(f"the model has no adapter named {missing[0]!r}: it has {has}.")
     return names or known

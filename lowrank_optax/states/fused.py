@@ -9,6 +9,7 @@ import optax
 
 from lowrank_optax.kernels import AdamScalars, Implementation, low_bit_adam
 from lowrank_optax.kernels.adam import adam_direction, adam_moments, applied
+from lowrank_optax.matrices.argument_names import explains_names
 from lowrank_optax.quantization import Bits, BlockFormat, MapName, Quantized
 from lowrank_optax.states.low_bit import LowBitState, Which, low_bit, moment_formats
 
@@ -26,6 +27,7 @@ class FusedOptimizer(NamedTuple):
     step: Callable[[optax.Updates, LowBitState, optax.Params], tuple[optax.Params, LowBitState]]
 
 
+@explains_names
 def fused_adamw(
     learning_rate: optax.ScalarOrSchedule,
     b1: float = 0.9,

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 import optax
 
 from lowrank_optax.matrices import explicit_sharding
+from lowrank_optax.matrices.argument_names import explains_names
 from lowrank_optax.matrices.paths import (
     has_holes,
     leaves_by_path,
@@ -60,6 +61,7 @@ class LowBitState(NamedTuple):
     count: Any
 
 
+@explains_names
 def low_bit(
     inner: optax.GradientTransformation,
     bits: Bits = 8,

@@ -322,6 +322,12 @@ def test_patterns_that_match_nothing_are_refused(where, options, message):
         adapted.attach(base, jax.random.key(0), X)
 
 
+def test_parameters_without_their_collection_are_refused_as_such():
+    _, base, _ = _attached(Net("loop"), LORA)
+    with pytest.raises(ValueError, match="variables has no collection 'params': it has "):
+        Adapted(Net("loop"), LORA, "up").attach(base["params"], jax.random.key(0), X)
+
+
 def test_bad_arguments_are_refused_where_they_are_given():
     with pytest.raises(TypeError, match="must be an adapter"):
         Adapted(Net("loop"), "lora")

@@ -69,7 +69,9 @@ def test_a_name_is_used_once_in_a_layer() -> None:
 
 def test_models_without_adapters_say_so() -> None:
     model = Unrolled(1, nnx.Rngs(0))
-    with pytest.raises(ValueError, match="it has none"):
+    with pytest.raises(TypeError, match=r"model is a dict, and must be an NNX model"):
+        lro.adapters.attach(nnx.to_pure_dict(nnx.state(model)), LoRA(rank=1), rngs=0)  # pyrefly: ignore
+    with pytest.raises(ValueError, match=r"has no adapter: lro\.adapters\.attach"):
         lro.adapters.detach(model)
     lro.adapters.attach(model, LoRA(rank=1), "up", rngs=0)
     with pytest.raises(ValueError, match="no adapter named 'defualt': it has 'default'"):

@@ -156,7 +156,8 @@ def scale_by_projection(
         leaves, treedef = jax.tree.flatten(params)
         views = views_of(params)
         _check_found(params, views, parts.subspace)
-        with jax.ensure_compile_time_eval():
+        no_mesh = jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
+        with jax.ensure_compile_time_eval(), no_mesh:
             parts.with_averages()  # refuses moments of which it is not known how to turn them
         places, matrices = itertools.count(), sum(v is not None for v in views)
         states = [

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.matrices.paths import leaves_by_path, path_string
+from lowrank_optax.matrices.paths import has_holes, leaves_by_path, path_string
 from lowrank_optax.quantization import Affine, affine_dequantize, affine_quantize
 from lowrank_optax.slices.update import update_in_slices
 from lowrank_optax.slices.whole import Whole, keys_of_rows, whole_of
@@ -53,6 +53,9 @@ def to_int8_weights(
         least two axes and ``min_size`` elements, embeddings included.
       min_size: Smaller ones stay, whatever ``which`` says.
 
+    Raises:
+      ValueError: If none is chosen.
+
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
       >>> params = lro.to_int8_weights({"kernel": jnp.ones((64, 64)), "bias": jnp.ones(64)})
@@ -68,6 +71,13 @@ def to_int8_weights(
             return False
         return x.ndim > 1 if which is None else which(path_string(path), x)
 
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    if leaves and not has_holes(params) and not any(chosen(*leaf) for leaf in leaves):
+        size, name = max((x.size, path_string(path)) for path, x in leaves)
+        raise ValueError(
+            f"no parameter is chosen: the largest, {name!r}, has {size} elements, and min_size is "
+            f"{min_size}; which={which!r}."
+        )
     return jax.tree_util.tree_map_with_path(
         lambda path, x: Int8Weight(*affine_quantize(x)) if chosen(path, x) else x, params
     )
@@ -109,7 +119,8 @@ def update_int8_weights(
       A transformation that needs ``params``, with the state `Int8WeightsState`.
 
     Raises:
-      ValueError: In ``update``, without ``params``.
+      ValueError: In ``init``, if no parameter is an `Int8Weight`; in ``update``, without
+        ``params``.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro, optax
@@ -132,6 +143,9 @@ def update_int8_weights(
     wide = in_float32(inner)
 
     def init_fn(params: Any) -> Int8WeightsState:
+        leaves = jax.tree.leaves(params, is_leaf=_is_int8)
+        if leaves and not has_holes(params) and not any(map(_is_int8, leaves)):
+            raise ValueError("params has no Int8Weight: pass lro.to_int8_weights(params).")
         return Int8WeightsState(jnp.zeros([], jnp.int32), wide.init(from_int8_weights(params)))
 
     def update_fn(

@@ -1,6 +1,7 @@
 """Which leaves of a parameter tree are reparameterised or pruned."""
 
 from collections.abc import Callable
+import re
 from typing import Any, TypeAlias
 
 import jax
@@ -12,7 +13,7 @@ from lowrank_optax.matrices import (
     resolve_dimension_numbers,
 )
 from lowrank_optax.matrices.names import named_kind
-from lowrank_optax.matrices.paths import normalised_path, path_string
+from lowrank_optax.matrices.paths import has_holes, normalised_path, path_string
 from lowrank_optax.matrices.rules import default_rule
 from lowrank_optax.matrices.selection import check_patterns
 
@@ -27,24 +28,33 @@ def selected(params: Any, where: Where, rule: DimensionNumbersRule = None) -> li
     Only leaves of real numbers are. For None, matrices are those of the rule.
 
     Raises:
-      ValueError: If ``where`` is no regular expression, or found in no path.
+      ValueError: If ``where`` is no regular expression, or selects no leaf of a whole tree.
       TypeError: If it is none of the kinds allowed.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
     floating = [jnp.issubdtype(leaf.dtype, jnp.floating) for _, leaf in leaves]
+    may_be_none = not leaves or has_holes(params)  # as of a part of a tree
     if where is None:
         chosen = [spec is not None for spec in layer_matrices(params, rule)]
     elif isinstance(where, str):
         paths = [normalised_path(path) for path, _ in leaves]
-        patterns = check_patterns("where", [where] if leaves else [], paths, "leaf")
-        chosen = [any(p.search("/".join(path)) for p in patterns) for path in paths]
+        if not may_be_none:
+            check_patterns("where", [where], paths, "leaf")
+        chosen = [bool(re.search(where, "/".join(path))) for path in paths]
     elif callable(where):
         chosen = [bool(where(path_string(path), tuple(leaf.shape))) for path, leaf in leaves]
     else:
         raise TypeError(
             f"where={where!r} must be a regular expression, a function of path and shape, or None."
         )
-    return [a and b for a, b in zip(chosen, floating, strict=True)]
+    both = [a and b for a, b in zip(chosen, floating, strict=True)]
+    if not any(both) and not may_be_none:
+        named = ", ".join(path_string(path) for path, _ in leaves[:5])
+        raise ValueError(
+            f"where={where!r} selects none of the {len(leaves)} leaves ({named}): give a pattern "
+            "or a function that selects some of real numbers."
+        )
+    return both
 
 
 def layer_matrices(

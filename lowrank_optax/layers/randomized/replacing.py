@@ -98,10 +98,12 @@ def restore_linears(model: Any) -> nnx.Module:
       The model itself.
 
     Raises:
-      ValueError: If a randomized layer has adapters, or another wrapper that was put around it
-        later: take that off first.
+      ValueError: If there is no randomized layer, or one has adapters, or another wrapper that was
+        put around it later: take that off first.
     """
     layers = randomized_modules(model)
+    if not layers:
+        raise ValueError(f"the {type(model).__name__} has no randomized layer to restore.")
     for path, layer in layers.items():
         if "class_without_sketch" not in vars(type(layer)):
             around = "adapters" if hasattr(layer, "adapters") else f"{type(layer).__name__}'s calls"

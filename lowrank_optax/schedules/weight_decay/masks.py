@@ -88,7 +88,7 @@ def decay_mask(
 
     Raises:
       ValueError: If a kind is none of them, or a pattern no regular expression; in the function
-        that is returned, if a pattern matches no parameter of a whole tree.
+        that is returned, if a pattern matches no parameter of a whole tree, or none decays.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro, optax
@@ -109,7 +109,8 @@ def decay_mask(
 
     def mask(params: Any) -> Any:
         leaves = jax.tree_util.tree_leaves_with_path(params)
-        if leaves and not has_holes(params):  # a part of a tree may have no match
+        is_whole = bool(leaves) and not has_holes(params)  # a part of a tree may have no match
+        if is_whole:
             for argument, pattern in patterns.items():
                 paths = [normalised_path(path) for path, _ in leaves]
                 check_patterns(argument, [pattern.pattern], paths, "parameter")
@@ -120,7 +121,14 @@ def decay_mask(
                 kind in kinds or bool(found_in("include", name))
             )
 
-        return jax.tree_util.tree_map_with_path(decays, parameter_kinds(params))
+        kinds_of = parameter_kinds(params)
+        found = jax.tree_util.tree_map_with_path(decays, kinds_of)
+        if is_whole and not any(jax.tree.leaves(found)):
+            there = ", ".join(sorted(set(jax.tree.leaves(kinds_of))))
+            raise ValueError(
+                f"decay_mask selects no parameter: kinds={tuple(kinds)}, and these are {there}."
+            )
+        return found
 
     return mask
 

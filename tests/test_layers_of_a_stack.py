@@ -1,4 +1,4 @@
-"""Layers of a stack are updated as if each were a weight of its own, whatever the others are."""
+"""Layers of a stack are updated as if each were a weight of its own, whatever befalls others."""
 
 from collections.abc import Callable
 from typing import Any

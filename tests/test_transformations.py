@@ -217,6 +217,9 @@ TYPES_OF_UPDATES = (
     "inject_hyperparams_in_bfloat16",
 )
 
+CODES = {"float64_is_kept": "codes have float32 scales"}
+FLOAT32_SCORES = {"float64_is_kept": "what decides when to freeze is float32"}
+FLOAT32_MEASUREMENTS = {"float64_is_kept": "what it measures is float32"}
 MOMENTS_OF_OPTAX = {
     "inject_hyperparams_in_bfloat16": "its moments become float32 (optax issue 1414)",
 }
@@ -224,6 +227,7 @@ MOMENTS_OF_OPTAX = {
 ONE_CYCLE_EXCEPTIONS = {
     "donated_buffers": "a step writes the hyper-parameters and does not read them: jit drops them",
     "learning_rate_schedule": "the cycle is the schedule",
+    "float64_is_kept": "its schedules are float32",
 }
 
 ROWS = [
@@ -310,6 +314,7 @@ ROWS = [
             optax.cosine_decay_schedule(1e-2, 3000), overrides={"weight_decay": 0.0}
         ),
         basis="basis",
+        exceptions=CODES,
     ),
     Row(
         name="apollo",
@@ -340,6 +345,7 @@ ROWS = [
         kwargs={"learning_rate": 1e-2, "bits": 8, "weight_decay": 1e-3},
         static_args=("bits",),
         convergence=Convergence(learning_rate=1e-2, overrides={"weight_decay": 0.0}),
+        exceptions=CODES,
     ),
     Row(
         name="four_bit_adamw",
@@ -348,6 +354,7 @@ ROWS = [
         kwargs={"learning_rate": 1e-2, "bits": 4},
         static_args=("bits",),
         convergence=Convergence(learning_rate=1e-2),
+        exceptions=CODES,
     ),
     Row(
         name="low_bit_galore",
@@ -356,6 +363,7 @@ ROWS = [
         kwargs={"learning_rate": 1e-2},
         static_args=("weight_dimension_numbers",),
         convergence=Convergence(learning_rate=2e-2),
+        exceptions=CODES,
     ),
     Row(
         name="round_updates_stochastically",
@@ -456,7 +464,7 @@ ROWS = [
         kwargs={"learning_rate": 1e-2, "weight_decay": 1e-3},
         static_args=("every",),
         convergence=Convergence(learning_rate=1e-2, overrides={"weight_decay": 0.0}),
-        exceptions=MOMENTS_OF_OPTAX,
+        exceptions=MOMENTS_OF_OPTAX | FLOAT32_MEASUREMENTS,
     ),
     Row(
         name="monitor_weight_decay_every_third_step",
@@ -464,7 +472,7 @@ ROWS = [
         kwargs={"learning_rate": 1e-2, "weight_decay": 1e-3, "every": 3},
         static_args=("every",),
         convergence=Convergence(learning_rate=1e-2, overrides={"weight_decay": 0.0}),
-        exceptions=MOMENTS_OF_OPTAX,
+        exceptions=MOMENTS_OF_OPTAX | FLOAT32_MEASUREMENTS,
     ),
     Row(
         name="add_weight_decay",
@@ -546,7 +554,7 @@ ROWS = [
         factory=frozen_matrices_adamw,
         kwargs={"learning_rate": 1e-2, "total_steps": 6, "final_steps": 2},
         convergence=Convergence(1e-2),
-        exceptions=MOMENTS_OF_OPTAX,
+        exceptions=MOMENTS_OF_OPTAX | FLOAT32_SCORES,
     ),
     Row(
         name="lamda_freezing",
@@ -583,6 +591,8 @@ OF_THEIR_OWN = {
 }
 # All others are recipes over shared code, or variants of a row: what those can break.
 OF_RECIPES = {
+    "float32_is_kept_where_float64_is_enabled",
+    "float64_is_kept",
     "state_types_constant",
     "updates_keep_dtype",
     "dimension_numbers_as_tree_or_function",

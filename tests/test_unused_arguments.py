@@ -26,13 +26,18 @@ REFUSED: dict[str, Callable[[], Any]] = {
         for name, make in _recipes.items()
         if name not in ("dct_adamw", "online_subspace_descent")
     },
+    **{
+        f"b2, inner: {name}": lambda make=make: make(0.1, b2=0.8, inner=_adam)
+        for name, make in (_recipes | {"apollo_mini": lro.apollo_mini}).items()
+    },
+    "b1, inner: ldadam": lambda: lro.ldadam(0.1, b1=0.8, inner=_adam, error_feedback=None),
+    "eps_placement, inner": lambda: lro.fira(
+        0.1, eps_placement="before_bias_correction", inner=_adam
+    ),
     "rank, subspace: default of galore": lambda: lro.galore(0.1, rank=128, subspace=_svd),
     "rho, subspace: ldadam": lambda: lro.ldadam(0.1, rho=0.5, subspace=_svd),
     "min_rank, rank": lambda: lro.subspaces.adaptive_rank(_svd, min_rank=9),
     "b1, inner: galore": lambda: lro.galore(0.1, b1=0.8, inner=_adam),
-    "b2, inner: online_subspace_descent": lambda: lro.online_subspace_descent(
-        0.1, b2=0.9, inner=_adam
-    ),
     "eps, inner: galore": lambda: lro.galore(0.1, eps=1e-3, inner=_adam),
     "eps, inner: injected": lambda: optax.inject_hyperparams(
         lro.galore, static_args=("rank", "refresh_every", "seed")

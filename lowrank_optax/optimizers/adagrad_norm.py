@@ -13,15 +13,16 @@ import optax
 
 from lowrank_optax.quantization import Bits
 from lowrank_optax.states.assemble import optimizer
-from lowrank_optax.states.precision import widened
+from lowrank_optax.states.precision import scalar_dtype, widened
 
 
 class ScaleByAdagradNormState(NamedTuple):
     """State of `scale_by_adagrad_norm`.
 
     Attributes:
-      sum_of_squares: Of all gradients so far: a float32 scalar; with ``axis``, an array for each
-        parameter, with 1 in the place of every axis that is summed over.
+      sum_of_squares: Of all gradients so far: a float32 scalar (float64 if a parameter is); with
+        ``axis``, an array for each parameter, with 1 in the place of every axis that is summed
+        over.
     """
 
     sum_of_squares: Any
@@ -78,12 +79,12 @@ def scale_by_adagrad_norm(
         )
 
     def init_fn(params: optax.Params) -> ScaleByAdagradNormState:
-        first = jnp.asarray(initial_accumulator_value, jnp.float32)
+        first = lambda tree: jnp.asarray(initial_accumulator_value, scalar_dtype(tree))
         if axis is None:
-            return ScaleByAdagradNormState(first)
+            return ScaleByAdagradNormState(first(params))
         # Made from the parameter, so that it has its sharding on an explicit mesh.
-        zeros = lambda p: jnp.zeros_like(p, jnp.float32)
-        start = lambda p: first + _sum_of_squares(zeros(p), _kept_shape(p.shape, axis))
+        zeros = lambda p: jnp.zeros_like(p, scalar_dtype(p))
+        start = lambda p: first(p) + _sum_of_squares(zeros(p), _kept_shape(p.shape, axis))
         return ScaleByAdagradNormState(jax.tree.map(start, params))
 
     def update_fn(
@@ -93,10 +94,10 @@ def scale_by_adagrad_norm(
         wide = widened(updates)
         if axis is None:
             sums = state.sum_of_squares + optax.tree.norm(wide, squared=True)
-            sums = sums.astype(jnp.float32)
+            sums = sums.astype(state.sum_of_squares.dtype)
             scaled = jax.tree.map(lambda g: g * _inverse_root(sums, eps), wide)
         else:
-            add = lambda s, g: (s + _sum_of_squares(g, s.shape)).astype(jnp.float32)
+            add = lambda s, g: (s + _sum_of_squares(g, s.shape)).astype(s.dtype)
             sums = jax.tree.map(add, state.sum_of_squares, wide)
             scaled = jax.tree.map(lambda g, s: g * _inverse_root(s, eps), wide, sums)
         return optax.tree.cast_like(scaled, updates), ScaleByAdagradNormState(sums)

@@ -179,7 +179,7 @@ def _leaf_by_leaf(count: jax.Array, previous: Any, new: Any) -> tuple[Any, Any]:
     new ones elsewhere. Here each copy waits for the one before, so that all copies share the memory
     of one leaf. `one` is 1 and the predicates are true, which the compiler cannot infer.
     """
-    one = (count >= 0).astype(jnp.float32)
+    one = (count >= 0).astype(jnp.int32)
     leaves, treedef = jax.tree.flatten(previous)
     copies, written = [], []
     for old, leaf in zip(leaves, treedef.flatten_up_to(new), strict=True):

@@ -219,13 +219,14 @@ def _leading_batch_axes(shapes: list[tuple[int, ...]], matrices: list[_Axes]) ->
 
 
 def _mask_scales(scale: MaskScale, signs: Any, directions: Any, axes: list[_Axes]) -> Any:
-    """What makes up, in each weight, for the elements whose sign is not the direction's: float32,
-    since it may be as large as a weight has elements."""
+    """What makes up, in each weight, for the elements whose sign is not the direction's: in float32
+    at least, since it may be as large as a weight has elements."""
     leaves, treedef = jax.tree.flatten(directions)
     scales = []
     for direction, sign, own in zip(leaves, treedef.flatten_up_to(signs), axes, strict=True):
         size = math.prod(direction.shape[axis] for axis in own)
-        kept = _count(sign * direction > 0, own)
+        dtype = jnp.promote_types(direction.dtype, jnp.float32)
+        kept = _count(sign * direction > 0, own, dtype)
         if scale == "count_plus_one":
             factor = size / (kept + 1)
         else:
@@ -234,9 +235,9 @@ def _mask_scales(scale: MaskScale, signs: Any, directions: Any, axes: list[_Axes
     return treedef.unflatten(scales)
 
 
-def _count(mask: jax.Array, axes: _Axes) -> jax.Array:
-    """How many elements along the axes are true, in float32, with axes of size 1."""
-    total = lambda x: jnp.sum(x, axes, dtype=jnp.float32, keepdims=True)
+def _count(mask: jax.Array, axes: _Axes, dtype: Any) -> jax.Array:
+    """How many elements along the axes are true, with axes of size 1."""
+    total = lambda x: jnp.sum(x, axes, dtype=dtype, keepdims=True)
 
     def in_one_pass(mask: jax.Array) -> jax.Array:
         # XLA for CPU writes to memory what a single sum is of, but not what two are of.

@@ -1,10 +1,8 @@
 """Grams and cautious AdamW: Adam's steps, with directions that the current gradient agrees with."""
 
 from collections.abc import Callable
-import numbers
-from typing import Any, Literal, get_args
+from typing import Any
 
-import jax.numpy as jnp
 import optax
 
 from lowrank_optax.matrices import DimensionNumbersRule
@@ -14,11 +12,10 @@ from lowrank_optax.optimizers.gradient_direction import (
     with_gradient_direction,
 )
 from lowrank_optax.quantization import Bits
+from lowrank_optax.states.adam import EpsPlacement, scale_by_adam
 from lowrank_optax.states.arguments import refuse_unused
-from lowrank_optax.states.assemble import optimizer
+from lowrank_optax.states.assemble import DecayPlacement, optimizer
 from lowrank_optax.states.precision import in_float32
-
-EpsPlacement = Literal["before_bias_correction", "after_bias_correction"]
 
 
 def grams(
@@ -30,6 +27,7 @@ def grams(
     *,
     eps_placement: EpsPlacement = "before_bias_correction",
     bias_correction: bool = True,
+    decay_placement: DecayPlacement = "before_step",
     weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
     mu_dtype: Any | None = None,
     state_bits: Bits | None = None,
@@ -58,6 +56,8 @@ def grams(
         ``optax.adam``: before, it acts as :math:`\epsilon / \sqrt{1 - \beta_2^t}` would after, 32
         times as much at the first step.
       bias_correction: False leaves out the factor of both square root and :math:`1 - \beta_1^t`.
+      decay_placement: Whether the weights decay as they are before the step, or after it: see
+        `galore`.
       weight_decay_mask: Which leaves decay: as ``mask`` of ``optax.adamw``.
       mu_dtype: Of the first moment; float32 if None.
       state_bits: Bits of the moments between steps, 8 or 4: see `low_bit`; None for float32.
@@ -66,7 +66,7 @@ def grams(
       The optimizer. It needs ``params`` only to decay them.
 
     Raises:
-      ValueError: If ``eps_placement`` is unknown, or ``b1`` or ``b2`` not in [0, 1).
+      ValueError: If a placement is unknown, or ``b1`` or ``b2`` not in [0, 1).
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro, numpy as np, optax
@@ -84,10 +84,17 @@ def grams(
       Cao et al., Grams: Gradient Descent with Adaptive Momentum Scaling, 2024,
       https://arxiv.org/abs/2412.17107; the official code, https://github.com/Gunale0926/Grams.
     """
-    adam = _scale_by_adam(b1, b2, eps, eps_placement, bias_correction, mu_dtype)
+    if not bias_correction:
+        refuse_unused(grams, "bias_correction=False", eps_placement=eps_placement)
+    adam = scale_by_adam(b1, b2, eps, eps_placement, bias_correction, mu_dtype)
     scaled = with_gradient_direction(adam, "grams", along_gradient=True)
     return optimizer(
-        in_float32(scaled), learning_rate, weight_decay, weight_decay_mask, state_bits=state_bits
+        in_float32(scaled),
+        learning_rate,
+        weight_decay,
+        weight_decay_mask,
+        state_bits=state_bits,
+        decay_placement=decay_placement,
     )
 
 
@@ -101,6 +108,7 @@ def cautious_adamw(
     scale: MaskScale = "mean_clamped",
     eps_placement: EpsPlacement = "before_bias_correction",
     bias_correction: bool = True,
+    decay_placement: DecayPlacement = "before_step",
     weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
     mu_dtype: Any | None = None,
     state_bits: Bits | None = None,
@@ -126,6 +134,8 @@ def cautious_adamw(
         ``"count_plus_one"`` (the paper) or ``"none"``: see `with_gradient_direction`.
       eps_placement: Before or after bias correction: see `grams`; the official code's is before.
       bias_correction: See `grams`.
+      decay_placement: Whether the weights decay as they are before the step, or after it: see
+        `galore`.
       weight_decay_mask: Which leaves decay: as ``mask`` of ``optax.adamw``.
       mu_dtype: Of the first moment; float32 if None.
       state_bits: Bits of the moments between steps, 8 or 4: see `low_bit`; None for float32.
@@ -136,7 +146,7 @@ def cautious_adamw(
       The optimizer. It needs ``params`` only to decay them.
 
     Raises:
-      ValueError: If ``scale`` or ``eps_placement`` is unknown, or ``b1`` or ``b2`` not in [0, 1).
+      ValueError: If ``scale`` or a placement is unknown, or ``b1`` or ``b2`` not in [0, 1).
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro, numpy as np
@@ -153,47 +163,16 @@ def cautious_adamw(
       https://arxiv.org/abs/2411.16085, Algorithm 1; the official code,
       https://github.com/kyleliang919/C-Optim.
     """
-    adam = _scale_by_adam(b1, b2, eps, eps_placement, bias_correction, mu_dtype)
+    if not bias_correction:
+        refuse_unused(cautious_adamw, "bias_correction=False", eps_placement=eps_placement)
+    adam = scale_by_adam(b1, b2, eps, eps_placement, bias_correction, mu_dtype)
     first_moment = lambda state: state.mu
     scaled = direct(adam, "cautious", scale, True, weight_dimension_numbers, first_moment)
     return optimizer(
-        in_float32(scaled), learning_rate, weight_decay, weight_decay_mask, state_bits=state_bits
+        in_float32(scaled),
+        learning_rate,
+        weight_decay,
+        weight_decay_mask,
+        state_bits=state_bits,
+        decay_placement=decay_placement,
     )
-
-
-def _scale_by_adam(
-    b1: float,
-    b2: float,
-    eps: float,
-    eps_placement: EpsPlacement,
-    bias_correction: bool,
-    mu_dtype: Any,
-) -> optax.GradientTransformation:
-    """``optax.scale_by_adam``, with its ``eps`` and bias correction as in the official codes."""
-    if eps_placement not in get_args(EpsPlacement):
-        raise ValueError(
-            f"eps_placement={eps_placement!r} must be 'before_bias_correction' or "
-            "'after_bias_correction'."
-        )
-    if not bias_correction:
-        refuse_unused(grams, "bias_correction=False", eps_placement=eps_placement)
-    for name, decay in {"b1": b1, "b2": b2}.items():
-        if isinstance(decay, numbers.Real) and not 0 <= decay < 1:
-            raise ValueError(f"{name}={decay!r} must be at least 0 and below 1.")
-    adam = optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype)
-    if bias_correction and eps_placement == "after_bias_correction":
-        return adam
-
-    def update_fn(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, optax.OptState]:
-        count = optax.safe_increment(state.count)
-        root = jnp.sqrt(1 - b2**count)
-        # sqrt(v) + eps, over the root, is the corrected second moment's root plus this eps.
-        step = optax.scale_by_adam(b1, b2, eps / root, mu_dtype=mu_dtype)
-        new, state = step.update(updates, state, params)
-        if not bias_correction:
-            new = optax.tree.scale((1 - b1**count) / root, new)
-        return new, state
-
-    return optax.GradientTransformation(adam.init, update_fn)

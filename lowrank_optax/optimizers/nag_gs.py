@@ -15,7 +15,7 @@ from lowrank_optax.optimizers.nag_gs_quadratic import to_heavy_ball
 from lowrank_optax.quantization import Bits
 from lowrank_optax.states import LowBitState, in_float32
 from lowrank_optax.states.assemble import with_state_bits
-from lowrank_optax.states.precision import keep_dtypes, value_at, widened
+from lowrank_optax.states.precision import keep_dtypes, scalar_dtype, value_at, widened
 
 
 class ScaleByNagGsState(NamedTuple):
@@ -23,7 +23,8 @@ class ScaleByNagGsState(NamedTuple):
 
     Attributes:
       count: Number of updates so far, int32.
-      gamma: The damping of the next update, a float32 scalar; ``()`` if it is constant.
+      gamma: The damping of the next update, a float32 scalar (float64 if a parameter is); ``()`` if
+        it is constant.
       momentum: The paper's v - x, in the parameters' shapes, in float32 (float64 of float64
         parameters) or in ``state_dtype``.
     """
@@ -94,7 +95,7 @@ def scale_by_nag_gs(
         zeros = jax.tree.map(
             lambda p: jnp.zeros_like(p, dtype_of(p) if state_dtype is None else state_dtype), params
         )
-        own_gamma = () if constant_gamma else jnp.array(gamma, jnp.float32)
+        own_gamma = () if constant_gamma else jnp.array(gamma, scalar_dtype(params))
         return ScaleByNagGsState(jnp.zeros([], jnp.int32), own_gamma, zeros)
 
     def update_fn(
@@ -104,22 +105,25 @@ def scale_by_nag_gs(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByNagGsState]:
         del params, extra_args
-        alpha = value_at(learning_rate, state.count)
-        damping, convexity = _float32(gamma if constant_gamma else state.gamma), _float32(mu)
+        dtype = scalar_dtype(updates)
+        alpha = value_at(learning_rate, state.count, dtype)
+        damping = jnp.asarray(gamma if constant_gamma else state.gamma, dtype)
+        convexity = jnp.asarray(mu, dtype)
         scale = 1 / ((1 + alpha) * (damping + alpha * convexity))
+        times = lambda factor, x: factor.astype(x.dtype) * x
         moved = jax.tree.map(
-            lambda m, g: (scale * damping) * m - (scale * alpha) * g,
+            lambda m, g: times(scale * damping, m) - times(scale * alpha, g),
             widened(state.momentum),
             widened(updates),
         )
         if paper_start:  # v is x still
             moved = jax.tree.map(lambda m: jnp.where(state.count == 0, 0, m), moved)
-        new = jax.tree.map(lambda m, g: (alpha * m).astype(g.dtype), moved, updates)
+        new = jax.tree.map(lambda m, g: times(alpha, m).astype(g.dtype), moved, updates)
         # As a difference: it comes to rest at mu.
         next_gamma = damping + alpha / (1 + alpha) * (convexity - damping)
         return new, ScaleByNagGsState(
             optax.safe_increment(state.count),
-            () if constant_gamma else next_gamma,
+            () if constant_gamma else next_gamma.astype(state.gamma.dtype),
             optax.tree.cast_like(moved, state.momentum),
         )
 
@@ -198,12 +202,12 @@ def nag_gs(
     if isinstance(weight_decay, int | float) and weight_decay == 0:
         return tx
 
-    def decay_of(state: ScaleByNagGsState) -> jax.Array:
-        alpha = value_at(learning_rate, state.count)
+    def decay_of(state: ScaleByNagGsState, dtype: Any) -> jax.Array:
+        alpha = value_at(learning_rate, state.count, dtype)
         rate = to_heavy_ball(alpha, mu, gamma if constant_gamma else state.gamma).learning_rate
         if paper_start:
             rate = jnp.where(state.count == 0, 0, rate)
-        return weight_decay * _float32(rate)
+        return weight_decay * jnp.asarray(rate, dtype)
 
     return _with_decay(tx, decay_of, weight_decay_mask)
 
@@ -221,15 +225,11 @@ def _with_decay(tx: Any, decay_of: Any, mask: Any) -> optax.GradientTransformati
             )
         new, after = wide.update(updates, state, params, **extra_args)
         own = state.inner if isinstance(state, LowBitState) else state
-        decay = optax.add_decayed_weights(-decay_of(own), mask)
+        decay = optax.add_decayed_weights(-decay_of(own, scalar_dtype(updates)), mask)
         params = widened(params)
         return decay.update(new, decay.init(params), params)[0], after
 
     return keep_dtypes(optax.GradientTransformationExtraArgs(wide.init, update_fn))
-
-
-def _float32(x: Any) -> jax.Array:
-    return jnp.asarray(x, jnp.float32)
 
 
 def _check(learning_rate: Any, mu: Any, gamma: Any, constant_gamma: bool) -> None:

@@ -172,7 +172,7 @@ def finish_leaf(
     basis, due, statistics = state.basis, state.next_refresh, state.statistics
     if matrix is not None:
         if parts.refresh.observe is not None:
-            squares = lambda x: jnp.sum(jnp.square(x.astype(jnp.float32)), axis=(-2, -1))
+            squares = lambda x: jnp.sum(jnp.square(x.astype(view.dtype)), axis=(-2, -1))
             energies = Energies(squares(projected), squares(matrix))
             due, statistics = parts.refresh.observe(statistics, count, due, energies)
         if parts.subspace.track is not None:

@@ -15,6 +15,7 @@ from lowrank_optax.matrices import (
     resolve_dimension_numbers,
     to_matrix,
 )
+from lowrank_optax.projection.view import compute_dtype
 
 _TINY = 1e-8
 
@@ -23,8 +24,8 @@ class LimitNormGrowthState(NamedTuple):
     """State of `limit_norm_growth`.
 
     Attributes:
-      norm: The last norm after limiting, float32: ``[*batch]`` for a stack of matrices, a scalar
-        for other leaves. Zero as long as there was none.
+      norm: The last norm after limiting, float32 (float64 of float64 updates): ``[*batch]`` for a
+        stack of matrices, a scalar for other leaves. Zero as long as there was none.
     """
 
     norm: Any
@@ -89,7 +90,7 @@ def limit_norm_growth(
 def growth_factor(
     norm: jax.Array, previous: jax.Array, gamma: float
 ) -> tuple[jax.Array, jax.Array]:
-    """What a norm is to be multiplied by, and the norm to remember; all of one shape, float32."""
+    """What a norm is to be multiplied by, and the norm to remember; all of one shape and dtype."""
     allowed = gamma * (previous + _TINY)
     limited = (previous > 0) & (norm > allowed)
     factor = jnp.where(limited, allowed / jnp.where(limited, norm, 1), 1)
@@ -98,22 +99,23 @@ def growth_factor(
 
 def _zero_norms(leaf: jax.Array, spec: Any) -> jax.Array:
     if spec is None:
-        return jnp.zeros((), jnp.float32)
+        return jnp.zeros((), compute_dtype(leaf.dtype))
     matrix = to_matrix(leaf, spec)
     partition = explicit_sharding.partition_of_batch(matrix)
-    return explicit_sharding.zeros(matrix.shape[:-2], jnp.float32, partition)
+    return explicit_sharding.zeros(matrix.shape[:-2], compute_dtype(leaf.dtype), partition)
 
 
 def _limit_leaf(
     gamma: float, leaf: jax.Array, spec: Any, previous: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
+    wide = leaf.astype(compute_dtype(leaf.dtype))
     if spec is None:
-        norm = jnp.sqrt(jnp.sum(jnp.square(leaf.astype(jnp.float32))))
-        factor, norm = growth_factor(norm, previous, gamma)
-        return (leaf * factor).astype(leaf.dtype), norm
+        factor, norm = growth_factor(jnp.sqrt(jnp.sum(jnp.square(wide))), previous, gamma)
+        return (leaf * factor).astype(leaf.dtype), norm.astype(previous.dtype)
     matrix = to_matrix(leaf, spec)
-    norm = jnp.sqrt(jnp.sum(jnp.square(matrix.astype(jnp.float32)), axis=(-2, -1)))
-    factor, norm = growth_factor(norm, previous, gamma)
+    squares = jnp.square(to_matrix(wide, spec))
+    factor, norm = growth_factor(jnp.sqrt(jnp.sum(squares, axis=(-2, -1))), previous, gamma)
+    norm = norm.astype(previous.dtype)
     limited = (matrix * factor[..., None, None]).astype(leaf.dtype)
     limited = explicit_sharding.constrain(limited, matrix_partition(leaf, spec))
     return from_matrix(limited, spec, leaf), norm

@@ -28,8 +28,8 @@ class Energies(NamedTuple):
     """What a step captured of its gradient.
 
     Attributes:
-      captured: ``‖R‖²``, ``[*batch]`` float32.
-      total: ``‖G‖²``, ``[*batch]`` float32.
+      captured: ``‖R‖²``, ``[*batch]`` float32, or float64 of float64 gradients.
+      total: ``‖G‖²``, likewise.
     """
 
     captured: jax.Array
@@ -183,7 +183,7 @@ def lazily(
 
     def init(view: View) -> LazyStatistics:
         interval = zeros_per_matrix(view, jnp.int32) + steps
-        overlaps = jnp.stack([zeros_per_matrix(view, jnp.float32)] * patience, axis=-1)
+        overlaps = jnp.stack([zeros_per_matrix(view, view.dtype)] * patience, axis=-1)
         return LazyStatistics(interval, overlaps - jnp.inf)  # until there are enough of them
 
     def schedule(
@@ -198,7 +198,7 @@ def lazily(
 
 
 class ConvergenceStatistics(NamedTuple):
-    """What `when_converged` keeps of each matrix, in float32 but for the count.
+    """What `when_converged` keeps of each matrix, in the dtype of the arithmetic but for the count.
 
     Attributes:
       opened: Norm of the projected gradient when the subspace was opened.
@@ -255,7 +255,7 @@ def when_converged(
         raise ValueError(f"shortest={shortest!r} must be between 1 and longest={longest!r}.")
 
     def init(view: View) -> ConvergenceStatistics:
-        zeros = lambda: zeros_per_matrix(view, jnp.float32)  # no buffer twice, for donation
+        zeros = lambda: zeros_per_matrix(view, view.dtype)  # no buffer twice, for donation
         return ConvergenceStatistics(zeros(), zeros(), zeros(), zeros_per_matrix(view, jnp.int32))
 
     def schedule(

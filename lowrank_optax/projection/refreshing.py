@@ -131,4 +131,4 @@ def _overlap(subspace: Subspace, old: Any, new: Any, view: View) -> jax.Array:
     """Mean squared cosine ``[*batch]`` of the principal angles between two bases."""
     eye = jnp.broadcast_to(jnp.eye(view.rank, dtype=view.dtype), (*view.batch, *[view.rank] * 2))
     between = subspace.turn(old, new, eye, view._replace(partition=view.small_partition))
-    return (jnp.sum(jnp.square(between), axis=(-2, -1)) / view.rank).astype(jnp.float32)
+    return jnp.sum(jnp.square(between), axis=(-2, -1)) / view.rank

@@ -78,10 +78,10 @@ def unpack(
 def _structure(parts: Parts) -> jax.tree_util.PyTreeDef:
     """The structure of one leaf's state, also where no leaf is a matrix."""
     shared = parts.subspace.shared
-    example = LeafState(
+    example = lambda: LeafState(
         () if shared else parts.subspace.kept,
         () if shared else 0,
         parts.refresh.init(_EXAMPLE),
         parts.residual.init(_EXAMPLE),
     )
-    return jax.tree.structure(example)
+    return jax.tree.structure(jax.eval_shape(example))

@@ -1,12 +1,14 @@
 """What every recipe ends with: weight decay, the learning rate, and updates of the right dtype."""
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import optax
 
 from lowrank_optax.quantization import Bits
 from lowrank_optax.states.low_bit import low_bit
 from lowrank_optax.states.precision import keep_dtypes
+
+DecayPlacement = Literal["before_step", "after_step"]
 
 
 def with_state_bits(
@@ -23,22 +25,44 @@ def optimizer(
     weight_decay_mask: Any = None,
     accumulate_steps: int | None = None,
     state_bits: Bits | None = None,
+    decay_placement: DecayPlacement = "before_step",
 ) -> optax.GradientTransformationExtraArgs:
     """An optimizer from a `scale_by_...` transformation: decoupled decay, then the learning rate.
 
     While gradients accumulate, neither acts, and schedules count optimizer steps. With
-    ``state_bits``, moments are stored in so many.
+    ``state_bits``, moments are stored in so many. Decay is of the weights as they are before the
+    step, as in ``optax.adamw``, or after it.
+
+    Raises:
+      ValueError: If ``decay_placement`` is neither.
     """
+    if decay_placement not in get_args(DecayPlacement):
+        raise ValueError(
+            f"decay_placement={decay_placement!r} must be 'before_step' or 'after_step'."
+        )
     scaled = with_state_bits(scaled, state_bits)
     no_decay = isinstance(weight_decay, int | float) and weight_decay == 0
-    tail = optax.chain(
-        # An absent decay must not ask for parameters, and leaves the same (empty) state.
-        optax.identity()
-        if no_decay
-        else optax.add_decayed_weights(weight_decay, weight_decay_mask),
-        optax.scale_by_learning_rate(learning_rate),
-    )
+    if no_decay:  # must not ask for parameters, and leaves the same (empty) state
+        decay = optax.identity()
+    else:
+        decay = optax.add_decayed_weights(weight_decay, weight_decay_mask)
+        if decay_placement == "after_step":
+            decay = optax.chain(_decayed(learning_rate, weight_decay, weight_decay_mask), decay)
+    tail = optax.chain(decay, optax.scale_by_learning_rate(learning_rate))
     if accumulate_steps is not None and accumulate_steps > 1:
         emits = lambda step, **_: (step + 1) % accumulate_steps == 0
         tail = optax.transforms.conditionally_mask(tail, emits)
     return keep_dtypes(optax.chain(scaled, tail))
+
+
+def _decayed(
+    learning_rate: optax.ScalarOrSchedule, weight_decay: Any, mask: Any
+) -> optax.GradientTransformation:
+    """The step, less the share of it that decay after it takes."""
+    if callable(learning_rate) or callable(weight_decay):
+        at = lambda value, count: value(count) if callable(value) else value
+        left = lambda count: 1 - at(learning_rate, count) * at(weight_decay, count)
+        shrunk = optax.scale_by_schedule(left)
+    else:
+        shrunk = optax.scale(1 - learning_rate * weight_decay)
+    return shrunk if mask is None else optax.masked(shrunk, mask)

@@ -50,7 +50,8 @@ def fused_adamw(
     in jax.numpy. Arrays that a kernel does not take, or that are sharded over several devices, go
     that way everywhere; under `jax.shard_map` kernels run on each device.
 
-    Its state is that of ``low_bit(optax.scale_by_adam(...))``, so a checkpoint of one is one of the
+    Arithmetic is float32, of float64 parameters too. Its state is that of
+    ``low_bit(optax.scale_by_adam(...))``, so a checkpoint of one is one of the
     other.
 
     Args:

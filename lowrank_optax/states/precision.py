@@ -1,5 +1,6 @@
 """Arithmetic in float32 around transformations of gradients and parameters of any dtype."""
 
+import functools
 from typing import Any
 
 import jax
@@ -71,6 +72,14 @@ def widened(tree: Any) -> Any:
     return jax.tree.map(widen, tree)
 
 
-def value_at(value: optax.ScalarOrSchedule, count: jax.Array) -> jax.Array:
-    """A number, or the value of a schedule at a step, in float32."""
-    return jnp.asarray(value(count) if callable(value) else value, jnp.float32)
+def scalar_dtype(tree: Any) -> Any:
+    """The dtype of numbers that act on all of a tree: float64 if it has any, else float32."""
+    floats = [x.dtype for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return functools.reduce(jnp.promote_types, floats, jnp.dtype(jnp.float32))
+
+
+def value_at(
+    value: optax.ScalarOrSchedule, count: jax.Array, dtype: Any = jnp.float32
+) -> jax.Array:
+    """A number, or the value of a schedule at a step, in float32 or another dtype."""
+    return jnp.asarray(value(count) if callable(value) else value, dtype)

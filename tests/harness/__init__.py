@@ -44,6 +44,8 @@ from harness.sharding_checks import (
 )
 from harness.state_checks import (
     check_cond_between_old_and_new_state,
+    check_float32_is_kept_where_float64_is_enabled,
+    check_float64_is_kept,
     check_mixed_dtypes_in_one_tree,
     check_state_is_arrays,
     check_state_is_parallel_trees,
@@ -58,6 +60,8 @@ CHECKS: tuple[Check, ...] = (
     check_state_is_parallel_trees,
     check_state_types_constant,
     check_updates_keep_dtype,
+    check_float32_is_kept_where_float64_is_enabled,
+    check_float64_is_kept,
     check_mixed_dtypes_in_one_tree,
     check_cond_between_old_and_new_state,
     check_jit_equals_eager,
@@ -118,6 +122,8 @@ __all__ = [
     "check_donated_buffers",
     "check_empty_tree",
     "check_extra_arguments_accepted",
+    "check_float32_is_kept_where_float64_is_enabled",
+    "check_float64_is_kept",
     "check_inject_hyperparams",
     "check_inject_hyperparams_in_bfloat16",
     "check_jit_equals_eager",

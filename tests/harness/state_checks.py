@@ -1,6 +1,10 @@
 """The state is parallel trees of plain arrays whose types never change."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import jax
+from jax.extend import core
 import jax.numpy as jnp
 import numpy as np
 
@@ -44,6 +48,40 @@ def check_updates_keep_dtype(row: Row) -> None:
         with jax.enable_x64(dtype == jnp.float64):
             params, _, (_, _, updates) = row.types(dtype)
             assert_same_types(updates, params)
+
+
+def check_float64_is_kept(row: Row) -> None:
+    """A step of float64 gradients rounds nothing to fewer bits on its way."""
+    with jax.enable_x64(True):
+        params, gradients = cast(PARAMS, jnp.float64), cast(at(GRADIENTS, 0), jnp.float64)
+        program = jax.make_jaxpr(make_step(row.tx))(params, row.tx.init(params), gradients)
+    narrow = set(_narrower_floats(program.jaxpr))
+    assert not narrow, f"results in fewer bits: {', '.join(sorted(narrow))}"
+
+
+def check_float32_is_kept_where_float64_is_enabled(row: Row) -> None:
+    """Neither the state nor the updates of float32 gradients become float64."""
+    params, state, _ = row.types(jnp.float32)
+    with jax.enable_x64(True):
+        step = make_step(row.tx)
+        _, after, updates = jax.eval_shape(step, params, state, at(GRADIENTS, 0))
+    assert_same_types(after, state)
+    assert_same_types(updates, params)
+
+
+def _narrower_floats(jaxpr: core.Jaxpr) -> Iterator[str]:
+    """The operations with a result that is a float of less than 64 bits."""
+    for equation in jaxpr.eqns:
+        for x in equation.outvars:
+            if jnp.issubdtype(x.aval.dtype, jnp.floating) and x.aval.dtype != jnp.float64:
+                yield f"{equation.primitive.name} {x.aval.str_short()}"
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_program):
+            if _is_program(inner):
+                yield from _narrower_floats(getattr(inner, "jaxpr", inner))
+
+
+def _is_program(x: Any) -> bool:
+    return isinstance(x, core.Jaxpr | core.ClosedJaxpr)
 
 
 def check_mixed_dtypes_in_one_tree(row: Row) -> None:

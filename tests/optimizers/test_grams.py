@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from lowrank_optax.optimizers.grams import cautious_adamw, grams
+from tests.optimizers.direction_runs import reference
 from tests.projection.runs import state_bytes
 
 WORKED = [[1.0, -2.0, 0.5], [-1.0, -2.0, 0.0], [-1.0, 1.0, 1e-5]]
@@ -71,6 +72,22 @@ def test_the_worked_run_of_the_official_code(tx: Any, wanted: list[list[float]])
         found = positions(tx, np.asarray(WORKED), np.asarray(START))
     # The printed digits; eps_t is at hand in float32 where hyper-parameters are Python floats.
     np.testing.assert_allclose(found, wanted, atol=1.1e-8)
+
+
+@pytest.mark.parametrize("scale", ["mean_clamped", "count_plus_one"])
+def test_cautious_scales_of_float64_are_float64(scale: Any) -> None:
+    gradients = np.random.default_rng(0).normal(size=(6, 7))
+    with jax.enable_x64(True):
+        adam, tx = (
+            positions(x, gradients, np.zeros(7))
+            for x in (
+                optax.adam(0.1, eps=1e-6),
+                cautious_adamw(0.1, scale=scale, eps_placement="after_bias_correction"),
+            )
+        )
+    plain, found = (np.diff(x, axis=0, prepend=np.zeros((1, 7))) for x in (adam, tx))
+    for u, update, g in zip(plain, found, gradients, strict=True):
+        np.testing.assert_allclose(update, reference(u, g, "cautious", scale), atol=1e-13)
 
 
 @pytest.mark.parametrize("eps", [1e-6, 0.1])

@@ -32,6 +32,16 @@ def train(tx: Any, params: Any, gradients: Any, steps: int = STEPS) -> Any:
     return jax.lax.scan(step, (params, tx.init(params)), length=steps)[0][0]
 
 
+@pytest.mark.parametrize("options", [{}, {"bound": 2.0}, {"learning_rate": 0.3}])
+def test_logits_of_float64_follow_the_solver_in_float64(options: Any) -> None:
+    with jax.enable_x64(True):
+        rows, columns, cost = (jnp.asarray(x, jnp.float64) for x in (ROWS, COLUMNS, COST))
+        expected = solve(cost, rows, columns, STEPS, **options).state.log_coupling
+        logits = jnp.log(jnp.outer(rows, columns))
+        found = train(mirror_sinkhorn_updates(rows, columns, **options), logits, cost)
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
 @pytest.mark.parametrize("options", [{}, {"bound": 2.0}, {"learning_rate": 0.3}, {"first": "rows"}])
 def test_logits_follow_the_solver(options: Any) -> None:
     expected = solve(COST, ROWS, COLUMNS, STEPS, **options).state.log_coupling

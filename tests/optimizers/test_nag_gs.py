@@ -92,6 +92,30 @@ def test_two_hundred_steps_on_a_square_end_where_the_references_do(
         assert abs(float(state.gamma) - 1.0000289) < 2e-7
 
 
+def test_numbers_of_float64_are_updated_in_float64() -> None:
+    """Its scalars too, with a schedule and with weight decay."""
+    rate = lambda count: 0.3 * 0.9**count  # many of optax are float32
+    point = PointForm(np.ones(4), 0.7, 1.3)
+    gradients = np.random.default_rng(0).normal(size=(20, 4))
+    for step, gradient in enumerate(gradients):
+        shrink = lro.to_heavy_ball(0.3 * 0.9**step, 0.7, point.gamma).learning_rate * 0.1
+        decay = shrink * point.x
+        point.update(gradient, 0.3 * 0.9**step)
+        point.x, point.v = point.x - decay, point.v - decay
+    tx = lro.nag_gs(rate, 0.7, 1.3, weight_decay=0.1)
+    with jax.enable_x64(True):
+
+        def body(carry: Any, gradient: jax.Array) -> Any:
+            updates, state = tx.update(gradient, carry[1], carry[0])
+            return (optax.apply_updates(carry[0], updates), state), None
+
+        start = jnp.ones(4)
+        x, state = jax.lax.scan(body, (start, tx.init(start)), jnp.asarray(gradients))[0]
+        assert x.dtype == state.gamma.dtype == jnp.float64
+    np.testing.assert_allclose(x, point.x, atol=1e-13)
+    np.testing.assert_allclose(state.gamma, point.gamma, rtol=1e-14)
+
+
 def test_gamma_falls_to_mu_geometrically() -> None:
     alpha, mu, gamma = 0.07, 0.4, 3.0
     tx = lro.nag_gs(alpha, mu, gamma)

@@ -21,6 +21,7 @@ from lowrank_optax.optimizers.mirror_sinkhorn.step import (
     rate_at,
     scaled,
 )
+from lowrank_optax.states.precision import scalar_dtype
 
 
 class MirrorSinkhornUpdatesState(NamedTuple):
@@ -137,7 +138,7 @@ def mirror_sinkhorn_updates(
     def init_fn(params: optax.Params) -> MirrorSinkhornUpdatesState:
         for path, x in jax.tree_util.tree_leaves_with_path(params):
             _check_leaf(jax.tree_util.keystr(path), x.shape, row_marginal, column_marginal)
-        start = lambda x: jnp.zeros(x.shape[:-2], jnp.float32)
+        start = lambda x: jnp.zeros(x.shape[:-2], scalar_dtype(x))
         bounds = () if given else jax.tree.map(start, params)
         return MirrorSinkhornUpdatesState(jnp.zeros([], jnp.int32), bounds)
 
@@ -158,16 +159,17 @@ def mirror_sinkhorn_updates(
                 lambda: scaled(moved, log_rows, -1),
             )
 
-        def one(gradient: jax.Array, logits: jax.Array, largest: jax.Array) -> jax.Array:
+        def one(gradient: jax.Array, logits: jax.Array, largest: ArrayLike) -> jax.Array:
             g, old = _allowed(gradient, logits)
             delta = sum(largest_finite(x) for x in logs(g.shape))
-            rate = rate_at(state.count, learning_rate, largest, jnp.asarray(delta))
+            delta = jnp.asarray(delta, g.dtype)
+            rate = rate_at(state.count, learning_rate, jnp.asarray(largest, g.dtype), delta)
             new = half_scaled(old - rate[..., None, None] * g)
             return jnp.where(jnp.isneginf(old), 0, new - old).astype(gradient.dtype)
 
         bounds = state.bound
         if given:
-            known = jnp.asarray(0.0 if bound is None else bound, jnp.float32)
+            known = 0.0 if bound is None else bound
             new = jax.tree.map(lambda g, x: one(g, x, known), updates, params)
         else:
             bounds = jax.tree.map(_larger, updates, params, bounds)

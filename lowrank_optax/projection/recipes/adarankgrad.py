@@ -7,14 +7,15 @@ import optax
 
 from lowrank_optax.matrices import DimensionNumbersRule
 from lowrank_optax.projection.rank import RankSpec
-from lowrank_optax.projection.recipes.chosen import chosen_subspace
+from lowrank_optax.projection.recipes.chosen import chosen_inner, chosen_subspace
 from lowrank_optax.projection.refresh import RefreshRule, when_converged
 from lowrank_optax.projection.subspaces import Subspace, adaptive_rank, randomized_svd
 from lowrank_optax.projection.transfer import OnRefresh
 from lowrank_optax.projection.transform import scale_by_projection
 from lowrank_optax.projection.view import Side
 from lowrank_optax.quantization import Bits
-from lowrank_optax.states.assemble import optimizer
+from lowrank_optax.states.adam import EpsPlacement
+from lowrank_optax.states.assemble import DecayPlacement, optimizer
 
 
 def adarankgrad(
@@ -31,6 +32,9 @@ def adarankgrad(
     rank_step: int = 1,
     threshold: float = 0.2,
     monotone: bool = False,
+    inner: optax.GradientTransformation | None = None,
+    eps_placement: EpsPlacement = "after_bias_correction",
+    decay_placement: DecayPlacement = "before_step",
     weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
     subspace: Subspace | None = None,
     on_refresh: OnRefresh = "rotate_moments",
@@ -57,12 +61,16 @@ def adarankgrad(
       b1: Decay of the first moment.
       b2: Decay of the second moment. New directions start without one: their first steps are up to
         ``(1 - b1) / sqrt(1 - b2)`` times as large, 3.2 for these defaults, 1.0 for 0.99.
-      eps: Added to the root of the second moment, after bias correction.
+      eps: Added to the root of the second moment.
       weight_decay: Decoupled decay of the full weights.
       min_rank: The least rank.
       rank_step: Distance from one rank considered to the next.
       threshold: The share :math:`\xi` of a gradient's norm that may be lost.
       monotone: Let ranks only fall.
+      inner: The optimizer in the subspace, if not Adam; leave ``b1``, ``b2`` and ``eps`` out then.
+      eps_placement: Whether ``eps`` is added before or after bias correction: see `galore`.
+      decay_placement: Whether the weights decay as they are before the step, or after it: see
+        `galore`.
       weight_decay_mask: Which leaves decay: as ``mask`` of ``optax.adamw``.
       subspace: How the basis is found, if not by ``subspaces.randomized_svd(rank)``.
       on_refresh: What becomes of the moments when the basis turns: see `scale_by_projection`.
@@ -95,7 +103,7 @@ def adarankgrad(
         refresh_every = when_converged(shortest=max(1, refresh_every // 4), longest=refresh_every)
     found = chosen_subspace(subspace, rank, 128, randomized_svd)
     projected = scale_by_projection(
-        optax.scale_by_adam(b1, b2, eps),
+        chosen_inner(adarankgrad, inner, b1, b2, eps, eps_placement),
         adaptive_rank(found, min_rank, rank_step, threshold, monotone),
         on_refresh=on_refresh,
         refresh_every=refresh_every,
@@ -106,5 +114,11 @@ def adarankgrad(
         weight_dimension_numbers=weight_dimension_numbers,
     )
     return optimizer(
-        projected, learning_rate, weight_decay, weight_decay_mask, accumulate_steps, state_bits
+        projected,
+        learning_rate,
+        weight_decay,
+        weight_decay_mask,
+        accumulate_steps,
+        state_bits,
+        decay_placement,
     )

@@ -8,12 +8,13 @@ import optax
 from lowrank_optax.matrices import DimensionNumbersRule
 from lowrank_optax.projection import residuals
 from lowrank_optax.projection.rank import RankSpec
-from lowrank_optax.projection.recipes.chosen import chosen_subspace
+from lowrank_optax.projection.recipes.chosen import chosen_inner, chosen_subspace
 from lowrank_optax.projection.subspaces import Subspace, random
 from lowrank_optax.projection.transform import scale_by_projection
 from lowrank_optax.projection.view import Side
 from lowrank_optax.quantization import Bits
-from lowrank_optax.states.assemble import optimizer
+from lowrank_optax.states.adam import EpsPlacement
+from lowrank_optax.states.assemble import DecayPlacement, optimizer
 
 
 def apollo(
@@ -28,6 +29,9 @@ def apollo(
     gamma: float = 1.01,
     *,
     granularity: residuals.Granularity = "channel",
+    inner: optax.GradientTransformation | None = None,
+    eps_placement: EpsPlacement = "after_bias_correction",
+    decay_placement: DecayPlacement = "before_step",
     weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
     subspace: Subspace | None = None,
     side: Side = "shorter",
@@ -55,10 +59,15 @@ def apollo(
         in fine-tuning.
       b1: Decay of the first moment.
       b2: Decay of the second moment.
-      eps: Added to the root of the second moment, after bias correction.
+      eps: Added to the root of the second moment.
       weight_decay: Decoupled decay of the full weights.
       gamma: Largest growth of the update's norm from step to step.
       granularity: A factor for each column (``"channel"``) or one for each matrix (``"tensor"``).
+      inner: The optimizer in the subspace, if not Adam; leave ``b1``, ``b2`` and ``eps`` out then.
+        The limiter sees the norms that are applied.
+      eps_placement: Whether ``eps`` is added before or after bias correction: see `galore`.
+      decay_placement: Whether the weights decay as they are before the step, or after it: see
+        `galore`.
       weight_decay_mask: Which leaves decay: as ``mask`` of ``optax.adamw``.
       subspace: The subspace rule, if not ``subspaces.random(rank)``.
       side: Which side of a matrix is compressed: see `scale_by_projection`.
@@ -84,10 +93,11 @@ def apollo(
     """
     if isinstance(scale, int | float) and scale <= 0:
         raise ValueError(f"scale={scale!r} must be a positive number.")
+    decays = (b1, b2) if inner is None else None
     projected = scale_by_projection(
-        optax.scale_by_adam(b1, b2, eps),
+        chosen_inner(apollo, inner, b1, b2, eps, eps_placement),
         chosen_subspace(subspace, rank, 0.25, random),
-        residual=residuals.gradient_scaling(gamma, (b1, b2), granularity),
+        residual=residuals.gradient_scaling(gamma, decays, granularity),
         refresh_every=refresh_every,
         scale=scale**0.5,
         side=side,
@@ -95,7 +105,12 @@ def apollo(
         weight_dimension_numbers=weight_dimension_numbers,
     )
     return optimizer(
-        projected, learning_rate, weight_decay, weight_decay_mask, state_bits=state_bits
+        projected,
+        learning_rate,
+        weight_decay,
+        weight_decay_mask,
+        state_bits=state_bits,
+        decay_placement=decay_placement,
     )
 
 
@@ -110,6 +125,9 @@ def apollo_mini(
     weight_decay: float = 0.0,
     gamma: float = 1.01,
     *,
+    inner: optax.GradientTransformation | None = None,
+    eps_placement: EpsPlacement = "after_bias_correction",
+    decay_placement: DecayPlacement = "before_step",
     weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
     side: Side = "shorter",
     state_bits: Bits | None = None,
@@ -125,11 +143,16 @@ def apollo_mini(
       rank: Size of the projection.
       refresh_every: Steps from one random basis to the next.
       scale: :math:`\alpha`, of which the root is taken: 128 in the paper.
-      b1: As of `apollo`, and so are all that follow.
+      b1: Decay of the first moment.
       b2: Decay of the second moment.
-      eps: Added to the root of the second moment, after bias correction.
+      eps: Added to the root of the second moment.
       weight_decay: Decoupled decay of the full weights.
       gamma: Largest growth of the update's norm from step to step.
+      inner: The optimizer in the subspace, if not Adam; leave ``b1``, ``b2`` and ``eps`` out then.
+        The limiter sees the norms that are applied.
+      eps_placement: Whether ``eps`` is added before or after bias correction: see `galore`.
+      decay_placement: Whether the weights decay as they are before the step, or after it: see
+        `galore`.
       weight_decay_mask: Which leaves decay: as ``mask`` of ``optax.adamw``.
       side: Which side of a matrix is compressed: see `scale_by_projection`.
       state_bits: Bits of the moments between steps, 8 or 4: see `low_bit`; None for float32.
@@ -162,6 +185,9 @@ def apollo_mini(
         weight_decay,
         gamma,
         granularity="tensor",
+        inner=inner,
+        eps_placement=eps_placement,
+        decay_placement=decay_placement,
         weight_decay_mask=weight_decay_mask,
         side=side,
         state_bits=state_bits,

@@ -7,6 +7,7 @@ import optax
 
 from lowrank_optax.projection.rank import RankSpec
 from lowrank_optax.projection.subspaces import Subspace
+from lowrank_optax.states.adam import EpsPlacement, scale_by_adam
 from lowrank_optax.states.arguments import refuse_unused
 
 
@@ -39,13 +40,18 @@ def chosen_inner(
     b1: Any,
     b2: Any,
     eps: Any,
+    eps_placement: EpsPlacement,
+    *,
+    needs_b1: bool = False,
 ) -> optax.GradientTransformation:
     """The inner optimizer given, or Adam.
 
     Raises:
-      ValueError: If both an inner optimizer and other options of Adam than the recipe's are given.
+      ValueError: If an inner optimizer is given, and Adam's options too; but ``b1`` where the
+        recipe has a use of its own for it.
     """
     if inner is None:
-        return optax.scale_by_adam(b1, b2, eps)
-    refuse_unused(recipe, "inner", b1=b1, b2=b2, eps=eps)
+        return scale_by_adam(b1, b2, eps, eps_placement)
+    unused = {"b2": b2, "eps": eps, "eps_placement": eps_placement}
+    refuse_unused(recipe, "inner", **unused if needs_b1 else {"b1": b1, **unused})
     return inner

@@ -8,13 +8,15 @@ import optax
 from lowrank_optax.matrices import DimensionNumbersRule
 from lowrank_optax.projection import residuals
 from lowrank_optax.projection.rank import RankSpec
+from lowrank_optax.projection.recipes.chosen import chosen_inner
 from lowrank_optax.projection.refresh import RefreshRule
 from lowrank_optax.projection.subspaces import dct
 from lowrank_optax.projection.transfer import OnRefresh
 from lowrank_optax.projection.transform import scale_by_projection
 from lowrank_optax.projection.view import Side
 from lowrank_optax.quantization import Bits
-from lowrank_optax.states.assemble import optimizer
+from lowrank_optax.states.adam import EpsPlacement
+from lowrank_optax.states.assemble import DecayPlacement, optimizer
 
 
 def dct_adamw(
@@ -29,6 +31,9 @@ def dct_adamw(
     error_feedback: Literal[32, 8] | None = None,
     order: int = 1,
     transform: Literal["products", "fft"] = "products",
+    inner: optax.GradientTransformation | None = None,
+    eps_placement: EpsPlacement = "after_bias_correction",
+    decay_placement: DecayPlacement = "before_step",
     weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
     on_refresh: OnRefresh = "rotate_moments",
     side: Side = "shorter",
@@ -52,11 +57,15 @@ def dct_adamw(
       b2: Decay of the second moment. New indices start without one: their first steps are up to
         ``(1 - b1) / sqrt(1 - b2)`` times as large, 3.2 for these defaults (the code's), 1.0 for
         0.99.
-      eps: Added to the root of the second moment, after bias correction.
+      eps: Added to the root of the second moment.
       weight_decay: Decoupled decay of the full weights, before the update (as AdamW).
       error_feedback: Keep what was not projected and add it to the next gradient, in 32 or 8 bits.
       order: Norm of the scores, 1 (the code) or 2.
       transform: How coefficients are found: see `subspaces.dct`.
+      inner: The optimizer in the subspace, if not Adam; leave ``b1``, ``b2`` and ``eps`` out then.
+      eps_placement: Whether ``eps`` is added before or after bias correction: see `galore`.
+      decay_placement: Whether the weights decay as they are before the step, or after it: see
+        `galore`.
       weight_decay_mask: Which leaves decay: as ``mask`` of ``optax.adamw``.
       on_refresh: What becomes of the moments when the choice changes: see `scale_by_projection`.
         ``"keep"`` is the code's default, in which indices inherit moments of others.
@@ -84,7 +93,7 @@ def dct_adamw(
       2025, https://arxiv.org/abs/2505.17967, Algorithm 1.
     """
     projected = scale_by_projection(
-        optax.scale_by_adam(b1, b2, eps),
+        chosen_inner(dct_adamw, inner, b1, b2, eps, eps_placement),
         dct(rank, order, transform),
         residual="drop" if error_feedback is None else residuals.error_feedback(error_feedback),
         on_refresh=on_refresh,
@@ -94,5 +103,10 @@ def dct_adamw(
         weight_dimension_numbers=weight_dimension_numbers,
     )
     return optimizer(
-        projected, learning_rate, weight_decay, weight_decay_mask, state_bits=state_bits
+        projected,
+        learning_rate,
+        weight_decay,
+        weight_decay_mask,
+        state_bits=state_bits,
+        decay_placement=decay_placement,
     )

@@ -8,14 +8,15 @@ import optax
 from lowrank_optax.matrices import DimensionNumbersRule
 from lowrank_optax.projection import residuals
 from lowrank_optax.projection.rank import RankSpec
-from lowrank_optax.projection.recipes.chosen import chosen_subspace
+from lowrank_optax.projection.recipes.chosen import chosen_inner, chosen_subspace
 from lowrank_optax.projection.refresh import RefreshRule
 from lowrank_optax.projection.subspaces import Subspace, randomized_svd
 from lowrank_optax.projection.transfer import OnRefresh
 from lowrank_optax.projection.transform import scale_by_projection
 from lowrank_optax.projection.view import Side
 from lowrank_optax.quantization import Bits
-from lowrank_optax.states.assemble import optimizer
+from lowrank_optax.states.adam import EpsPlacement
+from lowrank_optax.states.assemble import DecayPlacement, optimizer
 
 
 def fira(
@@ -30,6 +31,9 @@ def fira(
     gamma: float = 1.01,
     *,
     residual_form: Literal["code", "paper"] = "code",
+    inner: optax.GradientTransformation | None = None,
+    eps_placement: EpsPlacement = "after_bias_correction",
+    decay_placement: DecayPlacement = "before_step",
     weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
     subspace: Subspace | None = None,
     on_refresh: OnRefresh = "keep",
@@ -58,10 +62,15 @@ def fira(
       scale: :math:`\alpha`: 0.25 below 1B parameters, 0.0625 from there on.
       b1: Decay of the first moment.
       b2: Decay of the second moment.
-      eps: Added to the root of the second moment, after bias correction.
+      eps: Added to the root of the second moment.
       weight_decay: Decoupled decay of the full weights.
       gamma: Largest growth of the residual's norm from step to step.
       residual_form: ``"code"``, which made the paper's numbers, or ``"paper"``.
+      inner: The optimizer in the subspace, if not Adam; leave ``b1``, ``b2`` and ``eps`` out then.
+        The limiter sees the norms that are applied.
+      eps_placement: Whether ``eps`` is added before or after bias correction: see `galore`.
+      decay_placement: Whether the weights decay as they are before the step, or after it: see
+        `galore`.
       weight_decay_mask: Which leaves decay: as ``mask`` of ``optax.adamw``.
       subspace: How the basis is found, if not by ``subspaces.randomized_svd(rank)``.
       on_refresh: What becomes of the moments when the basis turns: see `scale_by_projection`.
@@ -89,12 +98,11 @@ def fira(
       Chen et al., Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?, 2024,
       https://arxiv.org/abs/2410.01623, Algorithm 1.
     """
+    decays = (b1, b2) if residual_form == "code" and inner is None else None
     projected = scale_by_projection(
-        optax.scale_by_adam(b1, b2, eps),
+        chosen_inner(fira, inner, b1, b2, eps, eps_placement),
         chosen_subspace(subspace, rank, 128, randomized_svd),
-        residual=residuals.fira(
-            gamma, residual_form, decays=(b1, b2) if residual_form == "code" else None
-        ),
+        residual=residuals.fira(gamma, residual_form, decays),
         on_refresh=on_refresh,
         refresh_every=refresh_every,
         scale=scale,
@@ -103,5 +111,10 @@ def fira(
         weight_dimension_numbers=weight_dimension_numbers,
     )
     return optimizer(
-        projected, learning_rate, weight_decay, weight_decay_mask, state_bits=state_bits
+        projected,
+        learning_rate,
+        weight_decay,
+        weight_decay_mask,
+        state_bits=state_bits,
+        decay_placement=decay_placement,
     )

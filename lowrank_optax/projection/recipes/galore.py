@@ -15,7 +15,8 @@ from lowrank_optax.projection.transfer import OnRefresh
 from lowrank_optax.projection.transform import scale_by_projection
 from lowrank_optax.projection.view import Side
 from lowrank_optax.quantization import Bits
-from lowrank_optax.states.assemble import optimizer
+from lowrank_optax.states.adam import EpsPlacement
+from lowrank_optax.states.assemble import DecayPlacement, optimizer
 
 
 def galore(
@@ -28,10 +29,12 @@ def galore(
     eps: float = 1e-6,
     weight_decay: float = 0.0,
     *,
+    inner: optax.GradientTransformation | None = None,
+    eps_placement: EpsPlacement = "after_bias_correction",
+    decay_placement: DecayPlacement = "before_step",
     weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
     subspace: Subspace | None = None,
     basis_bits: BasisBits | None = None,
-    inner: optax.GradientTransformation | None = None,
     on_refresh: OnRefresh = "keep",
     side: Side = "shorter",
     accumulate_steps: int | None = None,
@@ -63,15 +66,19 @@ def galore(
       scale: The paper's :math:`\alpha`, of projected leaves alone.
       b1: Decay of the first moment.
       b2: Decay of the second moment.
-      eps: Added to the root of the second moment, after bias correction (as the paper and optax;
-        the official code adds it before). The default is the official code's.
+      eps: Added to the root of the second moment. The default is the official code's.
       weight_decay: Decoupled decay :math:`\lambda`, of the full weights.
+      inner: The optimizer in the subspace, if not Adam; leave ``b1``, ``b2`` and ``eps`` out then.
+      eps_placement: Whether ``eps`` is added after the second moment is corrected for its start at
+        zero, as in the paper and in ``optax.adam``, or before, as in the official code, where it
+        acts as :math:`\epsilon / \sqrt{1 - \beta_2^t}` would after.
+      decay_placement: Whether the weights decay as they are before the step, as in
+        ``optax.adamw``, or after it, as in the official code.
       weight_decay_mask: Which leaves decay: as ``mask`` of ``optax.adamw``.
       subspace: How the basis is found, if not by ``subspaces.randomized_svd(rank)``; leave
         ``rank`` out then, the rule has its own.
       basis_bits: Bits of a basis between refreshes, 16 (bfloat16), 8 or 4 (Q-GaLore): see
         ``subspaces.quantized``; None for float32.
-      inner: The optimizer in the subspace, if not Adam; leave ``b1``, ``b2`` and ``eps`` out then.
       on_refresh: What becomes of the moments when the basis turns: see `scale_by_projection`.
       side: Which side of a matrix is compressed: see `scale_by_projection`.
       accumulate_steps: Micro-batches to a step: see `scale_by_projection`.
@@ -108,7 +115,7 @@ def galore(
     """
     rule = chosen_subspace(subspace, rank, 128, randomized_svd)
     projected = scale_by_projection(
-        chosen_inner(galore, inner, b1, b2, eps),
+        chosen_inner(galore, inner, b1, b2, eps, eps_placement),
         rule if basis_bits is None else quantized(rule, basis_bits),
         on_refresh=on_refresh,
         refresh_every=refresh_every,
@@ -119,5 +126,11 @@ def galore(
         weight_dimension_numbers=weight_dimension_numbers,
     )
     return optimizer(
-        projected, learning_rate, weight_decay, weight_decay_mask, accumulate_steps, state_bits
+        projected,
+        learning_rate,
+        weight_decay,
+        weight_decay_mask,
+        accumulate_steps,
+        state_bits,
+        decay_placement,
     )

@@ -8,14 +8,15 @@ import optax
 from lowrank_optax.matrices import DimensionNumbersRule
 from lowrank_optax.projection import residuals
 from lowrank_optax.projection.rank import RankSpec
-from lowrank_optax.projection.recipes.chosen import chosen_subspace
+from lowrank_optax.projection.recipes.chosen import chosen_inner, chosen_subspace
 from lowrank_optax.projection.refresh import RefreshRule
 from lowrank_optax.projection.subspaces import Subspace, power_iteration, randomized_svd
 from lowrank_optax.projection.transform import scale_by_projection
 from lowrank_optax.projection.view import Side
 from lowrank_optax.quantization import Bits
+from lowrank_optax.states.adam import EpsPlacement
 from lowrank_optax.states.arguments import refuse_unused
-from lowrank_optax.states.assemble import optimizer
+from lowrank_optax.states.assemble import DecayPlacement, optimizer
 
 
 def ldadam(
@@ -29,6 +30,9 @@ def ldadam(
     rho: float = 0.908,
     *,
     error_feedback: Literal[32, 8] | None = 32,
+    inner: optax.GradientTransformation | None = None,
+    eps_placement: EpsPlacement = "after_bias_correction",
+    decay_placement: DecayPlacement = "before_step",
     weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
     subspace: Subspace | None = None,
     side: Side = "shorter",
@@ -55,10 +59,15 @@ def ldadam(
       refresh_every: Steps from one power iteration to the next: see `galore`.
       b1: Decay of the first moment.
       b2: Decay of the second moment.
-      eps: Added to the root of the second moment, after bias correction.
+      eps: Added to the root of the second moment.
       weight_decay: Decoupled decay of the full weights.
       rho: Weight :math:`\rho` of the momentum in what the subspace follows.
       error_feedback: Bits of the error, 32 or 8; None for no feedback.
+      inner: The optimizer in the subspace, if not Adam; leave ``b2`` and ``eps`` out then. Where
+        errors are fed back, ``b1`` must be the decay of its first moment.
+      eps_placement: Whether ``eps`` is added before or after bias correction: see `galore`.
+      decay_placement: Whether the weights decay as they are before the step, or after it: see
+        `galore`.
       weight_decay_mask: Which leaves decay: as ``mask`` of ``optax.adamw``.
       subspace: The subspace rule, if not ``subspaces.power_iteration(rank, rho)``; leave ``rank``
         and ``rho`` out then.
@@ -90,7 +99,7 @@ def ldadam(
     if subspace is not None:
         refuse_unused(ldadam, "subspace", rho=rho)
     projected = scale_by_projection(
-        optax.scale_by_adam(b1, b2, eps),
+        chosen_inner(ldadam, inner, b1, b2, eps, eps_placement, needs_b1=keeps_error),
         chosen_subspace(subspace, rank, 128, followed),
         residual=residuals.error_feedback(error_feedback, b1) if keeps_error else "drop",
         on_refresh="rotate_moments",
@@ -100,5 +109,10 @@ def ldadam(
         weight_dimension_numbers=weight_dimension_numbers,
     )
     return optimizer(
-        projected, learning_rate, weight_decay, weight_decay_mask, state_bits=state_bits
+        projected,
+        learning_rate,
+        weight_decay,
+        weight_decay_mask,
+        state_bits=state_bits,
+        decay_placement=decay_placement,
     )

@@ -8,12 +8,13 @@ import optax
 from lowrank_optax.matrices import DimensionNumbersRule
 from lowrank_optax.projection.rank import RankSpec
 from lowrank_optax.projection.recipes.chosen import chosen_inner
-from lowrank_optax.projection.subspaces import online_pca
+from lowrank_optax.projection.subspaces import Subspace, online_pca
 from lowrank_optax.projection.transform import scale_by_projection
 from lowrank_optax.projection.view import Side
 from lowrank_optax.quantization import Bits
+from lowrank_optax.states.adam import EpsPlacement
 from lowrank_optax.states.arguments import refuse_unused
-from lowrank_optax.states.assemble import optimizer
+from lowrank_optax.states.assemble import DecayPlacement, optimizer
 
 
 def online_subspace_descent(
@@ -28,8 +29,11 @@ def online_subspace_descent(
     penalty: float = 0.1,
     *,
     subspace_optimizer: optax.GradientTransformation | None = None,
-    weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
+    initial: Subspace | None = None,
     inner: optax.GradientTransformation | None = None,
+    eps_placement: EpsPlacement = "after_bias_correction",
+    decay_placement: DecayPlacement = "before_step",
+    weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
     side: Side = "shorter",
     state_bits: Bits | None = None,
     seed: int = 0,
@@ -53,17 +57,22 @@ def online_subspace_descent(
       scale: GaLore's :math:`\alpha`.
       b1: Decay of the first moment.
       b2: Decay of the second moment.
-      eps: Added to the root of the second moment, after bias correction.
+      eps: Added to the root of the second moment.
       weight_decay: Decoupled decay of the full weights (never of the bases; the code's AdamW decays
         them by 0.01).
       penalty: :math:`\lambda`; 0.1 in the paper, absent (0) in the code.
       subspace_optimizer: Optimizer of the bases, if not Adam; ``optax.sgd`` keeps no state and is
         what the paper trains 7B with. It counts its own steps, from the second training step on.
+      initial: Rule of the first bases: ``subspaces.fixed`` of given ones, ``subspaces.svd(rank)``
+        as in the code, or ``subspaces.randomized_svd(rank)`` if None.
+      inner: The optimizer in the subspace, if not Adam; leave ``b1``, ``b2`` and ``eps`` out then.
+      eps_placement: Whether ``eps`` is added before or after bias correction: see `galore`.
+      decay_placement: Whether the weights decay as they are before the step, or after it: see
+        `galore`.
       weight_decay_mask: Which leaves decay: as ``mask`` of ``optax.adamw``.
-      inner: The optimizer in the subspace, if not Adam.
       side: Which side of a matrix is compressed: see `scale_by_projection`.
       state_bits: Bits of the moments between steps, 8 or 4: see `low_bit`; None for float32.
-      seed: Seed of the first basis, by a randomized range finder (in the code, an SVD).
+      seed: Seed of the first basis.
       weight_dimension_numbers: Which leaves are matrices, and how: see `scale_by_projection`.
 
     Returns:
@@ -91,8 +100,8 @@ def online_subspace_descent(
     adam = optax.adam(_one_step_later(rate) if callable(rate) else rate)
     moves = adam if subspace_optimizer is None else subspace_optimizer
     projected = scale_by_projection(
-        chosen_inner(online_subspace_descent, inner, b1, b2, eps),
-        online_pca(rank, moves, penalty),
+        chosen_inner(online_subspace_descent, inner, b1, b2, eps, eps_placement),
+        online_pca(rank, moves, penalty, initial),
         refresh_every=None,
         scale=scale,
         side=side,
@@ -100,7 +109,12 @@ def online_subspace_descent(
         weight_dimension_numbers=weight_dimension_numbers,
     )
     return optimizer(
-        projected, learning_rate, weight_decay, weight_decay_mask, state_bits=state_bits
+        projected,
+        learning_rate,
+        weight_decay,
+        weight_decay_mask,
+        state_bits=state_bits,
+        decay_placement=decay_placement,
     )
 
 

@@ -138,7 +138,7 @@ def gradient_scaling(
 
 
 def _with_norms(update: Any) -> Residual:
-    init = lambda view: zeros_per_matrix(view, jnp.float32)
+    init = lambda view: zeros_per_matrix(view, view.dtype)
     return Residual(update, init, needs_one_side=True)
 
 
@@ -171,5 +171,4 @@ def _limited(
     if decays is not None:
         b1, b2 = decays
         norm = norm * (1 - b1 ** (count + 1)) / jnp.sqrt(1 - b2 ** (count + 1))
-    factor, previous = growth_factor(norm.astype(jnp.float32), previous, gamma)
-    return factor.astype(norm.dtype), previous
+    return growth_factor(norm, previous, gamma)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.schedules.weight_decay.rates import check_rate, learning_rate_at
-from lowrank_optax.states.precision import value_at
+from lowrank_optax.states.precision import scalar_dtype, value_at
 
 Coupling = Literal["adamw", "independent", "constant", "squared", "l2"]
 
@@ -64,7 +64,8 @@ def add_weight_decay(
 
     Returns:
       A transformation that needs ``params``, with the state `AddWeightDecayState` (inside
-      ``optax.MaskedState`` with a mask). Arithmetic is in float32, updates keep their dtype.
+      ``optax.MaskedState`` with a mask). Arithmetic is in float32 (float64 of float64 updates),
+      updates keep their dtype.
 
     Raises:
       ValueError: If an argument is out of range, the peak of a schedule is missing, or in
@@ -104,8 +105,9 @@ def add_weight_decay(
     ) -> tuple[optax.Updates, AddWeightDecayState]:
         if params is None:
             raise ValueError("add_weight_decay needs params: call tx.update(grads, state, params).")
-        rate = learning_rate_at(learning_rate, state.count, extra_args)
-        strength = value_at(weight_decay, state.count)
+        dtype = scalar_dtype(updates)
+        rate = learning_rate_at(learning_rate, state.count, extra_args, dtype)
+        strength = value_at(weight_decay, state.count, dtype)
         peak = learning_rate if peak_learning_rate is None else peak_learning_rate
         step = -_shrinkage(coupling, strength, rate, peak)
         leaves, treedef = jax.tree.flatten(updates)
@@ -133,7 +135,7 @@ def _shrinkage(coupling: Coupling, strength: jax.Array, rate: Any, peak: Any) ->
     if coupling == "adamw":
         return rate * strength
     # A rate of zero throughout has no peak, and decays nothing.
-    peak = rate if peak is None else jnp.asarray(peak, jnp.float32)
+    peak = rate if peak is None else jnp.asarray(peak, rate.dtype)
     share = jnp.where(peak == 0, 0.0, rate / jnp.where(peak == 0, 1.0, peak))
     return share * strength * (rate if coupling == "squared" else 1.0)
 

@@ -36,19 +36,34 @@ def _reference(
 
 @pytest.mark.parametrize("granularity", ["channel", "tensor"])
 def test_agrees_with_a_float64_reference_over_several_bases(granularity: Any) -> None:
-    gradients, rank = normal_gradients((6, 9), 8), 2
-    gradients = [{"kernel": g["kernel"] * (1 + i) ** 2} for i, g in enumerate(gradients)]
+    weight, expected = _run_and_reference(granularity, np.float32)
+    assert_close(weight, expected, 200, dtype=np.float32)
+
+
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+def test_gradients_of_float64_are_updated_in_float64(granularity: Any) -> None:
+    with jax.enable_x64(True):
+        weight, expected = _run_and_reference(granularity, np.float64)
+    np.testing.assert_allclose(weight, expected, atol=1e-12)
+
+
+def _run_and_reference(granularity: Any, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The weight after 8 steps and three bases in one dtype, and the reference for these bases."""
+    drawn, rank = normal_gradients((6, 9), 8), 2
+    gradients = [
+        {"kernel": jnp.asarray(dtype(g["kernel"]) * (1 + i) ** 2)} for i, g in enumerate(drawn)
+    ]
     tx = lro.apollo(0.1, rank, 3, 4.0, granularity=granularity, seed=3)
-    trajectory = run(tx, {"kernel": jnp.zeros((6, 9))}, gradients)
+    trajectory = run(tx, {"kernel": jnp.zeros((6, 9), dtype)}, gradients)
     rule = lro.subspaces.random(rank)
-    view = lro.View.of(jnp.zeros((6, 9)), -2, rank)
+    view = lro.View.of(jnp.zeros((6, 9), dtype), -2, rank)
     bases = [
-        np.asarray(rule.lift(state[0].basis, jnp.eye(rank), view), np.float64)
+        np.asarray(rule.lift(state[0].basis, jnp.eye(rank, dtype=dtype), view), np.float64)
         for _, state in trajectory
     ]
     assert len({int(state[0].basis) for _, state in trajectory}) == 3
     expected = -0.1 * _reference(float64(gradients), bases, 4.0, granularity)
-    assert_close(trajectory[-1][0]["kernel"], expected, 200, dtype=np.float32)
+    return np.asarray(trajectory[-1][0]["kernel"]), expected
 
 
 def test_the_update_has_full_rank() -> None:

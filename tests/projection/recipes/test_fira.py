@@ -2,11 +2,13 @@
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import lowrank_optax as lro
-from tests.projection.runs import Adam, first, float64, moved, normal_gradients
+from tests.projection.runs import Adam, first, float64, moved, normal_gradients, run
 
 CODE = [[-0.009593, -0.008944, 0], [-0.003198, -0.004472, -0.022036]]
 PAPER = [[-0.002398, -0.002236, 0], [-0.000799, -0.001118, -0.005509]]
@@ -53,6 +55,19 @@ def test_agrees_with_a_float64_reference(form: Any) -> None:
     tx = lro.fira(0.1, 2, 4, subspace=lro.subspaces.svd(2), residual_form=form)
     expected = _reference(float64(gradients), form, 2, 4)
     np.testing.assert_allclose(moved(tx, (6, 9), gradients), expected, atol=2e-3)
+
+
+@pytest.mark.parametrize("form", ["code", "paper"])
+def test_gradients_of_float64_are_updated_in_float64(form: Any) -> None:
+    gradients = [np.float64(g["kernel"]) for g in normal_gradients((6, 9), 8)]
+    tx = lro.fira(0.1, 2, 4, subspace=lro.subspaces.svd(2), residual_form=form)
+    with jax.enable_x64(True):
+        start, trees = (
+            {"kernel": jnp.zeros((6, 9))},
+            [{"kernel": jnp.asarray(g)} for g in gradients],
+        )
+        weight = np.asarray(run(tx, start, trees)[-1][0]["kernel"])
+    np.testing.assert_allclose(weight, _reference(gradients, form, 2, 4), atol=1e-12)
 
 
 def test_the_part_outside_the_subspace_is_stronger_by_one_over_scale_in_the_code() -> None:

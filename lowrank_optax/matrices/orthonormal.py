@@ -57,7 +57,8 @@ def in_turn(factorize: Callable[[jax.Array], Any], x: jax.Array) -> Any:
 
 def _each_in_turn(factorize: Callable[[jax.Array], Any], x: jax.Array) -> Any:
     def each(x: jax.Array) -> Any:
-        alone = jax.custom_batching.sequential_vmap(factorize)  # under vmap too
+        # Under vmap too; a lambda, because defaults of `factorize` would be taken for arrays.
+        alone = jax.custom_batching.sequential_vmap(lambda x: factorize(x))
         if x.ndim == 2:
             return alone(x)
         found = jax.lax.map(alone, x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:]))

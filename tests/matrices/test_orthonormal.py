@@ -116,6 +116,11 @@ def test_in_turn_is_of_each_matrix_under_vmap_and_of_none() -> None:
     assert in_turn(jnp.ones((2, 4, 0))).shape == (2, 4, 0)
 
 
+def test_in_turn_takes_functions_with_defaults() -> None:
+    x = jnp.diag(jnp.arange(3.0))
+    assert_close(orthonormal.in_turn(jnp.linalg.eigvalsh, x), jnp.arange(3.0))
+
+
 @pytest.mark.parametrize("of_devices", [("x",), (("x", "y"),), ()])
 def test_in_turn_on_an_explicit_mesh_is_of_each_devices_matrices(of_devices: tuple) -> None:
     mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)

@@ -51,6 +51,10 @@ class Meter:
         with self.progress:
             yield self
 
+    def compiling(self) -> None:
+        """Says what is waited for: of a large model, or on many devices, it takes minutes."""
+        self.console.print(f"{self.name}  compiling a step", soft_wrap=True)
+
     def update(self, done: float, log: StepLog) -> None:
         """Shows how far it is, in steps of the first batch size."""
         self.progress.update(

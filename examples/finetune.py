@@ -148,6 +148,7 @@ def train(
             while not feed.finished:
                 tokens = jax.device_put(feed.next()[0], shared_out)
                 if compiled is None:
+                    meter.compiling()
                     compiled, compile_seconds = compile_step(
                         job.mesh, parts.training, tx, trained, opt_state, counts, rest, tokens
                     )

@@ -218,6 +218,7 @@ def train(job: Job, folder: Path, console: Console, stop: threading.Event) -> di
                 arguments = params, opt_state, tokens, sketch_key(settings, step), *feed.clock()
                 if len(tokens) not in compiled:
                     log.flush()
+                    meter.compiling()
                     compiled[len(tokens)], seconds = compile_step(job, graphdef, *arguments)
                     compile_seconds += seconds
                     log.restart_clock()

@@ -9,6 +9,7 @@ from pathlib import Path, PurePath
 import time
 
 import pytest
+from xla_flags import quick_flags
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # LAPACK's own threads fight with XLA's for the cores: a small QR takes up to 500 times as long.
@@ -17,10 +18,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # allocates, exchanges and counts is decided before, and is as users have it. Set in the
 # environment, so that the processes that tests start do the same.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-os.environ["XLA_FLAGS"] = (
-    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 "
-    + os.environ.get("XLA_FLAGS", "")
-)
+os.environ["XLA_FLAGS"] = " ".join([*quick_flags(), os.environ.get("XLA_FLAGS", "")])
 
 import jax
 

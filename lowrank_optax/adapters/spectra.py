@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.matrices.orthonormal import orthonormalize
+from lowrank_optax.matrices.orthonormal import in_turn, orthonormalize
 
 # Singular values this far below the largest are rounding errors of float32.
 ZERO = 1e-6
@@ -114,7 +114,7 @@ def _truncated(
     def one(of_one: tuple[jax.Array, jax.Array | None]) -> Spectrum:
         w, key = of_one[0].astype(jnp.float32), of_one[1]
         if key is None or power_iterations is None:
-            u, s, vt = jnp.linalg.svd(w, full_matrices=False)
+            u, s, vt = _svd(w)
         else:
             u, s, vt = _randomized(w, min(rank + oversample, *w.shape), power_iterations, key)
         return _with_signs(u[:, :rank], s[:rank], vt.mT[:, :rank])
@@ -129,7 +129,7 @@ def _truncated(
 
 @jax.jit
 def _singular_values(weights: jax.Array) -> jax.Array:
-    one = lambda w: jnp.linalg.svd(w.astype(jnp.float32), compute_uv=False)
+    one = lambda w: in_turn(lambda w: jnp.linalg.svd(w, compute_uv=False), w.astype(jnp.float32))
     values = jax.lax.map(one, weights.reshape(-1, *weights.shape[-2:]))
     return values.reshape(*weights.shape[:-2], -1)
 
@@ -144,8 +144,12 @@ def _randomized(
         return orthonormalize(times(w, orthonormalize(times(w.mT, q))))
 
     q = jax.lax.fori_loop(0, power_iterations, closer, q)
-    u, s, vt = jnp.linalg.svd(times(q.mT, w), full_matrices=False)
+    u, s, vt = _svd(times(q.mT, w))
     return times(q, u), s, vt
+
+
+def _svd(w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    return in_turn(lambda w: tuple(jnp.linalg.svd(w, full_matrices=False)), w)
 
 
 def _with_signs(u: jax.Array, s: jax.Array, v: jax.Array) -> Spectrum:

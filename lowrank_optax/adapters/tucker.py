@@ -13,7 +13,7 @@ import numpy as np
 
 from lowrank_optax.adapters.base import product
 from lowrank_optax.adapters.spectra import truncated_svd
-from lowrank_optax.matrices.orthonormal import leading_directions, orthonormalize
+from lowrank_optax.matrices.orthonormal import in_turn, leading_directions, orthonormalize
 
 _OVERSAMPLE = 8
 
@@ -153,7 +153,7 @@ def _unfolding_vectors(
     d = stacks[0].shape[-2]
     if power_iterations is None or key is None:
         stacked = _scan(_append_rows, jnp.zeros((d, d)), stacks)
-        _, values, vectors = jnp.linalg.svd(stacked)
+        _, values, vectors = in_turn(lambda x: tuple(jnp.linalg.svd(x)), stacked)
         vectors = vectors.T
     else:
         q = jax.random.normal(key, (d, min(d, rank + _OVERSAMPLE)))
@@ -162,7 +162,7 @@ def _unfolding_vectors(
             q = orthonormalize(q)
         zero = jnp.zeros((q.shape[1], q.shape[1]))
         gram = _scan(lambda sum_, w: sum_ + _inner(product(w.T, q)), zero, stacks)
-        values = jnp.sqrt(jnp.maximum(jnp.linalg.eigvalsh(gram)[::-1], 0))
+        values = jnp.sqrt(jnp.maximum(in_turn(jnp.linalg.eigvalsh, gram)[::-1], 0))
         vectors = leading_directions(q, gram, min(rank, q.shape[1]))
     return _columns(vectors, rank), values
 
@@ -197,8 +197,8 @@ def _in_few_directions(
     firsts: Sequence[jax.Array], seconds: Sequence[jax.Array]
 ) -> tuple[jax.Array, list[jax.Array], jax.Array]:
     """Bases of all rows and columns of products of factors, and the products in these."""
-    q_in = jnp.linalg.qr(_side_by_side(firsts))[0]
-    q_out = jnp.linalg.qr(_side_by_side([x.mT for x in seconds]))[0]
+    basis = lambda matrices: in_turn(lambda x: jnp.linalg.qr(x)[0], _side_by_side(matrices))
+    q_in, q_out = basis(firsts), basis([x.mT for x in seconds])
     small = [
         product(product(q_in.T, first), product(second, q_out))
         for first, second in zip(firsts, seconds, strict=True)
@@ -214,7 +214,8 @@ def _best_side(stacks: Sequence[jax.Array], other: jax.Array, rank: int) -> jax.
 
 def _append_rows(r: jax.Array, w: jax.Array) -> jax.Array:
     # R of a QR: RᵀR is the Gram matrix of all unfoldings so far, without squaring its condition.
-    return jnp.linalg.qr(jnp.concatenate([r, w.T.astype(r.dtype)]), mode="r")
+    rows = jnp.concatenate([r, w.T.astype(r.dtype)])
+    return in_turn(lambda x: jnp.linalg.qr(x, mode="r"), rows)
 
 
 def _scan(

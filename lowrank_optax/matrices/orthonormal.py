@@ -6,6 +6,7 @@ the program is lowered to.
 """
 
 from collections.abc import Callable
+import functools
 import math
 from typing import Any
 
@@ -29,26 +30,35 @@ def orthonormalize(y: jax.Array) -> jax.Array:
 
 
 def _qr(y: jax.Array) -> jax.Array:
-    # jnp.linalg.qr refuses batch axes that are sharded on an explicit mesh (jax 0.10).
-    partition = explicit_sharding.partition_of(y)
-    everywhere = None if partition is None else PartitionSpec(*[None] * y.ndim)
-    q = in_turn(lambda y: jnp.linalg.qr(y)[0], explicit_sharding.constrain(y, everywhere))
-    return explicit_sharding.constrain(q, partition)
+    return in_turn(lambda y: jnp.linalg.qr(y)[0], y)
 
 
 def in_turn(factorize: Callable[[jax.Array], Any], x: jax.Array) -> Any:
-    """``factorize(x)`` of ``x [*batch, m, n]``, on a CPU of one matrix after the other.
+    """``factorize(x)`` of ``x [*batch, m, n]``, one matrix after another on a CPU.
 
-    There LAPACK's threads for a batch are those of the pool that runs the program: two batches at a
-    time occupy them all, and wait for ever (``ParallelBatchMap`` of jaxlib 0.10).
+    Every call of LAPACK in this package is made here. For a batch it occupies a thread of the pool
+    that runs the program, and waits for others of that pool (``ParallelBatchMap`` of jaxlib). These
+    never come free if other devices occupy them in the same way, or wait in a collective for the
+    device that waits here. A single matrix is factorized by the thread that asks for it.
+
+    Args:
+      factorize: Function of ``[*batch, m, n]`` whose results each begin with the batch axes.
+      x: Matrices. On explicit mesh axes each device factorizes those of its part of the batch.
     """
-    partition = explicit_sharding.partition_of(x)
-    sharded = partition is not None and any(axis is not None for axis in partition)
-    if sharded:
-        return factorize(x)
+    partition = explicit_sharding.partition_of_batch(x, None, None)
+    x = explicit_sharding.constrain(x, partition)
+    if partition is None or all(axis is None for axis in partition):
+        return _each_in_turn(factorize, x)
+    of_device, batch = functools.partial(_each_in_turn, factorize), PartitionSpec(*partition[:-2])
+    # Without `mesh` it would have to be that of the context, which eager calls need not have.
+    mesh = jax.typeof(x).sharding.mesh
+    return jax.shard_map(of_device, mesh=mesh, in_specs=batch, out_specs=batch)(x)
 
+
+def _each_in_turn(factorize: Callable[[jax.Array], Any], x: jax.Array) -> Any:
     def each(x: jax.Array) -> Any:
-        alone = jax.custom_batching.sequential_vmap(factorize)  # under vmap too
+        # Under vmap too; a lambda, because defaults of `factorize` would be taken for arrays.
+        alone = jax.custom_batching.sequential_vmap(lambda x: factorize(x))
         if x.ndim == 2:
             return alone(x)
         found = jax.lax.map(alone, x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:]))

@@ -165,7 +165,9 @@ def test_killed_and_stopped_run_goes_on_to_the_last_bit(
     (folder / "full" / "log.jsonl").write_text('{"step": 0, "held_out_loss": 9.0}\n')
     with interrupted("full", 3):
         assert finetune.main(["--output", str(folder), "--resume"]) == 130
-    assert f"--output {folder} --resume" in capsys.readouterr().out.splitlines()[-1]
+    lines = capsys.readouterr().out.splitlines()
+    assert "full  compiling a step" in lines
+    assert f"--output {folder} --resume" in lines[-1]
     assert checkpoints_of(folder / "full") == {2, 3}
     assert not (folder / "results.json").exists()
     assert finetune.main(["--output", str(folder), "--resume"]) == 0

@@ -1,8 +1,13 @@
 """Orthonormal bases by products: every platform's path, run here on the CPU."""
 
+import ast
+from pathlib import Path
+import re
+
 from close import assert_close
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
 import numpy as np
 import pytest
 
@@ -109,3 +114,50 @@ def test_in_turn_is_of_each_matrix_under_vmap_and_of_none() -> None:
     assert not any("f32[2," in line or "f32[3," in line for line in calls)
     assert in_turn(jnp.ones((2, 0, 8, 4))).shape == (2, 0, 8, 4)
     assert in_turn(jnp.ones((2, 4, 0))).shape == (2, 4, 0)
+
+
+def test_in_turn_takes_functions_with_defaults() -> None:
+    x = jnp.diag(jnp.arange(3.0))
+    assert_close(orthonormal.in_turn(jnp.linalg.eigvalsh, x), jnp.arange(3.0))
+
+
+@pytest.mark.parametrize("of_devices", [("x",), (("x", "y"),), ()])
+def test_in_turn_on_an_explicit_mesh_is_of_each_devices_matrices(of_devices: tuple) -> None:
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((8, 6, 4)), jnp.float32)
+    find = lambda x: orthonormal.leading_eigenvectors(orthonormal.gram_matrix(x), 2)
+    expected = find(x)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(x, PartitionSpec(*of_devices))
+        program = jax.jit(find).lower(placed).compile()
+        found = program(placed)
+        assert_close(found, expected)
+        assert jax.typeof(found).sharding.spec[0] == (of_devices or (None,))[0]
+    calls = [line for line in program.as_text().splitlines() if "lapack" in line]
+    assert calls
+    assert not any(re.search(r"f32\[\d+,\d+,\d", line) for line in calls)
+
+
+def test_factorizations_are_called_in_turn() -> None:
+    """Each in the arguments of `in_turn`: elsewhere one of a batch could wait for ever."""
+    called, found = set(), set()
+    for path in Path(orthonormal.__file__).parents[1].rglob("*.py"):
+        text = path.read_text()
+        tree = ast.parse(text if "linalg" in text else "")
+        for node in ast.walk(tree):
+            if is_factorization(node):
+                found.add((path.name, node.lineno, node.attr))
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "in_turn":
+                inside = [each for arg in node.args for each in ast.walk(arg)]
+                called |= {(path.name, x.lineno, x.attr) for x in inside if is_factorization(x)}
+    assert len(found) > 5
+    assert found == called
+
+
+def is_factorization(node: ast.AST) -> bool:
+    """Whether it is ``jnp.linalg.NAME``, ``jax.lax.linalg.NAME`` or the like, but a norm."""
+    if not (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Attribute)):
+        return False
+    module = node.value
+    is_numpy = isinstance(module.value, ast.Name) and module.value.id == "np"
+    return module.attr == "linalg" and not is_numpy and node.attr != "norm"

@@ -21,6 +21,7 @@ from lowrank_optax.adapters.nnx import (
     adapted_layers,
     adapter_names,
 )
+from lowrank_optax.matrices.module_classes import made_by
 from lowrank_optax.matrices.selection import Path, path_string
 
 _SHARDING = ("out_sharding", "sharding_rules", "mesh")
@@ -226,9 +227,8 @@ def _also_trained(cls: type) -> type:
         return cls
     if cls is nnx.Param:
         return AlsoTrained
-    return type(
-        cls.__name__, (AlsoTrained, cls), {"type_before": cls, "__module__": cls.__module__}
-    )
+    body = {"type_before": cls, "__module__": cls.__module__, **made_by(_also_trained, cls)}
+    return type(cls.__name__, (AlsoTrained, cls), body)
 
 
 def owned_parameters(model: Any) -> list[OwnedParameter]:

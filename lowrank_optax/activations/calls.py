@@ -94,7 +94,7 @@ def few_bit_calls(
       True
       >>> row = few.report(weight, x).rows[0]
       >>> print(row.function, row.shape, row.bytes_now, row.bytes_then)
-      silu (3, 4) 144 6
+      silu (3, 4) 144 8
 
     Reference:
       Novikov et al., Few-Bit Backward: Quantized Gradients of Activation Functions for Memory

@@ -21,9 +21,27 @@ from lowrank_optax.adapters.nnx import (
     adapted_layers,
     adapter_names,
 )
+from lowrank_optax.matrices.module_classes import made_by
 from lowrank_optax.matrices.selection import Path, path_string
 
 _SHARDING = ("out_sharding", "sharding_rules", "mesh")
+
+
+class _Stored(nnx.Dict):
+    """Values by adapter: which there are says whose values stand in the parameter."""
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuses what ``nnx.update`` would add from a state in which others are active."""
+        if isinstance(value, nnx.Variable):
+            raise ValueError(
+                f"in this state the adapter {name!r}, which has values of its own of the model's "
+                "parameters, is not active, and in the model it is: activate the adapters of the "
+                "state before the model is updated."
+            )
+        super().__setattr__(name, value)
 
 
 class OwnValues(nnx.Module):
@@ -39,7 +57,7 @@ class OwnValues(nnx.Module):
     def __init__(self) -> None:
         self.live: str | None = None
         self.base = nnx.data(None)
-        self.stored = nnx.Dict()
+        self.stored = _Stored()
         self.constant: tuple[str, ...] = ()
 
     def owners(self) -> set[str]:
@@ -226,9 +244,8 @@ def _also_trained(cls: type) -> type:
         return cls
     if cls is nnx.Param:
         return AlsoTrained
-    return type(
-        cls.__name__, (AlsoTrained, cls), {"type_before": cls, "__module__": cls.__module__}
-    )
+    body = {"type_before": cls, "__module__": cls.__module__, **made_by(_also_trained, cls)}
+    return type(cls.__name__, (AlsoTrained, cls), body)
 
 
 def owned_parameters(model: Any) -> list[OwnedParameter]:

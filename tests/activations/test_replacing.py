@@ -1,6 +1,7 @@
 """Few-bit nonlinearities in NNX models, in place and back."""
 
 from collections.abc import Iterator
+import pickle
 from typing import Any
 import warnings
 
@@ -263,6 +264,15 @@ def test_layers_stacked_by_nnx_scan_and_rematerialised() -> None:
         assert_close(call(model, X), before, 100)
         nnx.jit(nnx.grad(lambda model: model(X).sum()))(model)
         restore_model(model)
+
+
+def test_a_few_bit_model_is_pickled_as_a_plain_one_is() -> None:
+    model = Stateful(nnx.Rngs(0))
+    graphdef = nnx.graphdef(model)
+    quantize_model(model)
+    other = pickle.loads(pickle.dumps(model))
+    assert nnx.graphdef(other) == nnx.graphdef(model)
+    assert nnx.graphdef(restore_model(other)) == graphdef
 
 
 def test_several_modules_in_none_of_which_anything_is_found_are_an_error() -> None:

@@ -1,6 +1,8 @@
 """Attaching to models and taking away again: what is chosen, what is refused, what is left."""
 
 from collections.abc import Callable
+import copy
+import pickle
 from typing import Any
 
 from close import assert_close
@@ -204,3 +206,26 @@ def test_the_summary_counts_what_is_there() -> None:
     lro.adapters.activate(model, strengths={"second": 0.5})
     lro.adapters.merge(model, "default")
     assert {r.state for r in lro.adapters.summary(model).rows} >= {"merged", "active × 0.5"}
+
+
+class Scale(nnx.Param):
+    """A type of parameters of a model's own."""
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_adapted_models_are_copied_and_pickled_as_plain_ones_are(again: Any) -> None:
+    model = Unrolled(1, nnx.Rngs(0))
+    model.head.bias = Scale(model.head.bias[...])
+    graphdef = nnx.graphdef(model)
+    for name, method in (
+        ("a", LoRA(rank=1)),
+        ("b", LoRA(rank=2)),
+        ("c", lro.adapters.LoTR(rank=1)),
+    ):
+        lro.adapters.attach(model, method, "blocks", rngs=0, name=name)
+    lro.adapters.also_train(model, "head/bias", name="b")
+    lro.adapters.merge(randomized(model), "a")
+    other = again(model)
+    assert nnx.graphdef(other) == nnx.graphdef(model)
+    np.testing.assert_array_equal(call(other, tokens()), call(model, tokens()))
+    assert nnx.graphdef(lro.adapters.detach(other)) == graphdef

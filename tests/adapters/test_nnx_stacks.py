@@ -139,40 +139,59 @@ def test_the_models_own_methods_lend_too() -> None:
     assert model.layer.adapters["default"].lent is None
 
 
-def test_two_threads_may_call_a_model_whose_layers_share_arrays() -> None:
-    run = nnx.jit(lambda layer, x: layer(x))
+_MARKS = (
+    "One floor for changing models: which arrays are lent is marked on the layers, and nnx.jit in "
+    "another thread, where a model is being called, takes the marks for the model's structure"
+)
+BY_ANOTHER_THREAD = {
+    "called": lambda model, x: model(x),
+    "compiled": nnx.jit(lambda model, x: model(x)),
+}
+_between = threading.local()
 
-    class Model(nnx.Module):
-        def __init__(self) -> None:
-            self.first, self.second = (nnx.Linear(4, 4, rngs=nnx.Rngs(i)) for i in range(2))
 
-        def __call__(self, x: jax.Array, between: Callable[[], Any] = lambda: None) -> jax.Array:
-            y = run(self.first, x)
-            between()
-            return run(self.second, y)
+class Interrupted(nnx.Module):
+    """Two layers compiled by themselves, and something between them that this thread does."""
 
-    model, x = Model(), np.ones((2, 4), np.float32)
+    def __init__(self) -> None:
+        self.first, self.second = (nnx.Linear(4, 4, rngs=nnx.Rngs(i)) for i in range(2))
+        self.run = nnx.jit(lambda layer, x: layer(x))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.run(self.first, x)
+        getattr(_between, "do", lambda: None)()
+        return self.run(self.second, x)
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["called", pytest.param("compiled", marks=pytest.mark.xfail(reason=_MARKS, strict=True))],
+)
+def test_two_threads_may_call_a_model_whose_layers_share_arrays(how: str) -> None:
+    model, x = Interrupted(), np.ones((2, 4), np.float32)
     lro.adapters.attach(model, LoTR(rank=2), rngs=0)
-    model = randomized(model)
-    expected, graphdef = model(x), nnx.graphdef(model)
+    expected, graphdef = randomized(model)(x), nnx.graphdef(model)
     inside, first_is_done = threading.Event(), threading.Event()
 
-    def wait() -> None:
-        inside.set()
-        assert first_is_done.wait(timeout=60)
+    def other() -> jax.Array:
+        _between.do = lambda: (inside.set(), first_is_done.wait(timeout=60))
+        return BY_ANOTHER_THREAD[how](model, x)
 
     with ThreadPoolExecutor() as pool:
         others: list[Future[jax.Array]] = []
 
         def start() -> None:
-            others.append(pool.submit(model, x, wait))
-            inside.wait(timeout=0.2)  # it may have to wait for this thread to end
+            others.append(pool.submit(other))
+            # A plain call may have to wait for this thread to end.
+            inside.wait(timeout=0.2 if how == "called" else 60)
 
-        outputs = [model(x, start)]
+        _between.do = start
+        outputs = [model(x)]
         first_is_done.set()
         outputs.append(others[0].result(timeout=60))
+    _between.do = lambda: None
     for output in outputs:
-        np.testing.assert_array_equal(output, expected)
+        assert_close(output, expected, 10)
     assert nnx.graphdef(model) == graphdef
 
 

@@ -314,3 +314,23 @@ def test_a_gradient_by_a_frozen_weight_is_warned_of() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         gradients(model, tokens())
+
+
+def test_a_state_says_whose_values_stand_in_a_parameter() -> None:
+    model, fresh = (lro.adapters.attach(model_of("scanned"), LoRA(), rngs=0) for _ in range(2))
+    for each in (model, fresh):
+        lro.adapters.also_train(each, "head/bias")
+    model.head.bias[...] += 1.0
+    lro.adapters.deactivate(model)
+    state = nnx.state(model, nnx.Not(nnx.RngState))
+    with pytest.raises(ValueError, match=r"the adapter 'default', which .* is not active"):
+        nnx.update(fresh, state)
+    lro.adapters.deactivate(fresh)
+    nnx.update(fresh, state)
+    for each in (model, fresh):
+        lro.adapters.activate(each)
+    assert_close(fresh.head.bias[...], model.head.bias[...])
+    active = nnx.state(model, nnx.Not(nnx.RngState))
+    lro.adapters.deactivate(fresh)
+    with pytest.raises(ValueError, match="base"):
+        nnx.update(fresh, active)

@@ -1,6 +1,7 @@
 """Randomized layers in whole NNX models: what changes, what stays, and how it is undone."""
 
 from pathlib import Path
+import pickle
 from typing import Any
 
 from close import assert_close
@@ -344,3 +345,13 @@ def test_beside_few_bit_nonlinearities_both_take_effect_and_are_undone() -> None
     assert np.any(up(one) != up(other))
     restore_model(model)
     assert nnx.split(restore_linears(model))[0] == graphdef
+
+
+def test_a_randomized_model_is_pickled_as_a_plain_one_is() -> None:
+    layer = Named(3, 4, rngs=nnx.Rngs(0))
+    graphdef = nnx.graphdef(layer)
+    randomize(layer, Sketch(fraction=0.5), where=".*", rngs=1)
+    lro.adapters.attach(layer, lro.adapters.LoRA(rank=1), ".*", rngs=0)
+    other = pickle.loads(pickle.dumps(layer))
+    assert nnx.graphdef(other) == nnx.graphdef(layer)
+    assert nnx.graphdef(restore_linears(lro.adapters.detach(other))) == graphdef

@@ -14,6 +14,7 @@ from lowrank_optax.layers.randomized.summaries import (
     RandomizedSummary,
 )
 from lowrank_optax.matrices.flax_layers import place, read_layer
+from lowrank_optax.matrices.module_classes import made_by
 from lowrank_optax.matrices.printing import matrices_string
 from lowrank_optax.matrices.rules import is_weight
 from lowrank_optax.matrices.selection import Path, Where, matching, near, path_string
@@ -197,4 +198,5 @@ def _randomized(cls: type) -> type:
         return RandomizedLinear
     body = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
     bases = (RandomizedLinear, cls)
-    return type(cls)(cls.__name__, bases, body | {"class_without_sketch": cls})
+    body |= {"class_without_sketch": cls, **made_by(_randomized, cls)}
+    return type(cls)(cls.__name__, bases, body)

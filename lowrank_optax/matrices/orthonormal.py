@@ -21,6 +21,7 @@ BLOCK_COLUMNS = 128  # as many as a TPU has lanes: others compile three times as
 EIGH_COLUMNS = 128
 
 
+@functools.partial(jax.jit, inline=True)  # outside of a jit it is compiled once
 def orthonormalize(y: jax.Array) -> jax.Array:
     """An orthonormal basis ``[*batch, d, k]`` of the columns of ``y [*batch, d, k]``, ``d >= k``.
 

@@ -7,6 +7,7 @@ the gradient; a cautious optimizer leaves out the elements that disagree with th
 
 from collections import defaultdict
 from collections.abc import Callable
+import functools
 import math
 from typing import Any, Literal, TypeAlias, get_args
 import warnings
@@ -235,6 +236,7 @@ def _mask_scales(scale: MaskScale, signs: Any, directions: Any, axes: list[_Axes
     return treedef.unflatten(scales)
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2), inline=True)  # outside of a jit too
 def _count(mask: jax.Array, axes: _Axes, dtype: Any) -> jax.Array:
     """How many elements along the axes are true, with axes of size 1."""
     total = lambda x: jnp.sum(x, axes, dtype=dtype, keepdims=True)

@@ -108,7 +108,8 @@ class Average(NamedTuple):
         The first decay may be another: zero, of a moment that starts as its first gradient.
         """
         first, decay = (jnp.asarray(x, dtype) for x in self.decays[:2])
-        return jnp.where(count == 0, 1, 1 - first * decay ** (count - 1))
+        steps = (count - 1).astype(dtype)  # outside of a jit each whole power is compiled
+        return jnp.where(count == 0, 1, 1 - first * decay**steps)
 
 
 def averages(inner: optax.GradientTransformationExtraArgs) -> dict[Any, Average]:

@@ -1,6 +1,6 @@
 """The refresh: bases found anew where they are due, and inner states moved along.
 
-Each leaf has a ``lax.cond`` of its own, and so has each slice of one that is updated in slices.
+Each leaf has a conditional of its own, and so has each slice of one that is updated in slices.
 """
 
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lowrank_optax.matrices.branching import branch
 from lowrank_optax.projection import transfer
 from lowrank_optax.projection.leaf import LeafState, Parts, Prepared
 from lowrank_optax.projection.subspaces import Subspace
@@ -49,7 +50,7 @@ def _refreshed(parts: Parts, leaf: Prepared, when: When) -> tuple[LeafState, Any
     if parts.subspace.shared:
         refresh = lambda: _refresh(parts, leaf, when, due)
         # A new seed is cheaper than a branch.
-        return refresh() if parts.on_refresh == "keep" else jax.lax.cond(due, refresh, hold)
+        return refresh() if parts.on_refresh == "keep" else branch(due, refresh, hold)
     usable = lambda: due & _usable(leaf.matrix)
     if parts.refresh.always and when.may_refresh is True:
         return _refresh(parts, leaf, when, usable())
@@ -58,9 +59,9 @@ def _refreshed(parts: Parts, leaf: Prepared, when: When) -> tuple[LeafState, Any
         # Two branches: the gradient is read only where one is due, and what is due may be useless
         # for long, as the zero gradient of a frozen layer.
         able = usable()
-        return jax.lax.cond(jnp.any(able), lambda: _refresh(parts, leaf, when, able), hold)
+        return branch(jnp.any(able), lambda: _refresh(parts, leaf, when, able), hold)
 
-    return jax.lax.cond(jnp.any(due), refresh_usable, hold)
+    return branch(jnp.any(due), refresh_usable, hold)
 
 
 def refreshed_without_leaves(

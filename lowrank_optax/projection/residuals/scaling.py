@@ -170,5 +170,6 @@ def _limited(
 ) -> tuple[jax.Array, jax.Array]:
     if decays is not None:
         b1, b2 = decays
-        norm = norm * (1 - b1 ** (count + 1)) / jnp.sqrt(1 - b2 ** (count + 1))
+        steps = (count + 1).astype(norm.dtype)  # outside of a jit each whole power is compiled
+        norm = norm * (1 - b1**steps) / jnp.sqrt(1 - b2**steps)
     return growth_factor(norm, previous, gamma)

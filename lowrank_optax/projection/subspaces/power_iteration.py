@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from lowrank_optax.matrices.branching import branch
 from lowrank_optax.matrices.orthonormal import orthonormalize
 from lowrank_optax.projection.rank import RankSpec
 from lowrank_optax.projection.subspaces import base
@@ -61,9 +62,8 @@ def power_iteration(
         found = orthonormalize(y)
         if initial is not None:
             begin = lambda: base.first_basis(initial, key, matrix, basis, view)
-            found = jax.lax.cond(
-                jnp.any(first), lambda: base.select(first, begin(), found), lambda: found
-            )
+            chosen = lambda: base.select(first, begin(), found)
+            found = branch(jnp.any(first), chosen, lambda: found)
         return base.agreeing(found, basis)
 
     init = None if initial is None else base.zero_basis_before(initial)

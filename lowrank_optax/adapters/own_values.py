@@ -30,18 +30,18 @@ _SHARDING = ("out_sharding", "sharding_rules", "mesh")
 class _Stored(nnx.Dict):
     """Values by adapter: which there are says whose values stand in the parameter."""
 
-    def __setitem__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setattr__(key, value)
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, key: str, value: Any) -> None:
         """Refuses what ``nnx.update`` would add from a state in which others are active."""
         if isinstance(value, nnx.Variable):
             raise ValueError(
-                f"in this state the adapter {name!r}, which has values of its own of the model's "
+                f"in this state the adapter {key!r}, which has values of its own of the model's "
                 "parameters, is not active, and in the model it is: activate the adapters of the "
                 "state before the model is updated."
             )
-        super().__setattr__(name, value)
+        super().__setattr__(key, value)
 
 
 class OwnValues(nnx.Module):

@@ -38,7 +38,7 @@ class OwnValues(nnx.Module):
 
     def __init__(self) -> None:
         self.live: str | None = None
-        self.base = nnx.data(None)
+        self.base: AdapterConstant | None = nnx.data(None)
         self.stored = nnx.Dict()
         self.constant: tuple[str, ...] = ()
 
@@ -56,6 +56,7 @@ class OwnValues(nnx.Module):
         else:
             self.stored[self.live] = put_aside
         if name is None:
+            assert self.base is not None  # others are live
             variable.set_value(self.base.get_value())
             self.base = nnx.data(None)
         else:

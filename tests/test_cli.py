@@ -401,3 +401,22 @@ def test_bases_that_do_not_fit_say_what_to_do(tmp_path, capsys):
     assert run(tmp_path / "a", tmp_path / "m", "--base", base, "--merge") == 1
     assert "but pytorch_model.bin: a pickle" in capsys.readouterr().err
     assert not (tmp_path / "m").exists()
+
+
+def test_a_truncated_file_leaves_the_target_as_it_was(tmp_path, capsys):
+    module = "transformer.h.0.attn.c_proj"
+    write(tmp_path / "a", {"r": 2, "target_modules": ["c_proj"]}, loras({module: (4, 4)}))
+    base = gpt2(tmp_path / "base")
+    assert run(tmp_path / "a", tmp_path / "m", "--base", base, "--merge") == 0
+    before = {p.name: p.read_bytes() for p in (tmp_path / "m").iterdir()}
+    for file in (tmp_path / "a" / "adapter_model.safetensors", base / "model.safetensors"):
+        whole = file.read_bytes()
+        for kept in (0, 4, 100, -1):
+            file.write_bytes(whole[:kept])
+            assert run(tmp_path / "a", tmp_path / "m", "--base", base, "--merge") == 1
+            error = capsys.readouterr().err
+            assert f"{file.parent} are damaged, truncated or missing" in error
+            assert file.name in error
+        file.write_bytes(whole)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "m").iterdir()} == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "base", "m"]

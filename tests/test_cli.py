@@ -372,3 +372,51 @@ def test_an_adapter_whose_tensors_are_others_than_it_says_is_not_converted(tmp_p
         write(tmp_path / "a", config | changes, tensors)
         assert run(tmp_path / "a", tmp_path / "p", "--plain-lora") == 1
         assert re.search(match, capsys.readouterr().err)
+
+
+def test_bases_that_do_not_fit_say_what_to_do(tmp_path, capsys):
+    module = "transformer.h.0.attn.c_proj"
+    write(tmp_path / "a", {"r": 2, "target_modules": ["c_proj"]}, loras({module: (4, 4)}))
+    base = gpt2(tmp_path / "base")
+    tensors = {k.removeprefix("transformer."): x for k, x in tensors_of(base).items()}
+    config = json.loads((base / "config.json").read_text())
+    bare = folder_of(tmp_path / "bare", config, tensors)
+    assert run(tmp_path / "a", tmp_path / "m", "--base", bare, "--merge") == 1
+    assert "lack the prefix 'transformer.'" in capsys.readouterr().err
+    for field, value in (
+        ("tie_word_embeddings", "false"),
+        ("vocab_size", float("nan")),
+        ("architectures", "GPT2LMHeadModel"),
+        ("text_config", []),
+        ("model_type", 2),
+    ):
+        (base / "config.json").write_text(json.dumps(config | {field: value}))
+        assert run(tmp_path / "a", tmp_path / "m", "--base", base, "--merge") == 1
+        assert f"{field} must be " in capsys.readouterr().err
+    (base / "config.json").unlink()
+    assert run(tmp_path / "a", tmp_path / "m", "--base", base, "--merge") == 1
+    assert "no config.json" in capsys.readouterr().err
+    (base / "model.safetensors").rename(base / "pytorch_model.bin")
+    (base / "config.json").write_text(json.dumps(config))
+    assert run(tmp_path / "a", tmp_path / "m", "--base", base, "--merge") == 1
+    assert "but pytorch_model.bin: a pickle" in capsys.readouterr().err
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_truncated_file_leaves_the_target_as_it_was(tmp_path, capsys):
+    module = "transformer.h.0.attn.c_proj"
+    write(tmp_path / "a", {"r": 2, "target_modules": ["c_proj"]}, loras({module: (4, 4)}))
+    base = gpt2(tmp_path / "base")
+    assert run(tmp_path / "a", tmp_path / "m", "--base", base, "--merge") == 0
+    before = {p.name: p.read_bytes() for p in (tmp_path / "m").iterdir()}
+    for file in (tmp_path / "a" / "adapter_model.safetensors", base / "model.safetensors"):
+        whole = file.read_bytes()
+        for kept in (0, 4, 100, -1):
+            file.write_bytes(whole[:kept])
+            assert run(tmp_path / "a", tmp_path / "m", "--base", base, "--merge") == 1
+            error = capsys.readouterr().err
+            assert f"{file.parent} are damaged, truncated or missing" in error
+            assert file.name in error
+        file.write_bytes(whole)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "m").iterdir()} == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "base", "m"]

@@ -26,7 +26,7 @@ from lowrank_optax.adapters.nnx import (
     weight,
     weight_variable,
 )
-from lowrank_optax.adapters.own_values import release
+from lowrank_optax.adapters.own_values import check_can_release, release
 from lowrank_optax.adapters.partitions import check_arrays, matrix_sharding, variables
 from lowrank_optax.matrices.argument_names import explains_names
 from lowrank_optax.matrices.selection import Where, path_string
@@ -219,9 +219,11 @@ def detach(model: Any, name: str | None = None) -> nnx.Module:
       The model itself.
 
     Raises:
-      ValueError: If there is no adapter of that name.
+      ValueError: If there is no adapter of that name, or another is merged into a weight that has
+        values of this one.
     """
     names = check_names(model, [name] if name else [])
+    check_can_release(model, names)
     layers = [layer for _, layer in adapted_layers(model)]
     merged = {a.name for layer in layers for a in layer.adapters.values() if a.merged}
     for key in names:

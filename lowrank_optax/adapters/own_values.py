@@ -20,6 +20,7 @@ from lowrank_optax.adapters.nnx import (
     AlsoTrained,
     adapted_layers,
     adapter_names,
+    weight_variable,
 )
 from lowrank_optax.matrices.module_classes import made_by
 from lowrank_optax.matrices.selection import Path, path_string
@@ -56,7 +57,7 @@ class OwnValues(nnx.Module):
 
     def __init__(self) -> None:
         self.live: str | None = None
-        self.base = nnx.data(None)
+        self.base: AdapterConstant | None = nnx.data(None)
         self.stored = _Stored()
         self.constant: tuple[str, ...] = ()
 
@@ -74,6 +75,7 @@ class OwnValues(nnx.Module):
         else:
             self.stored[self.live] = put_aside
         if name is None:
+            assert self.base is not None  # others are live
             variable.set_value(self.base.get_value())
             self.base = nnx.data(None)
         else:
@@ -120,8 +122,9 @@ def claim(model: Any, variables: dict[Path, Any], name: str, *, trained: bool = 
       trained: Whether they are trained.
 
     Raises:
-      ValueError: If the values of another adapter stand in one.
+      ValueError: If the values of another adapter stand in one, or an adapter is merged into it.
     """
+    check_unmerged(model, variables)
     places = _places(model)
     owned = [OwnedParameter(path, x, *places[path]) for path, x in variables.items()]
     for one in owned:
@@ -155,6 +158,29 @@ def live_in(model: Any, paths: Collection[Path]) -> dict[str, list[str]]:
         if one.path in paths and one.values.live is not None:
             found.setdefault(one.values.live, []).append(path_string(one.path))
     return found
+
+
+def check_unmerged(model: Any, paths: Collection[Path]) -> None:
+    """Raises ValueError where an adapter is merged into one of these parameters."""
+    places, parameters = _places(model), parameters_of(model)
+    for path in paths:
+        if merged := _merged_into(places[path][0], parameters[path]):
+            raise ValueError(
+                f"{path_string(path)}: the adapter {merged[0]!r} is merged into it; unmerge the "
+                "model first."
+            )
+
+
+def check_can_release(model: Any, names: Collection[str]) -> None:
+    """Raises ValueError where other adapters are merged into values of one of these."""
+    for one in owned_parameters(model):
+        live = one.values.live
+        merged = [] if live not in names else _merged_into(one.module, one.variable)
+        if merged and live not in merged:
+            raise ValueError(
+                f"{path_string(one.path)}: the adapter {merged[0]!r} is merged into the values "
+                f"of {live!r}, and not into the base's; unmerge the model first."
+            )
 
 
 def check_one_owner(model: Any, active: Collection[str]) -> None:
@@ -270,6 +296,13 @@ def _places(model: Any) -> dict[Path, tuple[Any, str]]:
         above = next(path[:n] for n in range(len(path) - 1, -1, -1) if path[:n] in modules)
         found[path] = modules[above], ".".join(path[len(above) :])
     return found
+
+
+def _merged_into(module: Any, variable: Any) -> list[str]:
+    """The adapters that are merged into a parameter."""
+    adapters = getattr(module, "adapters", {}).values()
+    merged = [adapter.name for adapter in adapters if adapter.merged]
+    return merged if merged and weight_variable(module) is variable else []
 
 
 def _copy(variable: Any, value: Any) -> AdapterConstant:

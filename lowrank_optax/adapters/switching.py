@@ -19,7 +19,8 @@ def activate(model: Any, *names: str, strengths: Mapping[str, float] | None = No
     Args:
       model: A model with adapters.
       names: Of the adapters; none for all.
-      strengths: By name, what the change of an adapter is multiplied by; 1 for the others.
+      strengths: By name, what the change of an adapter is multiplied by; 1 for the others. Values
+        of parameters that `also_train` trains are taken as they are.
 
     Raises:
       ValueError: If the model has no adapter of a name, one is merged, a strength is given for an

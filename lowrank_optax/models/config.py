@@ -7,12 +7,22 @@ from typing import Any, Self, cast
 
 from lowrank_optax.models.huggingface_config import (
     ARCHITECTURES,
+    config_file,
     fields_from_huggingface,
     fields_to_huggingface,
     read_json,
     takes_attention_bias,
 )
 from lowrank_optax.models.rotary import RopeScaling, rope_scaling_from
+from lowrank_optax.storage.fields import (
+    BOOLEAN,
+    NULL,
+    POSITIVE_INTEGER,
+    POSITIVE_NUMBER,
+    integer,
+    list_of,
+    wrong_fields,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,8 +129,8 @@ class DecoderConfig:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is no JSON object, names another `model_type`, lacks a size, or asks
-                for something this decoder does not do.
+            ValueError: it is no JSON object, names another `model_type`, lacks a size, has a
+                field of a wrong type or value, or asks for something this decoder does not do.
 
         Example:
             >>> sizes = dict(vocab_size=32, hidden_size=8, intermediate_size=16,
@@ -130,8 +140,18 @@ class DecoderConfig:
             >>> config.rope_theta, config.query_key_value_bias
             (1000000.0, True)
         """
+        if isinstance(source, Mapping):
+            return cls._from_content(source, overrides)
+        content = read_json(source)
+        try:
+            return cls._from_content(content, overrides)
+        except ValueError as error:
+            raise ValueError(f"{config_file(source)}: {error}") from error
+
+    @classmethod
+    def _from_content(cls, content: Mapping[str, Any], overrides: Mapping[str, Any]) -> Self:
         names = [field.name for field in dataclasses.fields(cls)]
-        fields = fields_from_huggingface(read_json(source), names)
+        fields = fields_from_huggingface(content, names, KINDS)
         missing = [
             field.name
             for field in dataclasses.fields(cls)
@@ -139,7 +159,7 @@ class DecoderConfig:
         ]
         if missing:
             raise ValueError(f"the configuration lacks {', '.join(missing)}")
-        return cls(**(fields | overrides))
+        return cls(**(fields | dict(overrides)))
 
     def to_huggingface(self) -> dict[str, Any]:
         """The configuration as the dict of a config.json, which transformers 4 and 5 both read.
@@ -158,38 +178,32 @@ class DecoderConfig:
         return fields_to_huggingface(fields)
 
 
-_POSITIVE_INTEGERS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "max_position_embeddings",
-)
-_POSITIVE_INTEGERS_OR_NONE = ("num_key_value_heads", "head_dim", "sliding_window")
-_POSITIVE_NUMBERS = ("rms_norm_eps", "rope_theta", "initializer_range")
-_BOOLEANS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+KINDS = {
+    "vocab_size": POSITIVE_INTEGER,
+    "hidden_size": POSITIVE_INTEGER,
+    "intermediate_size": POSITIVE_INTEGER,
+    "num_hidden_layers": POSITIVE_INTEGER,
+    "num_attention_heads": POSITIVE_INTEGER,
+    "num_key_value_heads": POSITIVE_INTEGER | NULL,
+    "head_dim": POSITIVE_INTEGER | NULL,
+    "rms_norm_eps": POSITIVE_NUMBER,
+    "rope_theta": POSITIVE_NUMBER,
+    "tie_word_embeddings": BOOLEAN,
+    "attention_bias": BOOLEAN,
+    "mlp_bias": BOOLEAN,
+    "sliding_window": POSITIVE_INTEGER | NULL,
+    "max_position_embeddings": POSITIVE_INTEGER,
+    "initializer_range": POSITIVE_NUMBER,
+    "bos_token_id": integer(0) | NULL,
+    "eos_token_id": integer(0) | list_of(integer(0)) | NULL,
+}
+"""What the fields of a `DecoderConfig` may be, but for those that name one of a few things."""
 
 
 def _check_kinds(config: DecoderConfig) -> None:
     """Every field is of the right kind and sign."""
-    for name in _POSITIVE_INTEGERS + _POSITIVE_INTEGERS_OR_NONE:
-        value = getattr(config, name)
-        if value is None and name in _POSITIVE_INTEGERS_OR_NONE:
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, got {value!r}")
-    for name in _POSITIVE_NUMBERS:
-        value = getattr(config, name)
-        if not _is_number(value) or value <= 0:
-            raise ValueError(f"{name} must be a positive number, got {value!r}")
-    for name in _BOOLEANS:
-        if not isinstance(getattr(config, name), bool):
-            raise ValueError(f"{name} must be True or False, got {getattr(config, name)!r}")
+    if wrong := wrong_fields(vars(config), KINDS):
+        raise ValueError("; ".join(wrong))
     if config.model_type not in ARCHITECTURES:
         raise ValueError(
             f"model_type {config.model_type!r} is not supported; "

@@ -3,7 +3,7 @@
 PyTorch stores a linear layer as [out, in]; it is transposed here, once, to JAX's [in, out].
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 import dataclasses
 import json
 import os
@@ -28,6 +28,7 @@ from lowrank_optax.models.safetensors_files import (
 )
 from lowrank_optax.storage.folders import replaced_folder
 from lowrank_optax.storage.quantized import check_not_quantized
+from lowrank_optax.storage.safetensors_files import CheckpointMismatchError
 
 _OUTER_NAMES = {
     f"{module}.{parameter}": f"{OUTER_MODULES[module]}.weight"
@@ -94,6 +95,7 @@ def load_huggingface(
         own_head = config.tie_word_embeddings and _has_own_head(reader)
         config = dataclasses.replace(config, tie_word_embeddings=False) if own_head else config
         names = _expected_shapes(config)
+        _check_prefix(reader, names, folder)
         reader.check(names, ignore=lambda name: _is_harmless(name, config))
         if own_head:
             warnings.warn(
@@ -191,6 +193,21 @@ def _expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
         shape = shape[::-1] if path[-1] == "kernel" else shape
         shapes.update(dict.fromkeys(_names(path, config), shape))
     return shapes
+
+
+def _check_prefix(
+    reader: CheckpointReader, names: Iterable[str], folder: str | os.PathLike
+) -> None:
+    """Refuses files of the bare model, whose names lack the first word."""
+    missing = [name for name in names if name not in reader.shapes]
+    flat = [name for name in missing if name.removeprefix("model.") in reader.shapes]
+    if len(missing) > 1 and len(flat) >= len(missing) - 1:  # they have no head
+        raise CheckpointMismatchError(
+            Path(folder),
+            what="names of tensors in {} lack the prefix 'model.', as those of a model without a "
+            "head do. Load it by transformers' AutoModelForCausalLM and save it again",
+            missing=missing,
+        )
 
 
 def _has_own_head(reader: CheckpointReader) -> bool:

@@ -7,6 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_optax.models.rotary import rope_scaling_from
+from lowrank_optax.storage.fields import (
+    BOOLEAN,
+    NULL,
+    OBJECT,
+    POSITIVE_INTEGER,
+    POSITIVE_NUMBER,
+    TEXT,
+    Kind,
+    integer,
+    list_of,
+    wrong_fields,
+)
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -37,14 +49,36 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-def read_json(source: Mapping[str, Any] | str | os.PathLike) -> Mapping[str, Any]:
-    if isinstance(source, Mapping):
-        return source
+# Fields that are read and do not become fields of their own.
+_KINDS = {
+    "max_sequence_length": POSITIVE_INTEGER,
+    "max_window_layers": integer(0),
+    "use_sliding_window": BOOLEAN,
+    "layer_types": list_of(TEXT) | NULL,
+    "rope_parameters": OBJECT | NULL,
+    "rope_scaling": OBJECT | NULL,
+    "rope_theta": POSITIVE_NUMBER | NULL,
+}
+
+
+def config_file(source: str | os.PathLike) -> Path:
+    """The path of a config.json, from its own or its folder's."""
     path = Path(source)
-    if path.is_dir():
-        path = path / "config.json"
+    return path / "config.json" if path.is_dir() else path
+
+
+def read_json(source: str | os.PathLike) -> Mapping[str, Any]:
+    """The object in a config.json.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no JSON object.
+    """
+    path = config_file(source)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no config.json at {path}")
+        adapter = (path.parent / "adapter_config.json").exists()
+        hint = ": an adapter is there. Load its base model, then the adapter by `load_peft`"
+        raise FileNotFoundError(f"there is no config.json at {path}{hint if adapter else ''}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -54,14 +88,27 @@ def read_json(source: Mapping[str, Any] | str | os.PathLike) -> Mapping[str, Any
     return content
 
 
-def fields_from_huggingface(source: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """The fields among `names` that a parsed config.json gives, defaults of its type filled in."""
+def fields_from_huggingface(
+    source: Mapping[str, Any], names: Iterable[str], kinds: Mapping[str, Kind]
+) -> dict[str, Any]:
+    """The fields among `names` that a parsed config.json gives, defaults of its type filled in.
+
+    Args:
+        source: the parsed config.json.
+        names: of the fields.
+        kinds: what they may be.
+
+    Raises:
+        ValueError: a field is of another kind, or asks for something that is not done.
+    """
     model_type = source.get("model_type")
-    if model_type not in ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise ValueError(
             f"model_type {model_type!r} is not supported; "
             f"the configuration must name one of {', '.join(ARCHITECTURES)}"
         )
+    if wrong := wrong_fields(source, {**kinds, **_KINDS}):
+        raise ValueError("; ".join(wrong))
     # max_sequence_length: the name in the configuration files of the GaLore repository.
     length = source.get("max_sequence_length", 2048)
     defaults = {"max_position_embeddings": length} | _DEFAULTS[model_type]
@@ -105,12 +152,16 @@ def _sliding_window(source: Mapping[str, Any], model_type: str) -> int | None:
         return window
     if not source.get("use_sliding_window", False):
         return None
-    layers = source["num_hidden_layers"]
+    layers = source.get("num_hidden_layers", 0)  # where it is missing, that is said later
     full = source.get("max_window_layers", 28)
-    kinds = set(
-        source.get("layer_types")
-        or ["full_attention" if i < full else "sliding_attention" for i in range(layers)]
-    )
+    by_layer = source.get("layer_types")
+    if by_layer is None:
+        by_layer = ["full_attention" if i < full else "sliding_attention" for i in range(layers)]
+    if len(by_layer) != layers:
+        raise ValueError(
+            f"layer_types must have num_hidden_layers={layers} entries, got {len(by_layer)}"
+        )
+    kinds = set(by_layer)
     if kinds == {"full_attention"}:
         return None
     if kinds == {"sliding_attention"}:
@@ -123,9 +174,11 @@ def _sliding_window(source: Mapping[str, Any], model_type: str) -> int | None:
 
 def _rope_fields(source: Mapping[str, Any]) -> dict[str, Any]:
     """`rope_theta` and `rope_scaling`, which transformers 5 has inside `rope_parameters`."""
-    parameters = source.get("rope_parameters") or source.get("rope_scaling") or {}
-    if not isinstance(parameters, Mapping):
-        raise ValueError(f"the rotary parameters must be an object, got {parameters!r}")
+    name = "rope_parameters" if source.get("rope_parameters") else "rope_scaling"
+    parameters = source.get(name) or {}
+    without_type = {"rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
+    if not {"rope_type", "type"} & parameters.keys() and parameters.keys() - without_type:
+        raise ValueError(f"{name} must have a rope_type, got {dict(parameters)}")
     rotated = parameters.get("partial_rotary_factor", source.get("partial_rotary_factor"))
     if rotated not in (None, 1, 1.0):
         raise ValueError(f"partial_rotary_factor must be 1, got {rotated!r}")

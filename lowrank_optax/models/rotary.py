@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lowrank_optax.storage.fields import is_number
+
 _FIELDS = {
     "linear": ("factor",),
     "llama3": (
@@ -46,14 +48,14 @@ class RopeScaling:
     original_max_position_embeddings: int = 8192
 
     def __post_init__(self) -> None:
-        if self.rope_type not in _FIELDS:
+        if not isinstance(self.rope_type, str) or self.rope_type not in _FIELDS:
             raise ValueError(
                 f"rope_scaling has rope_type {self.rope_type!r}; "
                 "supported are 'linear' and 'llama3' (and no scaling at all)"
             )
         for name in _FIELDS[self.rope_type]:
             value = getattr(self, name)
-            if not isinstance(value, int | float) or value <= 0:
+            if not is_number(value) or value <= 0:
                 raise ValueError(
                     f"rope_scaling of type {self.rope_type!r} needs a positive number as {name}, "
                     f"got {value!r}"
@@ -76,7 +78,7 @@ def rope_scaling_from(parameters: Mapping[str, Any]) -> RopeScaling | None:
     if rope_type == "default":
         return None
     # A missing field becomes None, which RopeScaling refuses: Hugging Face has no default either.
-    names = _FIELDS.get(rope_type, ("factor",))
+    names = _FIELDS.get(str(rope_type), ("factor",))
     fields: dict[str, Any] = {name: parameters.get(name) for name in names}
     return RopeScaling(rope_type, **fields)
 

@@ -33,7 +33,9 @@ def _checkpoint_files(folder: Path) -> list[str]:
         return [SINGLE_FILE]
     index = folder / INDEX_FILE
     if not index.exists():
-        raise FileNotFoundError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}")
+        raise FileNotFoundError(
+            f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}{_instead(folder)}"
+        )
     try:
         files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -43,6 +45,18 @@ def _checkpoint_files(folder: Path) -> list[str]:
     if outside:
         raise CheckpointMismatchError(folder, files=outside)
     return sorted(files)
+
+
+def _instead(folder: Path) -> str:
+    """The end of an error: what the folder holds, and what to do about it."""
+    pickles = sorted(p.name for end in ("bin", "pt", "pth") for p in folder.glob(f"*.{end}"))
+    if not pickles:
+        return ""
+    return (
+        f", but {pickles[0]}: a pickle, which runs whatever program is in it and is not read. Load "
+        "the model in transformers where you trust it, and save it (`save_pretrained`), which "
+        f"writes {SINGLE_FILE}"
+    )
 
 
 def write_sharded(

@@ -56,12 +56,15 @@ def scale_by_adam(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
         count = optax.safe_increment(state.count)
-        root = jnp.sqrt(1 - b2**count)
+        steps = count.astype(
+            jnp.result_type(float)
+        )  # outside of a jit each whole power is compiled
+        root = jnp.sqrt(1 - b2**steps)
         # sqrt(v) + eps, over the root, is the corrected second moment's root plus this eps.
         step = optax.scale_by_adam(b1, b2, eps / root, mu_dtype=mu_dtype)
         new, state = step.update(updates, state, params)
         if not bias_correction:
-            new = optax.tree.scale((1 - b1**count) / root, new)
+            new = optax.tree.scale((1 - b1**steps) / root, new)
         return new, state
 
     return optax.GradientTransformation(adam.init, update_fn)

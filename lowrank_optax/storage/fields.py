@@ -65,7 +65,7 @@ def mapping_to(keys: Kind, values: Kind) -> Kind:
     )
 
 
-NULL = Kind("null", lambda x: x is None)
+NULL = Kind("null (None)", lambda x: x is None)
 BOOLEAN = Kind("true or false", lambda x: isinstance(x, bool))
 TEXT = Kind("text", lambda x: isinstance(x, str))
 PATTERN = Kind("a regular expression", is_pattern)

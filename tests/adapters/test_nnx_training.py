@@ -220,3 +220,33 @@ def test_orbax_saves_and_restores_adapters_or_the_whole_model(tmp_path: Path, wh
     jax.tree.map(same, nnx.to_pure_dict(nnx.state(other, not_keys)), state)
     other.eval()
     assert_close(call(other, tokens()), expected)
+
+
+@pytest.mark.slow
+def test_a_step_may_use_the_base_as_its_reference_and_donate_the_model() -> None:
+    model = adapted()
+    lro.adapters.also_train(model, "^head")
+    with lro.adapters.disabled(model):
+        before = call(model, tokens())
+    optimizer = nnx.Optimizer(model, optax.adam(0.1), wrt=trainable)
+
+    def loss(model: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        with lro.adapters.disabled(model):
+            reference = model(x)
+        return jnp.mean((model(x) - reference - 1) ** 2), reference
+
+    @nnx.jit(donate_argnums=(0, 1))
+    def step(model: Any, optimizer: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        of = nnx.DiffState(0, trainable)
+        (value, reference), grads = nnx.value_and_grad(loss, argnums=of, has_aux=True)(model, x)
+        optimizer.update(model, grads)
+        return value, reference
+
+    losses = []
+    for _ in range(4):
+        value, reference = step(model, optimizer, tokens())
+        losses.append(float(value))
+        assert_close(reference, before)
+    assert losses[-1] < losses[0]
+    with lro.adapters.disabled(model):
+        np.testing.assert_array_equal(call(model, tokens()), before)

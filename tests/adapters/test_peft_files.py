@@ -369,6 +369,21 @@ def test_trained_values_of_a_merged_adapter_stay(tmp_path):
     assert type(model.head.kernel) is nnx.Param
 
 
+def test_values_and_adapters_that_are_merged_into_them_are_not_taken_apart():
+    model = adapted(True, LORA, "mlp")
+    lro.adapters.attach(model, LORA, "mlp", rngs=0, name="b")
+    lro.adapters.also_train(model, "mlp", name="b")
+    lro.adapters.merge(model, "default")
+    with pytest.raises(ValueError, match="'default' is merged into the values of 'b'"):
+        lro.adapters.detach(model)
+    lro.adapters.unmerge(model)
+    lro.adapters.detach(model, "b")
+    lro.adapters.merge(model)
+    lro.adapters.attach(model, LORA, "mlp", rngs=0, name="c")
+    with pytest.raises(ValueError, match="layers/mlp/kernel: the adapter 'default' is merged"):
+        lro.adapters.also_train(model, "mlp/kernel", name="c")
+
+
 def test_whose_parameters_are_trained_must_be_said_of_several_adapters():
     model = adapted(True, LORA, "query")
     lro.adapters.attach(model, LORA, "mlp", rngs=0, name="other")

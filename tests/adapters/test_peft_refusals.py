@@ -1,5 +1,6 @@
 """What is refused of a folder of PEFT: by name, whole, and with nothing attached."""
 
+import dataclasses
 import json
 import sys
 
@@ -275,3 +276,161 @@ def test_a_missing_safetensors_is_one_sentence(folder, tmp_path, monkeypatch):
     refused(folder, ImportError, r"need safetensors: pip install 'lowrank_optax\[peft\]'")
     with pytest.raises(ImportError, match="need safetensors"):
         save_peft(adapted(True, LORA, "query"), tmp_path / "b", names=NAMES)
+
+
+WRONG = (["x"], float("nan"), float("inf"), -1, -1.5, "", "x", [], {}, {"x": -1}, None)
+FIELDS = {
+    "peft_type": "LORA",
+    "r": 2,
+    "lora_alpha": 3,
+    "lora_dropout": 0.0,
+    "use_rslora": False,
+    "use_dora": False,
+    "init_lora_weights": True,
+    "target_modules": ["q_proj"],
+    "exclude_modules": ["o_proj"],
+    "layers_to_transform": [0, 1, 2],
+    "layers_pattern": ["layers"],
+    "rank_pattern": {r"1\.self_attn\.q_proj": 2},
+    "alpha_pattern": {r"1\.self_attn\.q_proj": 3},
+    "modules_to_save": ["lm_head"],
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "ensure_weight_tying": False,
+}
+# Values that are right: off, as PEFT reads them, or another scale.
+RIGHT = {
+    ("lora_alpha", "-1"),
+    ("lora_alpha", "-1.5"),
+    ("init_lora_weights", "None"),
+    ("layers_pattern", "[]"),
+    ("layers_pattern", "''"),
+    ("layers_pattern", "None"),
+    ("layers_to_transform", "[]"),
+    *((field, value) for field in ("rank_pattern", "alpha_pattern") for value in ("{}", "None")),
+    *(("exclude_modules", value) for value in ("[]", "''", "None")),
+}
+
+
+@pytest.mark.filterwarnings("ignore:exclude_modules")
+def test_every_field_of_a_file_is_refused_by_name_or_right(tmp_path):
+    folder = query_folder(tmp_path / "a", **FIELDS)
+    config, tensors = read(folder)
+    tensors["base_model.model.lm_head.weight"] = np.ones((7, DIM), np.float32)
+    write(folder, config, tensors)
+    expected = arrays_of(load_peft(Model(True), folder, names=NAMES))
+    model = Model(True)
+    before = snapshot(model)
+    for field in FIELDS:
+        for value in WRONG:
+            text = json.dumps(config | {field: value})
+            (folder / "adapter_config.json").write_text(text)
+            error = error_of(model, folder)
+            if error:
+                named = field in error or (field == "modules_to_save" and "lm_head" in error)
+                assert named, (field, value, error)
+                assert snapshot(model) == before
+                continue
+            found = arrays_of(model)
+            lro.adapters.detach(model)
+            assert snapshot(model) == before, (field, value)
+            assert found == expected or (field, repr(value)) in RIGHT, (field, value)
+
+
+@pytest.mark.parametrize("field", [*_REFUSED, "base_model_name_or_path", "inference_mode"])
+def test_every_other_field_is_refused_by_name_or_has_no_effect(field):
+    expected = parse_config(FIELDS)
+    for value in WRONG:
+        try:
+            found = parse_config({**FIELDS, field: value})
+        except UnsupportedConfigError as error:
+            assert field in str(error)  # noqa: PT017
+        else:
+            assert field not in _REFUSED or not value
+            assert dataclasses.replace(found, others={}) == dataclasses.replace(expected, others={})
+
+
+def error_of(model, folder):
+    try:
+        load_peft(model, folder, names=NAMES)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def arrays_of(model):
+    """An adapted model's variables, and the scale."""
+    method = model.layers.query.adapters["default"].method
+    return snapshot(model), method.scale_of(2)
+
+
+def test_the_order_of_fields_and_tensors_does_not_matter(folder, tmp_path):
+    config, tensors = read(folder)
+    (tmp_path / "b").mkdir()
+    backwards = dict(reversed(list(tensors.items())))
+    names = sorted(tensors)
+    header, data, at = {}, b"", 0
+    for name in reversed(names):  # the writer sorts them, so by hand
+        x = backwards[name]
+        header[name] = {
+            "dtype": "F32",
+            "shape": list(x.shape),
+            "data_offsets": [at, at + x.nbytes],
+        }
+        data, at = data + x.tobytes(), at + x.nbytes
+    text = json.dumps(header).encode()
+    file = tmp_path / "b" / "adapter_model.safetensors"
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    backwards = json.dumps(dict(reversed(list(config.items()))))
+    (tmp_path / "b" / "adapter_config.json").write_text(backwards)
+    one, two = (load_peft(Model(True), f, names=NAMES) for f in (folder, tmp_path / "b"))
+    assert arrays_of(one) == arrays_of(two)
+
+
+def test_foreign_files_are_refused_with_what_to_do(folder, tmp_path):
+    config, tensors = read(folder)
+    c_attn = {k.replace("q_proj", "c_attn"): x for k, x in tensors.items()}
+    write(tmp_path / "b", config | {"target_modules": ["c_attn"]}, c_attn)
+    match = r"changes model\.layers\.0\.self_attn\.c_attn, .* It has .*q_proj.* another archit"
+    refused(tmp_path / "b", ValueError, match)
+    refused(changed(folder, peft_type="VERA"), UnsupportedConfigError, "Merge it in PEFT .*load")
+    (folder / "adapter_model.safetensors").write_bytes(b"PK\x03\x04 is another format")
+    write_config = json.dumps({"peft_type": "LORA", **config})
+    (folder / "adapter_config.json").write_text(write_config)
+    refused(folder, CheckpointMismatchError, "are damaged, truncated or missing")
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"target_modules": ["q_proj", "v_proj"]}, "target_modules .*'v_proj'.*has q_proj, o_proj"),
+        ({"target_modules": ["q_proj", "norm"]}, "target_modules .*'norm'"),
+        ({"modules_to_save": ["lm_heads"]}, r"modules_to_save .*'lm_heads'.*has lm_head\."),
+        ({"rank_pattern": {"k_proj": 2}}, "rank_pattern .*'k_proj'.*has q_proj"),
+        ({"alpha_pattern": {"q_proj": 3, "o_proj": 2}}, "alpha_pattern .*'o_proj'"),
+        ({"layers_to_transform": [0, 1, 2, 3]}, "layers_to_transform=3 .*selects none of"),
+        ({"target_modules": ".*v_proj"}, r"target_modules='\.\*v_proj' .*selects no layer"),
+        ({"target_modules": ".*q_proj", "layers_to_transform": 1}, "layers_to_transform and"),
+        ({"use_dora": True, "init_lora_weights": "pissa"}, "use_dora=True with init_lora_weights"),
+    ],
+)
+def test_names_and_patterns_that_match_nothing_are_refused(folder, changes, match):
+    refused(changed(folder, **changes), ValueError, match)
+
+
+def test_heads_that_peft_adds_for_a_task_may_be_absent(folder):
+    config, tensors = read(folder)
+    tensors["base_model.model.score.weight"] = np.ones((7, DIM), np.float32)
+    heads = {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]}
+    write(folder, config | heads, tensors)
+    model = load_peft(Model(True), folder, names=NAMES | {"head": "score"})
+    assert (np.asarray(model.head.kernel[...]) == 1).all()
+
+
+def test_an_exclusion_of_nothing_is_warned_of(folder):
+    with pytest.warns(UserWarning, match="exclude_modules='vision' .* excludes nothing"):
+        load_peft(
+            Model(True),
+            changed(folder, exclude_modules=["vision"]),
+            names=NAMES | {"picture": "patches"},
+        )

@@ -128,7 +128,7 @@ def test_fields_left_out_take_hugging_faces_defaults(given, expected):
         ({"vocab_size": 0}, "vocab_size must be a positive integer, got 0"),
         ({"hidden_size": 32.0}, "hidden_size must be a positive integer, got 32.0"),
         ({"rope_theta": -1.0}, "rope_theta must be a positive number, got -1.0"),
-        ({"tie_word_embeddings": 1}, "tie_word_embeddings must be True or False"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings must be true or false, got 1"),
         ({"hidden_act": "gelu"}, "hidden_act must be 'silu', got 'gelu'"),
         ({"model_type": "gemma"}, "'gemma' is not supported; .* llama, mistral, qwen2, qwen3"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn'.*'linear' and 'llama3'"),
@@ -167,6 +167,44 @@ def test_unusable_files_are_refused(content, message, tmp_path):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ValueError, match=message):
         DecoderConfig.from_huggingface(tmp_path)
+
+
+WRONG = (["x"], float("nan"), float("inf"), -1, -1.5, "", "x", [], {}, {"x": 1})
+# Values of another kind that are right: an empty object of rotary parameters, no last tokens.
+RIGHT = {("rope_scaling", "{}"), ("rope_parameters", "{}"), ("eos_token_id", "[]")}
+
+
+@pytest.mark.distinct
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+def test_every_field_of_a_file_is_refused_by_name_or_right(model_type, tmp_path):
+    content = SIZES | {"model_type": model_type, "num_key_value_heads": 2, "head_dim": 16}
+    content |= {"tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": [2, 3]}
+    content |= {"rms_norm_eps": 1e-5, "rope_theta": 5e5, "initializer_range": 0.1}
+    content |= {"hidden_act": "silu", "max_position_embeddings": 64, "partial_rotary_factor": 1.0}
+    content |= {"attention_bias": True, "mlp_bias": True, "sliding_window": 7}
+    content |= {"use_sliding_window": True, "max_window_layers": 0, "max_sequence_length": 64}
+    content |= {"layer_types": ["sliding_attention"] * 3, "rope_scaling": LLAMA3}
+    rotary = [("rope_scaling", name) for name in LLAMA3]
+    expected = DecoderConfig.from_huggingface(content)
+    file = tmp_path / "config.json"
+    for path in [(name,) for name in (*content, "rope_parameters")] + rotary:
+        for value in WRONG:
+            inside = content.get(path[0], {}) | {path[1]: value} if len(path) > 1 else value
+            file.write_text(json.dumps(content | {path[0]: inside}))
+            found, error = outcome(file)
+            if found is None:
+                assert path[-1] in error, (path, value, error)
+                assert str(file) in error
+            else:
+                assert found == expected or (path[-1], repr(value)) in RIGHT, (path, value)
+
+
+def outcome(file):
+    """The configuration, or what is the matter."""
+    try:
+        return DecoderConfig.from_huggingface(file), ""
+    except ValueError as error:
+        return None, str(error)
 
 
 def test_unknown_names_paths_and_fields_are_refused():

@@ -317,6 +317,38 @@ def test_folders_without_a_model_are_refused(model, tmp_path):
         load_huggingface(tmp_path / "m")
 
 
+def test_folders_of_something_else_say_what_to_do(model, tmp_path):
+    folder = tmp_path / "m"
+    save_huggingface(model, folder)
+    file = folder / "model.safetensors"
+    tensors = safetensors_numpy.load_file(file)
+    bare = {k.removeprefix("model."): x for k, x in tensors.items() if k != "lm_head.weight"}
+    safetensors_numpy.save_file(bare, file)
+    with pytest.raises(CheckpointMismatchError, match=r"lack the prefix 'model\.'.* save it again"):
+        load_huggingface(folder)
+    file.rename(folder / "pytorch_model.bin")
+    with pytest.raises(
+        FileNotFoundError, match=r"but pytorch_model\.bin: a pickle.*save_pretrained"
+    ):
+        load_huggingface(folder)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"an adapter is there.*load_peft"):
+        load_huggingface(tmp_path)
+
+
+def test_a_tensor_in_two_shards_is_refused(model, tmp_path):
+    folder = tmp_path / "m"
+    save_huggingface(model, folder, max_shard_bytes=9_000)
+    first, second, *_ = sorted(folder.glob("*.safetensors"))
+    tensors = safetensors_numpy.load_file(first)
+    name = next(iter(tensors))
+    both = safetensors_numpy.load_file(second) | {name: tensors[name] + 1}
+    safetensors_numpy.save_file(both, second)
+    with pytest.raises(CheckpointMismatchError, match="damaged, truncated or missing") as caught:
+        load_huggingface(folder)
+    assert caught.value.files == {second.name: f"it holds {name}, and so does {first.name}"}
+
+
 def test_a_save_that_fails_leaves_the_earlier_one(model, tmp_path, monkeypatch):
     folder = tmp_path / "m"
     save_huggingface(model, folder)

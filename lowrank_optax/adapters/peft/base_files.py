@@ -41,11 +41,11 @@ class FileModule(NamedTuple):
         if not self.is_layer:
             return None
         shape = self.parameters["weight"]
-        if "lora_embedding_A" in self.adapter:
-            return Layout("embedding", *shape)
         if len(shape) > 2:
             return Layout("convolution", int(np.prod(shape[1:])), shape[0], shape[2:])
         outputs, inputs = shape
+        if "lora_embedding_A" in self.adapter:
+            return Layout("embedding", outputs, inputs)
         if self.inputs_first and self._outputs() in (None, inputs):
             return Layout("linear", outputs, inputs, inputs_first=True)
         return Layout("linear", inputs, outputs)

@@ -137,6 +137,8 @@ def read_json(folder: Path) -> dict[str, Any]:
     if not file.exists():
         inside = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG_FILE}"))
         more = f"; its folders {', '.join(inside)} do" if inside else ""
+        if (folder / "config.json").exists() and not more:
+            more = ": it is a model's folder, not an adapter's"
         raise FileNotFoundError(f"{folder} holds no {CONFIG_FILE}{more}.")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))

@@ -219,8 +219,9 @@ class _Layer:
         params = self.method.init(jax.random.key(0), weight[None])
         self.p = self.method.layer_arrays(params, 0) | self.p
         # Of PiSSA the file's own base is the residual.
-        residual = params.base is not None and "base_layer.weight" not in tensors
-        self.base = params.base[0] if residual else base
+        if params.base is not None and "base_layer.weight" not in tensors:
+            base = params.base[0]
+        self.base = base
         if config.use_dora:
             magnitude = tensors["lora_magnitude_vector"].astype(np.float32)
             self.p["magnitude"] = jnp.asarray(magnitude.reshape(-1))

@@ -157,12 +157,21 @@ def read_tensors(folder: Path, expected: Expected[M]) -> dict[str, dict[str, np.
 
 
 def _check_architecture(modules: Mapping[str, Module], found: list[str]) -> None:
-    if found and not any(name in modules for name in found):
+    if not found or any(name in modules for name in found):
+        return
+    prefixes = {name[: -len(m)] for name in found for m in modules if name.endswith(f".{m}")}
+    if len(prefixes) == 1:
         raise ValueError(
-            f"the adapter changes {_some(found)}, and the model has no module of these names. It "
-            f"has {_some([m for m, s in modules.items() if s.is_layer])}: the adapter is of "
-            "another architecture, or was saved under other names."
+            f"the adapter changes {_some(found)}, and the model's names lack the prefix "
+            f"{prefixes.pop()!r}, as those of a bare model without a head do. Load it by "
+            "transformers' AutoModelForCausalLM and save it again; for a model of your own, give "
+            "`names` with the prefix."
         )
+    raise ValueError(
+        f"the adapter changes {_some(found)}, and the model has no module of these names. It has "
+        f"{_some([m for m, s in modules.items() if s.is_layer])}: the adapter is of another "
+        "architecture, or was saved under other names."
+    )
 
 
 def _check_tied(modules: Mapping[str, Module], config: PeftConfig, tied: Tied | None) -> None:
@@ -199,7 +208,7 @@ def _check_names(
         is_there = lambda target: any(is_named(m, (target,)) for m in all_layers)
         _check_each("target_modules", targets, is_there, all_layers)
     if not layers:
-        others = ("exclude_modules", "layers_to_transform", "modules_to_save")
+        others = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
         given = {field: getattr(config, field) for field in others if getattr(config, field)}
         beside = f" with {', '.join(f'{k}={v!r}' for k, v in given.items())}" if given else ""
         raise ValueError(

@@ -14,7 +14,7 @@ import numpy as np
 from lowrank_optax.adapters.attaching import attach
 from lowrank_optax.adapters.base import Adapter
 from lowrank_optax.adapters.nnx import adapted_layers
-from lowrank_optax.adapters.own_values import claim, live_in, parameters_of
+from lowrank_optax.adapters.own_values import check_unmerged, claim, live_in, parameters_of
 from lowrank_optax.adapters.peft.config import (
     CONFIG_FILE,
     MERGE_IN_PEFT,
@@ -102,7 +102,8 @@ def load_peft(
             stacklevel=2,
         )
     others = live_in(model, {one.path for one in values})
-    _check_unmerged(model, others)
+    check_unmerged(model, {one.path for one in values})
+    _check_owners(model, others)
     _attach(model, name, config, expected.layers, tensors, rngs)
     if others:
         deactivate(model, *others)
@@ -243,7 +244,7 @@ def _own_values(
     return found
 
 
-def _check_unmerged(model: Any, owners: Mapping[str, list[str]]) -> None:
+def _check_owners(model: Any, owners: Mapping[str, list[str]]) -> None:
     for path, layer in adapted_layers(model):
         for adapter in layer.adapters.values():
             if adapter.merged and adapter.name in owners:

@@ -6,9 +6,27 @@ from typing import Any, NamedTuple
 from flax import nnx
 
 from lowrank_optax.adapters.peft.module_names import Slot
+from lowrank_optax.storage.fields import (
+    BOOLEAN,
+    NULL,
+    OBJECT,
+    POSITIVE_INTEGER,
+    TEXT,
+    list_of,
+    wrong_fields,
+)
 from lowrank_optax.storage.safetensors_files import TensorReader
 
 HEAD = "lm_head"
+
+_TABLES = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in", "shared", HEAD)
+_KINDS = {
+    "architectures": list_of(TEXT) | NULL,
+    "model_type": TEXT | NULL,
+    "text_config": OBJECT | NULL,
+    "tie_word_embeddings": BOOLEAN | NULL,
+    "vocab_size": POSITIVE_INTEGER | NULL,
+}
 
 
 class Tied(NamedTuple):
@@ -49,8 +67,14 @@ def tied_in_files(config: Mapping[str, Any], reader: TensorReader) -> Tied | Non
     Args:
       config: What is in its config.json.
       reader: Its tensors.
+
+    Raises:
+      ValueError: If a field that says so has a value that it cannot have.
     """
     text = config.get("text_config")
+    wrong = wrong_fields(config, _KINDS) or wrong_fields(text or {}, _KINDS)
+    if wrong:
+        raise ValueError(f"config.json of the base: {'; '.join(wrong)}.")
     both = [config, text if isinstance(text, Mapping) else {}]
     said = [c["tie_word_embeddings"] for c in both if c.get("tie_word_embeddings") is not None]
     rows = next((c["vocab_size"] for c in both if c.get("vocab_size")), None)
@@ -61,7 +85,7 @@ def tied_in_files(config: Mapping[str, Any], reader: TensorReader) -> Tied | Non
         for name, shape in reader.shapes.items()
         if name.endswith(".weight")
         and len(shape) == 2
-        and shape[0] == rows
+        and (shape[0] == rows if rows else name.split(".")[-2] in _TABLES)
         and not any(part.isdigit() for part in name.split("."))  # not of a layer
     ]
     if not tables:

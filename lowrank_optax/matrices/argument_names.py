@@ -5,7 +5,8 @@ import functools
 import inspect
 from typing import Any, ParamSpec, TypeVar
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # Of torch.optim, bitsandbytes, the official GaLore, APOLLO and LDAdam, and Hugging Face PEFT.
 _HERE = {

@@ -56,9 +56,8 @@ def scale_by_adam(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
         count = optax.safe_increment(state.count)
-        steps = count.astype(
-            jnp.result_type(float)
-        )  # outside of a jit each whole power is compiled
+        # A float: outside of a jit each power to a whole number would be compiled.
+        steps = jnp.asarray(count, jnp.result_type(float))
         root = jnp.sqrt(1 - b2**steps)
         # sqrt(v) + eps, over the root, is the corrected second moment's root plus this eps.
         step = optax.scale_by_adam(b1, b2, eps / root, mu_dtype=mu_dtype)

@@ -159,9 +159,9 @@ def agree(x: jax.Array, y: jax.Array, *decays: jax.Array) -> bool:
     values = (x, y, *decays)
     if any(isinstance(value, jax.core.Tracer) for value in values):
         return True
-    x, y, *near = map(float, values)
+    one, other, *near = map(float, values)
     room = 1e-2 + sum(4 * float(jnp.finfo(jnp.float32).eps) / max(1 - d, 1e-6) for d in near)
-    return math.isfinite(y) and abs(x - y) <= room * abs(y)
+    return math.isfinite(other) and abs(one - other) <= room * abs(other)
 
 
 def count_beside(state: Any, path: Any) -> Any:

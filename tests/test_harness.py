@@ -173,6 +173,8 @@ BROKEN: list[tuple[Check, Factory]] = [
     (harness.check_state_is_parallel_trees, container_for_each_parameter()),
     (harness.check_state_types_constant, momentum(dtype=jnp.float32)),
     (harness.check_updates_keep_dtype, leafwise(lambda g: g.astype(jnp.float32))),
+    (harness.check_float64_is_kept, leafwise(lambda g: g.astype(jnp.float32).astype(g.dtype))),
+    (harness.check_float32_is_kept_where_float64_is_enabled, leafwise(lambda g: g * jnp.ones(()))),
     (harness.check_mixed_dtypes_in_one_tree, treewise(cast_to_first)),
     (harness.check_mixed_dtypes_in_one_tree, leafwise(lambda g: g / jnp.asarray(1e-9, g.dtype))),
     (harness.check_cond_between_old_and_new_state, momentum(half, jnp.float32)),

@@ -160,9 +160,9 @@ def agree(x: jax.Array, y: jax.Array, *decays: jax.Array) -> bool:
     values = (x, y, *decays)
     if any(isinstance(value, jax.core.Tracer) for value in values):
         return True
-    one, two, *near = map(float, values)
+    one, other, *near = map(float, values)
     room = 1e-2 + sum(4 * float(jnp.finfo(jnp.float32).eps) / max(1 - d, 1e-6) for d in near)
-    return math.isfinite(two) and abs(one - two) <= room * abs(two)
+    return math.isfinite(other) and abs(one - other) <= room * abs(other)
 
 
 def count_beside(state: Any, path: Any) -> Any:

@@ -1,6 +1,7 @@
 """What becomes of the inner optimizer's state when the basis turns: kept, reset, or rotated."""
 
 from collections.abc import Callable
+import concurrent.futures
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
@@ -124,6 +125,15 @@ def averages_of(
                     "that of optax.scale_by_adam. Take another subspace rule."
                 )
     return found
+
+
+def check_averages(
+    inner: optax.GradientTransformationExtraArgs, on_refresh: OnRefresh, follows: bool
+) -> None:
+    """`averages_of`, for its errors, whatever is being traced."""
+    # In a thread of its own nothing is traced, and no mesh is active, which may be an abstract one.
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        pool.submit(averages_of, inner, on_refresh, follows).result()
 
 
 def _check_pair(found: Averages, path: Any) -> None:

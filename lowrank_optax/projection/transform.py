@@ -39,7 +39,12 @@ from lowrank_optax.projection.refreshing import When, refreshed, refreshed_witho
 from lowrank_optax.projection.residuals import ResidualSpec, residual_rule
 from lowrank_optax.projection.state import ScaleByProjectionState, pack, unpack
 from lowrank_optax.projection.subspaces import Subspace, both_sides
-from lowrank_optax.projection.transfer import OnRefresh, check_on_refresh, first_moment
+from lowrank_optax.projection.transfer import (
+    OnRefresh,
+    check_averages,
+    check_on_refresh,
+    first_moment,
+)
 from lowrank_optax.projection.view import LeafView, Side, compute_dtype, leaf_view
 from lowrank_optax.slices.call import Call
 from lowrank_optax.slices.update import update_in_slices
@@ -156,9 +161,7 @@ def scale_by_projection(
         leaves, treedef = jax.tree.flatten(params)
         views = views_of(params)
         _check_found(params, views, parts.subspace)
-        no_mesh = jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
-        with jax.ensure_compile_time_eval(), no_mesh:
-            parts.with_averages()  # refuses moments of which it is not known how to turn them
+        check_averages(parts.inner, parts.on_refresh, parts.subspace.follow_momentum)
         places, matrices = itertools.count(), sum(v is not None for v in views)
         states = [
             None if v is None else init_leaf(parts, v.view, next(places) / matrices) for v in views

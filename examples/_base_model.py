@@ -19,6 +19,14 @@ from pretrain import make_model
 
 from lowrank_optax.models import Decoder, DecoderConfig, load_huggingface
 
+# What transformers reads of a tokenizer, and of how the model writes with it.
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja"),
+    "generation_config.json",
+)
+BYTES = 257  # tokens of a model without a tokenizer: each byte, and what separates documents
+
 
 class Base(NamedTuple):
     """A model to adapt, of which nothing but shapes has been read."""
@@ -28,8 +36,9 @@ class Base(NamedTuple):
     before: Corpus | None  # what it was trained on, if that is known
     make: Callable[[], Decoder]  # its shapes; the weights are those of a start
     load: Callable[[], Decoder] | None  # its weights; None where it is made first
-    tokenizer: str | None  # path
+    tokenizer: dict[str, Path]  # its files, by their names beside a Hugging Face model
     made_of: Corpus | None = None  # the text, where it is made first
+    folder: Path | None = None  # of Hugging Face's kind, if it comes from one
 
 
 def find_base(settings: FinetuneSettings) -> Base:
@@ -53,7 +62,11 @@ def _to_be_made(settings: FinetuneSettings) -> Base:
     before = _before(settings, tokenizer) or made_of
     job = _with_arithmetic(settings.base(), settings)
     make = functools.partial(_make, job, made_of.vocab_size)
-    return Base(settings.model, text, before, make, None, tokenizer, made_of)
+    return Base(settings.model, text, before, make, None, _file(tokenizer), made_of)
+
+
+def _file(tokenizer: str | None) -> dict[str, Path]:
+    return {} if tokenizer is None else {"tokenizer.json": Path(tokenizer)}
 
 
 def _text(
@@ -117,7 +130,7 @@ def _of_main_job(settings: FinetuneSettings, folder: Path) -> Base:
             before = None
     make = functools.partial(_make, _with_arithmetic(job, settings), text.vocab_size)
     load = functools.partial(load_checkpoint, part / "checkpoints", make)
-    return Base(str(part), text, before, make, load, job.tokenizer)
+    return Base(str(part), text, before, make, load, _file(job.tokenizer))
 
 
 def _find_run(folder: Path) -> tuple[dict[str, Any], Path]:
@@ -168,8 +181,16 @@ def _of_huggingface(settings: FinetuneSettings, folder: Path) -> Base:
             raise InputError(f"--hf {folder}: {one_line(error)}") from None
 
     config = checked(lambda: DecoderConfig.from_huggingface(folder))
-    own = folder / "tokenizer.json"
-    tokenizer = settings.tokenizer or (str(own) if own.is_file() else None)
+    files = {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
+    if settings.tokenizer is not None:
+        files = _file(settings.tokenizer)
+    tokenizer = str(files["tokenizer.json"]) if "tokenizer.json" in files else None
+    if tokenizer is None and config.vocab_size > BYTES:
+        raise InputError(
+            f"--hf {folder}: there is no tokenizer.json for the model's {config.vocab_size} tokens"
+            f"{_instead(files)}: name one by --tokenizer, or let transformers write it "
+            "(AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER))"
+        )
     end = config.eos_token_id
     end = end[0] if isinstance(end, tuple) else end
     separator = None if tokenizer is None else end or 0  # bytes have a separator of ours
@@ -182,4 +203,11 @@ def _of_huggingface(settings: FinetuneSettings, folder: Path) -> Base:
     shapes: dict[str, Any] = {k: v for k, v in types.items() if v is not None}
     make = lambda: checked(lambda: Decoder(config, rngs=nnx.Rngs(0), **shapes))
     load = lambda: checked(lambda: load_huggingface(folder, **types))
-    return Base(str(folder), text, _before(settings, tokenizer, separator), make, load, tokenizer)
+    before = _before(settings, tokenizer, separator)
+    return Base(str(folder), text, before, make, load, files, folder=folder.resolve())
+
+
+def _instead(files: dict[str, Path]) -> str:
+    """Of a tokenizer in other files than the one that can be read."""
+    others = [name for name in files if name.startswith(("tokenizer.model", "vocab", "merges"))]
+    return f", only {' and '.join(others)}" if others else ""

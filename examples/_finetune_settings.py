@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, ClassVar
 
-from _settings import DTYPES, SCHEDULES, InputError, Parser, Settings, add_flag
+from _settings import DTYPES, SCHEDULES, InputError, Parser, Settings, add_flag, names_in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +102,8 @@ def parse(argv: Sequence[str] | None, known: Sequence[str]) -> tuple[dict[str, A
     _add_run_flags(parser.add_argument_group("run"))
     given, folder, resume = parser.read(argv)
     if "adapters" in given:
-        named = [name for text in given["adapters"] for name in text.split(",") if name]
-        given["adapters"] = tuple(known) if named == ["all"] else tuple(named)
+        named = names_in(given["adapters"])
+        given["adapters"] = tuple(known) if named == ("all",) else named
         if not named:
             raise InputError("--compare: name an adapter (--help lists them)")
     return given, folder, resume

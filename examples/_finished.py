@@ -1,5 +1,6 @@
 """A trained adapter as files, and the proof that they hold it: merged, saved, read, compared."""
 
+from collections.abc import Mapping
 from pathlib import Path
 import shutil
 from typing import Any
@@ -21,14 +22,14 @@ class CheckError(RuntimeError):
 
 
 def save_merged(
-    parts: Parts, folder: Path, tokenizer: str | None, tokens: jax.Array, adapted: bool
+    parts: Parts, folder: Path, tokenizer: Mapping[str, Path], tokens: jax.Array, adapted: bool
 ) -> tuple[Decoder, float]:
     """Folds the adapter into the weights, saves them for transformers, and reads them back.
 
     Args:
       parts: the trained model.
       folder: becomes a Hugging Face folder: config.json, safetensors and the tokenizer.
-      tokenizer: path of its file, if it has one.
+      tokenizer: its files, by the names that transformers knows them by.
       tokens: [batch, length] to compare on.
       adapted: whether there is an adapter to merge.
 
@@ -44,13 +45,15 @@ def save_merged(
         lro.adapters.merge(model)
         lro.adapters.detach(model)
     save_huggingface(model, folder)
-    if tokenizer is not None:
-        shutil.copy(tokenizer, folder / "tokenizer.json")
+    for name, file in tokenizer.items():
+        shutil.copy(file, folder / name)
     merged = load_huggingface(folder, dtype=model.dtype)
     return merged, compare("the merged model", logits_of(merged, tokens), logits, model.dtype)
 
 
-def save_peft(parts: Parts, base: Decoder, folder: Path, tokens: jax.Array) -> float:
+def save_peft(
+    parts: Parts, base: Decoder, folder: Path, tokens: jax.Array, base_folder: Path | None
+) -> float:
     """Saves the adapter for Hugging Face PEFT, loads it onto the model before, and compares.
 
     Args:
@@ -58,6 +61,7 @@ def save_peft(parts: Parts, base: Decoder, folder: Path, tokens: jax.Array) -> f
       base: the model that was adapted, which gets the adapter.
       folder: becomes PEFT's.
       tokens: [batch, length] to compare on.
+      base_folder: where PEFT finds the model before; None if it is in no folder of its kind.
 
     Returns:
       The largest difference of a logit.
@@ -66,7 +70,8 @@ def save_peft(parts: Parts, base: Decoder, folder: Path, tokens: jax.Array) -> f
       CheckError: if it is larger than rounding explains.
     """
     model = put_together(parts)
-    lro.adapters.save_peft(model, folder)
+    name = None if base_folder is None else str(base_folder)
+    lro.adapters.save_peft(model, folder, base_model=name)
     lro.adapters.load_peft(base, folder)
     base.eval()
     found, expected = logits_of(base, tokens), logits_of(model, tokens)

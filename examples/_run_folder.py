@@ -15,6 +15,8 @@ import json
 import math
 import os
 from pathlib import Path
+import shlex
+import sys
 import time
 from typing import Any
 
@@ -69,15 +71,26 @@ def load_settings(folder: Path, given: dict[str, Any], resume: bool, kind: Any =
     }
     for name, value in given.items():
         if value != was[name]:
+            new, old = (_spell(flag(name, kind), x) for x in (value, was[name]))
             raise InputError(
-                f"{flag(name, kind)} contradicts the run in {folder}, which has "
-                f"{_spell(was[name])}: resume with its settings, or start a new run elsewhere"
+                f"{new} contradicts the run in {folder}, which has {old}: resume with its "
+                "settings, or start a new run elsewhere"
             )
     return kind(**was)
 
 
-def _spell(value: Any) -> str:
-    return " ".join(value) if isinstance(value, tuple) else str(value)
+def _spell(flag: str, value: Any) -> str:
+    """What a user types for a value of a setting."""
+    if value in (None, False, ()):
+        return f"no {flag}"
+    if value is True:
+        return flag
+    return f"{flag} {shlex.join(map(str, value)) if isinstance(value, tuple) else value}"
+
+
+def command_to_resume(folder: Path) -> str:
+    """What to type to go on with the run in a folder, by the Python that runs now."""
+    return shlex.join([sys.executable, sys.argv[0], "--output", str(folder), "--resume"])
 
 
 def _read_run(folder: Path, program: str) -> dict[str, Any] | None:

@@ -1,7 +1,7 @@
 """The settings of `pretrain.py`: one field each, its flag, and what is refused at once."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 import dataclasses
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NoReturn, get_args
@@ -128,6 +128,11 @@ class Parser(argparse.ArgumentParser):
         return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}, folder, resume
 
 
+def names_in(texts: Iterable[str]) -> tuple[str, ...]:
+    """What `--compare a b` and `--compare a,b` name."""
+    return tuple(name for text in texts for name in text.split(",") if name)
+
+
 def parse(argv: Sequence[str] | None) -> tuple[dict[str, Any], Path, bool]:
     """Returns the settings given on the command line, the output folder, and `resume`."""
     parser = Parser(
@@ -162,7 +167,12 @@ def parse(argv: Sequence[str] | None) -> tuple[dict[str, Any], Path, bool]:
         "steps after which the memory of ranks that fell is given back, for optimizers such as "
         "adarankgrad",
     )
-    return parser.read(argv)
+    given, folder, resume = parser.read(argv)
+    if "optimizers" in given:
+        given["optimizers"] = names_in(given["optimizers"])
+        if not given["optimizers"]:
+            raise InputError("--compare: name an optimizer (--help says which)")
+    return given, folder, resume
 
 
 def _batch_size(text: str) -> int | str:
@@ -263,19 +273,18 @@ def _add_training_flags(group: argparse._ArgumentGroup) -> None:
 
 def _add_optimizer_flags(group: argparse._ArgumentGroup) -> None:
     which = group.add_mutually_exclusive_group()
+    names = {"dest": "optimizers", "metavar": "NAME", "action": "extend"}
     which.add_argument(
         "--optimizer",
-        dest="optimizers",
-        metavar="NAME",
         nargs=1,
         help="any optimizer that lowrank_optax, optax or optax.contrib exports",
+        **names,
     )
     which.add_argument(
         "--compare",
-        dest="optimizers",
-        metavar="NAME",
         nargs="+",
         help="several of them, from the same start on the same batches (default: adamw galore)",
+        **names,
     )
     group.add_argument(
         "--set",

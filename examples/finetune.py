@@ -13,7 +13,6 @@ from contextlib import closing
 import functools
 import os
 from pathlib import Path
-import shlex
 import sys
 import threading
 import time
@@ -35,7 +34,14 @@ try:
     from _options import one_line
     from _recipes import RECIPES, Adapted, Chosen, choose
     from _report import Meter, summarize
-    from _run_folder import StepLog, load_settings, open_folder, read_json, write_json
+    from _run_folder import (
+        StepLog,
+        command_to_resume,
+        load_settings,
+        open_folder,
+        read_json,
+        write_json,
+    )
     from _settings import InputError
     from _start import Start, make_start
     from flax import nnx
@@ -208,8 +214,9 @@ def save_all(job: Job, start: Start, parts: Parts, folder: Path) -> dict[str, An
     """
     tokens = start.windows[0, :, :-1]
     adapted = job.adapter.recipe.method is not None
-    merged, difference = save_merged(parts, folder / "merged", job.base.tokenizer, tokens, adapted)
-    peft = save_peft(parts, start.model(), folder / "peft", tokens) if adapted else None
+    base, model = job.base, start.model()
+    merged, difference = save_merged(parts, folder / "merged", base.tokenizer, tokens, adapted)
+    peft = save_peft(parts, model, folder / "peft", tokens, base.folder) if adapted else None
     return {
         "merged_difference": difference,
         "peft_difference": peft,
@@ -302,8 +309,7 @@ def run(argv: Sequence[str] | None) -> int:
 
 def stopped(console: Console, folder: Path) -> int:
     """Says how to go on; returns the exit status."""
-    command = ["python", sys.argv[0], "--output", str(folder), "--resume"]
-    console.print(f"stopped and saved; to go on: {shlex.join(command)}")
+    console.print(f"stopped and saved; to go on: {command_to_resume(folder)}")
     return 130
 
 

@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import os
 from pathlib import Path
-import shlex
 import sys
 import threading
 import time
@@ -37,7 +36,14 @@ try:
     )
     from _options import one_line
     from _report import Meter, report, summarize
-    from _run_folder import StepLog, load_settings, open_folder, read_json, write_json
+    from _run_folder import (
+        StepLog,
+        command_to_resume,
+        load_settings,
+        open_folder,
+        read_json,
+        write_json,
+    )
     from _settings import InputError, Settings, parse
     from flax import nnx
     import jax
@@ -167,8 +173,8 @@ def restore(
 def as_saved(checkpoints: Any, step: int, opt_state: Any) -> Any:
     """The optimizer state, as shapes, with those in the checkpoint's metadata."""
     name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
-    with ocp.StandardCheckpointer() as checkpointer:
-        saved = checkpointer.metadata(checkpoints / str(step) / "opt_state").item_metadata.tree
+    # Of the handler: a checkpointer warns that an item of a manager has no metadata of its own.
+    saved = ocp.PyTreeCheckpointHandler().metadata(checkpoints / str(step) / "opt_state").tree
     shapes = {name(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(saved)}
     return jax.tree_util.tree_map_with_path(
         lambda path, x: jax.ShapeDtypeStruct(shapes[name(path)], x.dtype, sharding=x.sharding),
@@ -368,8 +374,7 @@ def run(argv: Sequence[str] | None) -> int:
             console.print(job.optimizer.describe(settings.schedule))
             result = read_json(part / "result.json") or train(job, part, console, stop)
             if result is None:
-                command = ["python", sys.argv[0], "--output", str(folder), "--resume"]
-                console.print(f"stopped and saved; to go on: {shlex.join(command)}")
+                console.print(f"stopped and saved; to go on: {command_to_resume(folder)}")
                 return 130
             write_json(part / "result.json", result)
             results[job.optimizer.name] = result

@@ -16,8 +16,9 @@ from lowrank_optax.activations.outside_traces import outside_of_traces
 Var: TypeAlias = Any  # of a jaxpr
 
 _ARITHMETIC = """abs add add_any and ceil clamp convert_element_type copy cos cosh cbrt div eq erf
-erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le log log1p logistic lt max min mul
-ne neg not or pow rem round rsqrt select_n sign sin sinh sqrt square stop_gradient sub tan tanh xor
+erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le log log1p log2 logistic lt max min
+mul ne neg not one_minus_square or pow rem round rsqrt select_n sign sin sinh sqrt square
+stop_gradient sub tan tanh xor
 """
 _ELEMENTWISE = frozenset(_ARITHMETIC.split())
 # What a tangent is written with, beside those.

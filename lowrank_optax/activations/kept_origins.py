@@ -8,6 +8,7 @@ from jax.extend import core
 import jax.numpy as jnp
 
 from lowrank_optax.activations import places
+from lowrank_optax.slices.programs import scan_operands
 
 # The same numbers in another shape, or the same array.
 _VIEWS = (
@@ -31,6 +32,7 @@ _CALLS = (
     "scan",
     "shard_map",
     "while",
+    "xla_metadata_call",
 )
 
 
@@ -127,10 +129,9 @@ def _inside(equation: Any, inner: Any, index: int, scope: _Scope) -> Origin:
     operands: list[Any] = list(equation.invars[len(equation.invars) - len(inner.invars) :])
     source = _source(equation, scope)
     params, primitive = equation.params, equation.primitive.name
-    carried = params["num_carry"] if primitive == "scan" else 0
+    consts, carried = scan_operands(equation) if primitive == "scan" else (0, 0)
     for i in range(carried):
-        carry = Origin(f"scan carry in {source.function}", source.place)
-        operands[params["num_consts"] + i] = carry
+        operands[consts + i] = Origin(f"scan carry in {source.function}", source.place)
     prefix = f"{scope.prefix}{params['name']}/" if primitive == "jit" else scope.prefix
     within = _Scope(*_variables(inner, operands), scope, prefix, source)
     origin = _origin(inner.outvars[index], within)

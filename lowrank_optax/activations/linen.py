@@ -44,7 +44,7 @@ class FewBit:
     Example:
       >>> from flax import linen as nn
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro
-      >>> model = nn.Sequential([nn.Dense(8), nn.gelu, nn.Dense(2)])
+      >>> model = nn.Sequential([nn.Dense(8), nn.silu, nn.Dense(2)])
       >>> few = lro.activations.linen.FewBit(model, bits=4)
       >>> x = jnp.ones((16, 4))
       >>> variables = few.init(jax.random.key(0), x)
@@ -52,7 +52,7 @@ class FewBit:
       True
       >>> row = few.report(variables, x).rows[0]
       >>> print(row.function, row.shape, row.bytes_now, row.bytes_then, row.kept_for)
-      gelu (16, 8) 2560 64 ('product',)
+      silu (16, 8) 1536 64 ('product',)
 
     Reference:
       Novikov et al., Few-Bit Backward, 2023, https://arxiv.org/abs/2202.00441.

@@ -83,7 +83,7 @@ def quantize_model(
       >>> from flax import nnx
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro
       >>> rngs = nnx.Rngs(0)
-      >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=rngs), nnx.gelu, nnx.Linear(8, 2, rngs=rngs))
+      >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=rngs), nnx.silu, nnx.Linear(8, 2, rngs=rngs))
       >>> x = jnp.ones((16, 4))
       >>> before = model(x)
       >>> report = lro.activations.quantize_model(model, bits=4, inputs=(x,))
@@ -91,7 +91,7 @@ def quantize_model(
       True
       >>> row = report.calls.rows[0]
       >>> print(row.function, row.shape, row.bytes_now, row.bytes_then, row.kept_for)
-      gelu (16, 8) 2560 64 ('product',)
+      silu (16, 8) 1536 64 ('product',)
       >>> model = lro.activations.restore_model(model)
 
     Reference:

@@ -29,6 +29,7 @@ _BODIES = {
     "remat2": "jaxpr",
     "shard_map": "jaxpr",
     "closed_call": "call_jaxpr",
+    "xla_metadata_call": "jaxpr",
 }
 
 

@@ -8,6 +8,7 @@ from jax.extend import core
 import jax.numpy as jnp
 
 from lowrank_optax.activations.elementwise import Var
+from lowrank_optax.slices.programs import scan_operands
 
 # Linear in their operands, so that they keep none of them.
 _PASSING_ON = """add add_any all_gather broadcast_in_dim concatenate convert_element_type copy
@@ -101,7 +102,7 @@ class Users:
         pairs = [*zip(operands, body.invars, strict=True)]
         pairs += zip(body.outvars, equation.outvars, strict=True)
         if equation.primitive.name == "scan":
-            first, carried = equation.params["num_consts"], equation.params["num_carry"]
+            first, carried = scan_operands(equation)
             pairs += zip(body.outvars[:carried], body.invars[first : first + carried], strict=True)
         for outer, inner in pairs:
             if not isinstance(outer, core.Literal):

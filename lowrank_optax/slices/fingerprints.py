@@ -12,7 +12,7 @@ import jax
 from jax.extend import core
 import numpy as np
 
-from lowrank_optax.slices.programs import called, programs_in
+from lowrank_optax.slices.programs import called, programs_in, scan_operands
 
 # Operations that change no number, and come and go with axes of size one.
 ONLY_SHAPES = frozenset(("broadcast_in_dim", "reshape", "squeeze"))
@@ -82,9 +82,7 @@ def _asked(equation: Any) -> list[str]:
         if name in OF_PARTS:
             whole = equation.invars[0].aval.shape
             value = ["all" if x == size else x for x, size in zip(value, whole, strict=True)]
-        loops_over_arrays = name == "length" and len(equation.invars) > sum(
-            equation.params[x] for x in ("num_consts", "num_carry")
-        )
+        loops_over_arrays = name == "length" and len(equation.invars) > sum(scan_operands(equation))
         if name not in ONLY_SIZES and not loops_over_arrays and not _has_program(value):
             found.append(f"{name}={value!r}")
     return found

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
+import jax
+
 # Operations that call one program.
 CALLS = (
     "checkpoint",
@@ -14,6 +16,7 @@ CALLS = (
     "pjit",
     "remat",
     "remat2",
+    "xla_metadata_call",
 )
 
 
@@ -26,6 +29,25 @@ def called(equation: Any) -> Any:
         if len(own.invars) == len(equation.invars) and len(own.outvars) == len(equation.outvars):
             return program
     return None
+
+
+def scan_operands(equation: Any) -> tuple[int, int]:
+    """How many operands of a ``scan`` are constants, and how many are carried.
+
+    Raises:
+      NotImplementedError: If this version of JAX says it in no known way.
+    """
+    params = equation.params
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    if "ft_in" in params:  # jax 0.12: a tree of three parts, the third of what is scanned over
+        operands = params["ft_in"].update(range(len(equation.invars)))
+        consts, carried, _ = (len(list(part)) for part in operands.unpack())
+        return consts, carried
+    raise NotImplementedError(
+        f"jax {jax.__version__} says in no known way what a scan carries; its parameters are "
+        f"{', '.join(sorted(params))}."
+    )
 
 
 def programs_in(equation: Any) -> Iterator[Any]:

@@ -2,9 +2,12 @@
 
 import functools
 import json
+import logging
 from pathlib import Path
 import random
+import shlex
 import shutil
+import sys
 from unittest import mock
 
 import _base_model
@@ -16,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import pretrain
 import pytest
+import tokenizers
 
 from lowrank_optax.models import load_huggingface
 from tests.examples.interruptions import checkpoints_of, forget_end, interrupted, tear_log
@@ -149,7 +153,10 @@ def test_failed_check_is_a_line_and_exit_status_1(
 
 @pytest.mark.bitwise  # the same program, which is lowered once more
 def test_killed_and_stopped_run_goes_on_to_the_last_bit(
-    adapted: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    adapted: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """LoRA was killed within step 5, while it wrote the log; the run of all weights before its
     first checkpoint, and then by Ctrl-C in step 3.
@@ -167,10 +174,12 @@ def test_killed_and_stopped_run_goes_on_to_the_last_bit(
         assert finetune.main(["--output", str(folder), "--resume"]) == 130
     lines = capsys.readouterr().out.splitlines()
     assert "full  compiling a step" in lines
-    assert f"--output {folder} --resume" in lines[-1]
+    command = shlex.split(lines[-1].partition("stopped and saved; to go on: ")[2])
+    assert command == [sys.executable, sys.argv[0], "--output", str(folder), "--resume"]
     assert checkpoints_of(folder / "full") == {2, 3}
     assert not (folder / "results.json").exists()
     assert finetune.main(["--output", str(folder), "--resume"]) == 0
+    assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == []
     for name in TRAINED:
         log = Path(name, "log.jsonl")
         assert read_losses(folder / log) == read_losses(adapted / log)
@@ -197,6 +206,36 @@ def test_merged_model_can_be_adapted_in_turn(
         first["lora"]["held_out_loss"], rel=1e-5
     )
     assert second["before"]["old_text_loss"] is None
+    config = json.loads((run / "lora" / "peft" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str((adapted / "lora" / "merged").resolve())
+
+
+def test_a_model_in_files_comes_with_its_name_and_tokenizer(
+    config: Path, new_text: Path, tmp_path: Path
+) -> None:
+    content = json.loads(config.read_text()) | {"vocab_size": 300}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.train([str(new_text)], tokenizers.trainers.BpeTrainer(show_progress=False))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
+        (tmp_path / name).write_text("{}")
+    flags = ["--hf", str(tmp_path), "--data", str(new_text), "--sequence-length", "16"]
+    base = finetune.find_base(_settings(flags))
+    assert base.folder == tmp_path.resolve()
+    expected = {path.name: path for path in tmp_path.iterdir() if path.name != "config.json"}
+    assert base.tokenizer == expected
+    other = tmp_path / "other.json"
+    shutil.copy(tmp_path / "tokenizer.json", other)
+    named = finetune.find_base(_settings([*flags, "--tokenizer", str(other)]))
+    assert named.tokenizer == {"tokenizer.json": other}
+
+
+def test_several_adapters_are_named_either_way() -> None:
+    named = [["--compare", "lora,dora", "full"], ["--compare", "lora", "dora,full"]]
+    for arguments in named:
+        assert _settings(arguments).adapters == ("lora", "dora", "full")
 
 
 def test_every_recipe_fits_the_model_by_shapes_alone(adapting: list[str]) -> None:

@@ -16,6 +16,8 @@ REFUSED = {
     "no such text": (["--hf", "MODEL", "--data", "no/such/folder"], "no such file"),
     "no such old text": (["--hf", "MODEL", "--base-data", "no/such/folder"], "--base-data no/such"),
     "model that does not know bytes": (["--hf", "SMALL"], "the model knows 7 tokens"),
+    "no tokenizer": (["--hf", "TOKENS"], "no tokenizer.json for the model's 300 tokens:"),
+    "tokenizer of another form": (["--hf", "VOCABULARY"], "300 tokens, only vocab.json and merges"),
     "unknown adapter": (["--adapter", "lorra"], "did you mean"),
     "unknown adapter among several": (["--compare", "lora,lorra"], "no adapter 'lorra'"),
     "same adapter twice": (["--compare", "lora", "lora"], "different adapters"),
@@ -45,12 +47,15 @@ REFUSED = {
 @pytest.fixture
 def places(config: Path, tmp_path: Path) -> dict[str, str]:
     """Paths that stand for the words in capitals."""
-    for name in ("run", "other", "model", "small"):
+    for name in ("run", "other", "model", "small", "tokens", "vocabulary"):
         (tmp_path / "input" / name).mkdir(parents=True)
     content = json.loads(config.read_text())
     models = {"model": {"vocab_size": 257}, "small": {"vocab_size": 7}}
+    models |= {"tokens": {"vocab_size": 300}, "vocabulary": {"vocab_size": 300}}
     for name, change in (models | {"other": {"model_type": "bert"}}).items():
         (tmp_path / "input" / name / "config.json").write_text(json.dumps(content | change))
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / "input" / "vocabulary" / name).write_text("")
     run: dict = {"program": Settings.PROGRAM}
     run |= {"settings": {"optimizers": ["adamw"]}}
     (tmp_path / "input" / "run" / "run.json").write_text(json.dumps(run))
@@ -106,9 +111,14 @@ def test_run_is_not_overwritten(begun: Path, capsys: pytest.CaptureFixture) -> N
 
 
 def test_settings_cannot_change_on_resume(begun: Path, capsys: pytest.CaptureFixture) -> None:
-    for flag, value in (("--steps", "7"), ("--adapter", "lotr"), ("--from", "another")):
-        assert finetune.main([flag, value, "--output", str(begun), "--resume"]) == 2
-        _assert_one_line(capsys, f"{flag} contradicts")
+    for new, old in (
+        ("--steps 7", "--steps 300"),
+        ("--adapter lotr", "--adapter lora"),
+        ("--from another", "no --from"),
+        ("--equal-parameters", "no --equal-parameters"),
+    ):
+        assert finetune.main([*new.split(), "--output", str(begun), "--resume"]) == 2
+        _assert_one_line(capsys, f"{new} contradicts the run in {begun}, which has {old}:")
 
 
 def test_files_missing_on_resume_are_named(begun: Path, capsys: pytest.CaptureFixture) -> None:

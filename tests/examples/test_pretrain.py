@@ -1,8 +1,11 @@
 """Whole runs of a few steps: what they leave behind, and that they go on to the last bit."""
 
 import json
+import logging
 from pathlib import Path
+import shlex
 import shutil
+import sys
 
 from _optimizers import TUNED, choose
 from flax import nnx
@@ -52,9 +55,17 @@ def test_run_ends_with_table_paths_and_a_sample(
     assert "continues the held-out text" in out
 
 
+def test_several_optimizers_are_named_either_way() -> None:
+    for arguments in (["--compare", "sgd,adam", "lion"], ["--compare", "sgd", "adam,lion"]):
+        assert pretrain.parse(arguments)[0]["optimizers"] == ("sgd", "adam", "lion")
+
+
 @pytest.mark.bitwise  # the same program, which is lowered once more
 def test_killed_and_stopped_run_goes_on_to_the_last_bit(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    finished: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """AdamW was killed within step 5, while it wrote the log; GaLore before its first checkpoint,
     and then by Ctrl-C in step 3.
@@ -70,10 +81,12 @@ def test_killed_and_stopped_run_goes_on_to_the_last_bit(
         assert pretrain.main(["--output", str(folder), "--resume"]) == 130
     lines = capsys.readouterr().out.splitlines()
     assert "galore  compiling a step" in lines
-    assert f"--output {folder} --resume" in lines[-1]
+    command = shlex.split(lines[-1].partition("stopped and saved; to go on: ")[2])
+    assert command == [sys.executable, sys.argv[0], "--output", str(folder), "--resume"]
     assert checkpoints_of(folder / "galore") == {2, 3}
     assert not (folder / "results.json").exists()
     assert pretrain.main(["--output", str(folder), "--resume"]) == 0
+    assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == []
     was, now = (json.loads((f / "results.json").read_text()) for f in (finished, folder))
     for name in ("adamw", "galore"):
         log = Path(name, "log.jsonl")

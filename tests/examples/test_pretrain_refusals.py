@@ -11,6 +11,8 @@ REFUSED = {
     "empty corpus": (["--data", "EMPTY"], "without files"),
     "text shorter than a sequence": (["--sequence-length", "100000"], "too few for one sequence"),
     "unknown optimizer": (["--optimizer", "adamww"], "did you mean adamw"),
+    "unknown optimizer among several": (["--compare", "sgd,adamww"], "did you mean adamw"),
+    "no optimizer": (["--compare", ","], "name an optimizer"),
     "unknown option": (["--optimizer", "galore", "--set", "rnak=3"], "did you mean rank"),
     "option with a bad value": (["--optimizer", "galore", "--set", "rank=0"], "rank"),
     "optimizer that needs more": (["--optimizer", "dpsgd"], "dpsgd"),
@@ -111,8 +113,13 @@ def test_run_is_not_overwritten(
 
 
 def test_settings_cannot_change_on_resume(begun: Path, capsys: pytest.CaptureFixture) -> None:
-    assert pretrain.main(["--steps", "7", "--output", str(begun), "--resume"]) == 2
-    _assert_one_line(capsys, "--steps contradicts")
+    for new, old in (
+        ("--steps 7", "--steps 6"),
+        ("--compare adam", "--compare sgd"),
+        ("--remat full", "no --remat"),
+    ):
+        assert pretrain.main([*new.split(), "--output", str(begun), "--resume"]) == 2
+        _assert_one_line(capsys, f"{new} contradicts the run in {begun}, which has {old}:")
 
 
 def test_text_cannot_change_on_resume(begun: Path, capsys: pytest.CaptureFixture) -> None:

@@ -36,7 +36,7 @@ scale_by_param_block_rms scale_by_sm3 scale_by_trust_ratio sm3
 """
 # Element by element, or made of others.
 ELEMENT_BY_ELEMENT = """
-_scale_by_adam adabelief adadelta adagrad adam adamax adamaxw adamw adan add_decayed_weights
+adabelief adadelta adagrad adam adamax adamaxw adamw adan add_decayed_weights
 ademamix adopt amsgrad chain clip conditionally_mask conditionally_transform ema identity in_float32
 inject_hyperparams keep_dtypes keep_params_nonnegative lion masked measure_with_ema nadam nadamw
 named_chain partition powerprop_updates radam rmsprop rprop scale scale_by_acprop scale_by_adadelta

@@ -65,8 +65,8 @@ def check_float32_is_kept_where_float64_is_enabled(row: Row) -> None:
     with jax.enable_x64(True):
         step = make_step(row.tx)
         _, after, updates = jax.eval_shape(step, params, state, at(GRADIENTS, 0))
-    assert_same_types(after, state)
-    assert_same_types(updates, params)
+        assert_same_types(after, state)
+        assert_same_types(updates, params)
 
 
 def _narrower_floats(jaxpr: core.Jaxpr) -> Iterator[str]:

@@ -108,7 +108,11 @@ def _reason_against(
 ) -> str | None:
     if name not in operation.kernels:
         return f"{operation.name} has no such kernel"
-    return reason_of_sharding(args) or operation.module(name).supports(*args, **options)
+    try:
+        module = operation.module(name)
+    except ImportError as error:  # backends of Pallas come and go with versions of JAX
+        return f"jax {jax.__version__} does not have what it is compiled by ({error})"
+    return reason_of_sharding(args) or module.supports(*args, **options)
 
 
 def reason_of_sharding(args: Any) -> str | None:

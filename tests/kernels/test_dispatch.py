@@ -2,6 +2,7 @@
 
 import functools
 import re
+import sys
 
 from close import assert_close
 import jax
@@ -60,6 +61,18 @@ def test_a_kernel_that_there_is_not_is_refused() -> None:
     arguments = step_of((16, 32), None, 4).arguments
     with pytest.raises(NotImplementedError, match="triton: projected_adam has no such kernel"):
         projected_adam(*arguments, SCALARS, implementation="triton")
+
+
+def test_a_kernel_whose_compiler_jax_no_longer_has_is_refused(arguments, monkeypatch) -> None:
+    from jax.experimental import pallas
+    import jax.experimental.pallas.triton
+
+    monkeypatch.delattr(pallas, "triton")
+    monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)
+    monkeypatch.delitem(sys.modules, "lowrank_optax.kernels.low_bit_adam.triton", raising=False)
+    with pytest.raises(NotImplementedError, match=rf"triton: jax {jax.__version__} does not have"):
+        step(*arguments, implementation="triton")
+    jax.eval_shape(step, *arguments)
 
 
 def test_interpret_is_for_one_kernel(arguments) -> None:

@@ -16,6 +16,10 @@ LoRA = lro.adapters.LoRA
 @pytest.mark.parametrize(
     ("function", "given", "here"),
     [
+        (lro.galore, "update_proj_gap", "refresh_every"),
+        (lro.apollo, "lr", "learning_rate"),
+        (lro.nag_gs, "lr", "learning_rate"),
+        (lro.cautious_adamw, "betas", "b1 and b2"),
         (lro.low_bit, "optim_bits", "bits"),
         (lro.fused_adamw, "betas", "b1 and b2"),
         (LoRA, "lora_alpha", "alpha"),

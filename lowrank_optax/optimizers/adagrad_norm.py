@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_optax.matrices.argument_names import explains_names
 from lowrank_optax.quantization import Bits
 from lowrank_optax.states.assemble import optimizer
 from lowrank_optax.states.precision import scalar_dtype, widened
@@ -105,6 +106,7 @@ def scale_by_adagrad_norm(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+@explains_names
 def adagrad_norm(
     learning_rate: optax.ScalarOrSchedule,
     initial_accumulator_value: jax.typing.ArrayLike = 0.1,

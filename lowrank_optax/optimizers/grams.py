@@ -6,6 +6,7 @@ from typing import Any
 import optax
 
 from lowrank_optax.matrices import DimensionNumbersRule
+from lowrank_optax.matrices.argument_names import explains_names
 from lowrank_optax.optimizers.gradient_direction import (
     MaskScale,
     direct,
@@ -18,6 +19,7 @@ from lowrank_optax.states.assemble import DecayPlacement, optimizer
 from lowrank_optax.states.precision import in_float32
 
 
+@explains_names
 def grams(
     learning_rate: optax.ScalarOrSchedule,
     b1: float = 0.9,
@@ -98,6 +100,7 @@ def grams(
     )
 
 
+@explains_names
 def cautious_adamw(
     learning_rate: optax.ScalarOrSchedule,
     b1: float = 0.9,

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_optax.matrices.argument_names import explains_names
 from lowrank_optax.optimizers.nag_gs_quadratic import to_heavy_ball
 from lowrank_optax.quantization import Bits
 from lowrank_optax.states import LowBitState, in_float32
@@ -130,6 +131,7 @@ def scale_by_nag_gs(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+@explains_names
 def nag_gs(
     learning_rate: optax.ScalarOrSchedule,
     mu: float = 1.0,

@@ -6,6 +6,7 @@ from typing import Any
 import optax
 
 from lowrank_optax.matrices import DimensionNumbersRule
+from lowrank_optax.matrices.argument_names import explains_names
 from lowrank_optax.projection import residuals
 from lowrank_optax.projection.rank import RankSpec
 from lowrank_optax.projection.recipes.chosen import chosen_inner, chosen_subspace
@@ -17,6 +18,7 @@ from lowrank_optax.states.adam import EpsPlacement
 from lowrank_optax.states.assemble import DecayPlacement, optimizer
 
 
+@explains_names
 def apollo(
     learning_rate: optax.ScalarOrSchedule,
     rank: RankSpec | None = None,
@@ -114,6 +116,7 @@ def apollo(
     )
 
 
+@explains_names
 def apollo_mini(
     learning_rate: optax.ScalarOrSchedule,
     rank: RankSpec = 1,

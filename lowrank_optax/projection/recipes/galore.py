@@ -6,6 +6,7 @@ from typing import Any
 import optax
 
 from lowrank_optax.matrices import DimensionNumbersRule
+from lowrank_optax.matrices.argument_names import explains_names
 from lowrank_optax.projection.rank import RankSpec
 from lowrank_optax.projection.recipes.chosen import chosen_inner, chosen_subspace
 from lowrank_optax.projection.refresh import RefreshRule
@@ -19,6 +20,7 @@ from lowrank_optax.states.adam import EpsPlacement
 from lowrank_optax.states.assemble import DecayPlacement, optimizer
 
 
+@explains_names
 def galore(
     learning_rate: optax.ScalarOrSchedule,
     rank: RankSpec | None = None,

@@ -6,6 +6,7 @@ from typing import Any
 import optax
 
 from lowrank_optax.matrices import DimensionNumbersRule
+from lowrank_optax.matrices.argument_names import explains_names
 from lowrank_optax.projection.rank import RankSpec
 from lowrank_optax.projection.recipes.chosen import chosen_inner
 from lowrank_optax.projection.subspaces import Subspace, online_pca
@@ -17,6 +18,7 @@ from lowrank_optax.states.arguments import refuse_unused
 from lowrank_optax.states.assemble import DecayPlacement, optimizer
 
 
+@explains_names
 def online_subspace_descent(
     learning_rate: optax.ScalarOrSchedule,
     rank: RankSpec = 128,

@@ -144,12 +144,17 @@ def averages(inner: optax.GradientTransformationExtraArgs) -> dict[Any, Average]
         found[path] = Average(
             decays,
             tuple(
-                weight / size**order / (1 - decays[-1])
+                _one_or(weight / size**order / (1 - decays[-1]))
                 for weight, size in zip(weights, _SIZES, strict=True)
             ),
             functools.reduce(jnp.logical_and, apart, jnp.array(True)),
         )
     return found
+
+
+def _one_or(size: jax.Array) -> jax.Array:
+    """The size, without the rounding of an average of the gradients themselves."""
+    return jnp.where(jnp.abs(size - 1) < 1e-2, 1, size)
 
 
 def agree(x: jax.Array, y: jax.Array, *decays: jax.Array) -> bool:

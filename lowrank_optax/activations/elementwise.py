@@ -21,7 +21,8 @@ mul ne neg not one_minus_square or pow rem round rsqrt select_n sign sin sinh sq
 stop_gradient sub tan tanh xor
 """
 _ELEMENTWISE = frozenset(_ARITHMETIC.split())
-# What a tangent is written with, beside those.
+# What a tangent is written with, beside those: that of erf, and what passes a number on.
+_OF_DERIVATIVES = frozenset(["bitcast_convert_type", "polynomial"])
 _PASSED_ON = frozenset(
     ["broadcast_in_dim", "copy", "copy_p", "pcast", "pvary", "reshard", "stop_gradient"]
 )
@@ -160,9 +161,14 @@ def _results(equation: core.JaxprEqn, operands: list[Any]) -> list[Any]:
         dtype = params["new_dtype"]
         floating = jnp.issubdtype(dtype, jnp.floating)
         return [operands[0].astype(jnp.float32 if floating else dtype)]
-    if name not in _ELEMENTWISE:
-        raise NotImplementedError(name)
     bind: Callable[..., Any] = equation.primitive.bind
+    if name == "bitcast_convert_type":  # of bits as the program has them
+        operand: Var = equation.invars[0]
+        if jnp.dtype(operand.aval.dtype).itemsize != jnp.dtype(params["new_dtype"]).itemsize:
+            raise NotImplementedError(name)
+        return [_wide(bind(operands[0].astype(operand.aval.dtype), **params))]
+    if name not in _ELEMENTWISE and name not in _OF_DERIVATIVES:
+        raise NotImplementedError(name)
     return [bind(*jnp.broadcast_arrays(*operands), **params)]
 
 

@@ -140,7 +140,7 @@ def test_saved_model_that_differs_beyond_rounding_is_an_error(
     monkeypatch.setattr(_finished, "load_huggingface", damaged)
     parts, tokens = finetune.take_apart(model, chosen), jnp.zeros((1, 16), jnp.int32)
     with pytest.raises(finetune.CheckError, match="the merged model differs from the trained one"):
-        finetune.save_merged(parts, tmp_path / "merged", None, tokens, adapted=False)
+        finetune.save_merged(parts, tmp_path / "merged", {}, tokens, adapted=False)
 
 
 def test_failed_check_is_a_line_and_exit_status_1(

@@ -6,33 +6,38 @@ from typing import Literal, TypeAlias
 NamedKind: TypeAlias = Literal["adapters", "biases", "scales", "norms", "embeddings", "head"]
 
 _ADAPTER = re.compile(r"lora_|(^|/)adapter(s|_groups)/", re.IGNORECASE)
-_BIAS = re.compile(r"(^|_)(bias|beta)$", re.IGNORECASE)
-_SCALE = re.compile(r"(^|_)(scale|gamma)$", re.IGNORECASE)
-_NORM = re.compile(r"norm|(^|_)(ln|rms)(_|\d|$)", re.IGNORECASE)
-_EMBEDDING = re.compile(r"embed|(^|_)(wte|wpe)(_|\d|$)", re.IGNORECASE)
+_WORDS = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+_BIAS = re.compile(r"(^|_)(bias|beta)$")
+_SCALE = re.compile(r"(^|_)(scale|gamma)$")
+_NORM = re.compile(r"norm|(^|_)(ln|rms)(_|\d|$)")
+_EMBEDDING = re.compile(r"(?<!time_)(?<!timestep_)(?<!patch_)embed|(^|_)(wte|wpe)(_|\d|$)|^shared$")
 _HEAD = re.compile(
-    r"unembed|embed\w*out|(^|_)(logits|classifier)(_|\d|$)"
-    r"|^(?!(multi|attention|attn|self|cross|per)_)(\w+_)?head(_?\d+)?$",
-    re.IGNORECASE,
+    r"unembed|embed\w*out|(^|_)(?<!pre_)(logits|classifier)(_|\d|$)"
+    r"|^(?!(multi|attention|attn|self|cross|per)_)(\w+_)?(lm)?head(_?\d+)?$"
 )
-_OUTPUT = re.compile(r"^output(_layer|_proj|_projection)?$", re.IGNORECASE)
-_PROJECTION = re.compile(r"(^|_)(proj|projection|linear|dense|conv)(_?\d+)?$", re.IGNORECASE)
+_OUTPUT = re.compile(r"^output(_layer|_proj|_projection)?$")
+_INSIDE = re.compile(r"attention|attn|block|(^|_)layers?(_?\d+)?$")  # where heads are attention's
+_PROJECTION = re.compile(r"(^|_)(proj|projection|linear|dense|conv)(_?\d+)?$")
 _PART_OF_BLOCK = re.compile(
-    r"^((query|key|value|qkv|up|down|gate)(_proj)?|[qkvo]_proj|fc|wi|wo)(_?\d+)?$", re.IGNORECASE
+    r"^((query|key|value|qkv|up|down|gate)(_proj)?|[qkvo]_proj|fc|wi|wo)(_?\d+)?$"
 )
+_CONTAINER = re.compile(r"^(layers_?)?\d*$|^layers$")  # of nn.Sequential and lists
 
 
 def named_kind(path: str) -> NamedKind | None:
     """Returns what the names in a leaf's path say it is, or None for a weight like any other.
 
-    The innermost name that says anything decides. The weight of a part of a block (``up``,
-    ``q_proj``, ``query``) is a weight wherever it stands: ``moe_head/up/kernel``. The weight of
-    another projection (``proj``, ``linear_1``, ``Dense_0``) is one unless it belongs to a head:
-    ``patch_embed/proj/kernel`` and ``PreNorm_0/Dense_0/kernel`` are weights, and
-    ``lm_head/dense/kernel`` is a head. Norms and embeddings lend their name to the module right
-    inside them, but not to a ``kernel`` there, which Flax's norms and embeddings do not have. A
-    module called ``output`` is a head only at the top of the tree; further down it belongs to an
-    attention.
+    Names are read as words: ``LMHead_0`` as ``lm_head_0``. The name of the module that the leaf is
+    in decides, or the leaf's own name if that is not ``kernel``, ``weight`` or ``w``:
+
+    - The weight of a part of a block (``up``, ``q_proj``, ``query``) is a weight wherever it is:
+      ``moe_head/up/kernel``.
+    - So is that of another projection (``proj``, ``linear_1``, ``Dense_0``), as
+      ``patch_embed/proj/kernel``, unless the module around it is a head: ``lm_head/dense/kernel``.
+    - A ``kernel`` belongs to no norm and no embedding, which have none in Flax:
+      ``layernorm_qkv/kernel`` is a weight.
+    - A head inside a block or an attention is one of the attention's heads, so not an output head;
+      a module called ``output`` is an output head only at the top of the tree.
 
     Args:
       path: A path such as ``blocks/attention/query/kernel``.
@@ -46,33 +51,33 @@ def named_kind(path: str) -> NamedKind | None:
       - ``"head"``: an output head (``lm_head``, ``logits``, ``classifier``, ``unembed``).
 
     Example:
-      >>> named_kind("embed/embedding"), named_kind("lm_head/kernel")
+      >>> named_kind("embed/embedding"), named_kind("LMHead_0/kernel")
       ('embeddings', 'head')
       >>> print(named_kind("patch_embed/proj/kernel"))
       None
     """
     if _ADAPTER.search(path):
         return "adapters"
-    names = [name for name in path.removeprefix("params/").split("/") if not name.isdecimal()]
-    if not names:
-        return None
-    leaf = names[-1]
+    *modules, leaf = (_WORDS.sub("_", name).lower() for name in path.split("/"))
     if _BIAS.search(leaf):
         return "biases"
     if _SCALE.search(leaf):
         return "scales"
-    is_weight = leaf in ("kernel", "weight", "w")
-    in_projection = False
-    for distance, name in enumerate(reversed(names)):
-        is_part = is_weight or distance == 0
-        if is_part and _PART_OF_BLOCK.search(name):
-            return None
-        if _HEAD.search(name) or (distance == len(names) - 1 and _OUTPUT.search(name)):
+    is_kernel = leaf == "kernel" or leaf.endswith("_kernel")
+    is_weight = is_kernel or leaf in ("weight", "w")
+    places = [i for i, name in enumerate(modules) if not _CONTAINER.search(name)]
+    names = [modules[i] for i in places] + ([] if is_weight else [leaf])
+    if not names or _PART_OF_BLOCK.search(names[-1]):
+        return None
+    is_projection = bool(_PROJECTION.search(names[-1]))
+    for i in range(len(names) - 1, max(len(names) - 2 - is_projection, -1), -1):
+        outside = modules[: places[i]] if i < len(places) else modules
+        is_output = _OUTPUT.search(names[i]) and set(outside) <= {"params", "model"}
+        if is_output or (_HEAD.search(names[i]) and not any(map(_INSIDE.search, outside))):
             return "head"
-        in_projection |= is_part and bool(_PROJECTION.search(name))
-        is_near = distance < 2 or (distance == 2 and leaf != "kernel")
-        if is_near and not in_projection and _NORM.search(name):
-            return "norms"
-        if is_near and not in_projection and _EMBEDDING.search(name):
-            return "embeddings"
-    return None
+    if is_projection or is_kernel:
+        return None
+    if _NORM.search(names[-1]):
+        return "norms"
+    is_embedding = any(map(_EMBEDDING.search, names[-1:] if is_weight else names[-2:]))
+    return "embeddings" if is_embedding else None

@@ -273,14 +273,13 @@ def _check(parts: Parts, side: Any, accumulate_steps: Any) -> None:
 
 
 def _check_found(params: Any, views: Sequence[LeafView | None], subspace: Subspace) -> None:
-    """Checks that a whole tree has matrices, most of its elements, and one for each pattern.
+    """Checks that a tree has matrices, most of its elements, and one for each pattern.
 
     Raises:
-      ValueError: If no leaf is a matrix though some have two axes or more, or if a pattern of the
-        subspace matches no matrix.
+      ValueError: If no leaf of a whole tree is a matrix though some have two axes or more, or if a
+        pattern of the subspace matches no matrix.
     """
-    if has_holes(params):
-        return  # of a group of parameters all may be embeddings, say
+    is_part = has_holes(params)
     leaves = jax.tree_util.tree_leaves_with_path(params)
     large = [
         (x.size, path_string(path), x.shape)
@@ -290,11 +289,16 @@ def _check_found(params: Any, views: Sequence[LeafView | None], subspace: Subspa
     known = [tuple(view.view.path.split("/")) for view in views if view is not None]
     if large and not known:
         _, name, shape = max(large)
-        raise ValueError(
+        nothing = (
             f"no leaf is a matrix to project: {len(large)} leaves of two axes or more are left "
             f"out, the largest is {name!r} {shape}. Say which are matrices by "
             "weight_dimension_numbers, as lro.weight_dimension_numbers(params, include=...)."
         )
+        if not is_part:
+            raise ValueError(nothing)
+        warnings.warn(nothing, stacklevel=4)  # of a group of parameters all may be embeddings, say
+    if is_part:
+        return
     if known:
         for argument, patterns in subspace.patterns.items():
             check_patterns(argument, patterns, known, "matrix")

@@ -7,7 +7,7 @@ import jax
 import optax
 
 from lowrank_optax.matrices.paths import leaves_by_path
-from lowrank_optax.slices.whole import CannotCutError, Whole, whole_of
+from lowrank_optax.slices.whole import CannotCutError, Whole, shapes_of_state, whole_of
 
 Path = Any
 
@@ -76,7 +76,7 @@ class Call(NamedTuple):
 
     def init_shapes(self, leaves: Sequence[int], likes: Sequence[Any]) -> Any:
         """The shapes of the state for these leaves alone."""
-        return jax.eval_shape(self.tx.init, self.tree(dict(zip(leaves, likes, strict=True))))
+        return shapes_of_state(self.tx, self.tree(dict(zip(leaves, likes, strict=True))))
 
     def state_shapes(self, leaves: Sequence[int]) -> Any:
         """The shapes of the state for these leaves alone, whole."""

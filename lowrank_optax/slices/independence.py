@@ -18,7 +18,7 @@ from lowrank_optax.matrices.paths import leaves_by_path
 from lowrank_optax.slices.call import Call
 from lowrank_optax.slices.programs import called
 from lowrank_optax.slices.rows import ALIKE, MIXED, ROWS, rows_are_apart
-from lowrank_optax.slices.whole import CannotCutError
+from lowrank_optax.slices.whole import CannotCutError, shapes_of_state
 
 # Of optax and of this library, with their recipes: a number from all leaves.
 OVER_ALL_LEAVES = """
@@ -129,7 +129,7 @@ def check_parts(call: Call, parts: Sequence[optax.GradientTransformation]) -> No
         params = call.tree(dict(enumerate(call.likes)))
         part = optax.with_extra_args_support(part)
         try:
-            state = leaves_by_path(jax.eval_shape(part.init, params))
+            state = leaves_by_path(shapes_of_state(part, params))
             independent = leaves_are_independent(call._replace(tx=part, state=state))
         except Exception as error:
             raise CannotCutError("the update cannot be tried on some leaves alone.") from error

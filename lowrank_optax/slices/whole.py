@@ -1,10 +1,12 @@
 """What a transformation is told that is given a part of a tree: the extra argument ``whole``."""
 
 from typing import Any, NamedTuple
+import warnings
 import zlib
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from lowrank_optax.matrices.paths import path_string
 
@@ -38,6 +40,15 @@ class CannotCutError(ValueError):
 def whole_of(whole: Whole | None, tree: Any) -> Any:
     """The tree of which this is a part, or itself."""
     return tree if whole is None or whole.tree is None else whole.tree
+
+
+def shapes_of_state(tx: optax.GradientTransformation, params: Any) -> Any:
+    """The shapes of ``tx.init(params)``, of a tree or a part of one, without its warnings.
+
+    `init` has warned of the whole tree; a part may well have nothing that can be selected.
+    """
+    with warnings.catch_warnings(action="ignore"):
+        return jax.eval_shape(tx.init, params)
 
 
 def keys_of_rows(key: jax.Array, path: Any, x: jax.Array, whole: Whole | None) -> jax.Array:

@@ -35,7 +35,13 @@ from lowrank_optax.quantization import (
 from lowrank_optax.quantization.blocks import same_layout
 from lowrank_optax.slices.call import Call
 from lowrank_optax.slices.update import update_in_slices
-from lowrank_optax.slices.whole import CannotCutError, Whole, keys_of_rows, whole_of
+from lowrank_optax.slices.whole import (
+    CannotCutError,
+    Whole,
+    keys_of_rows,
+    shapes_of_state,
+    whole_of,
+)
 from lowrank_optax.states.moments import FIRST_MOMENTS, SECOND_MOMENTS, SQUARES, Kind, moment_kinds
 from lowrank_optax.states.precision import in_float32
 
@@ -155,8 +161,8 @@ def low_bit(
         **extra_args: Any,
     ) -> tuple[optax.Updates, LowBitState]:
         given = updates if params is None else params
-        like = jax.eval_shape(wide.init, given)
-        tree = jax.eval_shape(wide.init, whole_of(whole, given))
+        like = shapes_of_state(wide, given)
+        tree = shapes_of_state(wide, whole_of(whole, given))
         places = formats_in(tree)
         if whole is not None and whole.rows is not None:
             _check_cut(tree, like, places, whole)
@@ -174,7 +180,7 @@ def low_bit(
     # Among some leaves alone there may be none that has a moment.
     unchecked = functools.partial(init_fn, checked=False)
     core = optax.GradientTransformationExtraArgs(unchecked, update_fn)
-    in_codes = lambda call: _in_codes(call, formats_in(jax.eval_shape(wide.init, call.whole.tree)))
+    in_codes = lambda call: _in_codes(call, formats_in(shapes_of_state(wide, call.whole.tree)))
     return optax.GradientTransformationExtraArgs(init_fn, update_in_slices(core, in_codes, [inner]))
 
 

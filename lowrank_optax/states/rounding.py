@@ -59,8 +59,9 @@ def round_updates(
       A transformation that needs ``params``, with the state `RoundUpdatesState`.
 
     Raises:
-      ValueError: If ``rounding`` is neither; in ``update``, without ``params``, or if an update is
-        bfloat16, as gradients are where `round_updates` comes before the optimizer.
+      ValueError: If ``rounding`` is neither; in ``update``, without ``params``, or if all updates
+        of bfloat16 parameters are bfloat16, as gradients are where `round_updates` comes before the
+        optimizer.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro, optax
@@ -98,7 +99,8 @@ def round_updates(
             raise ValueError("round_updates needs params: call tx.update(grads, state, params).")
         leaves, treedef = jax.tree.flatten(updates)
         olds = treedef.flatten_up_to(params)
-        _check_not_rounded(leaves_by_path(updates), olds)
+        if whole is None:  # of a part all leaves may be frozen
+            _check_not_all_rounded(leaves_by_path(updates), olds)
         if stochastic:
             key = jax.random.fold_in(jax.random.key(seed), state.count)
             paths = leaves_by_path(updates)
@@ -123,14 +125,16 @@ def round_updates(
     return core._replace(update=update_in_slices(core, in_bfloat16, []))
 
 
-def _check_not_rounded(updates: Mapping[Any, jax.Array], params: Sequence[jax.Array]) -> None:
-    for (path, update), param in zip(updates.items(), params, strict=True):
-        if _is_bfloat16(param) and _is_bfloat16(update):
-            raise ValueError(
-                f"round_updates was given a bfloat16 update of {path_string(path)!r}, which is "
-                "rounded already. It must come last in the chain, after the optimizer, and the "
-                "optimizer in lro.in_float32(...)."
-            )
+def _check_not_all_rounded(updates: Mapping[Any, jax.Array], params: Sequence[jax.Array]) -> None:
+    """Raises ValueError if all updates of bfloat16 parameters are bfloat16; zeros may be some."""
+    pairs = zip(updates.items(), params, strict=True)
+    found = [(path, update) for (path, update), param in pairs if _is_bfloat16(param)]
+    if found and all(_is_bfloat16(update) for _, update in found):
+        raise ValueError(
+            f"round_updates was given bfloat16 updates, as of {path_string(found[0][0])!r}, which "
+            "are rounded already. It must come last in the chain, after the optimizer, and the "
+            "optimizer in lro.in_float32(...)."
+        )
 
 
 def stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:

@@ -154,40 +154,46 @@ def test_what_is_no_rule_is_refused(rule: Any) -> None:
         resolve_dimension_numbers(rule, PARAMS)
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        "embed/embedding", "pos_embedding", "token_embedder/embedding", "unembed/kernel",
-        "wte", "transformer/wpe/table", "norm/scale", "ln_1/weight", "rms/w", "RMSNorm_0/scale",
-        "dense/bias", "rel_pos_bias", "layer_scale", "bn/gamma", "lora_a", "query/lora_b",
-        "lm_head/kernel", "head/kernel", "mlm_head/dense/kernel", "head_0/kernel",
-        "lm_head/Dense_0/kernel", "head/layers/1/kernel", "classifier/out_proj/kernel",
-        "norm/layers/0/weight", "LayerNorm_0/weight", "blocks/norm1/weight", "norm_mlp/weight",
-        "layers/qk_norm/q/w", "embeddings/word/weight", "token_embed/proj/table",
-        "unembed/proj/kernel", "embed_out/linear/kernel", "q_proj/lora_A/default/kernel",
-        "classifier/kernel", "logits_dense/kernel", "to_logits/kernel",
-        "output/kernel", "params/output/kernel", "output_layer/kernel",
-    ],
-)  # fmt: skip
+NOT_MATRICES = """
+embed/embedding pos_embedding token_embedder/embedding unembed/kernel wte transformer/wpe/table
+embed/E shared/weight shared/embedding embeddings/word_embeddings/weight tok_embeddings/weight
+norm/scale ln_1/weight rms/w RMSNorm_0/scale LayerNorm_0/weight blocks/norm1/weight
+norm_mlp/weight model/layers/0/input_layernorm/weight embeddings/LayerNorm/weight dense/bias
+rel_pos_bias layer_scale bn/gamma lora_a query/lora_b q_proj/lora_A/default/kernel
+up/adapters/default/arrays/A lm_head/kernel head/kernel mlm_head/dense/kernel head_0/kernel
+lm_head/Dense_0/kernel head/layers/1/kernel head/layers_0/kernel classifier/out_proj/kernel
+classifier/kernel LMHead_0/Dense_0/kernel LMHead/kernel lmhead/kernel
+ClassificationHead_0/Dense_0/kernel logits_dense/kernel to_logits/kernel unembed/proj/kernel
+embed_out/linear/kernel output/kernel params/output/kernel output_layer/kernel model/output/weight
+model/lm_head/weight
+"""
+MATRICES = """
+multi_head_attention/query/kernel attention_head/kernel attention/output/kernel
+attention/out/kernel out/kernel overhead/kernel mlp/up/kernel w ahead biased/kernel scaled/kernel
+upscale/kernel alarms/kernel PreNorm_0/Dense_0/kernel patch_embed/proj/kernel
+time_embedding/linear_1/kernel normalizer_proj/kernel embed_proj/weight
+params/PreNorm_1/Attention_0/query/kernel embeddings/encoder/layers/0/up/kernel PreNorm_0/gate/w
+moe_head/up/kernel PreNorm_0/mlp/wi/kernel PreNorm_0/mix/kernel patch_embed/stem/kernel
+norm_projection/kernel heads/0/down_proj/weight experts/PreNorm_0/fc1/weight
+MultiHeadAttention_0/Head_0/Dense_0/kernel blocks_0/sa/head_0/proj/kernel
+head/blocks_0/attn/to_q/kernel text_classifier/encoder/mlp/w1/kernel pre_logits/kernel
+PreNorm_0/to_qkv/weight PreNorm_0/w1/weight PreNorm_0/c_attn/weight prenorm_ffn/w1/weight
+embedding_mlp/c_fc/weight time_embed/mlp/0/weight time_embed/0/weight layernorm_qkv/kernel
+LayerNormDenseGeneral_0/kernel LayerNormMLP_0/wi_kernel patch_embedding/kernel embedding/kernel
+embedding_hidden_mapping_in/kernel PreNorm_0/w1 transformer/h/0/attn/c_attn/kernel
+encoder/block/0/layer/0/SelfAttention/q/kernel bert/encoder/layer/0/attention/output/dense/kernel
+text_model/encoder/layers/0/self_attn/k_proj/kernel
+"""
+
+
+@pytest.mark.parametrize("path", NOT_MATRICES.split())
 def test_embeddings_norms_biases_heads_and_adapters_are_no_matrices_by_name(path: str) -> None:
     assert named_kind(path) is not None
     names = path.split("/")
     assert resolve_dimension_numbers(None, tree(**{"__".join(names): (4, 3)})) == [None]
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        "multi_head_attention/query/kernel", "attention_head/kernel", "attention/output/kernel",
-        "attention/out/kernel", "out/kernel", "overhead/kernel", "mlp/up/kernel", "w", "ahead",
-        "biased/kernel", "scaled/kernel", "upscale/kernel", "alarms/kernel",
-        "PreNorm_0/Dense_0/kernel", "patch_embed/proj/kernel", "time_embedding/linear_1/kernel",
-        "normalizer_proj/kernel", "embed_proj/weight", "params/PreNorm_1/Attention_0/query/kernel",
-        "embeddings/encoder/layers/0/up/kernel", "PreNorm_0/gate/w", "moe_head/up/kernel",
-        "PreNorm_0/mlp/wi/kernel", "PreNorm_0/mix/kernel", "patch_embed/stem/kernel",
-        "norm_projection/kernel", "heads/0/down_proj/weight", "experts/PreNorm_0/fc1/weight",
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("path", MATRICES.split())
 def test_other_names_do_not_hide_a_matrix(path: str) -> None:
     names = path.split("/")
     assert resolve_dimension_numbers(None, tree(**{"__".join(names): (4, 3)})) == [MATRIX]

@@ -220,8 +220,14 @@ def test_before_the_optimizer_it_is_refused(rounding: Any) -> None:
         optax.chain(lro.round_updates(rounding), optax.sgd(1.0)),
         optax.chain(optax.sgd(1.0), lro.round_updates(rounding)),  # rounded by the optimizer
     ):
-        with pytest.raises(ValueError, match=r"update of 'kernel'.* last in the chain.*in_float32"):
+        with pytest.raises(ValueError, match=r"as of 'kernel'.* last in the chain.*in_float32"):
             tx.update(params, tx.init(params), params)
+    frozen = {"trained": lro.in_float32(optax.sgd(1.0)), "frozen": optax.set_to_zero()}
+    params = {"kernel": jnp.ones(4, BF16), "embed": jnp.ones(4, BF16)}
+    labels = {"kernel": "trained", "embed": "frozen"}
+    tx = optax.chain(optax.partition(frozen, labels), lro.round_updates(rounding))
+    updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
+    assert_close(updates, {"kernel": -jnp.ones(4), "embed": jnp.zeros(4)}, dtype=jnp.float32)
 
 
 def test_in_float32_keeps_state_and_updates_in_float32() -> None:

@@ -73,18 +73,15 @@ def both_sides(rule: base.Subspace) -> base.Subspace:
         parts = ((bases.rows, _rows(view)), (bases.columns, _columns(view)))
         return TwoBases(*(move(b, matrix, rule.project(b, matrix, v), v) for b, v in parts))
 
-    return base.Subspace(
-        rank=rule.rank,
+    return rule._replace(
         init=lambda view: TwoBases(rule.init(_rows(view)), rule.init(_columns(view))),
         refresh=refresh,
         project=project,
         lift=lift,
         turn=turn,
         track=None if rule.track is None else track,
-        shared=rule.shared,
-        orthonormal=rule.orthonormal,
-        turns=rule.turns,
         kept=TwoBases(rule.kept, rule.kept),
+        size=None,
     )
 
 

@@ -30,7 +30,7 @@ REFUSED: dict[str, Callable[[], Any]] = {
         f"b2, inner: {name}": lambda make=make: make(0.1, b2=0.8, inner=_adam)
         for name, make in (_recipes | {"apollo_mini": lro.apollo_mini}).items()
     },
-    "b1, inner: ldadam": lambda: lro.ldadam(0.1, b1=0.8, inner=_adam, error_feedback=None),
+    "b1, inner: ldadam": lambda: lro.ldadam(0.1, b1=0.8, inner=_adam),
     "eps_placement, inner": lambda: lro.fira(
         0.1, eps_placement="before_bias_correction", inner=_adam
     ),
@@ -45,8 +45,8 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "subspace_learning_rate, subspace_optimizer": lambda: lro.online_subspace_descent(
         0.1, subspace_learning_rate=0.1, subspace_optimizer=optax.sgd(0.1)
     ),
-    "momentum_decay, inner": lambda: lro.scale_by_projection(
-        optax.identity(), _svd, residual=lro.residuals.error_feedback(momentum_decay=0.9)
+    "momentum, inner": lambda: lro.scale_by_projection(
+        optax.identity(), _svd, residual=lro.residuals.error_feedback(momentum=True)
     ).init({"kernel": jnp.ones((4, 8))}),
     "eps_placement, bias_correction": lambda: lro.grams(
         0.1, eps_placement="after_bias_correction", bias_correction=False

@@ -1,4 +1,4 @@
-"""The refresh: bases found anew where they are due, and inner states moved along.
+"""The refresh: finds bases that need one again, and moves inner states to the new bases.
 
 Each leaf has a conditional of its own, and so has each slice of one that is updated in slices.
 """

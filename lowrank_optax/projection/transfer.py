@@ -147,7 +147,7 @@ def is_traced(averages: Averages) -> bool:
 
 def _check_first(path: Any, average: moments.Average, follows: bool) -> None:
     """Refuses a first moment that is no average of gradients in units that are known."""
-    if average.steady and moments.agree(*average.sizes, average.rounding):
+    if average.steady and moments.agree(*average.sizes, rounding=average.rounding):
         return
     rule, does = ("subspace", "follows") if follows else ("residual", "feeds back")
     reason = _disturbance(average) or (

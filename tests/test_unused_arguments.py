@@ -17,6 +17,8 @@ _recipes: dict[str, Callable[..., Any]] = {
     for name in ("galore", "fira", "adarankgrad", "apollo", "ldadam", "dct_adamw")
 }
 _recipes |= {"online_subspace_descent": lro.online_subspace_descent}
+_full: dict[str, Callable[..., Any]] = {"grams": lro.grams, "cautious_adamw": lro.cautious_adamw}
+_of_decay = {"weight_decay_mask": {"kernel": True}, "decay_placement": "after_step"}
 _schedules = lro.schedules
 
 # What is refused, by the name of the argument and that of the one that makes it so.
@@ -30,11 +32,24 @@ REFUSED: dict[str, Callable[[], Any]] = {
         f"b2, inner: {name}": lambda make=make: make(0.1, b2=0.8, inner=_adam)
         for name, make in (_recipes | {"apollo_mini": lro.apollo_mini}).items()
     },
-    "b1, inner: ldadam": lambda: lro.ldadam(0.1, b1=0.8, inner=_adam, error_feedback=None),
+    "b1, inner: ldadam": lambda: lro.ldadam(0.1, b1=0.8, inner=_adam),
     "eps_placement, inner": lambda: lro.fira(
         0.1, eps_placement="before_bias_correction", inner=_adam
     ),
     "rank, subspace: default of galore": lambda: lro.galore(0.1, rank=128, subspace=_svd),
+    **{
+        f"{name}, weight_decay=0: {recipe}": lambda make=make, name=name, value=value: make(
+            0.1, weight_decay=0.0, **{name: value}
+        )
+        for recipe, make in (_recipes | _full).items()
+        for name, value in _of_decay.items()
+    },
+    "weight_decay_mask, weight_decay=0: nag_gs": lambda: lro.nag_gs(
+        0.1, weight_decay_mask=_of_decay["weight_decay_mask"]
+    ),
+    "weight_decay_mask, weight_decay=0: adagrad_norm": lambda: lro.adagrad_norm(
+        0.1, weight_decay_mask=_of_decay["weight_decay_mask"]
+    ),
     "rho, subspace: ldadam": lambda: lro.ldadam(0.1, rho=0.5, subspace=_svd),
     "min_rank, rank": lambda: lro.subspaces.adaptive_rank(_svd, min_rank=9),
     "b1, inner: galore": lambda: lro.galore(0.1, b1=0.8, inner=_adam),
@@ -45,8 +60,8 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "subspace_learning_rate, subspace_optimizer": lambda: lro.online_subspace_descent(
         0.1, subspace_learning_rate=0.1, subspace_optimizer=optax.sgd(0.1)
     ),
-    "momentum_decay, inner": lambda: lro.scale_by_projection(
-        optax.identity(), _svd, residual=lro.residuals.error_feedback(momentum_decay=0.9)
+    "momentum, inner": lambda: lro.scale_by_projection(
+        optax.identity(), _svd, residual=lro.residuals.error_feedback(momentum=True)
     ).init({"kernel": jnp.ones((4, 8))}),
     "eps_placement, bias_correction": lambda: lro.grams(
         0.1, eps_placement="after_bias_correction", bias_correction=False

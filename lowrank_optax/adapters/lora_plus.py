@@ -7,7 +7,7 @@ import optax
 
 from lowrank_optax.matrices.paths import compiled_pattern, normalised_path
 from lowrank_optax.quantization import Bits
-from lowrank_optax.states.assemble import optimizer
+from lowrank_optax.states.assemble import has_no_decay, optimizer
 from lowrank_optax.states.precision import in_float32
 
 # Of adapters, and what is one-dimensional in a single layer (in a stack it has an axis more).
@@ -128,8 +128,13 @@ def lora_plus_adamw(
         lambda path, _: _name(path) not in _NO_DECAY, tree
     )
     # One optimizer for each rate: a schedule that starts at zero has no ratio to another.
+    mask = None if has_no_decay(weight_decay) else decays
     adamw = lambda rate: optimizer(
-        in_float32(optax.scale_by_adam(b1, b2, eps)), rate, weight_decay, decays, None, state_bits
+        in_float32(optax.scale_by_adam(b1, b2, eps)),
+        rate,
+        weight_decay,
+        mask,
+        state_bits=state_bits,
     )
     return optax.with_extra_args_support(
         optax.partition(

@@ -15,7 +15,8 @@ from lowrank_optax.matrices.argument_names import explains_names
 from lowrank_optax.optimizers.nag_gs_quadratic import to_heavy_ball
 from lowrank_optax.quantization import Bits
 from lowrank_optax.states import LowBitState, in_float32
-from lowrank_optax.states.assemble import with_state_bits
+from lowrank_optax.states.arguments import refuse_unused
+from lowrank_optax.states.assemble import has_no_decay, with_state_bits
 from lowrank_optax.states.precision import keep_dtypes, scalar_dtype, value_at, widened
 
 
@@ -201,7 +202,8 @@ def nag_gs(
         state_dtype=state_dtype,
     )
     tx = with_state_bits(tx, state_bits)
-    if isinstance(weight_decay, int | float) and weight_decay == 0:
+    if has_no_decay(weight_decay):
+        refuse_unused(nag_gs, f"weight_decay={weight_decay}", weight_decay_mask=weight_decay_mask)
         return tx
 
     def decay_of(state: ScaleByNagGsState, dtype: Any) -> jax.Array:

@@ -28,8 +28,8 @@ class Parts(NamedTuple):
 
     def with_averages(self) -> "Parts":
         """With how moments average, as in `transfer.averages_of`."""
-        follows = self.subspace.follow_momentum
-        return self._replace(averages=transfer.averages_of(self.inner, self.on_refresh, follows))
+        needs = self.subspace.follow_momentum, self.residual.needs_moments
+        return self._replace(averages=transfer.averages_of(self.inner, self.on_refresh, *needs))
 
     @property
     def each_alone(self) -> bool:
@@ -130,8 +130,7 @@ def project_leaf(parts: Parts, prepared: Prepared, state: LeafState, inner: Any)
         projected = parts.subspace.project(state.basis, matrix, view)
     moments = None
     if parts.residual.needs_moments:
-        around = (transfer.first_moment(x, view) for x in (prepared.inner, inner))
-        moments = transfer.Moments.of(*around)
+        moments = transfer.Moments.around(prepared.inner, inner, view, parts.averages)
     refreshed = state.next_refresh != last.next_refresh
     return Advanced(
         state=state,

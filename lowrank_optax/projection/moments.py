@@ -83,24 +83,32 @@ def at_path(tree: Any, path: Any) -> Any:
 
 
 class Average(NamedTuple):
-    """How a moment with a count beside it averages gradients, or their squares.
+    """How a moment averages gradients, or their squares: numbers, or arrays if they are traced.
 
     Attributes:
       decays: What is left of it after a gradient of zero, at the first three steps.
       sizes: What it is of a constant gradient, in units of that gradient's size (of its square),
         for a gradient of each of two sizes; one for an average of the gradients themselves.
+      rounding: Relative error that rounding may give a size.
       alone: Whether other moments have no part in it.
+      rest: What it is after a gradient of zero, if all moments were zero.
     """
 
-    decays: tuple[jax.Array, ...]
-    sizes: tuple[jax.Array, ...]
-    alone: jax.Array
+    decays: tuple[Any, ...]
+    sizes: tuple[Any, ...]
+    rounding: Any
+    alone: Any
+    rest: Any
 
     @property
-    def steady(self) -> jax.Array:
+    def traced(self) -> bool:
+        return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(self))
+
+    @property
+    def steady(self) -> bool:
         """Whether `correction` is right at all steps."""
         first, second, third = self.decays
-        return self.alone & ((first == 0) | (second == third))
+        return bool(self.alone) and (first == 0 or second == third)
 
     def correction(self, count: jax.Array, dtype: Any) -> jax.Array:
         """The share ``1 - b**count`` of all gradients so far in the moment; one before the first.
@@ -113,11 +121,23 @@ class Average(NamedTuple):
 
 
 def averages(inner: optax.GradientTransformationExtraArgs) -> dict[Any, Average]:
-    """How each moment averages that has a count beside it, by its path in the state of one leaf.
+    """How moments average, by their paths in the state of one leaf.
 
-    Found by updates of a small matrix. Decays are read from what is left of a moment after a
-    gradient of zero: what stands before the moments, as clipping, changes gradients, not decays.
+    That is first moments, and second ones with a count beside them. Found by updates of a small
+    matrix, outside of the program that is traced unless hyperparameters are traced. Decays are read
+    from what is left of a moment after a gradient of zero: what stands before the moments, as
+    clipping, changes gradients, not decays.
     """
+    no_mesh = jax.sharding.AbstractMesh((), ())  # the caller's may have explicit axes
+    with jax.ensure_compile_time_eval(), jax.sharding.use_abstract_mesh(no_mesh):
+        found = _looked_at(inner)
+    return {
+        path: average if average.traced else jax.tree.map(float, average)
+        for path, average in found.items()
+    }
+
+
+def _looked_at(inner: optax.GradientTransformationExtraArgs) -> dict[Any, Average]:
     signs = jnp.array([[1.0, -1.0], [-1.0, 1.0]])  # of mean zero, in case means are removed
     zeros = jnp.zeros_like(signs)
     after = lambda gradient, state: leaves_by_path(inner.update(gradient, state, zeros)[1])
@@ -127,7 +147,8 @@ def averages(inner: optax.GradientTransformationExtraArgs) -> dict[Any, Average]
     orders = {}
     for path, x in jax.tree_util.tree_leaves_with_path(states[0]):
         order = 1 if field(path) in FIRST_MOMENTS else 2 if field(path) in SECOND_MOMENTS else 0
-        if order and x.shape == zeros.shape and count_beside(states[0], path) is not None:
+        counted = order == 1 or count_beside(states[0], path) is not None
+        if order and counted and x.shape == zeros.shape:
             orders[path] = order
 
     def only(state: Any, one: Any) -> Any:
@@ -138,36 +159,23 @@ def averages(inner: optax.GradientTransformationExtraArgs) -> dict[Any, Average]
     found = {}
     for path, order in orders.items():
         left = [after(zeros, only(state, path)) for state in states]
-        decays = tuple(x[path][0, 0] for x in left)
+        decays = tuple(x[path][0, 0].astype(signs.dtype) for x in left)
         apart = [jnp.abs(left[-1][other][0, 0]) < 1e-6 for other in orders if other != path]
-        weights = [after(size * signs, only(states[-1], None))[path][0, 0] for size in _SIZES]
-        found[path] = Average(
-            decays,
-            tuple(
-                _one_or(weight / size**order / (1 - decays[-1]))
-                for weight, size in zip(weights, _SIZES, strict=True)
-            ),
-            functools.reduce(jnp.logical_and, apart, jnp.array(True)),
-        )
+        rest, *weights = [
+            after(size * signs, only(states[-1], None))[path][0, 0] for size in (0, *_SIZES)
+        ]
+        sizes = [x / y**order / (1 - decays[-1]) for x, y in zip(weights, _SIZES, strict=True)]
+        # In bfloat16 a decay of 0.9 is 0.898, and the weight of a gradient 0.1 still.
+        rounding = 4 * jnp.finfo(left[-1][path].dtype).eps / jnp.maximum(1 - decays[-1], 1e-6)
+        exact = [jnp.where(jnp.abs(x - 1) < 1e-2, 1, x) for x in sizes]
+        alone = functools.reduce(jnp.logical_and, apart, jnp.array(True))
+        found[path] = Average(decays, tuple(exact), rounding, alone, rest)
     return found
 
 
-def _one_or(size: jax.Array) -> jax.Array:
-    """The size, without the rounding of an average of the gradients themselves."""
-    return jnp.where(jnp.abs(size - 1) < 1e-2, 1, size)
-
-
-def agree(x: jax.Array, y: jax.Array, *decays: jax.Array) -> bool:
-    """Whether two sizes of averages are the same but for rounding; True if they are traced.
-
-    What rounding a decay near one makes of a size is ``eps / (1 - decay)``.
-    """
-    values = (x, y, *decays)
-    if any(isinstance(value, jax.core.Tracer) for value in values):
-        return True
-    one, other, *near = map(float, values)
-    room = 1e-2 + sum(4 * float(jnp.finfo(jnp.float32).eps) / max(1 - d, 1e-6) for d in near)
-    return math.isfinite(other) and abs(one - other) <= room * abs(other)
+def agree(x: float, y: float, rounding: float) -> bool:
+    """Whether two sizes of averages are the same but for rounding, and for what ``eps`` adds."""
+    return math.isfinite(y) and abs(x - y) <= (1e-2 + rounding) * abs(y)
 
 
 def count_beside(state: Any, path: Any) -> Any:

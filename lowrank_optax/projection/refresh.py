@@ -1,4 +1,4 @@
-"""When a basis is found anew: every so many steps, lazily, upon convergence, or never again."""
+"""When a basis is refreshed: every few steps, lazily, upon convergence, or never again."""
 
 from collections.abc import Callable
 import functools

@@ -1,4 +1,4 @@
-"""The refresh: bases found anew where they are due, and inner states moved along.
+"""The refresh: finds bases that need one again, and moves inner states to the new bases.
 
 Each leaf has a conditional of its own, and so has each slice of one that is updated in slices.
 """
@@ -85,15 +85,15 @@ def _refresh(parts: Parts, leaf: Prepared, when: When, due: jax.Array) -> tuple[
     if parts.subspace.shared:
         new = parts.subspace.refresh(when.key, None, basis, None, None)
     else:
-        momentum = _momentum(parts, leaf)
+        momentum = _momentum(parts, leaf, when)
         new = parts.subspace.refresh(when.key, leaf.matrix, basis, momentum, leaf.view)
     return _taken(parts, leaf, new, when, due)
 
 
-def _momentum(parts: Parts, leaf: Prepared) -> jax.Array | None:
+def _momentum(parts: Parts, leaf: Prepared, when: When) -> jax.Array | None:
     if not parts.subspace.follow_momentum:
         return None
-    return transfer.corrected_first_moment(leaf.inner, leaf.view, parts.averages)
+    return transfer.corrected_first_moment(leaf.inner, leaf.view, parts.averages, when.count)
 
 
 def _taken(

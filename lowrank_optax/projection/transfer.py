@@ -1,7 +1,6 @@
 """What becomes of the inner optimizer's state when the basis turns: kept, reset, or rotated."""
 
 from collections.abc import Callable
-import concurrent.futures
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
@@ -21,20 +20,28 @@ Averages: TypeAlias = dict[Any, moments.Average]
 
 
 class Moments(NamedTuple):
-    """A leaf's first moment around a refresh, in the projected shape.
+    """A leaf's first moment around a refresh, in the projected shape and the gradients' units.
 
     Attributes:
       before: As the inner optimizer left it, in the last basis.
       after: As it starts from, in the new one.
+      decay: What one step of the inner optimizer leaves of it, ``b1`` of Adam.
     """
 
     before: jax.Array
     after: jax.Array
+    decay: jax.typing.ArrayLike
 
     @classmethod
-    def of(cls, before: jax.Array | None, after: jax.Array | None) -> "Moments | None":
-        """None if the inner optimizer keeps no first moment."""
-        return None if before is None or after is None else cls(before, after)
+    def around(cls, before: Any, after: Any, view: View, averages: Averages) -> "Moments | None":
+        """From two inner states of one leaf; None if the inner optimizer keeps no first moment."""
+        path = next(iter(_first_paths(before, view)), None)
+        if path is None:
+            return None
+        average = averages[path]
+        size = jnp.asarray(average.sizes[0], view.dtype)
+        one, other = (moments.at_path(state, path) / size for state in (before, after))
+        return cls(one, other, average.decays[-1])
 
 
 def transferred(
@@ -87,18 +94,27 @@ def first_moment(state: Any, view: View) -> jax.Array | None:
     return moments.at_path(state, paths[0]) if paths else None
 
 
-def corrected_first_moment(state: Any, view: View, averages: Averages) -> jax.Array | None:
-    """A leaf's first moment as an average of its gradients; None if the inner keeps none."""
-    paths = _first_paths(state, view)
-    if not paths:
+def corrected_first_moment(
+    state: Any, view: View, averages: Averages, steps: jax.Array
+) -> jax.Array | None:
+    """A leaf's first moment as an average of its gradients; None if the inner keeps none.
+
+    ``steps`` is the number of steps so far, for a moment without a count beside it.
+    """
+    path = next(iter(_first_paths(state, view)), None)
+    if path is None:
         return None
-    average = averages.get(paths[0])
-    size = 1 if average is None else jnp.asarray(average.sizes[0], view.dtype)
-    return moments.at_path(state, paths[0]) / (size * _correction(averages, state, paths[0], view))
+    average, count = averages[path], moments.count_beside(state, path)
+    correction = average.correction(steps if count is None else count, view.dtype)
+    size = jnp.asarray(average.sizes[0], view.dtype) * correction[..., None, None]
+    return moments.at_path(state, path) / size
 
 
 def averages_of(
-    inner: optax.GradientTransformationExtraArgs, on_refresh: OnRefresh, follows: bool
+    inner: optax.GradientTransformationExtraArgs,
+    on_refresh: OnRefresh,
+    follows: bool,
+    feeds_back: bool,
 ) -> Averages:
     """How the inner optimizer's moments average, where a refresh needs to know.
 
@@ -106,34 +122,56 @@ def averages_of(
       inner: The inner optimizer.
       on_refresh: What becomes of its state.
       follows: Whether the subspace rule follows the momentum.
+      feeds_back: Whether the residual rule needs the momentum.
 
     Raises:
       ValueError: If moments are averages of another kind. (Not where decays are traced.)
     """
-    if on_refresh != "rotate_moments" and not follows:
+    if on_refresh != "rotate_moments" and not follows and not feeds_back:
         return {}
     found = moments.averages(inner)
+    if is_traced(found):
+        return found
     for path, average in found.items():
         if field(path) not in FIRST_MOMENTS and on_refresh == "rotate_moments":
             _check_pair(found, path)
-        elif field(path) in FIRST_MOMENTS and follows:
-            steady = moments.agree(average.steady, jnp.array(True))
-            if not (steady and moments.agree(*average.sizes, average.decays[-1])):
-                raise ValueError(
-                    f"the subspace rule follows the momentum, but {jax.tree_util.keystr(path)} of "
-                    "the inner optimizer is no moving average of gradients in their own units, as "
-                    "that of optax.scale_by_adam. Take another subspace rule."
-                )
+        elif field(path) in FIRST_MOMENTS and (follows or feeds_back):
+            _check_first(path, average, follows)
     return found
 
 
-def check_averages(
-    inner: optax.GradientTransformationExtraArgs, on_refresh: OnRefresh, follows: bool
-) -> None:
-    """`averages_of`, for its errors, whatever is being traced."""
-    # In a thread of its own nothing is traced, and no mesh is active, which may be an abstract one.
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        pool.submit(averages_of, inner, on_refresh, follows).result()
+def is_traced(averages: Averages) -> bool:
+    """Whether hyperparameters of the inner optimizer are traced, so that nothing can be kept."""
+    return any(average.traced for average in averages.values())
+
+
+def _check_first(path: Any, average: moments.Average, follows: bool) -> None:
+    """Refuses a first moment that is no average of gradients in units that are known."""
+    if average.steady and moments.agree(*average.sizes, rounding=average.rounding):
+        return
+    rule, does = ("subspace", "follows") if follows else ("residual", "feeds back")
+    reason = _disturbance(average) or (
+        "is no moving average of gradients in their own units, as that of optax.scale_by_adam"
+    )
+    raise ValueError(
+        f"the {rule} rule {does} the momentum, but {jax.tree_util.keystr(path)} of the inner "
+        f"optimizer {reason}. Take another {rule} rule otherwise."
+    )
+
+
+def _disturbance(average: moments.Average) -> str | None:
+    """What keeps a moment from averaging a gradient a step, and what to do; None if nothing."""
+    if average.rest != 0:
+        return (
+            "changes at a gradient of zero, as with noise that optax.add_noise adds to gradients. "
+            "Chain that before the whole optimizer"
+        )
+    if 1 in average.decays:
+        return (
+            "is not updated at every step, as in optax.MultiSteps. Put that around the whole "
+            "optimizer"
+        )
+    return None
 
 
 def _check_pair(found: Averages, path: Any) -> None:
@@ -144,15 +182,16 @@ def _check_pair(found: Averages, path: Any) -> None:
     if beside is None:  # then it only turns, as it is
         return
     one, two = found[beside], found[path]
-    decays = one.decays[-1], two.decays[-1]
-    fits = [moments.agree(x**2, y, *decays) for x, y in zip(one.sizes, two.sizes, strict=True)]
-    fits += [moments.agree(x.steady, jnp.array(True)) for x in (one, two)]
-    if not all(fits):
+    room = one.rounding + two.rounding
+    fits = [moments.agree(x**2, y, room) for x, y in zip(one.sizes, two.sizes, strict=True)]
+    if not (all(fits) and one.steady and two.steady):
         first, second = (jax.tree_util.keystr(p) for p in (beside, path))
+        needs = f"on_refresh='rotate_moments' needs the inner state's {second} to be"
+        reason = _disturbance(one) or _disturbance(two)
         raise ValueError(
-            f"on_refresh='rotate_moments' cannot rotate the inner state's {second}: it is no "
-            f"moving average, of one decay, of the squares that {first} averages. Take 'rotate', "
-            "'keep' or 'reset'."
+            f"{needs} an exponential moving average, with a constant decay, of the squares of the "
+            f"gradients that {first} averages; it {reason or 'is not'}. Take 'rotate', "
+            "'keep' or 'reset' otherwise."
         )
 
 

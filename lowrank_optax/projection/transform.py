@@ -41,9 +41,9 @@ from lowrank_optax.projection.state import ScaleByProjectionState, pack, unpack
 from lowrank_optax.projection.subspaces import Subspace, both_sides
 from lowrank_optax.projection.transfer import (
     OnRefresh,
-    check_averages,
     check_on_refresh,
     first_moment,
+    is_traced,
 )
 from lowrank_optax.projection.view import LeafView, Side, compute_dtype, leaf_view
 from lowrank_optax.slices.call import Call
@@ -113,9 +113,9 @@ def scale_by_projection(
     Raises:
       ValueError: If an argument is out of range, a spec does not fit, or two choices exclude each
         other; in ``init``, if no leaf is a matrix though some have two axes or more, if a pattern
-        of ``subspace`` matches no matrix, or if moments are to be rotated or followed that are no
-        moving averages of gradients and their squares. If most elements of leaves of two axes or
-        more are left out, ``init`` warns.
+        of ``subspace`` matches no matrix, or if moments are to be rotated, followed or fed back
+        that are no moving averages of gradients and their squares. If most elements of leaves of
+        two axes or more are left out, ``init`` warns.
       TypeError: If ``inner`` or ``others`` is not an optax transformation, or ``subspace`` not a
         subspace rule.
 
@@ -151,6 +151,15 @@ def scale_by_projection(
     _check(parts, side, accumulate_steps)
     micro_steps = accumulate_steps or 1
     other = None if others is None else transformation("others", others)
+    known: list[Parts] = []
+
+    def with_averages() -> Parts:
+        if known:
+            return known[0]
+        found = parts.with_averages()
+        if not is_traced(found.averages):
+            known.append(found)
+        return found
 
     def views_of(tree: Any, whole: Whole | None = None) -> list[LeafView | None]:
         around = whole_of(whole, tree)
@@ -161,7 +170,7 @@ def scale_by_projection(
         leaves, treedef = jax.tree.flatten(params)
         views = views_of(params)
         _check_found(params, views, parts.subspace)
-        check_averages(parts.inner, parts.on_refresh, parts.subspace.follow_momentum)
+        with_averages()  # for its errors
         places, matrices = itertools.count(), sum(v is not None for v in views)
         states = [
             None if v is None else init_leaf(parts, v.view, next(places) / matrices) for v in views
@@ -191,7 +200,7 @@ def scale_by_projection(
         views = _in_dtype_of(leaves, views_of(treedef.unflatten(likes), whole))
         states = unpack(parts, treedef, state)
         views = _in_size_of(parts, states, views)
-        runner = InnerRunner(parts.with_averages(), other, treedef, views, leaves)
+        runner = InnerRunner(with_averages(), other, treedef, views, leaves)
         micro_step = state.count % micro_steps
         when = When(
             count=state.count // micro_steps,
@@ -318,7 +327,7 @@ def _check_moments(views: Sequence[LeafView | None], inners: Sequence[Any]) -> N
     for view, inner in zip(views, inners, strict=True):
         if view is not None and first_moment(inner, view.view) is None:
             raise ValueError(
-                "residual has a momentum_decay=, but inner keeps no first moment that a refresh "
+                "residual has momentum=True, but inner keeps no first moment that a refresh "
                 "could lose a part of: leave it out, as residuals.error_feedback()."
             )
 

@@ -17,10 +17,11 @@ def scale_by_adam(
     bias_correction: bool = True,
     mu_dtype: Any = None,
 ) -> optax.GradientTransformation:
-    r"""``optax.scale_by_adam``, or :math:`m \sqrt{1 - b_2^t} / (1 - b_1^t) / (\sqrt v + \epsilon)`.
+    r"""Adam's scaling as in optax, or with ``eps`` added before bias correction.
 
-    The latter, with ``eps`` added before the second moment is corrected for its start at zero, is
-    what Hugging Face's AdamW does, and many official codes after it. The state is the same.
+    The first is ``optax.scale_by_adam``. The second is
+    :math:`m \sqrt{1 - b_2^t} / (1 - b_1^t) / (\sqrt v + \epsilon)`, as in Hugging Face's AdamW and
+    the official codes that follow it. Both keep the same state.
 
     Args:
       b1: Decay of the first moment.
@@ -28,7 +29,7 @@ def scale_by_adam(
       eps: Added to the root of the second moment.
       eps_placement: Before or after bias correction.
       bias_correction: False leaves out the factor of both square root and :math:`1 - b_1^t`.
-      mu_dtype: Of the first moment.
+      mu_dtype: Dtype of the first moment; None for that of the parameters.
 
     Raises:
       ValueError: If ``eps_placement`` is unknown, or ``b1`` or ``b2`` not in [0, 1).

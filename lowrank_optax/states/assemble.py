@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args
 import optax
 
 from lowrank_optax.quantization import Bits
+from lowrank_optax.states.arguments import refuse_unused
 from lowrank_optax.states.low_bit import low_bit
 from lowrank_optax.states.precision import keep_dtypes
 
@@ -14,8 +15,13 @@ DecayPlacement = Literal["before_step", "after_step"]
 def with_state_bits(
     tx: optax.GradientTransformationExtraArgs, state_bits: Bits | None
 ) -> optax.GradientTransformationExtraArgs:
-    """``tx`` with its moments in so many bits between steps; None and 32 leave it as it is."""
+    """``tx`` with ``state_bits`` per moment between steps; None and 32 leave it as it is."""
     return tx if state_bits is None or state_bits == 32 else low_bit(tx, state_bits)
+
+
+def has_no_decay(weight_decay: Any) -> bool:
+    """Whether weights never decay: not so if the number is traced, or a schedule."""
+    return isinstance(weight_decay, int | float) and weight_decay == 0
 
 
 def optimizer(
@@ -23,26 +29,32 @@ def optimizer(
     learning_rate: optax.ScalarOrSchedule,
     weight_decay: Any = 0.0,
     weight_decay_mask: Any = None,
+    *,
     accumulate_steps: int | None = None,
     state_bits: Bits | None = None,
     decay_placement: DecayPlacement = "before_step",
 ) -> optax.GradientTransformationExtraArgs:
     """An optimizer from a `scale_by_...` transformation: decoupled decay, then the learning rate.
 
-    While gradients accumulate, neither acts, and schedules count optimizer steps. With
-    ``state_bits``, moments are stored in so many. Decay is of the weights as they are before the
-    step, as in ``optax.adamw``, or after it.
+    While gradients accumulate, neither acts, and schedules count optimizer steps. ``state_bits`` is
+    the number of bits per moment. Weights decay before the step, as in ``optax.adamw``, or after
+    it.
 
     Raises:
-      ValueError: If ``decay_placement`` is neither.
+      ValueError: If ``decay_placement`` is neither, or if it or a mask is given without decay.
     """
     if decay_placement not in get_args(DecayPlacement):
         raise ValueError(
             f"decay_placement={decay_placement!r} must be 'before_step' or 'after_step'."
         )
     scaled = with_state_bits(scaled, state_bits)
-    no_decay = isinstance(weight_decay, int | float) and weight_decay == 0
-    if no_decay:  # must not ask for parameters, and leaves the same (empty) state
+    if has_no_decay(weight_decay):  # must not ask for parameters
+        refuse_unused(
+            optimizer,
+            f"weight_decay={weight_decay}",
+            weight_decay_mask=weight_decay_mask,
+            decay_placement=decay_placement,
+        )
         decay = optax.identity()
     else:
         decay = optax.add_decayed_weights(weight_decay, weight_decay_mask)

@@ -93,7 +93,7 @@ def test_the_momentum_that_a_refresh_projects_away_is_fed_back() -> None:
     tx = lro.scale_by_projection(
         optax.scale_by_adam(b1),
         lro.subspaces.from_basis(2, refresh),
-        residual=lro.residuals.error_feedback(32, momentum_decay=b1),
+        residual=lro.residuals.error_feedback(32, momentum=True),
         on_refresh="rotate",
         refresh_every=1,
         side="rows",

@@ -205,7 +205,6 @@ def test_raw_and_sign_add_the_residual_and_its_signs(name: str, size: Any) -> No
         (lambda: residuals.fira(floor=1.0), "floor=1.0"),
         (lambda: residuals.gradient_scaling(gamma=-1.0), "gamma=-1.0"),
         (lambda: residuals.error_feedback(bits=4), "bits=4"),
-        (lambda: residuals.error_feedback(momentum_decay=1.0), "momentum_decay=1.0"),
         (lambda: _projected("throw_away"), "residual='throw_away'.*'drop'"),
         (lambda: _projected("fira", side="both"), "side='both'"),
     ],

@@ -1,6 +1,7 @@
 """What becomes of the inner optimizer's state when the basis turns."""
 
 from typing import Any
+import warnings
 
 from close import assert_close
 import jax
@@ -116,6 +117,44 @@ def test_moments_of_changed_gradients_turn_by_their_own_decays(before: Any, fact
     assert_close(state.inner[1].nu["kernel"], adam.second, 800)
 
 
+def test_moments_in_bfloat16_turn() -> None:
+    turn = np.asarray(orthonormal(3, 3, seed=1), np.float64)
+    adam, rounded = (optax.scale_by_adam(eps=0, mu_dtype=x) for x in (None, jnp.bfloat16))
+    one, other, scaled = (
+        moved(_projected(_sequence(turn), "rotate_moments", inner=inner), SHAPE, gradients)
+        for gradients in [normal_gradients(SHAPE, 3)]
+        for inner in (adam, rounded, optax.chain(optax.scale(8.0), rounded))
+    )
+    np.testing.assert_allclose(other, scaled, atol=1e-4)
+    assert np.linalg.norm(one - other) < 0.03 * np.linalg.norm(one)
+
+
+def test_how_moments_average_is_looked_at_outside_of_the_program() -> None:
+    zeros = {"kernel": jnp.zeros(SHAPE)}
+    tx = _projected(lro.subspaces.power_iteration(3), "rotate_moments")
+    small = "f32[2,2]"  # what the inner optimizer is looked at with
+    assert small not in str(jax.make_jaxpr(tx.init)(zeros))
+    assert small not in str(jax.make_jaxpr(tx.update)(zeros, tx.init(zeros)))
+
+
+def test_decays_that_are_traced_are_looked_at_within_the_program() -> None:
+    gradients, zeros = normal_gradients(SHAPE, 3), {"kernel": jnp.zeros(SHAPE)}
+    make = lambda b1: _projected(
+        lro.subspaces.power_iteration(3), "rotate_moments", inner=optax.scale_by_adam(b1)
+    )
+    injected = optax.inject_hyperparams(make)(b1=0.8)
+    ours, theirs = (run(tx, zeros, gradients)[-1][0] for tx in (injected, make(0.8)))
+    np.testing.assert_allclose(ours["kernel"], theirs["kernel"], atol=1e-5)
+
+
+def test_moments_are_looked_at_in_the_precision_that_is_set() -> None:
+    with jax.enable_x64(True), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        inner = optax.chain(optax.scale(jnp.float64(1.0)), optax.scale_by_adam())
+        tx = _projected(lro.subspaces.svd(2), "rotate_moments", inner=inner)
+        tx.init({"kernel": jnp.ones(SHAPE, jnp.float64)})
+
+
 @pytest.mark.parametrize(
     "inner",
     [
@@ -131,6 +170,25 @@ def test_second_moments_that_are_not_mean_squares_are_not_rotated(inner: Any) ->
     tx = _projected(lro.subspaces.svd(2), "rotate_moments", inner=inner())
     with pytest.raises(ValueError, match=r"'rotate_moments'.*nu.*'rotate', 'keep' or 'reset'"):
         tx.init(params)
+
+
+@pytest.mark.parametrize("residual", ["drop", lro.residuals.error_feedback(momentum=True)])
+@pytest.mark.parametrize(
+    ("inner", "match"),
+    [
+        (optax.chain(optax.add_noise(0.1, 0.5, 0), optax.scale_by_adam()), "optax.add_noise"),
+        (
+            optax.MultiSteps(optax.scale_by_adam(), 2).gradient_transformation(),
+            "optax.MultiSteps",
+        ),
+    ],
+    ids=["noise", "skipped"],
+)
+def test_what_keeps_moments_from_averaging_is_named(inner: Any, match: str, residual: Any) -> None:
+    how = "rotate_moments" if residual == "drop" else "keep"
+    tx = _projected(lro.subspaces.svd(2), how, inner=inner, residual=residual)
+    with pytest.raises(ValueError, match=rf"(?s)mu.*{match}.* the whole optimizer"):
+        tx.init({"kernel": jnp.ones(SHAPE)})
 
 
 def test_second_moments_stay_where_they_are_if_only_first_ones_rotate() -> None:

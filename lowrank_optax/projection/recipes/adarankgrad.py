@@ -120,7 +120,7 @@ def adarankgrad(
         learning_rate,
         weight_decay,
         weight_decay_mask,
-        accumulate_steps,
-        state_bits,
-        decay_placement,
+        accumulate_steps=accumulate_steps,
+        state_bits=state_bits,
+        decay_placement=decay_placement,
     )

@@ -41,17 +41,13 @@ def chosen_inner(
     b2: Any,
     eps: Any,
     eps_placement: EpsPlacement,
-    *,
-    needs_b1: bool = False,
 ) -> optax.GradientTransformation:
     """The inner optimizer given, or Adam.
 
     Raises:
-      ValueError: If an inner optimizer is given, and Adam's options too; but ``b1`` where the
-        recipe has a use of its own for it.
+      ValueError: If an inner optimizer is given, and Adam's options too.
     """
     if inner is None:
         return scale_by_adam(b1, b2, eps, eps_placement)
-    unused = {"b2": b2, "eps": eps, "eps_placement": eps_placement}
-    refuse_unused(recipe, "inner", **unused if needs_b1 else {"b1": b1, **unused})
+    refuse_unused(recipe, "inner", b1=b1, b2=b2, eps=eps, eps_placement=eps_placement)
     return inner

@@ -132,7 +132,7 @@ def galore(
         learning_rate,
         weight_decay,
         weight_decay_mask,
-        accumulate_steps,
-        state_bits,
-        decay_placement,
+        accumulate_steps=accumulate_steps,
+        state_bits=state_bits,
+        decay_placement=decay_placement,
     )

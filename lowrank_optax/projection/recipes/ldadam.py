@@ -65,8 +65,8 @@ def ldadam(
       weight_decay: Decoupled decay of the full weights.
       rho: Weight :math:`\rho` of the momentum in what the subspace follows.
       error_feedback: Bits of the error, 32 or 8; None for no feedback.
-      inner: The optimizer in the subspace, if not Adam; leave ``b2`` and ``eps`` out then. Where
-        errors are fed back, ``b1`` must be the decay of its first moment.
+      inner: The optimizer in the subspace, if not Adam; leave ``b1``, ``b2`` and ``eps`` out then.
+        Its first moment must be a moving average of gradients; :math:`b_1` is read from it.
       eps_placement: Whether ``eps`` is added before or after bias correction: see `galore`.
       decay_placement: Whether the weights decay as they are before the step, or after it: see
         `galore`.
@@ -101,9 +101,9 @@ def ldadam(
     if subspace is not None:
         refuse_unused(ldadam, "subspace", rho=rho)
     projected = scale_by_projection(
-        chosen_inner(ldadam, inner, b1, b2, eps, eps_placement, needs_b1=keeps_error),
+        chosen_inner(ldadam, inner, b1, b2, eps, eps_placement),
         chosen_subspace(subspace, rank, 128, followed),
-        residual=residuals.error_feedback(error_feedback, b1) if keeps_error else "drop",
+        residual=residuals.error_feedback(error_feedback, momentum=True) if keeps_error else "drop",
         on_refresh="rotate_moments",
         refresh_every=refresh_every,
         side=side,

@@ -22,7 +22,8 @@ class Step(NamedTuple):
       count: Number of updates before this one.
       basis: The subspace rule's basis at this step.
       last_basis: That of the step before.
-      moments: The first moment before and after a refresh; None unless the rule asks for it.
+      moments: The first moment before and after a refresh, in the gradients' units, and its decay;
+        None unless the rule asks for it.
       subspace: The subspace rule.
       view: How the leaf is projected.
     """

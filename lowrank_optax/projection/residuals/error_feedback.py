@@ -25,7 +25,7 @@ class QuantizedError(NamedTuple):
     step: jax.Array
 
 
-def error_feedback(bits: Literal[32, 8] = 32, momentum_decay: float | None = None) -> Residual:
+def error_feedback(bits: Literal[32, 8] = 32, momentum: bool = False) -> Residual:
     r"""Error feedback: ``E ← G + E - P R`` is kept and added to the next gradient.
 
     Nothing is lost, only late: the sum of all that was projected, plus the error, is the sum of all
@@ -34,12 +34,13 @@ def error_feedback(bits: Literal[32, 8] = 32, momentum_decay: float | None = Non
 
     Args:
       bits: 32, or 8: codes from 0 to 255 between the least and the largest entry of each row.
-      momentum_decay: LDAdam's generalization: the part of the first moment that a refresh projects
-        away is kept too, :math:`\tfrac{b_1}{1 - b_1}(P_{t-1} M - P_t C M)`, with this :math:`b_1`;
-        None keeps gradients alone.
+      momentum: LDAdam's generalization: the part of the first moment that a refresh projects away
+        is kept too, :math:`\tfrac{b_1}{1 - b_1}(P_{t-1} M - P_t C M)`, with the inner optimizer's
+        :math:`b_1`, and its first moment in the gradients' units.
 
     Raises:
-      ValueError: If an argument is out of range.
+      ValueError: If ``bits`` is neither.
+      TypeError: If ``momentum`` is not a bool.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro, optax
@@ -59,8 +60,8 @@ def error_feedback(bits: Literal[32, 8] = 32, momentum_decay: float | None = Non
     """
     if bits not in (8, 32):
         raise ValueError(f"bits={bits!r} must be 32 or 8.")
-    if isinstance(momentum_decay, int | float) and not 0 <= momentum_decay < 1:
-        raise ValueError(f"momentum_decay={momentum_decay!r} must be at least 0 and below 1.")
+    if not isinstance(momentum, bool):
+        raise TypeError(f"momentum={momentum!r} must be a bool: b1 is read from inner.")
     encode, decode = (_quantized, _dequantized) if bits == 8 else (_as_is, _as_is)
 
     def init(view: View) -> Any:
@@ -73,15 +74,15 @@ def error_feedback(bits: Literal[32, 8] = 32, momentum_decay: float | None = Non
     def update(state: Any, step: Step) -> tuple[jax.Array, Any]:
         assert step.matrix is not None
         sent, kept = step.projected, step.matrix
-        if step.moments is not None and momentum_decay is not None:
-            weight = momentum_decay / (1 - momentum_decay)
+        if step.moments is not None and momentum:
+            weight = step.moments.decay / (1 - step.moments.decay)
             last = step.subspace.lift(step.last_basis, step.moments.before, step.view)
             sent, kept = sent + weight * step.moments.after, kept + weight * last
         error = encode(kept - step.lift(sent))
         usable = all_finite(kept, len(step.view.batch))
         return step.lift(step.scale * step.answer), select(usable, error, state)
 
-    return Residual(update, init, before, needs_moments=momentum_decay is not None)
+    return Residual(update, init, before, needs_moments=momentum)
 
 
 def _as_is(x: jax.Array) -> jax.Array:

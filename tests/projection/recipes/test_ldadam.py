@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import optax
 import pytest
 
 import lowrank_optax as lro
@@ -53,6 +54,47 @@ def test_agrees_with_a_float64_reference(decay: float, feedback: bool) -> None:
     )
     expected = _reference(float64(gradients), 0.1, decay, feedback)
     np.testing.assert_allclose(moved(tx, SHAPE, gradients), expected, atol=2e-4)
+
+
+def _moved(inner: Any, **options: Any) -> np.ndarray:
+    rule = lro.subspaces.power_iteration(RANK, RHO, initial=lro.subspaces.svd(RANK))
+    tx = lro.ldadam(1.0, subspace=rule, inner=inner, **options)
+    return moved(tx, SHAPE, normal_gradients(SHAPE, 4))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (
+            optax.scale_by_adam(0.9, 0.99, 0.0),
+            optax.chain(optax.scale(128.0), optax.scale_by_adam(0.9, 0.99, 0.0)),
+        ),
+        (optax.trace(0.9), optax.chain(optax.ema(0.9, debias=False), optax.scale(10.0))),
+        (optax.ema(0.9), optax.chain(optax.scale(7.0), optax.ema(0.9), optax.scale(1 / 7))),
+    ],
+    ids=["scaled", "trace", "ema"],
+)
+def test_a_momentum_in_any_units_is_followed_and_fed_back_alike(one: Any, other: Any) -> None:
+    np.testing.assert_allclose(_moved(one), _moved(other), atol=1e-4)
+
+
+def test_the_decay_of_what_is_fed_back_is_that_of_the_inner_optimizer() -> None:
+    rule = lro.subspaces.power_iteration(RANK, RHO, initial=lro.subspaces.svd(RANK))
+    own = lro.ldadam(1.0, b1=0.5, subspace=rule)
+    expected = moved(own, SHAPE, normal_gradients(SHAPE, 4))
+    inner = optax.scale_by_adam(0.5, B2, EPS)
+    np.testing.assert_allclose(_moved(inner), expected, atol=1e-5)
+    wrong = moved(lro.ldadam(1.0, subspace=rule), SHAPE, normal_gradients(SHAPE, 4))
+    assert np.abs(wrong - expected).max() > 0.1
+
+
+def test_a_momentum_that_is_no_average_is_not_fed_back() -> None:
+    inner = optax.chain(optax.scale_by_sign(), optax.scale_by_adam())
+    tx = lro.scale_by_projection(
+        inner, lro.subspaces.svd(RANK), residual=lro.residuals.error_feedback(momentum=True)
+    )
+    with pytest.raises(ValueError, match=r"residual rule feeds back the momentum, but .*mu"):
+        tx.init({"kernel": np.ones(SHAPE, np.float32)})
 
 
 @pytest.mark.slow

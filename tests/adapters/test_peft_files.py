@@ -443,3 +443,93 @@ def test_a_square_weight_of_gpt2_cannot_be_told_from_its_transpose(tmp_path):
         lro.adapters.UnsupportedConfigError, match=r"mlp in modules_to_save, a squa"
     ):
         load_peft(Model(True), tmp_path / "a", names=NAMES)
+
+
+class Small(nnx.Module):
+    """A layer and a head, whose weight PEFT writes beside an adapter."""
+
+    def __init__(self, seed=0):
+        self.mlp = nnx.Linear(DIM, 6, rngs=nnx.Rngs(seed))
+        self.head = nnx.Linear(6, 5, rngs=nnx.Rngs(seed + 1))
+
+    def __call__(self, x):
+        return self.head(jnp.tanh(self.mlp(x)))
+
+
+SMALL = {"mlp": "mlp", "head": "lm_head"}
+INPUTS = np.linspace(-1, 1, 3 * DIM, dtype=np.float32).reshape(3, DIM)
+
+
+def move(model, name):
+    """Factors of an adapter as if they had been trained."""
+    rng = np.random.default_rng(len(name))
+    for layer in (model.mlp, model.head):
+        if name in getattr(layer, "adapters", {}):
+            arrays = layer.adapters[name].arrays
+            for key in sorted({"A", "B", "magnitude"} & set(arrays)):
+                noise = rng.normal(size=arrays[key].shape).astype(np.float32)
+                arrays[key].set_value(arrays[key][...] + 0.3 * noise)
+
+
+def put(model, method, where, name="a"):
+    lro.adapters.attach(model, method, where, rngs=0, name=name)
+    move(model, name)
+    return model
+
+
+def saved_and_loaded(model, folder, name="a", seed=0):
+    save_peft(model, folder, name=name, names=SMALL)
+    return load_peft(Small(seed), folder, name=name, names=SMALL)
+
+
+BASES = {
+    "lora": LORA,
+    "dora": lro.adapters.DoRA(rank=2, alpha=5),
+    "pissa": lro.adapters.PiSSA(rank=2, alpha=5),
+}
+
+
+@pytest.mark.parametrize("case", ["plain", "merged", "layer_merged", "other_merged", "own_head"])
+@pytest.mark.parametrize("method", BASES)
+def test_a_saved_adapter_gives_its_outputs_on_a_fresh_base_or_is_refused(tmp_path, method, case):
+    model = put(Small(), BASES[method], "mlp" if case in ("own_head", "layer_merged") else ".*")
+    if case == "own_head":
+        lro.adapters.also_train(model, "head/kernel")
+        model.head.kernel.set_value(2 * model.head.kernel[...])
+    expected = model(INPUTS)
+    merged = "b" if case == "other_merged" else "a"
+    if case == "other_merged":
+        put(model, LORA, "head", "b")
+    if case.endswith("merged"):
+        lro.adapters.merge(model, merged)
+    if case in ("merged", "other_merged") and method != "pissa":  # whose file holds no base
+        with pytest.raises(
+            ValueError, match=f"head: its weight is saved.*unmerge '{merged}' first"
+        ):
+            save_peft(model, tmp_path / "a", name="a", names=SMALL)
+        assert not list(tmp_path.iterdir())
+        lro.adapters.unmerge(model)
+    assert_close(saved_and_loaded(model, tmp_path / "a")(INPUTS), expected, 400)
+
+
+def test_a_head_that_has_a_change_in_it_is_not_saved(tmp_path):
+    # The change of another adapter, merged into the values of the one that is saved.
+    model = put(Small(), LORA, "mlp")
+    lro.adapters.also_train(model, "head/bias")
+    lro.adapters.also_train(model, "head/kernel")
+    put(model, LORA, "head", "b")
+    expected = lambda: saved_and_loaded(model, tmp_path / "a")(INPUTS)
+    before = expected()
+    lro.adapters.merge(model, "b")
+    with pytest.raises(ValueError, match="head: its weight is saved.*unmerge 'b' first"):
+        expected()
+    lro.adapters.unmerge(model)
+    assert_close(expected(), before, 100)
+    # A residual that another adapter's method left.
+    model = put(put(Small(), BASES["pissa"], "head", "p"), LORA, "head")
+    with pytest.raises(ValueError, match=r"head: .*'p' \(PiSSA\) .*residual: detach 'p' first"):
+        save_peft(model, tmp_path / "b", name="a", names=SMALL)
+    lro.adapters.activate(model, "a")
+    expected = model(INPUTS)
+    lro.adapters.detach(model, "p")
+    assert_close(saved_and_loaded(model, tmp_path / "b")(INPUTS), expected, 400)

@@ -70,7 +70,8 @@ def save_peft(
     Raises:
       ImportError: safetensors is not installed.
       ValueError: The model has no adapter of this name, or one with a strength; a layer's name is
-        not known; or layers have methods that one file cannot hold.
+        not known; layers have methods that one file cannot hold; or a weight that the file holds
+        has an adapter merged into it, or is the residual of another one.
       TypeError: The method can be no LoRA (DoRA), or has no form of its own in PEFT.
       FileExistsError: ``path`` holds something else.
 

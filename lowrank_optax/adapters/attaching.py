@@ -26,7 +26,7 @@ from lowrank_optax.adapters.nnx import (
     weight,
     weight_variable,
 )
-from lowrank_optax.adapters.own_values import check_can_release, release
+from lowrank_optax.adapters.own_values import check_base_values, check_can_release, release
 from lowrank_optax.adapters.partitions import check_arrays, matrix_sharding, variables
 from lowrank_optax.matrices.argument_names import explains_names
 from lowrank_optax.matrices.selection import Where, path_string
@@ -93,7 +93,8 @@ def attach(
 
     Raises:
       ValueError: If ``where`` matches no layer (the message lists near ones), a pattern matches
-        none of the layers chosen, or a layer has an adapter of this name already.
+        none of the layers chosen, a layer has an adapter of this name already, or ``method`` is
+        computed from a weight that has values of its own in an adapter (`also_train`).
       TypeError: If ``method`` is no adapter, or ``model`` no NNX model.
 
     Example:
@@ -151,6 +152,8 @@ def _targets(
         spec, stack = placed(layer, string)
         shape = matrix_shape(weight_variable(layer).shape, spec)
         own = method_at(method, string, rank_pattern, alpha_pattern)
+        if own.reads_weights:
+            check_base_values(string, layer)
         targets.append(_Target(path, layer, own, shape, stack))
     check_patterns([path_string(t.path) for t in targets], rank_pattern, alpha_pattern)
     return targets

@@ -23,6 +23,7 @@ from tests.adapters.peft_files import (
     query_folder,
     random_tensors,
     read,
+    snapshot,
     write,
 )
 
@@ -521,7 +522,7 @@ def test_a_head_that_has_a_change_in_it_is_not_saved(tmp_path):
     expected = lambda: saved_and_loaded(model, tmp_path / "a")(INPUTS)
     before = expected()
     lro.adapters.merge(model, "b")
-    with pytest.raises(ValueError, match="head: its weight is saved.*unmerge 'b' first"):
+    with pytest.raises(ValueError, match=r"head: its weight is saved.*unmerge 'b' first"):
         expected()
     lro.adapters.unmerge(model)
     assert_close(expected(), before, 100)
@@ -533,3 +534,67 @@ def test_a_head_that_has_a_change_in_it_is_not_saved(tmp_path):
     expected = model(INPUTS)
     lro.adapters.detach(model, "p")
     assert_close(saved_and_loaded(model, tmp_path / "b")(INPUTS), expected, 400)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_an_adapter_beside_another_head_is_that_of_the_file(tmp_path, method):
+    """The function that is saved has a head of its own, from which DoRA's norms are computed."""
+    source = Small()
+    source.head.kernel.set_value(1 - 2 * source.head.kernel[...])
+    put(source, BASES[method], "head")
+    save_peft(source, tmp_path / "a", names=SMALL, name="a")
+    model = load_peft(Small(), tmp_path / "a", name="a", names=SMALL)
+    model.head.bias.set_value(source.head.bias[...])
+    model.mlp = source.mlp
+    assert_close(model(INPUTS), source(INPUTS), 200)
+    model = load_peft(Small(), tmp_path / "a", name="a", names=SMALL)
+    lro.adapters.deactivate(model)
+    assert_close(model(INPUTS), Small()(INPUTS))
+    lro.adapters.detach(model)
+    assert_close(model(INPUTS), Small()(INPUTS))
+
+
+def test_one_folder_under_two_names_is_one_function(tmp_path):
+    source = put(Small(5), LORA, "head")
+    save_peft(source, tmp_path / "a", names=SMALL, name="a")
+    model = load_peft(Small(), tmp_path / "a", names=SMALL, name="a")
+    expected = model(INPUTS)
+    with pytest.warns(UserWarning, match="'b' has values of its own, and so has 'a'"):
+        load_peft(model, tmp_path / "a", names=SMALL, name="b")
+    for name in "bab":
+        lro.adapters.activate(model, name)
+        assert_close(model(INPUTS), expected)
+    # Beside values of another adapter, the model's own base is no other base.
+    save_peft(put(Small(), LORA, "head", "c"), tmp_path / "c", names=SMALL, name="c")
+    load_peft(model, tmp_path / "c", names=SMALL, name="c")
+    lro.adapters.activate(model, "c")
+    assert_close(model(INPUTS), put(Small(), LORA, "head", "c")(INPUTS))
+
+
+@pytest.mark.parametrize("method", ["dora", "pissa"])
+def test_a_weight_with_values_of_adapters_has_no_adapter_computed_from_it(tmp_path, method):
+    model = put(Small(), LORA, "mlp")
+    lro.adapters.also_train(model, "head/kernel")
+    before = snapshot(model)
+    refused = r"head has values of its own in the adapter 'a'.*leave head out"
+    with pytest.raises(ValueError, match=refused):
+        put(model, BASES[method], ".*", "b")
+    lro.adapters.deactivate(model)
+    with pytest.raises(ValueError, match=refused):
+        put(model, BASES[method], "head", "b")
+    lro.adapters.activate(model)
+    assert snapshot(model) == before
+    save_peft(model, tmp_path / "a", names=SMALL, name="a")
+    other = put(Small(), BASES[method], "head", "b")
+    put(other, LORA, "mlp", "c")
+    before = snapshot(other)
+    refused = r"head/kernel: the adapter 'b' \(.*\) was computed from its values.*detach 'b' first"
+    for name in "bc":
+        with pytest.raises(ValueError, match=refused):
+            lro.adapters.also_train(other, "head", name=name)
+    lro.adapters.deactivate(other, "b")
+    with pytest.raises(ValueError, match=refused):
+        load_peft(other, tmp_path / "a", names=SMALL, name="a")
+    lro.adapters.activate(other)
+    assert snapshot(other) == before
+    lro.adapters.also_train(other, "head/bias", name="c")

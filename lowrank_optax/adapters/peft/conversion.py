@@ -216,9 +216,10 @@ class _Layer:
             return
         own = tensors.get("base_layer.weight", tensor).astype(tensor.dtype)
         weight, base = (jnp.asarray(layout.unpack_weight(x)) for x in (tensor, own))
-        params = self.method.init(jax.random.key(0), weight[None])
+        # PiSSA decomposes the base model's weight, and the file's own base is the residual.
+        pissa = config.init_lora_weights == "pissa"
+        params = self.method.init(jax.random.key(0), (weight if pissa else base)[None])
         self.p = self.method.layer_arrays(params, 0) | self.p
-        # Of PiSSA the file's own base is the residual.
         if params.base is not None and "base_layer.weight" not in tensors:
             base = params.base[0]
         self.base = base

@@ -11,7 +11,7 @@ class Kind(NamedTuple):
     """What a field may be.
 
     Attributes:
-      what: For messages, after "must be".
+      what: Description for messages, after "must be".
       holds: Whether a value is of this kind.
     """
 

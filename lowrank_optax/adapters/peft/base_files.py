@@ -64,7 +64,7 @@ def modules_of_base(
     Args:
       shapes: Shapes of its tensors.
       adapter: Shapes of an adapter's tensors, by module and what follows its name.
-      config: What is in its config.json; its model_type decides how weights are stored.
+      config: Fields of its config.json; the model_type decides how weights are stored.
       fan_in_fan_out: The field of the adapter's configuration, used where there is no model_type
         or it is that of a custom program (auto_map). PEFT ignores the field in a Linear.
     """

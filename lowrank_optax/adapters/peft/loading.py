@@ -60,7 +60,7 @@ def load_peft(
     configuration asks of this model. Layers that the model has stacked are stacked.
 
     Values of ``modules_to_save`` and biases stand in the model's parameters, as those of
-    `also_train`, while the adapter is active. Of two adapters with values of one parameter only one
+    `also_train`, while the adapter is active. Only one of two adapters with values of one parameter
     can be: the one that was there is deactivated.
 
     Args:

@@ -29,7 +29,7 @@ class Slot(NamedTuple):
     """A module of PyTorch's in a Flax model.
 
     Attributes:
-      path: Of the Flax module.
+      path: Path of the Flax module.
       module: The Flax module, perhaps a stack.
       index: Its place in the stack; empty if there is none.
     """

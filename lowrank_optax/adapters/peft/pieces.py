@@ -18,10 +18,10 @@ class Piece(NamedTuple):
     """The adapter of one module.
 
     Attributes:
-      rank: Its rank.
-      alpha: Its alpha.
-      fields: Of adapter_config.json: what method it is.
-      tensors: By what follows the module's name.
+      rank: Rank of the adapter.
+      alpha: Alpha of the adapter.
+      fields: Fields of adapter_config.json that say which method it is.
+      tensors: Tensors by what follows the module's name.
     """
 
     rank: int

@@ -68,7 +68,7 @@ def tied_in_files(config: Mapping[str, Any], reader: TensorReader) -> Tied | Non
     tied; another table with as many rows, such as GPT-2's of positions, does not.
 
     Args:
-      config: What is in its config.json.
+      config: Fields of its config.json.
       reader: Its tensors.
 
     Raises:

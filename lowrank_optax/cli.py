@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lowrank_optax.adapters.peft.conversion import BaseModel
 
+_WEIGHTS = (
+    ".safetensors", ".bin", ".pt", ".pth", ".msgpack", ".h5", ".ckpt", ".gguf", ".onnx", ".npz",
+)  # fmt: skip
 _DESCRIPTION = "Memory-efficient training for JAX: the parts that work on files."
 _CONVERT = """\
 Convert an adapter of Hugging Face PEFT, or fold it into its base model.
@@ -123,7 +126,8 @@ def _open_base(folder: Path) -> Iterator["BaseModel"]:
 
 
 def _holds_weights(file: Path) -> bool:
-    return ".safetensors" in file.name or file.suffix in (".bin", ".pt", ".pth")
+    """Whether a file of the base has weights that are not merged, in any format, or lists them."""
+    return any(suffix in _WEIGHTS for suffix in file.suffixes)
 
 
 if __name__ == "__main__":

@@ -133,6 +133,19 @@ def test_a_tied_embedding_is_not_merged_into(tmp_path, capsys):
     assert not (tmp_path / "m").exists()
 
 
+def test_a_merged_model_has_no_weights_of_the_base_in_other_formats(base, tmp_path):
+    files = (
+        "flax_model.msgpack", "tf_model.h5", "pytorch_model.bin", "pytorch_model.bin.index.json",
+        "consolidated.00.pth", "model.gguf", "model.onnx", "model.ckpt.index",
+    )  # fmt: skip
+    before = {p.name for p in base.iterdir()}
+    for name in files:
+        (base / name).write_text("{}")
+    adapter(base, tmp_path / "a", lro.adapters.LoRA(rank=2), "query")
+    assert run(tmp_path / "a", tmp_path / "m", "--base", base, "--merge") == 0
+    assert {p.name for p in (tmp_path / "m").iterdir()} == before
+
+
 def test_an_adapter_of_another_model_is_refused_and_nothing_written(base, tmp_path, capsys):
     query_folder(tmp_path / "a")  # of three layers, and of other sizes
     assert run(tmp_path / "a", tmp_path / "m", "--base", base, "--merge") == 1
@@ -262,6 +275,29 @@ def test_square_weights_of_gpt2_are_merged_as_they_are_stored(tmp_path, fan_in_f
         assert_close(change, 1.5 * product_of(tensors, module).T, 20)
 
 
+@pytest.mark.parametrize("fan_in_fan_out", [True, False])
+def test_the_type_of_the_base_says_which_layers_are_transposed(tmp_path, fan_in_fan_out):
+    q_proj, score = "model.layers.0.self_attn.q_proj", "score"
+    shapes = {f"{module}.weight": (4, 4) for module in (q_proj, score)}
+    llama = folder_of(tmp_path / "llama", {"model_type": "llama"}, random_tensors(shapes))
+    c_proj = "transformer.h.0.attn.c_proj"
+    shapes = {f"{module}.weight": (4, 4) for module in (c_proj, score)}
+    gpt2 = folder_of(tmp_path / "gpt2", {"model_type": "gpt2"}, random_tensors(shapes))
+    for base, transposed in ((llama, ()), (gpt2, (c_proj,))):
+        before = tensors_of(base)
+        modules = [name.removesuffix(".weight") for name in before]
+        config = {"r": 2, "lora_alpha": 3, "fan_in_fan_out": fan_in_fan_out}
+        targets = [module.rpartition(".")[2] for module in modules]
+        tensors = loras({module: (4, 4) for module in modules})
+        write(tmp_path / "a", config | {"target_modules": targets}, tensors)
+        assert run(tmp_path / "a", tmp_path / "m", "--base", base, "--merge") == 0
+        after = tensors_of(tmp_path / "m")
+        for module in modules:
+            change = 1.5 * product_of(tensors, module)
+            expected = change.T if module in transposed else change
+            assert_close(after[f"{module}.weight"] - before[f"{module}.weight"], expected, 20)
+
+
 def tensors_of(folder):
     from safetensors.numpy import load_file
 
@@ -318,6 +354,21 @@ def test_a_head_that_is_tied_by_the_types_default_is_not_changed_with_the_embedd
     same = tensors | {"lm_head.weight": tensors["transformer.wte.weight"]}
     again = folder_of(tmp_path / "s", json.loads((tied / "config.json").read_text()), same)
     assert run(adapter, tmp_path / "m", "--base", again, "--merge") == 1
+
+
+def test_another_table_with_as_many_rows_is_no_head(tmp_path, capsys):
+    shapes = {"transformer.wpe.weight": (9, 4), "transformer.wte.weight": (9, 4)}
+    tables = random_tensors(shapes, seed=2)
+    config = {"model_type": "gpt2", "vocab_size": 9, "architectures": ["GPT2LMHeadModel"]}
+    for number, head in enumerate((None, "lm_head", "embed_out", "output")):
+        others = {f"{head}.weight": np.ones((9, 4), np.float32)} if head else {}
+        base = folder_of(tmp_path / str(number), config, tables | others)
+        name = "base_model.model.transformer.wte"
+        shapes = {f"{name}.lora_embedding_A": (2, 9), f"{name}.lora_embedding_B": (4, 2)}
+        write(tmp_path / "a", {"r": 2, "target_modules": ["wte"]}, random_tensors(shapes))
+        status = run(tmp_path / "a", tmp_path / "m", "--base", base, "--merge")
+        assert status == (0 if head else 1), head
+    assert "transformer.wte: the base model ties its embedding" in capsys.readouterr().err
 
 
 def test_a_tied_embedding_that_is_trained_with_its_head_is_merged(tmp_path, capsys):

@@ -8,6 +8,7 @@ from flax import nnx
 import jax
 
 from lowrank_optax.adapters.base import Adapter, Weights
+from lowrank_optax.adapters.folding import depends_on_weight
 from lowrank_optax.adapters.groups import (
     check_method,
     check_patterns,
@@ -26,7 +27,7 @@ from lowrank_optax.adapters.nnx import (
     weight,
     weight_variable,
 )
-from lowrank_optax.adapters.own_values import check_can_release, release
+from lowrank_optax.adapters.own_values import check_base_values, check_can_release, release
 from lowrank_optax.adapters.partitions import check_arrays, matrix_sharding, variables
 from lowrank_optax.matrices.argument_names import explains_names
 from lowrank_optax.matrices.selection import Where, path_string
@@ -93,7 +94,9 @@ def attach(
 
     Raises:
       ValueError: If ``where`` matches no layer (the message lists near ones), a pattern matches
-        none of the layers chosen, or a layer has an adapter of this name already.
+        none of the layers chosen, a layer has an adapter of this name already, or ``method`` is
+        computed from a weight that has values of its own in an adapter (`also_train`); or it is
+        DoRA, and the weight is merged or changed by a method such as PiSSA, or the other way round.
       TypeError: If ``method`` is no adapter, or ``model`` no NNX model.
 
     Example:
@@ -151,9 +154,38 @@ def _targets(
         spec, stack = placed(layer, string)
         shape = matrix_shape(weight_variable(layer).shape, spec)
         own = method_at(method, string, rank_pattern, alpha_pattern)
+        if own.reads_weights:
+            check_base_values(string, layer)
+        _check_weight_stays(string, layer, own)
         targets.append(_Target(path, layer, own, shape, stack))
     check_patterns([path_string(t.path) for t in targets], rank_pattern, alpha_pattern)
     return targets
+
+
+def _check_weight_stays(path: str, layer: Any, method: Adapter) -> None:
+    """Raises ValueError where a method that depends on the weight would not see the base's.
+
+    What others add to the weight they can take away again, whatever is added in between.
+    """
+    kind = type(method).__name__
+    for adapter in getattr(layer, "adapters", {}).values():
+        other = f"{path}: the adapter {adapter.name!r}"
+        named = f"{other} ({type(adapter.method).__name__})"
+        if depends_on_weight(method) and adapter.merged:
+            raise ValueError(
+                f"{other} is merged into its weight, and {kind} depends on the base's: unmerge "
+                f"{adapter.name!r} first."
+            )
+        if depends_on_weight(method) and adapter.method.changes_base:
+            raise ValueError(
+                f"{named} has changed the weight, and {kind} depends on the base's: detach "
+                f"{adapter.name!r} first."
+            )
+        if method.changes_base and depends_on_weight(adapter.method):
+            raise ValueError(
+                f"{named} depends on the base's weight, which {kind} would change: detach "
+                f"{adapter.name!r} first."
+            )
 
 
 def _attach_group(

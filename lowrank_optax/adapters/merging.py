@@ -14,6 +14,7 @@ from lowrank_optax.adapters.folding import (
     check_can_unmerge,
     check_unchanged,
     checksum,
+    depends_on_weight,
     folded,
     unfolded,
 )
@@ -167,5 +168,9 @@ def _check_can_merge(path: str, adapters: list[LayerAdapter]) -> None:
 
 
 def _check_can_unmerge(path: str, layer: Any, adapters: list[LayerAdapter]) -> None:
-    together = adapters + [a for a in layer.adapters.values() if a.merged]
+    others = [a for a in layer.adapters.values() if a.name not in {x.name for x in adapters}]
+    # An active one that depends on the weight would be applied to the merged weight.
+    together = adapters + [
+        a for a in others if a.merged or (a.active and depends_on_weight(a.method))
+    ]
     check_can_unmerge(path, [(a.name, a.method, a.strength) for a in together])

@@ -18,6 +18,7 @@ from lowrank_optax.adapters.nnx import (
     AdapterConstant,
     AdapterParam,
     AlsoTrained,
+    LayerAdapter,
     adapted_layers,
     adapter_names,
     weight_variable,
@@ -122,9 +123,11 @@ def claim(model: Any, variables: dict[Path, Any], name: str, *, trained: bool = 
       trained: Whether they are trained.
 
     Raises:
-      ValueError: If the values of another adapter stand in one, or an adapter is merged into it.
+      ValueError: If the values of another adapter stand in one, an adapter is merged into it, or
+        the method of an adapter has read it. That of this adapter may have, of values that are
+        not trained: it was given those.
     """
-    check_unmerged(model, variables)
+    check_can_claim(model, variables, "" if trained else name)
     places = _places(model)
     owned = [OwnedParameter(path, x, *places[path]) for path, x in variables.items()]
     for one in owned:
@@ -160,14 +163,40 @@ def live_in(model: Any, paths: Collection[Path]) -> dict[str, list[str]]:
     return found
 
 
-def check_unmerged(model: Any, paths: Collection[Path]) -> None:
-    """Raises ValueError where an adapter is merged into one of these parameters."""
+def check_can_claim(model: Any, paths: Collection[Path], owner: str = "") -> None:
+    """Raises ValueError where an adapter is merged into a parameter, or its method has read it.
+
+    Args:
+      model: The model.
+      paths: The parameters.
+      owner: An adapter whose method may have read them.
+    """
     places, parameters = _places(model), parameters_of(model)
     for path in paths:
-        if merged := _merged_into(places[path][0], parameters[path]):
+        where, module = path_string(path), places[path][0]
+        if merged := _merged_into(module, parameters[path]):
             raise ValueError(
-                f"{path_string(path)}: the adapter {merged[0]!r} is merged into it; unmerge the "
-                "model first."
+                f"{where}: the adapter {merged[0]!r} is merged into it; unmerge the model first."
+            )
+        for adapter in _adapters_of(module, parameters[path]):
+            if adapter.method.reads_weights and adapter.name != owner:
+                raise ValueError(
+                    f"{where}: the adapter {adapter.name!r} ({type(adapter.method).__name__}) was "
+                    "computed from its values, so other values cannot take their place: detach "
+                    f"{adapter.name!r} first, or leave {where} out."
+                )
+
+
+def check_base_values(path: str, layer: Any) -> None:
+    """Raises ValueError where a layer's weight has values of adapters."""
+    variable = weight_variable(layer)
+    for key, values in getattr(layer, "own_values", {}).items():
+        if getattr(layer, key, None) is variable:
+            owners = ", ".join(map(repr, sorted(values.owners())))
+            raise ValueError(
+                f"{path} has values of its own in the adapter {owners}, and the method would be "
+                f"computed from one of its values and applied to the other: leave {path} out of "
+                f"`where`, or detach {owners} first."
             )
 
 
@@ -300,9 +329,13 @@ def _places(model: Any) -> dict[Path, tuple[Any, str]]:
 
 def _merged_into(module: Any, variable: Any) -> list[str]:
     """The adapters that are merged into a parameter."""
-    adapters = getattr(module, "adapters", {}).values()
-    merged = [adapter.name for adapter in adapters if adapter.merged]
-    return merged if merged and weight_variable(module) is variable else []
+    return [adapter.name for adapter in _adapters_of(module, variable) if adapter.merged]
+
+
+def _adapters_of(module: Any, variable: Any) -> list[LayerAdapter]:
+    """The adapters of the layer whose weight a parameter is."""
+    adapters = list(getattr(module, "adapters", {}).values())
+    return adapters if adapters and weight_variable(module) is variable else []
 
 
 def _copy(variable: Any, value: Any) -> AdapterConstant:

@@ -35,7 +35,8 @@ def also_train(model: Any, where: Any, name: str | None = None) -> list[str]:
     Raises:
       ValueError: If ``where`` matches no parameter (the message lists near ones); if the model has
         no adapter ``name``, several where that is None, or it is inactive; or if a parameter has
-        values of another active adapter in it, or an adapter is merged into it.
+        values of another active adapter in it, an adapter is merged into it, or one was computed
+        from it (DoRA, PiSSA).
 
     Example:
       >>> from flax import nnx

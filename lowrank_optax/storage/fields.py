@@ -11,7 +11,7 @@ class Kind(NamedTuple):
     """What a field may be.
 
     Attributes:
-      what: For messages, after "must be".
+      what: Description for messages, after "must be".
       holds: Whether a value is of this kind.
     """
 
@@ -28,7 +28,10 @@ def _is_integer(x: Any) -> bool:
 
 def is_number(x: Any) -> bool:
     """Whether something is a finite number; True and False are not."""
-    return (_is_integer(x) or isinstance(x, float)) and math.isfinite(x)
+    try:
+        return (_is_integer(x) or isinstance(x, float)) and math.isfinite(x)
+    except OverflowError:  # an integer beyond the largest float
+        return False
 
 
 def is_pattern(x: Any) -> bool:

@@ -14,9 +14,9 @@ def check_not_quantized(
     """Refuses a folder whose weights are quantized.
 
     Args:
-      folder: For the message.
-      config: What is in its config.json.
-      dtypes: Of its tensors by name, as safetensors spells them.
+      folder: Folder that the message names.
+      config: Fields of its config.json.
+      dtypes: Dtypes of its tensors by name, as safetensors spells them.
 
     Raises:
       ValueError: If the configuration says that it is quantized, or its tensors show it.

@@ -334,3 +334,51 @@ def test_a_state_says_whose_values_stand_in_a_parameter() -> None:
     lro.adapters.deactivate(fresh)
     with pytest.raises(ValueError, match="base"):
         nnx.update(fresh, active)
+
+
+BENEATH = {
+    "lora": LoRA(rank=2, alpha=5, initial="random"),
+    "dora": lro.adapters.DoRA(rank=2, alpha=5, initial="random"),
+    "pissa": lro.adapters.PiSSA(rank=2, alpha=5),
+}
+
+
+def one_layer(*methods):
+    model = nnx.Sequential(nnx.Linear(4, 6, rngs=nnx.Rngs(0)))
+    for method in methods:
+        lro.adapters.attach(model, BENEATH[method], ".*", rngs=0, name=method)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "match"),
+    [
+        (
+            "lora",
+            "dora",
+            "'lora' is merged into its weight, and DoRA depends.*unmerge 'lora' first",
+        ),
+        (
+            "pissa",
+            "dora",
+            r"'pissa' \(PiSSA\) has changed the weight, and DoRA.*detach 'pissa' first",
+        ),
+        ("dora", "pissa", r"'dora' \(DoRA\) depends on .*PiSSA would change: detach 'dora' first"),
+    ],
+)
+def test_dora_is_not_beside_what_changes_the_weight(first, then, match):
+    model = one_layer(first)
+    lro.adapters.merge(model) if first == "lora" else lro.adapters.deactivate(model)
+    with pytest.raises(ValueError, match=f"layers/0: the adapter {match}"):
+        lro.adapters.attach(model, BENEATH[then], ".*", rngs=0, name=then)
+    assert list(model.layers[0].adapters) == [first]
+
+
+def test_another_adapter_is_not_merged_beneath_an_active_dora():
+    model = one_layer("lora", "dora")
+    with pytest.raises(ValueError, match="DoRA 'dora' of layers/0 depends on the weight"):
+        lro.adapters.merge(model, "lora")
+    lro.adapters.deactivate(model, "dora")
+    expected = model(jnp.ones((1, 4)))
+    lro.adapters.merge(model, "lora")
+    assert_close(model(jnp.ones((1, 4))), expected)

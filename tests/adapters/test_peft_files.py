@@ -23,6 +23,7 @@ from tests.adapters.peft_files import (
     query_folder,
     random_tensors,
     read,
+    snapshot,
     write,
 )
 
@@ -443,3 +444,157 @@ def test_a_square_weight_of_gpt2_cannot_be_told_from_its_transpose(tmp_path):
         lro.adapters.UnsupportedConfigError, match=r"mlp in modules_to_save, a squa"
     ):
         load_peft(Model(True), tmp_path / "a", names=NAMES)
+
+
+class Small(nnx.Module):
+    """A layer and a head, whose weight PEFT writes beside an adapter."""
+
+    def __init__(self, seed=0):
+        self.mlp = nnx.Linear(DIM, 6, rngs=nnx.Rngs(seed))
+        self.head = nnx.Linear(6, 5, rngs=nnx.Rngs(seed + 1))
+
+    def __call__(self, x):
+        return self.head(jnp.tanh(self.mlp(x)))
+
+
+SMALL = {"mlp": "mlp", "head": "lm_head"}
+INPUTS = np.linspace(-1, 1, 3 * DIM, dtype=np.float32).reshape(3, DIM)
+
+
+def move(model, name):
+    """Factors of an adapter as if they had been trained."""
+    rng = np.random.default_rng(len(name))
+    for layer in (model.mlp, model.head):
+        if name in getattr(layer, "adapters", {}):
+            arrays = layer.adapters[name].arrays
+            for key in sorted({"A", "B", "magnitude"} & set(arrays)):
+                noise = rng.normal(size=arrays[key].shape).astype(np.float32)
+                arrays[key].set_value(arrays[key][...] + 0.3 * noise)
+
+
+def put(model, method, where, name="a"):
+    lro.adapters.attach(model, method, where, rngs=0, name=name)
+    move(model, name)
+    return model
+
+
+def saved_and_loaded(model, folder, name="a", seed=0):
+    save_peft(model, folder, name=name, names=SMALL)
+    return load_peft(Small(seed), folder, name=name, names=SMALL)
+
+
+BASES = {
+    "lora": LORA,
+    "dora": lro.adapters.DoRA(rank=2, alpha=5),
+    "pissa": lro.adapters.PiSSA(rank=2, alpha=5),
+}
+
+
+@pytest.mark.parametrize("case", ["plain", "merged", "layer_merged", "other_merged", "own_head"])
+@pytest.mark.parametrize("method", BASES)
+def test_a_saved_adapter_gives_its_outputs_on_a_fresh_base_or_is_refused(tmp_path, method, case):
+    model = put(Small(), BASES[method], "mlp" if case in ("own_head", "layer_merged") else ".*")
+    if case == "own_head":
+        lro.adapters.also_train(model, "head/kernel")
+        model.head.kernel.set_value(2 * model.head.kernel[...])
+    expected = model(INPUTS)
+    merged = "b" if case == "other_merged" else "a"
+    if case == "other_merged":
+        put(model, LORA, "head", "b")
+    if case.endswith("merged"):
+        lro.adapters.merge(model, merged)
+    if case in ("merged", "other_merged") and method != "pissa":  # whose file holds no base
+        with pytest.raises(
+            ValueError, match=f"head: its weight is saved.*unmerge '{merged}' first"
+        ):
+            save_peft(model, tmp_path / "a", name="a", names=SMALL)
+        assert not list(tmp_path.iterdir())
+        lro.adapters.unmerge(model)
+    assert_close(saved_and_loaded(model, tmp_path / "a")(INPUTS), expected, 400)
+
+
+def test_a_head_that_has_a_change_in_it_is_not_saved(tmp_path):
+    # The change of another adapter, merged into the values of the one that is saved.
+    model = put(Small(), LORA, "mlp")
+    lro.adapters.also_train(model, "head/bias")
+    lro.adapters.also_train(model, "head/kernel")
+    put(model, LORA, "head", "b")
+    expected = lambda: saved_and_loaded(model, tmp_path / "a")(INPUTS)
+    before = expected()
+    lro.adapters.merge(model, "b")
+    with pytest.raises(ValueError, match=r"head: its weight is saved.*unmerge 'b' first"):
+        expected()
+    lro.adapters.unmerge(model)
+    assert_close(expected(), before, 100)
+    # A residual that another adapter's method left.
+    model = put(put(Small(), BASES["pissa"], "head", "p"), LORA, "head")
+    with pytest.raises(ValueError, match=r"head: .*'p' \(PiSSA\) .*residual: detach 'p' first"):
+        save_peft(model, tmp_path / "b", name="a", names=SMALL)
+    lro.adapters.activate(model, "a")
+    expected = model(INPUTS)
+    lro.adapters.detach(model, "p")
+    assert_close(saved_and_loaded(model, tmp_path / "b")(INPUTS), expected, 400)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_an_adapter_beside_another_head_is_that_of_the_file(tmp_path, method):
+    """The function that is saved has a head of its own, from which DoRA's norms are computed."""
+    source = Small()
+    source.head.kernel.set_value(1 - 2 * source.head.kernel[...])
+    put(source, BASES[method], "head")
+    save_peft(source, tmp_path / "a", names=SMALL, name="a")
+    model = load_peft(Small(), tmp_path / "a", name="a", names=SMALL)
+    model.head.bias.set_value(source.head.bias[...])
+    model.mlp = source.mlp
+    assert_close(model(INPUTS), source(INPUTS), 200)
+    model = load_peft(Small(), tmp_path / "a", name="a", names=SMALL)
+    lro.adapters.deactivate(model)
+    assert_close(model(INPUTS), Small()(INPUTS))
+    lro.adapters.detach(model)
+    assert_close(model(INPUTS), Small()(INPUTS))
+
+
+def test_one_folder_under_two_names_is_one_function(tmp_path):
+    source = put(Small(5), LORA, "head")
+    save_peft(source, tmp_path / "a", names=SMALL, name="a")
+    model = load_peft(Small(), tmp_path / "a", names=SMALL, name="a")
+    expected = model(INPUTS)
+    with pytest.warns(UserWarning, match="'b' has values of its own, and so has 'a'"):
+        load_peft(model, tmp_path / "a", names=SMALL, name="b")
+    for name in "bab":
+        lro.adapters.activate(model, name)
+        assert_close(model(INPUTS), expected)
+    # Beside values of another adapter, the model's own base is no other base.
+    save_peft(put(Small(), LORA, "head", "c"), tmp_path / "c", names=SMALL, name="c")
+    load_peft(model, tmp_path / "c", names=SMALL, name="c")
+    lro.adapters.activate(model, "c")
+    assert_close(model(INPUTS), put(Small(), LORA, "head", "c")(INPUTS))
+
+
+@pytest.mark.parametrize("method", ["dora", "pissa"])
+def test_a_weight_with_values_of_adapters_has_no_adapter_computed_from_it(tmp_path, method):
+    model = put(Small(), LORA, "mlp")
+    lro.adapters.also_train(model, "head/kernel")
+    before = snapshot(model)
+    refused = r"head has values of its own in the adapter 'a'.*leave head out"
+    with pytest.raises(ValueError, match=refused):
+        put(model, BASES[method], ".*", "b")
+    lro.adapters.deactivate(model)
+    with pytest.raises(ValueError, match=refused):
+        put(model, BASES[method], "head", "b")
+    lro.adapters.activate(model)
+    assert snapshot(model) == before
+    save_peft(model, tmp_path / "a", names=SMALL, name="a")
+    other = put(Small(), BASES[method], "head", "b")
+    put(other, LORA, "mlp", "c")
+    before = snapshot(other)
+    refused = r"head/kernel: the adapter 'b' \(.*\) was computed from its values.*detach 'b' first"
+    for name in "bc":
+        with pytest.raises(ValueError, match=refused):
+            lro.adapters.also_train(other, "head", name=name)
+    lro.adapters.deactivate(other, "b")
+    with pytest.raises(ValueError, match=refused):
+        load_peft(other, tmp_path / "a", names=SMALL, name="a")
+    lro.adapters.activate(other)
+    assert snapshot(other) == before
+    lro.adapters.also_train(other, "head/bias", name="c")

@@ -369,11 +369,19 @@ def test_two_adapters_with_heads_of_their_own_are_switched_as_in_peft(base, tmp_
         agree(model(TOKENS), torch_logits(theirs))
 
 
-def test_an_adapted_head_of_peft_gives_its_outputs(base, tmp_path):
-    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["lm_head", "q_proj"])
-    theirs = peft.get_peft_model(torch_base(base), config)
+@pytest.mark.parametrize("other_head", [False, True])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_an_adapted_head_of_peft_gives_its_outputs(base, tmp_path, use_dora, other_head):
+    targets = ["lm_head", "q_proj"]
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=targets, use_dora=use_dora)
+    model = torch_base(base)
+    if other_head:
+        model.lm_head.weight.data = 0.3 - 2 * model.lm_head.weight.data
+    theirs = peft.get_peft_model(model, config)
     randomize(theirs)
     theirs.eval().save_pretrained(tmp_path / "a")
+    # What PEFT makes of the folder: its DoRA keeps no norms of another base.
+    theirs = peft.PeftModel.from_pretrained(torch_base(base), tmp_path / "a").eval()
     agree(load_peft(ours(base), tmp_path / "a")(TOKENS), torch_logits(theirs))
     arguments = ["convert", str(tmp_path / "a"), str(tmp_path / "m"), "--base", str(base)]
     assert cli.main([*arguments, "--merge"]) == 0

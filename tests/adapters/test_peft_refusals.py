@@ -208,6 +208,10 @@ def test_names_are_needed_and_must_be_right(folder, tmp_path):
     for wrong in ({"layers/{}/query": "q_proj"}, {"layers/query": "layers.{}.q_proj"}):
         with pytest.raises(ValueError, match=r"other numbers of \{\} than names"):
             load_peft(Model(True), folder, names=wrong)
+    more = NAMES | {"tpyo/{}": "x.{}", "layers/{}/qury": "layers.{}.q"}
+    match = r"names has 'tpyo/\{\}', 'layers/\{\}/qury', which match no module.*near it are"
+    with pytest.raises(ValueError, match=match):
+        load_peft(Model(True), folder, names=more)
     some = {k: v for k, v in NAMES.items() if "mlp" not in k}
     with pytest.raises(ValueError, match=r"no PyTorch name of layers/mlp"):
         save_peft(adapted(True, LORA, "query|mlp"), tmp_path / "b", names=some)
@@ -278,7 +282,7 @@ def test_a_missing_safetensors_is_one_sentence(folder, tmp_path, monkeypatch):
         save_peft(adapted(True, LORA, "query"), tmp_path / "b", names=NAMES)
 
 
-WRONG = (["x"], float("nan"), float("inf"), -1, -1.5, "", "x", [], {}, {"x": -1}, None)
+WRONG = (["x"], float("nan"), float("inf"), -(10**400), -1, -1.5, "", "x", [], {}, {"x": -1}, None)
 FIELDS = {
     "peft_type": "LORA",
     "r": 2,

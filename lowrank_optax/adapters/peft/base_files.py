@@ -9,7 +9,8 @@ from lowrank_optax.adapters.peft.layouts import Layout
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-# Types of models whose linear layers are transformers' Conv1D, which stores weights as [in, out].
+# Types of models in whose layers transformers' Conv1D stores weights as [in, out]; their heads are
+# Linear.
 _CONV1D_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 
 
@@ -18,7 +19,7 @@ class FileModule(NamedTuple):
 
     Attributes:
       parameters: Shapes of its own tensors: ``weight``, ``bias``, ....
-      adapter: Shapes of an adapter's tensors for it.
+      adapter: Shapes of the tensors that an adapter has for it.
       inputs_first: Whether the weight may be stored as [in, out]; its shape decides, unless it is
         square.
     """
@@ -61,17 +62,34 @@ def modules_of_base(
     """The modules of a base model by name.
 
     Args:
-      shapes: Of its tensors.
-      adapter: Of an adapter's, by module and what follows its name.
-      config: What is in its config.json.
-      fan_in_fan_out: As the adapter's configuration says.
+      shapes: Shapes of its tensors.
+      adapter: Shapes of an adapter's tensors, by module and what follows its name.
+      config: Fields of its config.json; the model_type decides how weights are stored.
+      fan_in_fan_out: The field of the adapter's configuration, used where there is no model_type
+        or it is that of a custom program (auto_map). PEFT ignores the field in a Linear.
     """
     own: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, shape in shapes.items():
         module, _, parameter = name.rpartition(".")
         own.setdefault(module, {})[parameter] = shape
-    inputs_first = fan_in_fan_out or config.get("model_type") in _CONV1D_TYPES
-    return {m: FileModule(of, adapter.get(m, {}), inputs_first) for m, of in own.items()}
+    return {
+        module: FileModule(
+            of, adapter.get(module, {}), _may_be_conv1d(module, config, fan_in_fan_out)
+        )
+        for module, of in own.items()
+    }
+
+
+def _may_be_conv1d(module: str, config: Mapping[str, Any], fan_in_fan_out: bool) -> bool:
+    """Whether the module is a Conv1D of transformers if its weight is a matrix."""
+    if not any(part.isdecimal() for part in module.split(".")):
+        return False  # not of a layer
+    part = config.get(module.partition(".")[0])  # of a model made of two
+    kind = part.get("model_type") if isinstance(part, Mapping) else None
+    kind = kind or config.get("model_type")
+    if kind is None or "auto_map" in config:  # nobody knows, or a program of the model's own
+        return fan_in_fan_out
+    return kind in _CONV1D_TYPES
 
 
 def modules_of_adapter(adapter: Mapping[str, Shapes]) -> dict[str, FileModule]:

@@ -162,7 +162,7 @@ def parse_config(content: Mapping[str, Any], source: str = CONFIG_FILE) -> PeftC
       ValueError: If a field has a value that it cannot have.
 
     Warns:
-      UserWarning: Of fields that are not known here and not off.
+      UserWarning: If there are fields that are not known here and not off.
     """
     _check_type(content, source)
     refused = [f"{k}={content[k]!r} ({why})" for k, why in _REFUSED.items() if content.get(k)]

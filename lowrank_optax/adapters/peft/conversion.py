@@ -26,7 +26,7 @@ class BaseModel(NamedTuple):
     """A base model's folder.
 
     Attributes:
-      config: What is in its config.json.
+      config: Fields of its config.json.
       reader: Its tensors, open.
     """
 
@@ -35,11 +35,11 @@ class BaseModel(NamedTuple):
 
 
 class AdapterFolder(NamedTuple):
-    """What is in an adapter's folder.
+    """The content of an adapter's folder.
 
     Attributes:
-      content: Of its adapter_config.json.
-      tensors: Of its adapter_model.safetensors, by the names there.
+      content: Fields of its adapter_config.json.
+      tensors: Tensors of its adapter_model.safetensors, by the names there.
     """
 
     content: Mapping[str, Any]
@@ -100,13 +100,11 @@ def to_plain_lora(path: str | os.PathLike, base: BaseModel | None) -> AdapterFol
         raise ValueError("init_lora_weights='pissa': its base is needed to convert it (--base).")
     tensors = {}
     for module, of_module in checked.tensors.items():
+        tensors |= {f"{PREFIX}{module}.{name}": x for name, x in checked.trained(module).items()}
         # What PEFT saves as PiSSA's base is the residual, and that of a LoRA is the whole weight.
-        kept = {
-            name: x
-            for name, x in of_module.items()
-            if not name.startswith("lora_") and not (pissa and name == "base_layer.weight")
-        }
-        tensors |= {f"{PREFIX}{module}.{name}": x for name, x in kept.items()}
+        if "base_layer.weight" in of_module and not pissa:
+            name = f"{PREFIX}{module}.base_layer.weight"
+            tensors[name] = of_module["base_layer.weight"]
         if module in checked.expected.layers:
             layer = checked.layer(module)
             a, b = (np.asarray(x) for x in layer.method.to_lora(layer.p))
@@ -129,7 +127,7 @@ class Merging:
     """A base model's tensors with an adapter folded in, one at a time.
 
     Attributes:
-      names: Of the tensors that the adapter changes.
+      names: Names of the tensors that the adapter changes.
 
     Raises:
       ValueError: If the adapter is not supported, damaged, or of another base.
@@ -146,9 +144,8 @@ class Merging:
             )
         self._replaced = {
             f"{module}.{name.removeprefix('base_layer.')}": tensor
-            for module, of_module in self._checked.tensors.items()
-            for name, tensor in of_module.items()
-            if not name.startswith("lora_") and name != "base_layer.weight"
+            for module in self._checked.tensors
+            for name, tensor in self._checked.trained(module).items()
         }
         if tied and f"{tied.embedding}.weight" in self._replaced:
             self._replaced[f"{tied.head}.weight"] = self._replaced[f"{tied.embedding}.weight"]
@@ -189,6 +186,14 @@ class _Checked:
         self.expected = expected_tensors(modules, self.config, found, tied)
         self.tensors = read_tensors(folder, self.expected)
 
+    def trained(self, module: str) -> dict[str, np.ndarray]:
+        """The module's own parameters that the file has trained values of."""
+        return {
+            name: x
+            for name, x in self.tensors[module].items()
+            if not name.startswith("lora_") and name != "base_layer.weight"
+        }
+
     def layer(self, module: str) -> "_Layer":
         """The adapter of a module."""
         layout = self.expected.layers[module].layout()
@@ -216,9 +221,10 @@ class _Layer:
             return
         own = tensors.get("base_layer.weight", tensor).astype(tensor.dtype)
         weight, base = (jnp.asarray(layout.unpack_weight(x)) for x in (tensor, own))
-        params = self.method.init(jax.random.key(0), weight[None])
+        # PiSSA decomposes the base model's weight, and the file's own base is the residual.
+        pissa = config.init_lora_weights == "pissa"
+        params = self.method.init(jax.random.key(0), (weight if pissa else base)[None])
         self.p = self.method.layer_arrays(params, 0) | self.p
-        # Of PiSSA the file's own base is the residual.
         if params.base is not None and "base_layer.weight" not in tensors:
             base = params.base[0]
         self.base = base

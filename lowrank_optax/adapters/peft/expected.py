@@ -59,8 +59,8 @@ class Expected(NamedTuple, Generic[M]):
     Attributes:
       modules: All modules of the base.
       layers: Those that are adapted.
-      shapes: Of the tensors that must be there: by module and what follows its name.
-      optional: Likewise those that may.
+      shapes: Shapes of the tensors that must be there, by module and what follows its name.
+      optional: Shapes of the tensors that may be there, likewise.
       tied: The base's tied embedding and head.
     """
 
@@ -90,7 +90,7 @@ def expected_tensors(
     """What a file of this configuration holds for this base.
 
     Args:
-      modules: Of the base, by PyTorch's names.
+      modules: Modules of the base, by PyTorch's names.
       config: The adapter's configuration.
       found: Names of the modules that the file has tensors for.
       tied: The base's tied embedding and head.
@@ -122,7 +122,7 @@ def expected_tensors(
         shapes |= {(module, name): shape for name, shape in of_layer.items()}
         optional[module, "base_layer.weight"] = layout.weight_shape
     for name, module in modules.items():
-        if is_saved(name, config) and name not in layers:
+        if is_saved(name, config.modules_to_save) and name not in layers:
             shapes |= {(name, p): shape for p, shape in module.shapes().items()}
         elif config.bias != "none" and "bias" in module.shapes():
             key = "base_layer.bias" if name in layers else "bias"
@@ -179,7 +179,7 @@ def _check_tied(modules: Mapping[str, Module], config: PeftConfig, tied: Tied | 
     if tied is None:
         return
     embedding, head = tied
-    saved = [m for m in tied if is_saved(m, config)]
+    saved = [m for m in tied if is_saved(m, config.modules_to_save)]
     targets = [m for m in tied if is_target(m, config)]
     if config.ensure_weight_tying:
         if targets:
@@ -217,7 +217,7 @@ def _check_names(
         )
     _check_layers(all_layers, config)
     saved = config.modules_to_save or ()
-    is_there = lambda name: any(is_saved(m, PeftConfig(modules_to_save=(name,))) for m in modules)
+    is_there = lambda name: any(is_saved(m, (name,)) for m in modules)
     of_task = _HEADS_OF_TASKS.get(str(config.others.get("task_type")), ())
     if any(map(is_there, of_task)):
         saved = tuple(name for name in saved if name not in of_task)
@@ -242,9 +242,8 @@ def _check_layers(layers: list[str], config: PeftConfig) -> None:
     if wanted is None or not named:
         return
     for layer in (wanted,) if isinstance(wanted, int) else wanted:
-        one = PeftConfig(layers_to_transform=layer, layers_pattern=config.layers_pattern)
-        if not any(in_layers(m, one) for m in named):
-            pattern = config.layers_pattern
+        pattern = config.layers_pattern
+        if not any(in_layers(m, layer, pattern) for m in named):
             beside = f" with layers_pattern={pattern!r}" if pattern else ""
             raise ValueError(
                 f"layers_to_transform={layer}{beside} of adapter_config.json selects none of "

@@ -1,6 +1,7 @@
 """Attaching an adapter that Hugging Face PEFT (or `save_peft`) wrote to a Flax model."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import contextlib
 import os
 import pathlib
 import re
@@ -14,7 +15,13 @@ import numpy as np
 from lowrank_optax.adapters.attaching import attach
 from lowrank_optax.adapters.base import Adapter
 from lowrank_optax.adapters.nnx import adapted_layers
-from lowrank_optax.adapters.own_values import check_unmerged, claim, live_in, parameters_of
+from lowrank_optax.adapters.own_values import (
+    check_can_claim,
+    claim,
+    live_in,
+    parameters_of,
+    values_of,
+)
 from lowrank_optax.adapters.peft.config import (
     CONFIG_FILE,
     MERGE_IN_PEFT,
@@ -53,7 +60,7 @@ def load_peft(
     configuration asks of this model. Layers that the model has stacked are stacked.
 
     Values of ``modules_to_save`` and biases stand in the model's parameters, as those of
-    `also_train`, while the adapter is active. Of two adapters with values of one parameter only one
+    `also_train`, while the adapter is active. Only one of two adapters with values of one parameter
     can be: the one that was there is deactivated.
 
     Args:
@@ -88,7 +95,8 @@ def load_peft(
     expected = expected_tensors(slots, config, file_shapes(folder), tied)
     _check_orientation(expected, config)
     tensors = read_tensors(folder, expected)
-    values = _own_values(expected, tensors)
+    with values_of(model, name):  # not those of other adapters
+        values = _own_values(expected, tensors)
     for embedding in {m for m in tensors if "weight" in tensors[m]} & slots.keys():
         if isinstance(slots[embedding].module, nnx.Embed) and may_be_tied(model, slots, embedding):
             warnings.warn(
@@ -102,9 +110,12 @@ def load_peft(
             stacklevel=2,
         )
     others = live_in(model, {one.path for one in values})
-    check_unmerged(model, {one.path for one in values})
+    check_can_claim(model, {one.path for one in values})
     _check_owners(model, others)
-    _attach(model, name, config, expected.layers, tensors, rngs)
+    # PiSSA decomposes the weight of the model; of another method the file's base is the weight.
+    bases = [] if config.init_lora_weights == "pissa" else [x for x in values if not x.trained]
+    with _standing_in(bases):
+        _attach(model, name, config, expected.layers, tensors, rngs)
     if others:
         deactivate(model, *others)
         warnings.warn(
@@ -211,6 +222,10 @@ class _Values(NamedTuple):
     trained: bool
 
     @property
+    def variable(self) -> Any:
+        return getattr(self.slot.module, self.slot.parameters()[self.parameter])
+
+    @property
     def path(self) -> Path:
         return (*self.slot.path, self.slot.parameters()[self.parameter])
 
@@ -242,6 +257,19 @@ def _own_values(
             if one.trained or (one.slot.cast(parameter, value) != one.slot.read(parameter)).any():
                 found.append(one)
     return found
+
+
+@contextlib.contextmanager
+def _standing_in(values: list[_Values]) -> Iterator[None]:
+    """While open, the parameters have these values; what is computed from them is the file's."""
+    before = [(one.variable, one.variable.get_value()) for one in values]
+    for one in values:
+        one.slot.write(one.parameter, one.value)
+    try:
+        yield
+    finally:
+        for variable, value in reversed(before):
+            variable.set_value(value)
 
 
 def _check_owners(model: Any, owners: Mapping[str, list[str]]) -> None:

@@ -30,14 +30,15 @@ def is_target(name: str, config: PeftConfig) -> bool:
         return False
     if isinstance(targets, str) or name in targets:
         return is_named(name, targets)
-    return is_named(name, targets) and in_layers(name, config)
+    layers, pattern = config.layers_to_transform, config.layers_pattern
+    return is_named(name, targets) and in_layers(name, layers, pattern)
 
 
-def is_saved(name: str, config: PeftConfig) -> bool:
+def is_saved(name: str, modules_to_save: Names) -> bool:
     """Whether the module is one of ``modules_to_save``, or inside one."""
     return any(
         name.endswith(m) or re.match(rf"(^|.*\.){re.escape(m)}\.", name)
-        for m in _tuple(config.modules_to_save or ())
+        for m in _tuple(modules_to_save)
     )
 
 
@@ -72,14 +73,13 @@ def is_named(name: str, names: Names) -> bool:
     return any(name == n or name.endswith(f".{n}") for n in names or ())
 
 
-def in_layers(name: str, config: PeftConfig) -> bool:
-    """Whether the module is in one of ``layers_to_transform``."""
-    layers = config.layers_to_transform
+def in_layers(name: str, layers: int | tuple[int, ...] | None, layers_pattern: Names) -> bool:
+    """Whether the module is in one of ``layers_to_transform``, None or empty for all."""
     if layers is None or layers == ():
         return True
     match = re.match(r".*?\.[^.]*\.(\d+)\.", name)
-    if config.layers_pattern:
-        found = [re.match(rf"(?:^|.*?\.){p}\.(\d+)\.", name) for p in _tuple(config.layers_pattern)]
+    if layers_pattern:
+        found = [re.match(rf"(?:^|.*?\.){p}\.(\d+)\.", name) for p in _tuple(layers_pattern)]
         match = next((m for m in found if m), None)
     if match is None:
         return False

@@ -1,6 +1,6 @@
 """The layers of a Flax model by the names they have in PyTorch."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 import itertools
 import math
 import re
@@ -13,7 +13,7 @@ import numpy as np
 from lowrank_optax.adapters import sites
 from lowrank_optax.adapters.nnx import AdapterParam, weight
 from lowrank_optax.adapters.peft.layouts import Layout
-from lowrank_optax.matrices.selection import path_string
+from lowrank_optax.matrices.selection import Path, near, path_string
 from lowrank_optax.matrices.views import from_matrix, matrix_shape, to_matrix
 
 ModuleNames: TypeAlias = Mapping[str, str] | Callable[[str], str | None]
@@ -29,7 +29,7 @@ class Slot(NamedTuple):
     """A module of PyTorch's in a Flax model.
 
     Attributes:
-      path: Of the Flax module.
+      path: Path of the Flax module.
       module: The Flax module, perhaps a stack.
       index: Its place in the stack; empty if there is none.
     """
@@ -128,17 +128,20 @@ def module_slots(model: Any, names: ModuleNames | None) -> dict[str, Slot]:
       names: What the modules are called; None for the model's own ``huggingface_names``.
 
     Raises:
-      ValueError: If there are no names, or two modules of one name.
+      ValueError: If there are no names, two modules have one name, or a path of a mapping matches
+        no module that has parameters.
     """
-    names = getattr(model, "huggingface_names", None) if names is None else names
+    of_model = getattr(model, "huggingface_names", None)
+    names = of_model if names is None else names
     if names is None:
         raise ValueError(
             f"names=None: {type(model).__name__} has no huggingface_names, so say what its modules "
             'are called in PyTorch, for example names={"layers/{}/query": "layers.{}.q_proj"}.'
         )
     name_of = names if callable(names) else _by_template(names)
+    modules = dict(_modules(model))
     found: dict[str, Slot] = {}
-    for path, module in _modules(model):
+    for path, module in modules.items():
         template = name_of(path_string(path))
         if template is None:
             continue
@@ -148,8 +151,12 @@ def module_slots(model: Any, names: ModuleNames | None) -> dict[str, Slot]:
                 raise ValueError(f"names: {both} are both called {name}.")
             found[name] = slot
     if not found:
-        paths = ", ".join(path_string(path) for path, _ in list(_modules(model))[:5])
+        paths = ", ".join(path_string(path) for path in list(modules)[:5])
         raise ValueError(f"names has none of the model's modules, which are {paths}, ....")
+    if not callable(names):
+        known = {} if of_model is None or callable(of_model) else of_model
+        # A model's own names are those of all models of its class.
+        _check_all_match([path for path in names if path not in known], modules)
     return found
 
 
@@ -175,11 +182,7 @@ def _by_template(names: Mapping[str, str]) -> Callable[[str], str | None]:
     unequal = [f"{path!r}: {name!r}" for path, name in names.items() if _holes(path, name)]
     if unequal:
         raise ValueError(f"names has paths with other numbers of {{}} than names: {unequal}.")
-    number = re.escape("/{}")
-    patterns = [
-        (re.compile(re.escape(path).replace(number, r"(?:/(\d+))?") + "$"), name)
-        for path, name in names.items()
-    ]
+    patterns = [(_pattern(path), name) for path, name in names.items()]
 
     def name_of(path: str) -> str | None:
         for pattern, name in patterns:
@@ -188,6 +191,20 @@ def _by_template(names: Mapping[str, str]) -> Callable[[str], str | None]:
         return None
 
     return name_of
+
+
+def _pattern(path: str) -> re.Pattern[str]:
+    return re.compile(re.escape(path).replace(re.escape("/{}"), r"(?:/(\d+))?") + "$")
+
+
+def _check_all_match(patterns: list[str], modules: Iterable[Path]) -> None:
+    paths = [path_string(path) for path in modules]
+    idle = [path for path in patterns if not any(map(_pattern(path).match, paths))]
+    if idle:
+        raise ValueError(
+            f"names has {', '.join(map(repr, idle))}, which match no module of the model with "
+            f"parameters of its own; {near(modules, idle[0])}"
+        )
 
 
 def _holes(path: str, name: str) -> bool:

@@ -18,10 +18,10 @@ class Piece(NamedTuple):
     """The adapter of one module.
 
     Attributes:
-      rank: Its rank.
-      alpha: Its alpha.
-      fields: Of adapter_config.json: what method it is.
-      tensors: By what follows the module's name.
+      rank: Rank of the adapter.
+      alpha: Alpha of the adapter.
+      fields: Fields of adapter_config.json that say which method it is.
+      tensors: Tensors by what follows the module's name.
     """
 
     rank: int
@@ -54,6 +54,9 @@ def written_bases(
     """The weights that adapters are beside, where a file holds them: of embeddings and heads.
 
     PEFT writes those by their names; others come along where the adapter has values of its own.
+
+    Raises:
+      ValueError: If such a weight has another adapter's change in it, or this one's.
     """
     for module in adapted:
         slot = slots[module]
@@ -62,6 +65,7 @@ def written_bases(
         if slot.module.adapters[name].method.changes_base:
             continue  # the weight is a residual, which is no base of a plain LoRA
         if of_vocabulary or slot.parameters()["weight"] in own:
+            _check_unchanged(slot)
             yield module, slot.read("weight")
 
 
@@ -71,13 +75,14 @@ def trained_parameters(
     """Modules with parameters of `also_train`, and all their parameters; of adapted ones, biases.
 
     Raises:
-      ValueError: If a layer's weight is trained and adapted too.
+      ValueError: If a layer's weight is trained and adapted too, or has an adapter's change in it.
     """
     for module, slot in slots.items():
         if not any(isinstance(x, AlsoTrained) for x in vars(slot.module).values()):
             continue
         names = slot.parameters()
         if module not in adapted:
+            _check_unchanged(slot)
             yield module, {parameter: slot.read(parameter) for parameter in names}
         elif isinstance(getattr(slot.module, names["weight"]), AlsoTrained):
             raise ValueError(
@@ -86,6 +91,19 @@ def trained_parameters(
             )
         else:
             yield module, {"base_layer.bias": slot.read("bias")}
+
+
+def _check_unchanged(slot: Slot) -> None:
+    """Raises ValueError where an adapter has changed the layer's weight itself."""
+    for adapter in getattr(slot.module, "adapters", {}).values():
+        where = f"{path_string(slot.path)}: its weight is saved, and the adapter {adapter.name!r}"
+        if adapter.merged:
+            raise ValueError(f"{where} is merged into it: unmerge {adapter.name!r} first.")
+        if adapter.method.changes_base:
+            method = type(adapter.method).__name__
+            raise ValueError(
+                f"{where} ({method}) has changed it to a residual: detach {adapter.name!r} first."
+            )
 
 
 def _piece(slot: Slot, adapter: LayerAdapter, p: Mapping[str, Any], as_lora: bool | None) -> Piece:

@@ -56,7 +56,7 @@ def save_peft(
     Args:
       model: An NNX model with adapters.
       path: A new or empty folder, or one that holds an adapter, which is replaced.
-      name: Of the adapter that is saved.
+      name: Name of the adapter that is saved.
       names: What PyTorch calls the modules. A mapping of paths, ``{}`` standing for the number of
         a layer: ``{"blocks/{}/attention/query": "model.layers.{}.self_attn.q_proj"}``; or a
         function of a path. None for the model's own ``huggingface_names``, which the decoder of
@@ -65,12 +65,13 @@ def save_peft(
         PEFT has it (which decomposes the base anew when it loads); None as said above.
       base_model: ``base_model_name_or_path``: where PEFT finds the base model.
       task_type: What PEFT makes of it: ``"CAUSAL_LM"``, ``"SEQ_CLS"``, None, ....
-      dtype: Of the tensors: float32, bfloat16 or float16.
+      dtype: Dtype of the tensors: float32, bfloat16 or float16.
 
     Raises:
       ImportError: safetensors is not installed.
       ValueError: The model has no adapter of this name, or one with a strength; a layer's name is
-        not known; or layers have methods that one file cannot hold.
+        not known; layers have methods that one file cannot hold; or a weight that the file holds
+        has an adapter merged into it, or is the residual of another one.
       TypeError: The method can be no LoRA (DoRA), or has no form of its own in PEFT.
       FileExistsError: ``path`` holds something else.
 
@@ -112,7 +113,7 @@ def save_peft(
         for module, of_module in arrays
         for tensor, x in of_module.items()
     }
-    # In the model's dtype: they are compared with its own when they are read.
+    # In the model's dtype: `load_peft` compares them with the weights of the model.
     tensors |= {f"{PREFIX}{module}.base_layer.weight": x for module, x in bases.items()}
     write_folder(path, config.to_json(), tensors)
 

@@ -19,7 +19,9 @@ from lowrank_optax.storage.safetensors_files import TensorReader
 
 HEAD = "lm_head"
 
-_TABLES = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in", "shared", HEAD)
+# Last names of embeddings and of heads.
+_TABLES = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in", "shared")
+_HEADS = (HEAD, "embed_out", "output", "decoder")
 _KINDS = {
     "architectures": list_of(TEXT) | NULL,
     "model_type": TEXT | NULL,
@@ -62,10 +64,11 @@ def tied_in_files(config: Mapping[str, Any], reader: TensorReader) -> Tied | Non
     """The tied modules of a model's folder.
 
     A configuration that leaves `tie_word_embeddings` out has its type's default, which for most is
-    true. So only one that says false, or a head with values of its own, shows that none are tied.
+    true. So only one that says false, or a head with values of its own, shows that they are not
+    tied; another table with as many rows, such as GPT-2's of positions, does not.
 
     Args:
-      config: What is in its config.json.
+      config: Fields of its config.json.
       reader: Its tensors.
 
     Raises:
@@ -80,22 +83,26 @@ def tied_in_files(config: Mapping[str, Any], reader: TensorReader) -> Tied | Non
     rows = next((c["vocab_size"] for c in both if c.get("vocab_size")), None)
     if (said and not said[0]) or not _has_head(config):
         return None
-    tables = [
-        name.removesuffix(".weight")
+    tables = {
+        name.removesuffix(".weight"): shape[0]
         for name, shape in reader.shapes.items()
         if name.endswith(".weight")
         and len(shape) == 2
-        and (shape[0] == rows if rows else name.split(".")[-2] in _TABLES)
         and not any(part.isdigit() for part in name.split("."))  # not of a layer
-    ]
-    if not tables:
+    }
+    last = lambda name: name.rpartition(".")[2]
+    others = [name for name in tables if last(name) not in _HEADS]
+    named = [name for name in others if last(name) in _TABLES]
+    embeddings = named or [name for name in others if tables[name] == rows]
+    embeddings.sort(key=lambda name: tables[name] != rows)
+    if not embeddings:
+        return Tied(HEAD, HEAD) if HEAD in tables else None
+    embedding = embeddings[0]
+    heads = [n for n in tables if last(n) in _HEADS and tables[n] == tables[embedding]]
+    equal = [name for name in heads if reader.equal(f"{embedding}.weight", f"{name}.weight")]
+    if heads and not equal:
         return None
-    # Heads last: an embedding has no such name.
-    first, *others = sorted(tables, key=lambda name: name.rpartition(".")[2] == HEAD)
-    equal = [name for name in others if reader.equal(f"{first}.weight", f"{name}.weight")]
-    if others and not equal:
-        return None
-    return Tied(first, equal[-1] if equal else HEAD)
+    return Tied(embedding, equal[-1] if equal else HEAD)
 
 
 def _has_head(config: Mapping[str, Any]) -> bool:

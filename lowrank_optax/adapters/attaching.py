@@ -28,6 +28,7 @@ from lowrank_optax.adapters.nnx import (
 )
 from lowrank_optax.adapters.own_values import check_can_release, release
 from lowrank_optax.adapters.partitions import check_arrays, matrix_sharding, variables
+from lowrank_optax.adapters.tied_tables import check_not_tied, moved
 from lowrank_optax.matrices.argument_names import explains_names
 from lowrank_optax.matrices.selection import Where, path_string
 from lowrank_optax.matrices.views import from_matrix, matrix_shape, to_matrix
@@ -93,8 +94,10 @@ def attach(
 
     Raises:
       ValueError: If ``where`` matches no layer (the message lists near ones), a pattern matches
-        none of the layers chosen, or a layer has an adapter of this name already.
-      TypeError: If ``method`` is no adapter, or ``model`` no NNX model.
+        none of the layers chosen, a layer has an adapter of this name already, or a method that
+        changes the weight (PiSSA) is given an embedding that the model's config says is tied to
+        its head.
+      TypeError: If ``method`` is not an adapter, or ``model`` not an NNX model.
 
     Example:
       >>> from flax import nnx
@@ -151,6 +154,8 @@ def _targets(
         spec, stack = placed(layer, string)
         shape = matrix_shape(weight_variable(layer).shape, spec)
         own = method_at(method, string, rank_pattern, alpha_pattern)
+        if own.changes_base:
+            check_not_tied(model, string, layer, moved(own, name))
         targets.append(_Target(path, layer, own, shape, stack))
     check_patterns([path_string(t.path) for t in targets], rank_pattern, alpha_pattern)
     return targets

@@ -9,6 +9,7 @@ from flax import nnx
 
 from lowrank_optax.adapters.lending import is_lending, lend
 from lowrank_optax.adapters.nnx import adapted_layers, apply_adapters
+from lowrank_optax.adapters.tied_tables import check_can_attend
 from lowrank_optax.matrices.module_classes import set_wrapper
 
 
@@ -46,6 +47,8 @@ class _Hosting(NamedTuple):
         if self.adapted:
             call = _adapted(cls.__call__)
             body["__call__"] = _lending(call) if self.lends else call
+            if issubclass(cls, nnx.Embed):
+                body["attend"] = _attend(cls.attend)
         return body
 
 
@@ -53,6 +56,15 @@ def _adapted(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         return apply_adapters(self, method(self, *args, **kwargs), args, kwargs)
+
+    return call
+
+
+def _attend(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        check_can_attend(self)
+        return method(self, *args, **kwargs)
 
     return call
 

@@ -45,8 +45,8 @@ def lend(model: Any, borrowers: list[Any]) -> Iterator[None]:
         for name, of_adapter in getattr(model, "adapter_groups", {}).items()
         for group, arrays in of_adapter.items()
     }
-    # The marks are on the model's own layers: one thread after the other.
-    with _lock_of(model):
+    # The marks are on the models' own layers: one thread after the other.
+    with _lock:
         before = [(borrower, borrower.lent) for borrower in borrowers]
         for borrower in borrowers:
             arrays = groups[borrower.name, borrower.group].values()
@@ -66,13 +66,8 @@ def is_lending(model: Any) -> bool:
     return loan is not None and loan.lender is model
 
 
-_locks: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
-_locks_lock = threading.Lock()
-
-
-def _lock_of(model: Any) -> threading.RLock:
-    with _locks_lock:
-        return _locks.setdefault(model, threading.RLock())
+# One for all models: those that call each other in two threads would wait for ever with two.
+_lock = threading.RLock()
 
 
 def _mark(borrower: Any, mark: "tuple[_Same, ...] | None") -> None:

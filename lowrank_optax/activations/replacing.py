@@ -76,7 +76,7 @@ def quantize_model(
     Raises:
       ValueError: If ``where`` matches no module with one of the methods (the message lists near
         ones), or an option is none; with ``inputs``, if nothing is found to replace.
-      TypeError: If ``model`` is no NNX module.
+      TypeError: If ``model`` is not an NNX module.
 
     Example:
       >>> from flax import nnx

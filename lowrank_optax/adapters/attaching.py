@@ -15,7 +15,7 @@ from lowrank_optax.adapters.groups import (
     init_group,
     method_at,
 )
-from lowrank_optax.adapters.hosting import lending, set_class
+from lowrank_optax.adapters.hosting import set_class, sharing
 from lowrank_optax.adapters.nnx import (
     LayerAdapter,
     adapted_layers,
@@ -175,8 +175,8 @@ def _attach_group(
             value, spec = weight(layer)
             set_weight(layer, from_matrix(params.base, spec, like=value))
         arrays = variables(params, target.method.axes, matrix_sharding(layer), len(batch))
-        lender = group if shared.trainable or shared.frozen else None
-        adapter = LayerAdapter(target.method, name, lender, arrays, _dropout_stream(target, rngs))
+        of_group = group if shared.trainable or shared.frozen else None
+        adapter = LayerAdapter(target.method, name, of_group, arrays, _dropout_stream(target, rngs))
         if not hasattr(layer, "adapters"):
             layer.adapters = nnx.Dict()
         layer.adapters[name] = adapter
@@ -233,7 +233,7 @@ def detach(model: Any, name: str | None = None) -> nnx.Module:
     merged = {a.name for layer in layers for a in layer.adapters.values() if a.merged}
     for key in names:
         release(model, key, keep=key in merged)
-    with lending(model):
+    with sharing(model):
         for layer in layers:
             for key in [k for k in layer.adapters if k in names]:
                 _restore(layer, layer.adapters[key])

@@ -17,7 +17,7 @@ from lowrank_optax.adapters.folding import (
     folded,
     unfolded,
 )
-from lowrank_optax.adapters.hosting import lending
+from lowrank_optax.adapters.hosting import sharing
 from lowrank_optax.adapters.nnx import (
     LayerAdapter,
     adapted_layers,
@@ -79,7 +79,7 @@ def merge(model: Any, name: str | None = None) -> MergeReport:
     if not folding:
         raise ValueError("no adapter of the model is active: there is nothing to merge.")
     rows = []
-    with lending(model):
+    with sharing(model):
         for path, layer, adapters in folding:
             rows.append(MergedLayer(path, *_fold(layer, adapters)))
             for adapter, number in _checksums(layer, adapters):
@@ -108,7 +108,7 @@ def unmerge(model: Any, name: str | None = None) -> None:
             folding.append((path_string(path), layer, adapters))
     if not folding:
         raise ValueError(f"nothing to unmerge: none of {wanted} is merged.")
-    with lending(model):
+    with sharing(model):
         for path, layer, adapters in folding:  # nothing is changed if one is refused
             for adapter, number in _checksums(layer, adapters):
                 check_unchanged(path, adapter.name, adapter.merge_checksum[...], number)

@@ -191,9 +191,9 @@ def check_one_owner(model: Any, active: Collection[str]) -> None:
         owners = sorted(one.values.owners() & set(active))
         if len(owners) > 1:
             raise ValueError(
-                f"{path_string(one.path)} has values of its own in each of the adapters "
-                f"{', '.join(map(repr, owners))}, and one parameter has one value: activate one of "
-                "them."
+                f"{path_string(one.path)} has own values in each of the adapters "
+                f"{', '.join(map(repr, owners))}, and can have one at a time: call "
+                f"lro.adapters.activate(model, {owners[0]!r}), say."
             )
 
 

@@ -121,7 +121,7 @@ def test_a_part_compiled_by_itself_is_not_taken_for_that_with_other_shared_array
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), grads, eager)
 
 
-def test_the_models_own_methods_lend_too() -> None:
+def test_the_models_own_methods_share_too() -> None:
     class Model(nnx.Module):
         def __init__(self) -> None:
             self.layer = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
@@ -137,12 +137,12 @@ def test_the_models_own_methods_lend_too() -> None:
     randomized(model)
     x = np.ones(4, np.float32)
     np.testing.assert_array_equal(model.encode(x), model(x))
-    assert model.layer.adapters["default"].lent is None
+    assert model.layer.adapters["default"].shared is None
 
 
 _MARKS = (
-    "One floor for changing models: which arrays are lent is marked on the layers, and nnx.jit in "
-    "another thread, where a model is being called, takes the marks for the model's structure"
+    "One floor for changing models: which arrays are shared is marked on the layers, and nnx.jit "
+    "in another thread, where a model is being called, takes the marks for the model's structure"
 )
 BY_ANOTHER_THREAD = {
     "called": lambda model, x: model(x),

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import re
 from typing import Any
+import uuid
 
 from flax import nnx
 import jax
@@ -23,8 +24,6 @@ _WRAPPER, _COUNTER = "few_bit", "few_bit_model"
 
 _found: contextvars.ContextVar[list[int] | None] = contextvars.ContextVar("found", default=None)
 """How many nonlinearities were found in each module that has been traced in a call of a model."""
-
-_found_before: set["_Counted"] = set()
 
 
 def quantize_model(
@@ -77,7 +76,7 @@ def quantize_model(
     Raises:
       ValueError: If ``where`` matches no module with one of the methods (the message lists near
         ones), or an option is none; with ``inputs``, if nothing is found to replace.
-      TypeError: If ``model`` is no NNX module.
+      TypeError: If ``model`` is not an NNX module.
 
     Example:
       >>> from flax import nnx
@@ -110,7 +109,7 @@ def quantize_model(
         rows.append(QuantizedRow(path_string(path), type(module).__name__, bits, own))
     if len(chosen) > 1 and (own := _methods(model, tuple(dict.fromkeys((*names, "__call__"))))):
         paths = tuple(map(path_string, chosen))
-        set_wrapper(model, _COUNTER, _Counted(replacement, own, paths))
+        set_wrapper(model, _COUNTER, _Counted(replacement, own, paths, uuid.uuid4().hex))
     return QuantizeReport(rows, calls)
 
 
@@ -177,6 +176,8 @@ class _Counted:
     replacement: Replacement
     methods: tuple[str, ...]
     paths: tuple[str, ...]  # of the modules that are to be few-bit
+    model: str  # an identifier, so that copies of a model share `found_before`, others do not
+    found_before: list[bool] = dataclasses.field(default_factory=list, compare=False)
 
     def __call__(self, cls: type) -> dict[str, Callable[..., Any]]:
         """The methods of a subclass."""
@@ -185,16 +186,19 @@ class _Counted:
     def _counted(self, method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
         def call(module: Any, *args: Any, **kwargs: Any) -> Any:
-            if self in _found_before:
+            if self.found_before:
                 return method(module, *args, **kwargs)
             found: list[int] = []
+            outer = _found.get()
             token = _found.set(found)
             try:
                 output = method(module, *args, **kwargs)
             finally:
                 _found.reset(token)
+            if outer is not None:
+                outer.extend(found)
             if any(found):
-                _found_before.add(self)
+                self.found_before.append(True)
             elif found:
                 raise self.replacement.nothing(f"each of the modules {', '.join(self.paths)}")
             return output

@@ -16,7 +16,7 @@ from lowrank_optax.adapters.groups import (
     init_group,
     method_at,
 )
-from lowrank_optax.adapters.hosting import lending, set_class
+from lowrank_optax.adapters.hosting import set_class, sharing
 from lowrank_optax.adapters.nnx import (
     LayerAdapter,
     adapted_layers,
@@ -29,6 +29,7 @@ from lowrank_optax.adapters.nnx import (
 )
 from lowrank_optax.adapters.own_values import check_base_values, check_can_release, release
 from lowrank_optax.adapters.partitions import check_arrays, matrix_sharding, variables
+from lowrank_optax.adapters.tied_tables import check_not_tied, moved
 from lowrank_optax.matrices.argument_names import explains_names
 from lowrank_optax.matrices.selection import Where, path_string
 from lowrank_optax.matrices.views import from_matrix, matrix_shape, to_matrix
@@ -95,9 +96,11 @@ def attach(
     Raises:
       ValueError: If ``where`` matches no layer (the message lists near ones), a pattern matches
         none of the layers chosen, a layer has an adapter of this name already, or ``method`` is
-        computed from a weight that has values of its own in an adapter (`also_train`); or it is
-        DoRA, and the weight is merged or changed by a method such as PiSSA, or the other way round.
-      TypeError: If ``method`` is no adapter, or ``model`` no NNX model.
+        computed from a weight that has values of its own in an adapter (`also_train`); if it is
+        DoRA, and the weight is merged or changed by a method such as PiSSA, or the other way round;
+        or if a method that changes the weight (PiSSA) is given an embedding that the model's config
+        says is tied to its head.
+      TypeError: If ``method`` is not an adapter, or ``model`` not an NNX model.
 
     Example:
       >>> from flax import nnx
@@ -157,6 +160,8 @@ def _targets(
         if own.reads_weights:
             check_base_values(string, layer)
         _check_weight_stays(string, layer, own)
+        if own.changes_base:
+            check_not_tied(model, string, layer, moved(own, name))
         targets.append(_Target(path, layer, own, shape, stack))
     check_patterns([path_string(t.path) for t in targets], rank_pattern, alpha_pattern)
     return targets
@@ -202,8 +207,8 @@ def _attach_group(
             value, spec = weight(layer)
             set_weight(layer, from_matrix(params.base, spec, like=value))
         arrays = variables(params, target.method.axes, matrix_sharding(layer), len(batch))
-        lender = group if shared.trainable or shared.frozen else None
-        adapter = LayerAdapter(target.method, name, lender, arrays, _dropout_stream(target, rngs))
+        of_group = group if shared.trainable or shared.frozen else None
+        adapter = LayerAdapter(target.method, name, of_group, arrays, _dropout_stream(target, rngs))
         if not hasattr(layer, "adapters"):
             layer.adapters = nnx.Dict()
         layer.adapters[name] = adapter
@@ -260,7 +265,7 @@ def detach(model: Any, name: str | None = None) -> nnx.Module:
     merged = {a.name for layer in layers for a in layer.adapters.values() if a.merged}
     for key in names:
         release(model, key, keep=key in merged)
-    with lending(model):
+    with sharing(model):
         for layer in layers:
             for key in [k for k in layer.adapters if k in names]:
                 _restore(layer, layer.adapters[key])

@@ -1,4 +1,7 @@
-"""What must not be differentiated in an adapted layer, said while the program is traced."""
+"""Errors and warnings for derivatives that an adapted layer should not be asked for.
+
+They come while the program is traced.
+"""
 
 from collections.abc import Callable
 import functools
@@ -12,15 +15,21 @@ def refuse_derivative(message: str, y: jax.Array, arrays: Any) -> jax.Array:
     """The output ``y`` as it is; raises ValueError if a derivative by ``arrays`` is asked for.
 
     Args:
-      message: Of the error.
+      message: Text of the error.
       y: Any array.
-      arrays: A tree of arrays.
+      arrays: Tree of arrays.
     """
     return _watched(functools.partial(_refuse, message), y, arrays)
 
 
 def warn_of_derivative(message: str, y: jax.Array, arrays: Any) -> jax.Array:
-    """Likewise, with a UserWarning instead of the error."""
+    """The output ``y`` as it is; issues a UserWarning if a derivative by ``arrays`` is asked for.
+
+    Args:
+      message: Text of the warning.
+      y: Any array.
+      arrays: Tree of arrays.
+    """
     return _watched(functools.partial(_warn, message), y, arrays)
 
 

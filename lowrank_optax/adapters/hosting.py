@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 
-from lowrank_optax.adapters.lending import is_lending, lend
 from lowrank_optax.adapters.nnx import adapted_layers, apply_adapters
+from lowrank_optax.adapters.sharing import is_sharing, share
+from lowrank_optax.adapters.tied_tables import check_can_attend
 from lowrank_optax.matrices.module_classes import set_wrapper
 
 
@@ -19,33 +20,35 @@ def set_class(module: Any) -> None:
 
 
 @contextlib.contextmanager
-def lending(model: Any) -> Iterator[None]:
+def sharing(model: Any) -> Iterator[None]:
     """While open, the layers of this model find the arrays that they share."""
-    if is_lending(model) or not hasattr(model, "adapter_groups"):
+    if is_sharing(model) or not hasattr(model, "adapter_groups"):
         yield
         return
-    borrowers = [
+    adapters = [
         adapter
         for _, layer in adapted_layers(model)
         for adapter in layer.adapters.values()
         if adapter.group is not None
     ]
-    with lend(model, borrowers):
+    with share(model, adapters):
         yield
 
 
 class _Hosting(NamedTuple):
-    """What wraps the methods of a module: its calls apply adapters, or its methods lend arrays."""
+    """What wraps the methods of a module: its calls apply adapters, or its methods share arrays."""
 
     adapted: bool
-    lends: bool
+    shares: bool
 
     def __call__(self, cls: type) -> dict[str, Callable[..., Any]]:
         """The methods of a subclass."""
-        body = {n: _lending(method) for n, method in _methods(cls).items()} if self.lends else {}
+        body = {n: _sharing(method) for n, method in _methods(cls).items()} if self.shares else {}
         if self.adapted:
             call = _adapted(cls.__call__)
-            body["__call__"] = _lending(call) if self.lends else call
+            body["__call__"] = _sharing(call) if self.shares else call
+            if issubclass(cls, nnx.Embed):
+                body["attend"] = _attend(cls.attend)
         return body
 
 
@@ -57,10 +60,19 @@ def _adapted(method: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _lending(method: Callable[..., Any]) -> Callable[..., Any]:
+def _attend(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with lending(self):
+        check_can_attend(self)
+        return method(self, *args, **kwargs)
+
+    return call
+
+
+def _sharing(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with sharing(self):
             return method(self, *args, **kwargs)
 
     return call

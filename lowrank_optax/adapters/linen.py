@@ -66,7 +66,7 @@ class Adapted:
       alpha_pattern: Likewise other values of ``alpha``.
 
     Raises:
-      TypeError: If ``method`` is no adapter.
+      TypeError: If ``method`` is not an adapter.
       ValueError: If ``module`` has an adapter of this name.
 
     Example:

@@ -18,7 +18,7 @@ from lowrank_optax.adapters.folding import (
     folded,
     unfolded,
 )
-from lowrank_optax.adapters.hosting import lending
+from lowrank_optax.adapters.hosting import sharing
 from lowrank_optax.adapters.nnx import (
     LayerAdapter,
     adapted_layers,
@@ -26,6 +26,7 @@ from lowrank_optax.adapters.nnx import (
     set_weight,
     weight,
 )
+from lowrank_optax.adapters.tied_tables import check_not_tied
 from lowrank_optax.matrices.selection import path_string
 from lowrank_optax.matrices.views import from_matrix, matrix_shape, to_matrix
 
@@ -49,7 +50,9 @@ def merge(model: Any, name: str | None = None) -> MergeReport:
     Raises:
       ValueError: If there is no adapter of that name, it is merged already or inactive; if none is
         active; or if a change that depends on the weight (DoRA's) would have to be merged together
-        with others, or at a strength other than 1, from which the weight could not be found again.
+        with others, or at a strength other than 1, from which the weight could not be found again;
+        or if the model's config says that an adapted embedding is tied to its head. Where a model
+        ties them by `Embed.attend` instead, calling that raises while an adapter is merged.
       RuntimeError: If the adapter shares arrays with layers outside of ``model``.
 
     Example:
@@ -71,11 +74,13 @@ def merge(model: Any, name: str | None = None) -> MergeReport:
         adapters = [a for a in adapters if a.active]
         if adapters:
             _check_can_unmerge(path_string(path), layer, adapters)
+            merged = f"the adapter {adapters[0].name!r} would be merged into the table"
+            check_not_tied(model, path_string(path), layer, merged)
             folding.append((path_string(path), layer, adapters))
     if not folding:
         raise ValueError("no adapter of the model is active: there is nothing to merge.")
     rows = []
-    with lending(model):
+    with sharing(model):
         for path, layer, adapters in folding:
             rows.append(MergedLayer(path, *_fold(layer, adapters)))
             for adapter, number in _checksums(layer, adapters):
@@ -104,7 +109,7 @@ def unmerge(model: Any, name: str | None = None) -> None:
             folding.append((path_string(path), layer, adapters))
     if not folding:
         raise ValueError(f"nothing to unmerge: none of {wanted} is merged.")
-    with lending(model):
+    with sharing(model):
         for path, layer, adapters in folding:  # nothing is changed if one is refused
             for adapter, number in _checksums(layer, adapters):
                 check_unchanged(path, adapter.name, adapter.merge_checksum[...], number)

@@ -4,8 +4,8 @@ So paths, names and types of the model's own weights stay as they are while adap
 code that reads ``layer.kernel`` goes on working, and `detach` has only to take its own parts away.
 
 Arrays that layers share belong to the model `attach` was given, as ``model.adapter_groups``: in a
-layer of a stack run by a scan they would be cut along the layers. The model's methods lend them
-to its layers while they run.
+layer of a stack run by a scan they would be cut along the layers. Its layers find them while
+the model's methods run.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,9 +17,9 @@ import jax
 from lowrank_optax.adapters import sites
 from lowrank_optax.adapters.base import Adapter
 from lowrank_optax.adapters.derivatives import refuse_derivative, warn_of_derivative
-from lowrank_optax.adapters.lending import lent_arrays
 from lowrank_optax.adapters.outputs import Part, adapted_output
 from lowrank_optax.adapters.selection import chosen
+from lowrank_optax.adapters.sharing import shared_arrays
 from lowrank_optax.matrices.flax_layers import Kernel, place
 from lowrank_optax.matrices.selection import Where
 from lowrank_optax.matrices.views import WeightDimensionNumbers, to_matrix
@@ -56,8 +56,9 @@ class LayerAdapter(nnx.Module):
       active: Whether calls apply it.
       strength: What its change is multiplied by.
       deterministic: Whether nothing is dropped, as after ``model.eval()``.
-      lent: While shared arrays are lent, which; a part of the module's static structure, so that
-        a function of the layer that was compiled for others is not taken for the same.
+      shared: Marks of the shared arrays while the model's methods run; a part of the module's
+        static structure, so that a function of the layer that was compiled for others is not taken
+        for the same.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class LayerAdapter(nnx.Module):
         self.dropout = nnx.data(dropout)
         self.active, self.strength = True, 1.0
         self.deterministic = False
-        self.lent: tuple[Any, ...] | None = None
+        self.shared: tuple[Any, ...] | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuses what ``nnx.update`` would add from a state with the arrays elsewhere."""
@@ -119,7 +120,7 @@ class LayerAdapter(nnx.Module):
 
     def p(self) -> dict[str, jax.Array]:
         """All its arrays, shared ones too."""
-        if self.group is not None and lent_arrays(self.name, self.group) is None:
+        if self.group is not None and shared_arrays(self.name, self.group) is None:
             raise RuntimeError(
                 f"the adapter {self.name!r} shares arrays that belong to the model that `attach` "
                 "was given: call a method of that model, not of a part of it."
@@ -127,9 +128,9 @@ class LayerAdapter(nnx.Module):
         return self.known()
 
     def known(self) -> dict[str, jax.Array]:
-        """Its own arrays, and shared ones if they are lent at the moment."""
+        """Its own arrays, and shared ones while the model's methods run."""
         own = {name: variable[...] for name, variable in self.variables().items()}
-        shared = None if self.group is None else lent_arrays(self.name, self.group)
+        shared = None if self.group is None else shared_arrays(self.name, self.group)
         return own | dict(shared or {})
 
     def key(self) -> jax.Array | None:

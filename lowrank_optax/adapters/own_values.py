@@ -1,8 +1,8 @@
-"""Parameters of a model that adapters have values of their own of, beside the base's.
+"""Adapters' own values for parameters of the model, as `also_train` and ``modules_to_save`` have.
 
-What `also_train` trains, and what ``modules_to_save`` of a file holds. The values of the adapter
-that is active stand in the parameter itself, so that whatever reads it computes with them; those
-of the base and of other adapters wait in ``own_values`` of the module that the parameter is of.
+The values of the active adapter are in the parameter itself, so that whatever reads it computes
+with them. Those of the base and of other adapters are stored in ``own_values`` of the parameter's
+module.
 """
 
 from collections.abc import Collection, Iterator
@@ -29,59 +29,61 @@ from lowrank_optax.matrices.selection import Path, path_string
 _SHARDING = ("out_sharding", "sharding_rules", "mesh")
 
 
-class _Stored(nnx.Dict):
-    """Values by adapter: which there are says whose values stand in the parameter."""
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        super().__setattr__(key, value)
-
-    def __setattr__(self, key: str, value: Any) -> None:
-        """Refuses what ``nnx.update`` would add from a state in which others are active."""
-        if isinstance(value, nnx.Variable):
-            raise ValueError(
-                f"in this state the adapter {key!r}, which has values of its own of the model's "
-                "parameters, is not active, and in the model it is: activate the adapters of the "
-                "state before the model is updated."
-            )
-        super().__setattr__(key, value)
+_VALUES_OF = "values_of_"
 
 
 class OwnValues(nnx.Module):
-    """The values of one parameter.
+    """The values of one parameter that are not in the parameter itself.
+
+    They are its attributes ``values_of_<adapter>`` (``values_of_`` alone for the base's): which of
+    them there are says whose values are in the parameter.
 
     Attributes:
-      live: Whose values stand in the parameter itself: an adapter's name, None for the base's.
-      base: The base's values, while others stand in the parameter.
-      stored: Those of adapters by name, without the live one's.
+      parameter: Path of the parameter, for messages.
+      live: Whose values are in the parameter itself: an adapter's name, None for the base's.
       constant: The adapters whose values are not trained.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, parameter: str) -> None:
+        self.parameter = parameter
         self.live: str | None = None
-        self.base: AdapterConstant | None = nnx.data(None)
-        self.stored = _Stored()
         self.constant: tuple[str, ...] = ()
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        """Refuses what ``nnx.update`` would add from a state in which others are active."""
+        if key.startswith(_VALUES_OF) and isinstance(value, nnx.Variable):
+            values = "the base" if self.live is None else f"the adapter {self.live!r}"
+            raise ValueError(
+                f"{self.parameter} has the values of {values} in the model, and others in this "
+                "state. Before the update call lro.adapters.activate(model, ...) with the adapters "
+                "that are active in the state, or lro.adapters.deactivate(model) if there is none."
+            )
+        super().__setattr__(key, value)
+
+    def stored(self) -> dict[str | None, AdapterConstant]:
+        """The values that are not in the parameter, by adapter; the base's under None."""
+        keys = [key for key in vars(self) if key.startswith(_VALUES_OF)]
+        return {key.removeprefix(_VALUES_OF) or None: getattr(self, key) for key in keys}
+
+    def store(self, name: str | None, value: AdapterConstant) -> None:
+        """Puts aside the values of an adapter, or of the base."""
+        super().__setattr__(f"{_VALUES_OF}{name or ''}", value)
+
+    def drop(self, name: str | None) -> None:
+        """Forgets the stored values of an adapter, or of the base."""
+        delattr(self, f"{_VALUES_OF}{name or ''}")
 
     def owners(self) -> set[str]:
         """The adapters that have values of their own."""
-        return {*self.stored, *([] if self.live is None else [self.live])}
+        return {name for name in (*self.stored(), self.live) if name is not None}
 
     def swap(self, variable: Any, name: str | None) -> None:
-        """Puts the values of an adapter, or of the base, in the place of those that are there."""
+        """Exchanges the values in the parameter for those of an adapter, or of the base."""
         if name == self.live:
             return
-        put_aside = _copy(variable, variable.get_value())
-        if self.live is None:
-            self.base = nnx.data(put_aside)
-        else:
-            self.stored[self.live] = put_aside
-        if name is None:
-            assert self.base is not None  # others are live
-            variable.set_value(self.base.get_value())
-            self.base = nnx.data(None)
-        else:
-            variable.set_value(self.stored[name].get_value())
-            del self.stored[name]
+        self.store(self.live, _copy(variable, variable.get_value()))
+        variable.set_value(self.stored()[name].get_value())
+        self.drop(name)
         self.live = name
         self.set_type(variable)
 
@@ -97,10 +99,10 @@ class OwnedParameter(NamedTuple):
     """A parameter with values of adapters.
 
     Attributes:
-      path: Of the parameter.
+      path: Path of the parameter.
       variable: The parameter.
-      module: The module that ``own_values`` is of.
-      key: Of the parameter in there.
+      module: The module that has ``own_values``.
+      key: Key of the parameter in ``own_values``.
     """
 
     path: Path
@@ -114,7 +116,7 @@ class OwnedParameter(NamedTuple):
 
 
 def claim(model: Any, variables: dict[Path, Any], name: str, *, trained: bool = True) -> None:
-    """Gives an adapter values of its own of parameters: those that are there, which become live.
+    """Gives an adapter its own values for parameters: copies of those there, which become live.
 
     Args:
       model: The model.
@@ -137,15 +139,15 @@ def claim(model: Any, variables: dict[Path, Any], name: str, *, trained: bool = 
                 f"{path_string(one.path)} has values of the adapter {live!r} in it: deactivate "
                 f"that before {name!r} gets its own."
             )
-    for _, variable, module, key in owned:
+    for path, variable, module, key in owned:
         if not hasattr(module, "own_values"):
             module.own_values = nnx.Dict()
         if key not in module.own_values:
-            module.own_values[key] = OwnValues()
+            module.own_values[key] = OwnValues(path_string(path))
         values = module.own_values[key]
         if name not in values.owners():
             # A copy: a step may donate the parameter.
-            values.stored[name] = _copy(variable, jax.tree.map(_copied, variable.get_value()))
+            values.store(name, _copy(variable, jax.tree.map(_copied, variable.get_value())))
         values.swap(variable, name)
         if trained:
             values.constant = tuple(n for n in values.constant if n != name)
@@ -155,7 +157,7 @@ def claim(model: Any, variables: dict[Path, Any], name: str, *, trained: bool = 
 
 
 def live_in(model: Any, paths: Collection[Path]) -> dict[str, list[str]]:
-    """Adapters whose values stand in these parameters, with the parameters' paths."""
+    """Adapters whose values are in these parameters, with the parameters' paths."""
     found: dict[str, list[str]] = {}
     for one in owned_parameters(model):
         if one.path in paths and one.values.live is not None:
@@ -213,14 +215,14 @@ def check_can_release(model: Any, names: Collection[str]) -> None:
 
 
 def check_one_owner(model: Any, active: Collection[str]) -> None:
-    """Raises ValueError where two of these adapters have values of their own of one parameter."""
+    """Raises ValueError where two of these adapters have own values for one parameter."""
     for one in owned_parameters(model):
         owners = sorted(one.values.owners() & set(active))
         if len(owners) > 1:
             raise ValueError(
-                f"{path_string(one.path)} has values of its own in each of the adapters "
-                f"{', '.join(map(repr, owners))}, and one parameter has one value: activate one of "
-                "them."
+                f"{path_string(one.path)} has own values in each of the adapters "
+                f"{', '.join(map(repr, owners))}, and can have one at a time: call "
+                f"lro.adapters.activate(model, {owners[0]!r}), say."
             )
 
 
@@ -258,18 +260,19 @@ def release(model: Any, name: str | None, *, keep: bool) -> None:
     Args:
       model: The model.
       name: The adapter; None for all.
-      keep: Whether values that stand in a parameter stay there, as the base's.
+      keep: Whether values that are in a parameter stay there, as the base's.
     """
     for one in owned_parameters(model):
         values = one.values
         for owner in [name] if name else sorted(values.owners()):
             if owner == values.live and keep:
-                values.live, values.base = None, nnx.data(None)
+                values.drop(None)
+                values.live = None
                 values.set_type(one.variable)
             elif owner == values.live:
                 values.swap(one.variable, None)
-            if owner in values.stored:
-                del values.stored[owner]
+            if owner in values.stored():
+                values.drop(owner)
         if not values.owners():
             del one.module.own_values[one.key]
         if not one.module.own_values:
@@ -304,7 +307,7 @@ def _also_trained(cls: type) -> type:
 
 
 def owned_parameters(model: Any) -> list[OwnedParameter]:
-    """The parameters that some adapter has values of its own of."""
+    """The parameters for which some adapter has its own values."""
     places = _places(model)
     return [
         OwnedParameter(path, x, *places[path])
@@ -314,7 +317,7 @@ def owned_parameters(model: Any) -> list[OwnedParameter]:
 
 
 def _places(model: Any) -> dict[Path, tuple[Any, str]]:
-    """Of each parameter, the module nearest above it, and its name there."""
+    """The module nearest above each parameter, and the parameter's name there, by path."""
     modules = {
         tuple(map(str, path)): x
         for path, x in nnx.iter_graph(model)

@@ -7,8 +7,7 @@ and ``B [r, d_out]`` as its output axis.
 """
 
 from collections.abc import Mapping, Sequence
-import functools
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 from flax import nnx
 import jax
@@ -41,29 +40,24 @@ class MatrixSharding(NamedTuple):
     metadata: Mapping[str, Any]
 
 
-_Described: TypeAlias = tuple[tuple[tuple[int, ...], Any], ...]
-
-
 def check_arrays(
     methods: Sequence[Adapter], weights: Sequence[Weights], embeddings: Sequence[bool]
 ) -> None:
-    """Checks that a group of layers can have such adapters; nothing is computed.
+    """Checks that a group of layers can have such adapters, before any is attached.
+
+    Nothing is computed: the arrays' shapes are found by ``jax.eval_shape``.
+
+    Args:
+      methods: The method of each layer.
+      weights: Their weights, or the shapes alone.
+      embeddings: Which layers are embeddings.
 
     Raises:
       ValueError: If the axes that a method declares are not those of its arrays.
       Exception: What the method raises where it cannot be attached to such weights.
     """
-    described = tuple((tuple(w.shape), w.dtype) for w in weights)
-    _check_arrays(tuple(methods), described, tuple(embeddings))
-
-
-@functools.lru_cache(maxsize=256)
-def _check_arrays(
-    methods: tuple[Adapter, ...], described: _Described, embeddings: tuple[bool, ...]
-) -> None:
-    weights = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in described]
     init = lambda key, weights: init_group(key, methods, weights, embeddings)
-    shared, own = jax.eval_shape(init, jax.random.key(0), weights)
+    shared, own = jax.eval_shape(init, jax.random.key(0), list(weights))
     of_layers = zip((shared, *own), (methods[0], *methods), (weights[0], *weights), strict=True)
     for params, method, weight in of_layers:
         sizes = dict(zip(("in", "out"), weight.shape[1:], strict=True))

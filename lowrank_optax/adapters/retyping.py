@@ -1,4 +1,4 @@
-"""What of a model is trained beside its adapters, and what of its adapters is trained no more."""
+"""Training of the model's own parameters beside adapters, and freezing of adapters' arrays."""
 
 from collections.abc import Callable
 from typing import Any, TypeAlias

@@ -137,7 +137,7 @@ def _row_of_values(one: OwnedParameter) -> SummaryRow:
     shape = " × ".join(map(str, one.variable.shape)) or "scalar"
     values, size = one.values, math.prod(one.variable.shape)
     trained = isinstance(one.variable, AlsoTrained)
-    copies = [*values.stored.values(), *([] if values.base is None else [values.base])]
+    copies = list(values.stored().values())
     stored = sum(map(byte_count, [one.variable] * trained + copies))
     return SummaryRow(
         path_string(one.path),

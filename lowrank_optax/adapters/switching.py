@@ -24,7 +24,7 @@ def activate(model: Any, *names: str, strengths: Mapping[str, float] | None = No
 
     Raises:
       ValueError: If the model has no adapter of a name, one is merged, a strength is given for an
-        adapter that is not activated, or two of them have values of their own of one parameter.
+        adapter that is not activated, or two of them have own values for one parameter.
 
     Example:
       >>> from flax import nnx

@@ -298,6 +298,39 @@ def test_several_modules_in_none_of_which_anything_is_found_are_an_error() -> No
     assert nnx.graphdef(restore_model(model)) == graphdef
 
 
+class Pair(nnx.Module):
+    """Two modules inside, each a linear layer below a function."""
+
+    def __init__(self, *functions: Any) -> None:
+        rngs = nnx.Rngs(0)
+        self.parts = nnx.List([nnx.Sequential(nnx.Linear(6, 6, rngs=rngs), f) for f in functions])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for part in self.parts:
+            x = part(x)
+        return x
+
+
+def test_what_is_found_in_one_model_says_nothing_of_another() -> None:
+    found, plain = Pair(nnx.relu, jnp.asarray), Pair(jnp.asarray, jnp.asarray)
+    for model in (found, plain):
+        quantize_model(model, where="parts")
+    found(X)
+    copy = pickle.loads(pickle.dumps(plain))
+    assert nnx.graphdef(copy) == nnx.graphdef(plain)
+    for model in (plain, copy):
+        with pytest.raises(ValueError, match="modules parts/0, parts/1 calls none"):
+            model(X)
+
+
+def test_what_is_found_in_a_part_that_was_quantised_before_counts_for_the_model() -> None:
+    model = nnx.Sequential(Pair(nnx.relu, nnx.relu), nnx.Linear(6, 6, rngs=nnx.Rngs(0)))
+    before = model(X)
+    quantize_model(model.layers[0], where="parts")
+    quantize_model(model, where="parts/0|layers/1$")
+    assert_close(model(X), before, 100)
+
+
 def test_bad_arguments_are_refused_and_change_nothing() -> None:
     model = sequential()
     graphdef = nnx.graphdef(model)

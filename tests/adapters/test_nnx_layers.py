@@ -13,6 +13,7 @@ import pytest
 import lowrank_optax as lro
 from lowrank_optax.adapters.nnx import placed
 from lowrank_optax.matrices import from_matrix, to_matrix
+from lowrank_optax.models import DecoderConfig
 from tests.adapters.nnx_models import call, randomized
 
 
@@ -170,9 +171,46 @@ def test_an_embedding_gets_a_table_of_r_columns_and_its_attend_stays_the_models_
     change = 1.5 * np.asarray(arrays["A"][...]) @ np.asarray(arrays["B"][...])
     np.testing.assert_allclose(embed(index), before + change[np.asarray(index)], atol=1e-5)
     np.testing.assert_array_equal(embed.attend(query), logits)
-    lro.adapters.merge(embed)  # folded in, the change is in both
-    expected = logits + np.asarray(query) @ change.T
-    np.testing.assert_allclose(embed.attend(query), expected, atol=1e-5)
+    lro.adapters.merge(embed)
+    np.testing.assert_allclose(embed(index), before + change[np.asarray(index)], atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [lro.adapters.LoRA(rank=2), lro.adapters.PiSSA(rank=2)], ids=str)
+def test_a_change_of_a_tied_table_is_refused_and_never_reaches_the_head(method: Any) -> None:
+    class Tied(nnx.Module):
+        def __init__(self, config: Any = None) -> None:
+            self.config = config
+            self.embed = nnx.Embed(7, 4, embedding_init=drawn, rngs=nnx.Rngs(0))
+
+        def __call__(self, index: jax.Array) -> jax.Array:
+            return self.embed.attend(self.embed(index))
+
+    config = DecoderConfig(7, 8, 8, 1, 1, tie_word_embeddings=True)
+    moves = method.changes_base
+    index, told, untold = np.array([1, 6]), Tied(config), Tied()
+    attach = lambda model: lro.adapters.attach(model, method, "embed", rngs=0)
+    refuses = pytest.raises(ValueError, match=r"embed: the adapter 'default'.* same table")
+    for model in (told, untold):
+        before = model(index)
+        if model is told and moves:
+            with refuses:
+                attach(model)
+            assert not hasattr(model.embed, "adapters")
+            continue
+        attach(model)
+        if moves:
+            with pytest.raises(ValueError, match=r"`attend`.*'default' \(PiSSA\) moves .* table"):
+                model(index)
+            lro.adapters.detach(model)
+        elif model is told:
+            with refuses:
+                lro.adapters.merge(model)
+        else:
+            lro.adapters.merge(model)
+            with pytest.raises(ValueError, match=r"`attend`.*merged into the table.*`unmerge`"):
+                model(index)
+            lro.adapters.unmerge(model)
+        assert_close(model(index), before)
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,12 @@ def test_axes_that_are_not_those_of_the_arrays_are_refused() -> None:
     class Turned(lro.adapters.LoRA):
         axes: ClassVar = {"A": ("out", None)}
 
+    rngs = nnx.Rngs(0)
+    # The square layer would pass, and is the first.
+    model = nnx.Sequential(nnx.Linear(4, 4, rngs=rngs), nnx.Linear(4, 6, rngs=rngs))
+    graphdef = nnx.graphdef(model)
     with pytest.raises(
         ValueError, match=r"Turned.axes says .* 'A' are \('out', None\) of a weight"
     ):
-        lro.adapters.attach(nnx.Linear(4, 6, rngs=nnx.Rngs(0)), Turned(rank=2), ".*", rngs=0)
+        lro.adapters.attach(model, Turned(rank=2), ".*", rngs=0)
+    assert nnx.graphdef(model) == graphdef  # refused before anything is changed

@@ -323,7 +323,7 @@ def test_a_state_says_whose_values_stand_in_a_parameter() -> None:
     model.head.bias[...] += 1.0
     lro.adapters.deactivate(model)
     state = nnx.state(model, nnx.Not(nnx.RngState))
-    with pytest.raises(ValueError, match=r"the adapter 'default', which .* is not active"):
+    with pytest.raises(ValueError, match=r"head/bias .* adapter 'default' .*deactivate\(model\)"):
         nnx.update(fresh, state)
     lro.adapters.deactivate(fresh)
     nnx.update(fresh, state)
@@ -332,7 +332,7 @@ def test_a_state_says_whose_values_stand_in_a_parameter() -> None:
     assert_close(fresh.head.bias[...], model.head.bias[...])
     active = nnx.state(model, nnx.Not(nnx.RngState))
     lro.adapters.deactivate(fresh)
-    with pytest.raises(ValueError, match="base"):
+    with pytest.raises(ValueError, match=r"head/bias .* base .*lro.adapters.activate\(model, "):
         nnx.update(fresh, active)
 
 

@@ -140,7 +140,7 @@ class Merging:
             raise ValueError(
                 f"{', '.join(m for m in tied if m in layers)}: the base model ties its embedding "
                 "and its head, and a change of one would become a change of both. Load the "
-                "adapter beside the model instead."
+                "adapter beside the model instead: lro.adapters.load_peft(model, path)."
             )
         self._replaced = {
             f"{module}.{name.removeprefix('base_layer.')}": tensor

@@ -33,7 +33,7 @@ class Piece(NamedTuple):
 def adapter_pieces(
     slots: Mapping[str, Slot], name: str, as_lora: bool | None
 ) -> Iterator[tuple[str, Piece]]:
-    """The adapted modules by name; shared arrays must be lent.
+    """The adapted modules by name; call it inside `sharing`.
 
     Layers of a stack that have no adapter, as `load_peft` makes them, are left out.
     """

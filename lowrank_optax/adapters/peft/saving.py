@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 import numpy as np
 
-from lowrank_optax.adapters.hosting import lending
+from lowrank_optax.adapters.hosting import sharing
 from lowrank_optax.adapters.nnx import AlsoTrained, adapted_layers, check_names
 from lowrank_optax.adapters.own_values import values_of
 from lowrank_optax.adapters.peft.config import PeftConfig
@@ -96,7 +96,7 @@ def save_peft(
         raise ValueError(f"dtype={dtype!r} must be one of {', '.join(_DTYPES)}.")
     check_names(model, [name])
     slots = module_slots(model, names)
-    with values_of(model, name), lending(model):
+    with values_of(model, name), sharing(model):
         _check_named(model, slots, name)
         pieces = dict(adapter_pieces(slots, name, as_lora))
         saved = dict(trained_parameters(slots, pieces))

@@ -1,4 +1,4 @@
-"""Arrays that layers share, lent to them by the model while its methods run.
+"""Arrays that layers share, which the model has at hand for them while its methods run.
 
 In a layer of a stack run by a scan, shared arrays would be cut along the layers. So they belong to
 the model `attach` was given, as ``model.adapter_groups``, and its layers find them in a context.
@@ -16,27 +16,27 @@ import jax
 _Groups: TypeAlias = Mapping[tuple[str, str], Mapping[str, jax.Array]]
 
 
-class _Loan(NamedTuple):
-    lender: Any
+class _Shared(NamedTuple):
+    model: Any
     groups: _Groups
 
 
-_loan: contextvars.ContextVar[_Loan | None] = contextvars.ContextVar("loan", default=None)
+_shared: contextvars.ContextVar[_Shared | None] = contextvars.ContextVar("shared", default=None)
 
 
-def lent_arrays(name: str, group: str) -> Mapping[str, jax.Array] | None:
-    """The arrays of an adapter's group, if they are lent at the moment."""
-    loan = _loan.get()
-    return None if loan is None else loan.groups.get((name, group))
+def shared_arrays(name: str, group: str) -> Mapping[str, jax.Array] | None:
+    """The arrays of an adapter's group, inside `share` of their model; else None."""
+    shared = _shared.get()
+    return None if shared is None else shared.groups.get((name, group))
 
 
 @contextlib.contextmanager
-def lend(model: Any, borrowers: list[Any]) -> Iterator[None]:
+def share(model: Any, adapters: list[Any]) -> Iterator[None]:
     """While open, layers find the arrays that they share.
 
     Args:
       model: The owner of ``adapter_groups``.
-      borrowers: The adapters that share them. Each is marked with what it was lent, since functions
+      adapters: The adapters that share them. Each is marked with its shared arrays, since functions
         of a layer that are compiled (or scanned, or rematerialised) by themselves are looked up by
         their arguments and would be found again for other arrays.
     """
@@ -45,39 +45,34 @@ def lend(model: Any, borrowers: list[Any]) -> Iterator[None]:
         for name, of_adapter in getattr(model, "adapter_groups", {}).items()
         for group, arrays in of_adapter.items()
     }
-    # The marks are on the model's own layers: one thread after the other.
-    with _lock_of(model):
-        before = [(borrower, borrower.lent) for borrower in borrowers]
-        for borrower in borrowers:
-            arrays = groups[borrower.name, borrower.group].values()
-            _mark(borrower, tuple(map(_Same, arrays)))
-        token = _loan.set(_Loan(model, groups))
+    # The marks are on the models' own layers: one thread after the other.
+    with _lock:
+        before = [(adapter, adapter.shared) for adapter in adapters]
+        for adapter in adapters:
+            arrays = groups[adapter.name, adapter.group].values()
+            _mark(adapter, tuple(map(_Same, arrays)))
+        token = _shared.set(_Shared(model, groups))
         try:
             yield
         finally:
-            _loan.reset(token)
-            for borrower, mark in before:
-                _mark(borrower, mark)
+            _shared.reset(token)
+            for adapter, mark in before:
+                _mark(adapter, mark)
 
 
-def is_lending(model: Any) -> bool:
-    """Whether this very model is lending at the moment."""
-    loan = _loan.get()
-    return loan is not None and loan.lender is model
+def is_sharing(model: Any) -> bool:
+    """Whether `share` is open for this very model."""
+    shared = _shared.get()
+    return shared is not None and shared.model is model
 
 
-_locks: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
-_locks_lock = threading.Lock()
+# One for all models: those that call each other in two threads would wait for ever with two.
+_lock = threading.RLock()
 
 
-def _lock_of(model: Any) -> threading.RLock:
-    with _locks_lock:
-        return _locks.setdefault(model, threading.RLock())
-
-
-def _mark(borrower: Any, mark: "tuple[_Same, ...] | None") -> None:
+def _mark(adapter: Any, mark: "tuple[_Same, ...] | None") -> None:
     # Not setattr: no state changes, so it may be done inside a transformation of a closure, too.
-    vars(borrower)["lent"] = mark
+    vars(adapter)["shared"] = mark
 
 
 class _Same:

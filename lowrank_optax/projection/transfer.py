@@ -161,7 +161,7 @@ def _check_first(path: Any, average: moments.Average, follows: bool) -> None:
 
 def _disturbance(average: moments.Average) -> str | None:
     """What keeps a moment from averaging a gradient a step, and what to do; None if nothing."""
-    if average.rest != 0:
+    if abs(average.rest) > 1e-7:  # more than an epsilon that is added to squares
         return (
             "changes at a gradient of zero, as with noise that optax.add_noise adds to gradients. "
             "Chain that before the whole optimizer"

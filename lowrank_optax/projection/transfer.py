@@ -160,13 +160,13 @@ def _check_first(path: Any, average: moments.Average, follows: bool) -> None:
 
 
 def _disturbance(average: moments.Average) -> str | None:
-    """What keeps a moment from averaging a gradient a step, and what to do; None if nothing."""
+    """What keeps a first moment from averaging gradients, and what to do; None if nothing."""
     if average.rest != 0:
         return (
             "changes at a gradient of zero, as with noise that optax.add_noise adds to gradients. "
             "Chain that before the whole optimizer"
         )
-    if 1 in average.decays:
+    if 1 in average.decays[1:]:  # ADOPT leaves out the first step alone
         return (
             "is not updated at every step, as in optax.MultiSteps. Put that around the whole "
             "optimizer"
@@ -187,7 +187,7 @@ def _check_pair(found: Averages, path: Any) -> None:
     if not (all(fits) and one.steady and two.steady):
         first, second = (jax.tree_util.keystr(p) for p in (beside, path))
         needs = f"on_refresh='rotate_moments' needs the inner state's {second} to be"
-        reason = _disturbance(one) or _disturbance(two)
+        reason = _disturbance(one)
         raise ValueError(
             f"{needs} an exponential moving average, with a constant decay, of the squares of the "
             f"gradients that {first} averages; it {reason or 'is not'}. Take 'rotate', "

@@ -168,7 +168,9 @@ def test_moments_are_looked_at_in_the_precision_that_is_set() -> None:
 def test_second_moments_that_are_not_mean_squares_are_not_rotated(inner: Any) -> None:
     params = {"kernel": jnp.ones(SHAPE)}
     tx = _projected(lro.subspaces.svd(2), "rotate_moments", inner=inner())
-    with pytest.raises(ValueError, match=r"'rotate_moments'.*nu.*'rotate', 'keep' or 'reset'"):
+    with pytest.raises(
+        ValueError, match=r"'rotate_moments'.*nu.*; it is not\. .*'rotate', 'keep' or 'reset'"
+    ):
         tx.init(params)
 
 

@@ -360,8 +360,9 @@ def test_another_table_with_as_many_rows_is_no_head(tmp_path, capsys):
     shapes = {"transformer.wpe.weight": (9, 4), "transformer.wte.weight": (9, 4)}
     tables = random_tensors(shapes, seed=2)
     config = {"model_type": "gpt2", "vocab_size": 9, "architectures": ["GPT2LMHeadModel"]}
-    for number, head in enumerate((None, "lm_head", "embed_out", "output")):
-        others = {f"{head}.weight": np.ones((9, 4), np.float32)} if head else {}
+    heads = (None, 9), ("lm_head", 9), ("embed_out", 9), ("output", 9), ("lm_head", 8)
+    for number, (head, rows) in enumerate(heads):
+        others = {f"{head}.weight": np.ones((rows, 4), np.float32)} if head else {}
         base = folder_of(tmp_path / str(number), config, tables | others)
         name = "base_model.model.transformer.wte"
         shapes = {f"{name}.lora_embedding_A": (2, 9), f"{name}.lora_embedding_B": (4, 2)}

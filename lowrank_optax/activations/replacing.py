@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import re
 from typing import Any
-import uuid
+import weakref
 
 from flax import nnx
 import jax
@@ -24,6 +24,8 @@ _WRAPPER, _COUNTER = "few_bit", "few_bit_model"
 
 _found: contextvars.ContextVar[list[int] | None] = contextvars.ContextVar("found", default=None)
 """How many nonlinearities were found in each module that has been traced in a call of a model."""
+
+_found_before: set[int] = set()  # of models that are alive, by their id
 
 
 def quantize_model(
@@ -109,7 +111,8 @@ def quantize_model(
         rows.append(QuantizedRow(path_string(path), type(module).__name__, bits, own))
     if len(chosen) > 1 and (own := _methods(model, tuple(dict.fromkeys((*names, "__call__"))))):
         paths = tuple(map(path_string, chosen))
-        set_wrapper(model, _COUNTER, _Counted(replacement, own, paths, uuid.uuid4().hex))
+        set_wrapper(model, _COUNTER, _Counted(replacement, own, paths))
+        _found_before.discard(id(model))
     return QuantizeReport(rows, calls)
 
 
@@ -170,14 +173,13 @@ class _FewBit:
 class _Counted:
     """What wraps methods of a model so that a call in which nothing is few-bit is an error.
 
-    Only until something is found: what has been traced before need not be traced again.
+    Only until something is found: what has been traced before need not be traced again. Models with
+    the same options have the same class, so what was found is known of the object.
     """
 
     replacement: Replacement
     methods: tuple[str, ...]
     paths: tuple[str, ...]  # of the modules that are to be few-bit
-    model: str  # an identifier, so that copies of a model share `found_before`, others do not
-    found_before: list[bool] = dataclasses.field(default_factory=list, compare=False)
 
     def __call__(self, cls: type) -> dict[str, Callable[..., Any]]:
         """The methods of a subclass."""
@@ -186,7 +188,7 @@ class _Counted:
     def _counted(self, method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
         def call(module: Any, *args: Any, **kwargs: Any) -> Any:
-            if self.found_before:
+            if id(module) in _found_before:
                 return method(module, *args, **kwargs)
             found: list[int] = []
             outer = _found.get()
@@ -198,7 +200,8 @@ class _Counted:
             if outer is not None:
                 outer.extend(found)
             if any(found):
-                self.found_before.append(True)
+                _found_before.add(id(module))
+                weakref.finalize(module, _found_before.discard, id(module))
             elif found:
                 raise self.replacement.nothing(f"each of the modules {', '.join(self.paths)}")
             return output

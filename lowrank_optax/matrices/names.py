@@ -11,33 +11,34 @@ _BIAS = re.compile(r"(^|_)(bias|beta)$")
 _SCALE = re.compile(r"(^|_)(scale|gamma)$")
 _NORM = re.compile(r"norm|(^|_)(ln|rms)(_|\d|$)")
 _EMBEDDING = re.compile(r"(?<!time_)(?<!timestep_)(?<!patch_)embed|(^|_)(wte|wpe)(_|\d|$)|^shared$")
-_HEAD = re.compile(
-    r"unembed|embed\w*out|(^|_)(?<!pre_)(logits|classifier)(_|\d|$)"
-    r"|^(?!(multi|attention|attn|self|cross|per)_)(\w+_)?(lm)?head(_?\d+)?$"
+_OUTPUT_HEAD = re.compile(
+    r"unembed|embed\w*out|(^|_)(?<!pre_)(logits|classifier)(_|\d|$)|(^|_)lm_?head(_?\d+)?$"
 )
+_HEAD = re.compile(r"^(?!\w*(attention|attn)|(multi|self|cross|per)_)(\w+_)?head(_?\d+)?$")
 _OUTPUT = re.compile(r"^output(_layer|_proj|_projection)?$")
 _INSIDE = re.compile(r"attention|attn|block|(^|_)layers?(_?\d+)?$")  # where heads are attention's
 _PROJECTION = re.compile(r"(^|_)(proj|projection|linear|dense|conv)(_?\d+)?$")
 _PART_OF_BLOCK = re.compile(
-    r"^((query|key|value|qkv|up|down|gate)(_proj)?|[qkvo]_proj|fc|wi|wo)(_?\d+)?$"
+    r"^((query|key|value|qkv|up|down|gate)(_proj)?|[qkvo]_proj|(c_)?fc|c_(attn|proj)|mlp|wi|wo)(_?\d+)?$"
 )
+_WEIGHT = re.compile(r"^w(\d|_|$)")
 _CONTAINER = re.compile(r"^(layers_?)?\d*$|^layers$")  # of nn.Sequential and lists
 
 
 def named_kind(path: str) -> NamedKind | None:
     """Returns what the names in a leaf's path say it is, or None for a weight like any other.
 
-    Names are read as words: ``LMHead_0`` as ``lm_head_0``. The name of the module that the leaf is
-    in decides, or the leaf's own name if that is not ``kernel``, ``weight`` or ``w``:
+    Names are read as words: ``LMHead_0`` as ``lm_head_0``. The last two names decide, of modules
+    and of a leaf that is not called ``kernel``, ``weight``, ``w`` or ``table``:
 
     - The weight of a part of a block (``up``, ``q_proj``, ``query``) is a weight wherever it is:
       ``moe_head/up/kernel``.
-    - So is that of another projection (``proj``, ``linear_1``, ``Dense_0``), as
-      ``patch_embed/proj/kernel``, unless the module around it is a head: ``lm_head/dense/kernel``.
+    - So is that of another projection (``proj``, ``linear_1``, ``Dense_0``) in an embedding or a
+      norm, as ``patch_embed/proj/kernel``, but not in a head: ``lm_head/dense/kernel``.
     - A ``kernel`` belongs to no norm and no embedding, which have none in Flax:
       ``layernorm_qkv/kernel`` is a weight.
-    - A head inside a block or an attention is one of the attention's heads, so not an output head;
-      a module called ``output`` is an output head only at the top of the tree.
+    - A ``head_0`` inside a block or an attention is one of the attention's heads, so not an output
+      head; a module called ``output`` is an output head only at the top of the tree.
 
     Args:
       path: A path such as ``blocks/attention/query/kernel``.
@@ -64,20 +65,19 @@ def named_kind(path: str) -> NamedKind | None:
     if _SCALE.search(leaf):
         return "scales"
     is_kernel = leaf == "kernel" or leaf.endswith("_kernel")
-    is_weight = is_kernel or leaf in ("weight", "w")
+    is_weight = is_kernel or leaf in ("weight", "w", "table")
     places = [i for i, name in enumerate(modules) if not _CONTAINER.search(name)]
     names = [modules[i] for i in places] + ([] if is_weight else [leaf])
     if not names or _PART_OF_BLOCK.search(names[-1]):
         return None
-    is_projection = bool(_PROJECTION.search(names[-1]))
-    for i in range(len(names) - 1, max(len(names) - 2 - is_projection, -1), -1):
+    for i in range(len(names) - 1, max(len(names) - 3, -1), -1):
         outside = modules[: places[i]] if i < len(places) else modules
         is_output = _OUTPUT.search(names[i]) and set(outside) <= {"params", "model"}
-        if is_output or (_HEAD.search(names[i]) and not any(map(_INSIDE.search, outside))):
+        is_head = _HEAD.search(names[i]) and not any(map(_INSIDE.search, outside))
+        if is_output or is_head or _OUTPUT_HEAD.search(names[i]):
             return "head"
-    if is_projection or is_kernel:
+    if is_kernel or _PROJECTION.search(names[-1]):
         return None
-    if _NORM.search(names[-1]):
+    if any(map(_NORM.search, names[-1:] if is_weight or _WEIGHT.search(leaf) else names[-2:])):
         return "norms"
-    is_embedding = any(map(_EMBEDDING.search, names[-1:] if is_weight else names[-2:]))
-    return "embeddings" if is_embedding else None
+    return "embeddings" if any(map(_EMBEDDING.search, names[-2:])) else None

@@ -15,8 +15,9 @@ from lowrank_optax.states.moments import FIRST_MOMENTS, SECOND_MOMENTS, field
 
 # Names of arrays that a basis has no part in: the coefficients of Muon's iteration.
 CONSTANTS = ("ns_coeffs",)
-# Sizes of gradients that moments are looked at with: below any sensible threshold of clipping.
-_SIZES = (2.0**-10, 2.0**-12)
+# Sizes of gradients that moments are looked at with: below any sensible threshold of clipping, and
+# above it.
+_SIZES, _LARGE = (2.0**-10, 2.0**-12), 2.0**10
 
 
 def init_one(inner: optax.GradientTransformation, leaf: jax.Array, batch_ndim: int) -> Any:
@@ -92,6 +93,7 @@ class Average(NamedTuple):
       rounding: Relative error that rounding may give a size.
       alone: Whether other moments have no part in it.
       rest: What it is after a gradient of zero, if all moments were zero.
+      large: Its size for a large gradient, which clipping makes smaller.
     """
 
     decays: tuple[Any, ...]
@@ -99,6 +101,7 @@ class Average(NamedTuple):
     rounding: Any
     alone: Any
     rest: Any
+    large: Any
 
     @property
     def traced(self) -> bool:
@@ -162,14 +165,17 @@ def _looked_at(inner: optax.GradientTransformationExtraArgs) -> dict[Any, Averag
         decays = tuple(x[path][0, 0].astype(signs.dtype) for x in left)
         apart = [jnp.abs(left[-1][other][0, 0]) < 1e-6 for other in orders if other != path]
         rest, *weights = [
-            after(size * signs, only(states[-1], None))[path][0, 0] for size in (0, *_SIZES)
+            after(size * signs, only(states[-1], None))[path][0, 0] for size in (0, *_SIZES, _LARGE)
         ]
-        sizes = [x / y**order / (1 - decays[-1]) for x, y in zip(weights, _SIZES, strict=True)]
+        given = (*_SIZES, _LARGE)
+        *sizes, large = (
+            x / y**order / (1 - decays[-1]) for x, y in zip(weights, given, strict=True)
+        )
         # In bfloat16 a decay of 0.9 is 0.898, and the weight of a gradient 0.1 still.
         rounding = 4 * jnp.finfo(left[-1][path].dtype).eps / jnp.maximum(1 - decays[-1], 1e-6)
         exact = [jnp.where(jnp.abs(x - 1) < 1e-2, 1, x) for x in sizes]
         alone = functools.reduce(jnp.logical_and, apart, jnp.array(True))
-        found[path] = Average(decays, tuple(exact), rounding, alone, rest)
+        found[path] = Average(decays, tuple(exact), rounding, alone, rest, large)
     return found
 
 

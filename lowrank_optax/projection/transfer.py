@@ -147,11 +147,16 @@ def is_traced(averages: Averages) -> bool:
 
 def _check_first(path: Any, average: moments.Average, follows: bool) -> None:
     """Refuses a first moment that is no average of gradients in units that are known."""
-    if average.steady and moments.agree(*average.sizes, rounding=average.rounding):
+    in_units = moments.agree(*average.sizes, rounding=average.rounding)
+    is_clipped = not moments.agree(average.large, average.sizes[0], rounding=average.rounding)
+    if average.steady and in_units and not is_clipped:
         return
     rule, does = ("subspace", "follows") if follows else ("residual", "feeds back")
+    clipped = "averages clipped gradients. Chain clipping before the whole optimizer"
     reason = _disturbance(average) or (
-        "is no moving average of gradients in their own units, as that of optax.scale_by_adam"
+        clipped
+        if average.steady and in_units
+        else "is no moving average of gradients in their own units, as that of optax.scale_by_adam"
     )
     raise ValueError(
         f"the {rule} rule {does} the momentum, but {jax.tree_util.keystr(path)} of the inner "

@@ -7,6 +7,7 @@ nearest, is lost, at every step anew. Weight decay always is.
 from collections.abc import Mapping, Sequence
 import functools
 from typing import Any, Literal, NamedTuple, get_args
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -60,8 +61,8 @@ def round_updates(
 
     Raises:
       ValueError: If ``rounding`` is neither; in ``update``, without ``params``, or if all updates
-        of bfloat16 parameters are bfloat16, as gradients are where `round_updates` comes before the
-        optimizer.
+        are bfloat16, as gradients are where `round_updates` comes before the optimizer. If only
+        those of bfloat16 parameters are, it warns.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro, optax
@@ -126,15 +127,19 @@ def round_updates(
 
 
 def _check_not_all_rounded(updates: Mapping[Any, jax.Array], params: Sequence[jax.Array]) -> None:
-    """Raises ValueError if all updates of bfloat16 parameters are bfloat16; zeros may be some."""
+    """Refuses updates that are all bfloat16; warns if only those of bfloat16 parameters are."""
     pairs = zip(updates.items(), params, strict=True)
     found = [(path, update) for (path, update), param in pairs if _is_bfloat16(param)]
-    if found and all(_is_bfloat16(update) for _, update in found):
-        raise ValueError(
-            f"round_updates was given bfloat16 updates, as of {path_string(found[0][0])!r}, which "
-            "are rounded already. It must come last in the chain, after the optimizer, and the "
-            "optimizer in lro.in_float32(...)."
-        )
+    if not found or not all(_is_bfloat16(update) for _, update in found):
+        return  # some may be: the zeros of frozen parameters
+    message = (
+        f"round_updates was given bfloat16 updates, as of {path_string(found[0][0])!r}, which are "
+        "rounded already. It must come last in the chain, after the optimizer, and the optimizer "
+        "in lro.in_float32(...)."
+    )
+    if len(found) == len(params):
+        raise ValueError(message)
+    warnings.warn(f"{message} (All bfloat16 parameters may be frozen.)", stacklevel=4)
 
 
 def stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:

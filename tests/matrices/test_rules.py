@@ -155,6 +155,12 @@ def test_what_is_no_rule_is_refused(rule: Any) -> None:
 
 
 NOT_MATRICES = """
+norm/g norm/gain norm/offset norm/a_2 layers/norm/gain embed/tokens/weight embed/tok/weight
+embeddings/token_type/weight token_embed/table/weight embedder/tokens/table
+lm_head/decoder/kernel head/out/kernel head/hidden/kernel vocab_head/w_out/kernel
+mlm_head/transform/kernel head/net/layers/2/kernel BlockTransformer_0/lm_head/kernel
+linear_attention_lm/lm_head/kernel TransformerBlockStack_0/logits/kernel
+attention_model/classifier/kernel layers/4/lm_head/kernel
 embed/embedding pos_embedding token_embedder/embedding unembed/kernel wte transformer/wpe/table
 embed/E shared/weight shared/embedding embeddings/word_embeddings/weight tok_embeddings/weight
 norm/scale ln_1/weight rms/w RMSNorm_0/scale LayerNorm_0/weight blocks/norm1/weight
@@ -168,6 +174,7 @@ embed_out/linear/kernel output/kernel params/output/kernel output_layer/kernel m
 model/lm_head/weight
 """
 MATRICES = """
+h_0/CausalSelfAttentionHead_0/Dense_0/kernel timestep_embedder/mlp/0/weight norm_mlp/w1
 multi_head_attention/query/kernel attention_head/kernel attention/output/kernel
 attention/out/kernel out/kernel overhead/kernel mlp/up/kernel w ahead biased/kernel scaled/kernel
 upscale/kernel alarms/kernel PreNorm_0/Dense_0/kernel patch_embed/proj/kernel

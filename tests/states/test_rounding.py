@@ -228,6 +228,9 @@ def test_before_the_optimizer_it_is_refused(rounding: Any) -> None:
     tx = optax.chain(optax.partition(frozen, labels), lro.round_updates(rounding))
     updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
     assert_close(updates, {"kernel": -jnp.ones(4), "embed": jnp.zeros(4)}, dtype=jnp.float32)
+    params = {"kernel": jnp.ones(4), "embed": jnp.ones(4, BF16)}  # an adapter beside its base
+    with pytest.warns(UserWarning, match=r"as of 'embed'.*\(All bfloat16 parameters may be frozen"):
+        tx.update(params, tx.init(params), params)
 
 
 def test_in_float32_keeps_state_and_updates_in_float32() -> None:

@@ -123,8 +123,6 @@ def _peak(memory):
     )
 
 
-# At this size embedding and head, which are not projected, have most of the elements.
-@pytest.mark.filterwarnings("ignore:.*are not projected")
 @pytest.mark.parametrize("chip", ["v5e", pytest.param("v6e", marks=pytest.mark.full)])
 def test_projected_training_step_of_llama_60m_compiles_within_its_memory(compile_for, chip):
     batch, length, mib = 16, 256, 2**20

@@ -98,8 +98,10 @@ def tied_in_files(config: Mapping[str, Any], reader: TensorReader) -> Tied | Non
     if not embeddings:
         return Tied(HEAD, HEAD) if HEAD in tables else None
     embedding = embeddings[0]
-    heads = [n for n in tables if last(n) in _HEADS and tables[n] == tables[embedding]]
-    equal = [name for name in heads if reader.equal(f"{embedding}.weight", f"{name}.weight")]
+    heads = [name for name in tables if last(name) in _HEADS]
+    shape = lambda name: reader.shapes[f"{name}.weight"]
+    same = [name for name in heads if shape(name) == shape(embedding)]
+    equal = [name for name in same if reader.equal(f"{embedding}.weight", f"{name}.weight")]
     if heads and not equal:
         return None
     return Tied(embedding, equal[-1] if equal else HEAD)

@@ -88,6 +88,14 @@ def test_the_decay_of_what_is_fed_back_is_that_of_the_inner_optimizer() -> None:
     assert np.abs(wrong - expected).max() > 0.1
 
 
+def test_clipping_before_the_momentum_is_refused_with_its_place() -> None:
+    inner = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
+    with pytest.raises(ValueError, match=r"clipped gradients\. Chain clipping before"):
+        lro.ldadam(1.0, RANK, inner=inner).init({"kernel": np.ones(SHAPE, np.float32)})
+    tx = optax.chain(optax.clip_by_global_norm(1.0), lro.ldadam(1.0, RANK))
+    tx.init({"kernel": np.ones(SHAPE, np.float32)})
+
+
 def test_a_momentum_that_is_no_average_is_not_fed_back() -> None:
     inner = optax.chain(optax.scale_by_sign(), optax.scale_by_adam())
     tx = lro.scale_by_projection(

@@ -66,7 +66,12 @@ def check_leaves_of_any_size(row: Row) -> None:
     params = {name: normal(shape, 40) for name, shape in shapes.items()}
     params |= {"hole": None, "masked": optax.MaskedNode()}
     gradients = normal_like(params, 41, STEPS)
-    updates = run(row.make(rank=8) if row.takes("rank") else row.tx, params, gradients)
+    tx = row.tx
+    if "subspace" in row.kwargs:  # then it has the rank
+        tx = row.make(subspace=row.kwargs["subspace"]._replace(rank=8))
+    elif row.takes("rank"):
+        tx = row.make(rank=8)
+    updates = run(tx, params, gradients)
     assert_same_types(updates, gradients)
     assert is_finite(updates)
     for name in ("scalar", "vector", "kernel", "row", "column", "cube"):

@@ -88,7 +88,8 @@ def decay_mask(
 
     Raises:
       ValueError: If a kind is none of them, or a pattern no regular expression; in the function
-        that is returned, if a pattern matches no parameter of a whole tree, or none decays.
+        that is returned, if a pattern matches no parameter of a whole tree, or none decays
+        though none is excluded.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro, optax
@@ -123,7 +124,7 @@ def decay_mask(
 
         kinds_of = parameter_kinds(params)
         found = jax.tree_util.tree_map_with_path(decays, kinds_of)
-        if is_whole and not any(jax.tree.leaves(found)):
+        if is_whole and exclude is None and not any(jax.tree.leaves(found)):
             there = ", ".join(sorted(set(jax.tree.leaves(kinds_of))))
             raise ValueError(
                 f"decay_mask selects no parameter: kinds={tuple(kinds)}, and these are {there}."

@@ -28,10 +28,15 @@ def leaves_by_path(tree: Any) -> dict[Any, Any]:
     return dict(jax.tree_util.tree_leaves_with_path(tree))
 
 
-def has_holes(tree: Any) -> bool:
-    """Whether a tree is a part of one: some leaves of it are ``optax.MaskedNode``."""
+def is_whole(tree: Any) -> bool:
+    """Whether a tree has leaves, and is not a part of another, with ``optax.MaskedNode`` in it.
+
+    What selects leaves must find some in a whole tree; in a part, as of ``optax.partition``, there
+    may be none.
+    """
     is_hole = lambda x: isinstance(x, optax.MaskedNode)
-    return any(map(is_hole, jax.tree.leaves(tree, is_leaf=is_hole)))
+    leaves = jax.tree.leaves(tree, is_leaf=is_hole)
+    return bool(leaves) and not any(map(is_hole, leaves))
 
 
 def compiled_pattern(argument: str, pattern: str) -> re.Pattern[str]:

@@ -21,7 +21,7 @@ from lowrank_optax.matrices import (
     resolve_dimension_numbers,
     to_matrix,
 )
-from lowrank_optax.matrices.paths import has_holes, leaves_by_path, path_string
+from lowrank_optax.matrices.paths import is_whole, leaves_by_path, path_string
 from lowrank_optax.matrices.selection import check_patterns
 from lowrank_optax.projection.inner import InnerRunner
 from lowrank_optax.projection.leaf import (
@@ -288,7 +288,7 @@ def _check_found(params: Any, views: Sequence[LeafView | None], subspace: Subspa
       ValueError: If no leaf of a whole tree is a matrix though some have two axes or more, or if a
         pattern of the subspace matches no matrix.
     """
-    is_part = has_holes(params)
+    must_find = is_whole(params)
     leaves = jax.tree_util.tree_leaves_with_path(params)
     large = [
         (x.size, path_string(path), x.shape)
@@ -303,10 +303,10 @@ def _check_found(params: Any, views: Sequence[LeafView | None], subspace: Subspa
             f"out, the largest is {name!r} {shape}. Say which are matrices by "
             "weight_dimension_numbers, as lro.weight_dimension_numbers(params, include=...)."
         )
-        if not is_part:
+        if must_find:
             raise ValueError(nothing)
         warnings.warn(nothing, stacklevel=4)  # of a group of parameters all may be embeddings, say
-    if is_part:
+    if not must_find:
         return
     if known:
         for argument, patterns in subspace.patterns.items():

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.matrices.paths import has_holes, leaves_by_path, path_string
+from lowrank_optax.matrices.paths import is_whole, leaves_by_path, path_string
 from lowrank_optax.quantization import Affine, affine_dequantize, affine_quantize
 from lowrank_optax.slices.update import update_in_slices
 from lowrank_optax.slices.whole import Whole, keys_of_rows, whole_of
@@ -72,7 +72,7 @@ def to_int8_weights(
         return x.ndim > 1 if which is None else which(path_string(path), x)
 
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    if leaves and not has_holes(params) and not any(chosen(*leaf) for leaf in leaves):
+    if is_whole(params) and not any(chosen(*leaf) for leaf in leaves):
         size, name = max((x.size, path_string(path)) for path, x in leaves)
         raise ValueError(
             f"no parameter is chosen: the largest, {name!r}, has {size} elements, and min_size is "
@@ -144,7 +144,7 @@ def update_int8_weights(
 
     def init_fn(params: Any) -> Int8WeightsState:
         leaves = jax.tree.leaves(params, is_leaf=_is_int8)
-        if leaves and not has_holes(params) and not any(map(_is_int8, leaves)):
+        if is_whole(params) and not any(map(_is_int8, leaves)):
             raise ValueError("params has no Int8Weight: pass lro.to_int8_weights(params).")
         return Int8WeightsState(jnp.zeros([], jnp.int32), wide.init(from_int8_weights(params)))
 

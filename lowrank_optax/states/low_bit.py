@@ -17,7 +17,7 @@ import optax
 from lowrank_optax.matrices import explicit_sharding
 from lowrank_optax.matrices.argument_names import explains_names
 from lowrank_optax.matrices.paths import (
-    has_holes,
+    is_whole,
     leaves_by_path,
     normalised_path,
     owner_of,
@@ -147,9 +147,9 @@ def low_bit(
         # Behind a barrier: for minutes the compiler would encode constants, one by one.
         state = jax.lax.optimization_barrier(wide.init(params))
         plan = list(formats_in(state).values())
-        is_part = has_holes(params) or jax.tree_util.treedef_is_leaf(jax.tree.structure(params))
+        is_array = jax.tree_util.treedef_is_leaf(jax.tree.structure(params))
         if checked:
-            _check_found(state, plan, min_size, is_part)
+            _check_found(state, plan, min_size, is_whole(params) and not is_array)
         count = jnp.zeros([], jnp.int32) if stochastic_rounding else ()
         return _encoded(state, plan, count, None)
 
@@ -247,7 +247,7 @@ def _check_cut(tree: Any, like: Any, places: dict[Any, BlockFormat | None], whol
             raise CannotCutError(f"{path_string(path)} has blocks across slices.")
 
 
-def _check_found(state: Any, plan: list[Any], min_size: int, is_part: bool) -> None:
+def _check_found(state: Any, plan: list[Any], min_size: int, must_find: bool) -> None:
     if any(plan):
         return
     leaves = jax.tree_util.tree_leaves_with_path(state)
@@ -257,7 +257,7 @@ def _check_found(state: Any, plan: list[Any], min_size: int, is_part: bool) -> N
         for (path, leaf), kind in zip(leaves, moment_kinds(state), strict=True)
         if kind is not None and _large(leaf, 1)
     ]
-    if sizes and not large and not is_part:
+    if must_find and sizes and not large:
         size, name = max(sizes)
         raise ValueError(
             f"low_bit would store nothing in codes: the largest moment, {name!r}, has {size} "

@@ -13,7 +13,7 @@ from lowrank_optax.matrices import (
     resolve_dimension_numbers,
 )
 from lowrank_optax.matrices.names import named_kind
-from lowrank_optax.matrices.paths import has_holes, normalised_path, path_string
+from lowrank_optax.matrices.paths import is_whole, normalised_path, path_string
 from lowrank_optax.matrices.rules import default_rule
 from lowrank_optax.matrices.selection import check_patterns
 
@@ -33,12 +33,12 @@ def selected(params: Any, where: Where, rule: DimensionNumbersRule = None) -> li
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
     floating = [jnp.issubdtype(leaf.dtype, jnp.floating) for _, leaf in leaves]
-    may_be_none = not leaves or has_holes(params)  # as of a part of a tree
+    must_find = is_whole(params)
     if where is None:
         chosen = [spec is not None for spec in layer_matrices(params, rule)]
     elif isinstance(where, str):
         paths = [normalised_path(path) for path, _ in leaves]
-        if not may_be_none:
+        if must_find:
             check_patterns("where", [where], paths, "leaf")
         chosen = [bool(re.search(where, "/".join(path))) for path in paths]
     elif callable(where):
@@ -48,7 +48,7 @@ def selected(params: Any, where: Where, rule: DimensionNumbersRule = None) -> li
             f"where={where!r} must be a regular expression, a function of path and shape, or None."
         )
     both = [a and b for a, b in zip(chosen, floating, strict=True)]
-    if not any(both) and not may_be_none:
+    if must_find and not any(both):
         named = ", ".join(path_string(path) for path, _ in leaves[:5])
         raise ValueError(
             f"where={where!r} selects none of the {len(leaves)} leaves ({named}): give a pattern "

@@ -6,7 +6,13 @@ from typing import Any, Literal, get_args
 import jax
 
 from lowrank_optax.matrices.names import named_kind
-from lowrank_optax.matrices.paths import compiled_pattern, has_holes, normalised_path, path_string
+from lowrank_optax.matrices.paths import (
+    compiled_pattern,
+    is_whole,
+    leaves_by_path,
+    normalised_path,
+    path_string,
+)
 from lowrank_optax.matrices.rules import default_rule
 from lowrank_optax.matrices.selection import check_patterns
 
@@ -109,11 +115,10 @@ def decay_mask(
     found_in = lambda argument, name: argument in patterns and patterns[argument].search(name)
 
     def mask(params: Any) -> Any:
-        leaves = jax.tree_util.tree_leaves_with_path(params)
-        is_whole = bool(leaves) and not has_holes(params)  # a part of a tree may have no match
-        if is_whole:
+        must_find = is_whole(params)
+        if must_find:
+            paths = [normalised_path(path) for path in leaves_by_path(params)]
             for argument, pattern in patterns.items():
-                paths = [normalised_path(path) for path, _ in leaves]
                 check_patterns(argument, [pattern.pattern], paths, "parameter")
 
         def decays(path: Any, kind: str) -> bool:
@@ -124,7 +129,7 @@ def decay_mask(
 
         kinds_of = parameter_kinds(params)
         found = jax.tree_util.tree_map_with_path(decays, kinds_of)
-        if is_whole and exclude is None and not any(jax.tree.leaves(found)):
+        if must_find and exclude is None and not any(jax.tree.leaves(found)):
             there = ", ".join(sorted(set(jax.tree.leaves(kinds_of))))
             raise ValueError(
                 f"decay_mask selects no parameter: kinds={tuple(kinds)}, and these are {there}."

@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
-from lowrank_optax.activations.coded_backward import apply_few_bit
-from lowrank_optax.activations.packing import PackingName
 from lowrank_optax.activations.rewriting import Site
 from lowrank_optax.activations.users import Users
 from lowrank_optax.matrices.printing import printed
@@ -113,11 +111,10 @@ class CallsReport:
     __repr__ = __str__
 
 
-def calls_report(sites: Sequence[Site], users: Users, packing: PackingName) -> CallsReport:
+def calls_report(sites: Sequence[Site], users: Users) -> CallsReport:
     """The report on what was found in a program."""
     rows: dict[Any, CallsRow] = {}
     for site in sites:
-        few = lambda x, s=site: apply_few_bit(s.region, s.codebook, packing, x)
         row = CallsRow(
             str(site.known),
             tuple(site.x.aval.shape),
@@ -125,8 +122,8 @@ def calls_report(sites: Sequence[Site], users: Users, packing: PackingName) -> C
             site.scope,
             site.source,
             site.count,
-            site.count * _kept_bytes(site.region, site.x.aval),
-            site.count * _kept_bytes(few, site.x.aval),
+            site.count * _kept_bytes(site.few.fn, site.x.aval),
+            site.count * _kept_bytes(site.few, site.x.aval),
             users.keepers(site.y),
             site.remat,
         )

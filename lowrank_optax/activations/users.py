@@ -7,7 +7,7 @@ from typing import Any
 from jax.extend import core
 import jax.numpy as jnp
 
-from lowrank_optax.activations.elementwise import Var
+from lowrank_optax.activations.finding import Var
 from lowrank_optax.slices.programs import scan_operands
 
 # Linear in their operands, so that they keep none of them.

@@ -10,7 +10,7 @@ import jax
 from jax.extend import core
 import numpy as np
 
-from lowrank_optax.activations.calls_report import CallsReport, calls_report
+from lowrank_optax.activations.calls_report import CallsReport, Users, calls_report
 from lowrank_optax.activations.codebooks import codebook
 from lowrank_optax.activations.coded_backward import FewBit, Pointwise, few_bit, name_of
 from lowrank_optax.activations.density import DensityName
@@ -24,7 +24,6 @@ from lowrank_optax.activations.finding import (
 )
 from lowrank_optax.activations.packing import PackingName
 from lowrank_optax.activations.rewriting import Rewriter, Site
-from lowrank_optax.activations.users import Users
 from lowrank_optax.matrices.paths import compiled_pattern
 
 P = ParamSpec("P")

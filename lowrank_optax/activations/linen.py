@@ -51,7 +51,7 @@ class FewBit:
       >>> print(bool((few.apply(variables, x) == model.apply(variables, x)).all()))
       True
       >>> row = few.report(variables, x).rows[0]
-      >>> print(row.function, row.shape, row.bytes_now, row.bytes_then, row.kept_for)
+      >>> print(row.function, row.shape, row.bytes_now, row.bytes_then, row.saved_for)
       silu (16, 8) 1536 64 ('product',)
 
     Reference:

@@ -269,13 +269,13 @@ def test_the_report_says_whether_the_value_behind_is_kept_anyway():
         return nn.silu(h @ weights["down"]).sum()
 
     report = few_bit_calls(fn).report(WEIGHTS, X, argnums=0)
-    assert [row.kept_for for row in report.rows] == [("product",), ()]
-    assert "After 1 of 2 calls the value is kept anyway" in str(report)
-    assert "kept_for_backward" in str(report)
+    assert [row.saved_for for row in report.rows] == [("product",), ()]
+    assert "After 1 of 2 calls the value is saved anyway" in str(report)
+    assert "saved_residuals" in str(report)
     frozen = few_bit_calls(fn).report(WEIGHTS, X, argnums=1)
-    assert [row.kept_for for row in frozen.rows] == [(), ()]
+    assert [row.saved_for for row in frozen.rows] == [(), ()]
     gated = few_bit_calls(lambda w, x: nn.silu(x @ w["up"]) * (x @ w["up"])).report(WEIGHTS, X)
-    assert gated.rows[0].kept_for == ("multiplication",)
+    assert gated.rows[0].saved_for == ("multiplication",)
 
 
 def test_layers_that_call_one_line_are_one_row():

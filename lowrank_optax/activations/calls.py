@@ -13,7 +13,7 @@ import numpy as np
 from lowrank_optax.activations.calls_report import CallsReport, Users, calls_report
 from lowrank_optax.activations.codebooks import codebook
 from lowrank_optax.activations.coded_backward import FewBit, Pointwise, few_bit, name_of
-from lowrank_optax.activations.density import DensityName
+from lowrank_optax.activations.sampling import DensityName
 from lowrank_optax.activations.finding import (
     DEFAULT_NAMES,
     POINTS,

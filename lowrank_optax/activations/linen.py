@@ -8,7 +8,7 @@ import jax
 
 from lowrank_optax.activations.calls import CallsWhere, Replacement, report_of, run_few_bit
 from lowrank_optax.activations.calls_report import CallsReport
-from lowrank_optax.activations.density import DensityName
+from lowrank_optax.activations.sampling import DensityName
 from lowrank_optax.activations.finding import DEFAULT_NAMES, Functions
 from lowrank_optax.activations.packing import PackingName
 

@@ -57,25 +57,23 @@ class LowRank(Adapter):
     def factors(self, p: Arrays) -> tuple[jax.Array, jax.Array]:
         """The factors ``[..., d_in, r]`` and ``[..., r, d_out]`` of one layer's change, scaled."""
 
-    def taken(self, p: Arrays) -> tuple[jax.Array, jax.Array] | None:
-        """Factors of what one layer's weight was changed by when it was attached to; None if not.
+    def removed_factors(self, p: Arrays) -> tuple[jax.Array, jax.Array] | None:
+        """The factors of what was removed from the weight when this was attached; None by default.
 
-        The weight is less by their product, which was that of `factors` then.
+        Their product was that of `factors` then.
         """
         del p
         return None
 
-    def before(self, p: Arrays, x: Operand, y: jax.Array) -> jax.Array:
-        """The output with what was taken from the weight; see `Adapter.before`."""
-        taken = self.taken(p)
-        return y if taken is None else y + thin_product(x, *taken).astype(y.dtype)
+    def removed(self, p: Arrays, x: Operand) -> jax.Array | None:
+        """The output of the removed factors; see `Adapter.removed`."""
+        removed = self.removed_factors(p)
+        return None if removed is None else thin_product(x, *removed)
 
-    def original(self, p: Arrays, base: jax.Array) -> jax.Array:
-        """The weight with what was taken from it, to the rounding of its dtype."""
-        taken = self.taken(p)
-        if taken is None:
-            return base
-        return (base.astype(jnp.float32) + product(*taken)).astype(base.dtype)
+    def removed_weight(self, p: Arrays) -> jax.Array | None:
+        """The product of the removed factors; see `Adapter.removed_weight`."""
+        removed = self.removed_factors(p)
+        return None if removed is None else product(*removed)
 
     @property
     def max_rank(self) -> int:
@@ -122,24 +120,23 @@ class LowRank(Adapter):
         scale = self.scale_of(self.max_rank)
         return factor if scale == 1 else scale * factor
 
-    def apply(
+    def branch(
         self,
         p: Arrays,
         x: Operand,
-        y: jax.Array,
         *,
+        y: jax.Array,
         weight: jax.Array,
         bias: jax.Array | None = None,
         key: jax.Array | None = None,
     ) -> jax.Array:
-        """``y + (drop(x) A) B``; see `Adapter.apply`."""
-        del weight, bias
-        return y + self.branch(p, x, key).astype(y.dtype)
+        """``(drop(x) A) B``; see `Adapter.branch`."""
+        del y, weight, bias
+        return self.times(p, self.dropped(x, key))
 
-    def branch(self, p: Arrays, x: Operand, key: jax.Array | None = None) -> jax.Array:
-        """What is added to the layer's output, ``[..., d_out]``."""
-        first, second = self.factors(p)
-        return thin_product(self.dropped(x, key), first, second)
+    def times(self, p: Arrays, x: Operand) -> jax.Array:
+        """``(x A) B [..., d_out]``."""
+        return thin_product(x, *self.factors(p))
 
     def dropped(self, x: Operand, key: jax.Array | None) -> Operand:
         """The branch's input: some of it is dropped in training."""

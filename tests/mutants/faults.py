@@ -313,8 +313,8 @@ ADAPTERS = (
     Fault(
         "strength of an adapter ignored",
         "lowrank_optax/adapters/outputs.py",
-        "changes.append(part.strength * (apply(part, exact) - before))",
-        "changes.append(apply(part, exact) - before)",
+        "total + (change if strength == 1 else strength * change)",
+        "total + change",
         ("tests/adapters/test_nnx_switching.py",),
     ),
     Fault(

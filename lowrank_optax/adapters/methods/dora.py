@@ -75,17 +75,17 @@ class DoRA(LoRA):
             lora.trainable | {"magnitude": magnitude}, lora.frozen | {"norm_squared": squared}
         )
 
-    def apply(
+    def branch(
         self,
         p: Arrays,
         x: Operand,
-        y: jax.Array,
         *,
+        y: jax.Array,
         weight: jax.Array,
         bias: jax.Array | None = None,
         key: jax.Array | None = None,
     ) -> jax.Array:
-        """``y + (g - 1) (y - b) + (x A) (g s B)`` with ``g = m / n``; see `Adapter.apply`."""
+        """``(g - 1) (y - b) + (x A) (g s B)`` with ``g = m / n``; see `Adapter.branch`."""
         first, second = self.factors(p)
         gain = self._gain(p, weight)
         if key is not None and self.dropout > 0:
@@ -94,8 +94,8 @@ class DoRA(LoRA):
         else:
             base = y if bias is None else y - _per_column(bias, gain.shape).astype(y.dtype)
         rescaled = _per_column(gain - 1, gain.shape).astype(y.dtype) * base.astype(y.dtype)
-        turned = thin_product(x, first, gain[..., None, :] * second)
-        return y + rescaled + turned.astype(y.dtype)
+        rotated = thin_product(x, first, gain[..., None, :] * second)
+        return rescaled + rotated.astype(y.dtype)
 
     def delta(self, p: Arrays, weight: jax.Array) -> jax.Array:
         """``V diag(m / n) - W``; see `Adapter.delta`."""

@@ -115,13 +115,12 @@ class LaMDA(LowRank):
         """``A`` and ``c S B``."""
         return p["A"], product(self._core(p), p["B"])
 
-    def branch(self, p: Arrays, x: Operand, key: jax.Array | None = None) -> jax.Array:
-        """``((drop(x) A) c S) B``, in this order: once ``B`` is frozen, it has no backward."""
-        inside = self.dropped(x, key) @ p["A"]
-        return thin_product(Rows(inside), self._core(p), p["B"])
+    def times(self, p: Arrays, x: Operand) -> jax.Array:
+        """``((x A) c S) B``, in this order: once ``B`` is frozen, it has no backward."""
+        return thin_product(Rows(x @ p["A"]), self._core(p), p["B"])
 
-    def taken(self, p: Arrays) -> tuple[jax.Array, jax.Array] | None:
-        """``A`` and ``c S B`` at the start, if they were taken from the weight."""
+    def removed_factors(self, p: Arrays) -> tuple[jax.Array, jax.Array] | None:
+        """``A`` and ``c S B`` at the start, if they were removed from the weight."""
         return (p["A"], p["principal"]) if "principal" in p else None
 
     def to_lora(self, p: Arrays) -> tuple[jax.Array, jax.Array]:

@@ -177,7 +177,7 @@ class LoTR(LowRank):
         """``A`` and ``s G Bᵀ``."""
         return self._factors(p, "")
 
-    def taken(self, p: Arrays) -> tuple[jax.Array, jax.Array] | None:
+    def removed_factors(self, p: Arrays) -> tuple[jax.Array, jax.Array] | None:
         """The factors at the start, where the weights became residuals."""
         return self._factors(p, "_0") if self.changes_base else None
 

@@ -148,19 +148,19 @@ class PiSSA(LowRank):
         self._check_original("has no change of low rank")
         return self._change(p)
 
-    def taken(self, p: Arrays) -> tuple[jax.Array, jax.Array] | None:
+    def removed_factors(self, p: Arrays) -> tuple[jax.Array, jax.Array] | None:
         """``A_0`` and ``s B_0``; nothing without a residual."""
         return (p["A_0"], self.scaled(p, p["B_0"])) if self.residual else None
 
-    def before(self, p: Arrays, x: Operand, y: jax.Array) -> jax.Array:
-        """``y + s (x A_0) B_0``; raises TypeError if the base was quantized."""
+    def removed(self, p: Arrays, x: Operand) -> jax.Array | None:
+        """``s (x A_0) B_0``; raises TypeError if the base was quantized."""
         self._check_original("cannot be switched off")
-        return super().before(p, x, y)
+        return super().removed(p, x)
 
-    def original(self, p: Arrays, base: jax.Array) -> jax.Array:
-        """``W_res + s A_0 B_0``; raises TypeError if the base was quantized."""
+    def removed_weight(self, p: Arrays) -> jax.Array | None:
+        """``s A_0 B_0``; raises TypeError if the base was quantized."""
         self._check_original("cannot give the weight back")
-        return super().original(p, base)
+        return super().removed_weight(p)
 
     def _change(self, p: Arrays) -> tuple[jax.Array, jax.Array]:
         wide = {name: p[name].astype(jnp.float32) for name in ("A", "A_0", "B", "B_0")}

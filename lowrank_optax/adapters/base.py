@@ -12,7 +12,7 @@ from collections.abc import Hashable, Mapping, Sequence
 import dataclasses
 import inspect
 import math
-from typing import Any, Literal, NamedTuple, Self, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from lowrank_optax.matrices.argument_names import check_names
 
 Arrays: TypeAlias = Mapping[str, jax.Array]
 Side: TypeAlias = Literal["in", "out"] | None
+Axes: TypeAlias = Mapping[str, tuple[Side, ...]]
 Weights: TypeAlias = jax.Array | jax.ShapeDtypeStruct
 
 
@@ -78,14 +79,12 @@ class Adapter(abc.ABC):
         """Names of arrays that belong to the group, not to a layer."""
         return frozenset()
 
-    @property
-    def axes(self) -> Mapping[str, tuple[Side, ...]]:
-        """What the last axes of arrays are, by name: the weight's inputs, its outputs, or neither.
+    axes: ClassVar[Axes] = {}
+    """What the last axes of arrays are, by name: the weight's inputs, its outputs, or neither.
 
-        So ``{"A": ("in", None), "B": (None, "out")}``: on a mesh these axes are sharded as the
-        weight's are. All axes of arrays that are not named are whole on every device.
-        """
-        return {}
+    So ``{"A": ("in", None), "B": (None, "out")}``: on a mesh these axes are sharded as the weight's
+    are. All axes of arrays that are not named are whole on every device.
+    """
 
     @property
     def reads_weights(self) -> bool:

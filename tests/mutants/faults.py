@@ -327,8 +327,8 @@ ADAPTERS = (
     Fault(
         "cross term of DoRA's norms once and not twice",
         "lowrank_optax/adapters/methods/dora.py",
-        "kept + 2 * jnp.sum(second * cross, axis=-2)",
-        "kept + jnp.sum(second * cross, axis=-2)",
+        "start + 2 * jnp.sum(second * cross, axis=-2)",
+        "start + jnp.sum(second * cross, axis=-2)",
         ("tests/adapters/test_dora.py",),
     ),
 )

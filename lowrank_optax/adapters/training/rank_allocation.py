@@ -147,7 +147,7 @@ def weight_spectra(model: Any, where: Any = None) -> dict[str, jax.Array]:
     """
     from lowrank_optax.adapters.nnx import chosen_layers, weight
 
-    spectra = {}
+    spectra: dict[str, jax.Array] = {}
     for path, layer in chosen_layers(model, where).items():
         sigma = singular_values(to_matrix(*weight(layer)))
         shape = (-1, sigma.shape[-1]) if sigma.ndim > 1 else (-1,)

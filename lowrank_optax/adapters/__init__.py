@@ -14,6 +14,7 @@ from lowrank_optax.adapters.methods.lotr import LoTR
 from lowrank_optax.adapters.methods.pissa import PiSSA, reduction_ratio
 from lowrank_optax.adapters.methods.svfit import SVFit, energy_rank
 from lowrank_optax.adapters.methods.tucker import TuckerFactors, lotr_from_lora, lotr_from_updates
+from lowrank_optax.adapters.methods.vera import VeRA
 from lowrank_optax.adapters.training.aflora_freezing import (
     AfloraFreezingState,
     aflora_freezing,
@@ -79,6 +80,7 @@ __all__ = [
     "LoTR",
     "PiSSA",
     "SVFit",
+    "VeRA",
     "energy_rank",
     "reduction_ratio",
     # Updates of LoRA-FA's and LoRA's second factor

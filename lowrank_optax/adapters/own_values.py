@@ -23,6 +23,7 @@ from lowrank_optax.adapters.nnx import (
     adapter_names,
     weight_variable,
 )
+from lowrank_optax.compat.flax import set_class
 from lowrank_optax.matrices.module_classes import made_by
 from lowrank_optax.matrices.selection import Path, path_string
 
@@ -291,8 +292,7 @@ def parameters_of(model: Any, wanted: Any = nnx.Param) -> dict[Path, Any]:
 
 def retype(variable: Any, cls: type) -> None:
     """Changes the type of a variable in place."""
-    # Variables refuse attributes; their class is read from the object at every split.
-    object.__setattr__(variable, "__class__", cls)
+    set_class(variable, cls)
 
 
 @functools.cache

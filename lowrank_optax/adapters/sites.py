@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax.adapters.operands import Lookup, Operand, Patches, Rows
+from lowrank_optax.compat.flax import set_class
 from lowrank_optax.matrices.flax_layers import Kernel, is_linen_module, read_layer
 
 
@@ -198,9 +199,8 @@ def _convolution(module: Any, kernel: jax.Array) -> Callable[[jax.Array, jax.Arr
             return plain.apply({"params": {"kernel": window}}, x)
         from flax import nnx
 
-        # Not setattr: NNX would refuse it inside a transformation that closes over the layer.
         plain = copy.copy(module)
-        object.__setattr__(plain, "__class__", nnx.Conv)
+        set_class(plain, nnx.Conv)
         own = {"kernel": nnx.Param(window), "bias": None, "use_bias": False, "mask": None}
         vars(plain).update(own, kernel_shape=window.shape, out_features=window.shape[-1])
         return nnx.Conv.__call__(plain, x)

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax.adapters.operands import Lookup, Operand, Patches, Rows
+from lowrank_optax.compat.flax import set_class
 from lowrank_optax.matrices.flax_layers import einsum_letters, is_linen_module, kernel_axes
 from lowrank_optax.modules.spec import Kind
-from lowrank_optax.modules.wrap import set_class
 
 
 class Call(NamedTuple):
@@ -135,7 +135,6 @@ def _convolution(module: Any, kernel: jax.Array) -> Callable[[jax.Array, jax.Arr
             return plain.apply({"params": {"kernel": window}}, x)
         from flax import nnx
 
-        # Not setattr: NNX would refuse it inside a transformation that closes over the layer.
         plain = copy.copy(module)
         set_class(plain, nnx.Conv)
         own = {"kernel": nnx.Param(window), "bias": None, "use_bias": False, "mask": None}

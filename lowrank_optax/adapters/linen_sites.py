@@ -6,14 +6,14 @@ their path, which parameter is their weight, and which of its axes are inputs an
 
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
-import itertools
 from typing import Any, NamedTuple
 
 from flax import linen as nn
 import jax
-from jax.experimental.xla_metadata import set_xla_metadata
 
 from lowrank_optax.adapters.calls import einsum_equation
+from lowrank_optax.compat.flax import is_lifted_call
+from lowrank_optax.compat.jax import in_fresh_trace
 from lowrank_optax.matrices.flax_layers import Kernel, kernel_axes
 from lowrank_optax.matrices.views import WeightDimensionNumbers
 from lowrank_optax.modules.spec import usable_weight
@@ -41,8 +41,6 @@ class LinenSite(NamedTuple):
         """Its dimension numbers, counted from the end, so that they hold when it is stacked."""
         return from_the_end(self.kernel)
 
-
-_traces = itertools.count()
 
 Sites = dict[tuple[str, ...], LinenSite]
 
@@ -102,7 +100,7 @@ def sites_of(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
 
     found: dict[tuple[str, ...], LinenSite | None] = {}
     # Under nn.jit a layer that has been traced before would not run: in another context it does.
-    with watch(found), set_xla_metadata(lowrank_adapters=str(next(_traces))):
+    with watch(found), in_fresh_trace():
         jax.eval_shape(call, shapes)
     return named(found)
 
@@ -123,7 +121,8 @@ def read_call(
       What is known of the weight, with its shape here, and the weight itself.
     """
     module = context.module
-    if context.method_name != "__call__" or module.scope is None or _runs_another(type(module)):
+    # A lifted call runs the layer proper, which is watched too: there the weight has its own axes.
+    if context.method_name != "__call__" or module.scope is None or is_lifted_call(type(module)):
         return None
     kernel = usable_weight(module)
     if kernel is None:
@@ -132,15 +131,6 @@ def read_call(
     if weight is None or weight.ndim != len(kernel.shape):
         return None
     return kernel._replace(shape=tuple(weight.shape)), weight
-
-
-def _runs_another(cls: type) -> bool:
-    """Whether this is the outside of a lifted layer (``nn.vmap(nn.Dense)``).
-
-    Its call runs the layer proper, which is watched too: there the weight has its own axes alone.
-    """
-    defines = next(t for t in cls.__mro__ if "__call__" in vars(t))
-    return defines.__module__ == "flax.linen.transforms"
 
 
 def _called_einsum(

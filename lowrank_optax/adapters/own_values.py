@@ -23,8 +23,9 @@ from lowrank_optax.adapters.adapted_layers import (
     adapter_names,
     weight_variable,
 )
+from lowrank_optax.compat.flax import set_class
 from lowrank_optax.matrices.selection import Path, path_string
-from lowrank_optax.modules.wrap import made_by, set_class
+from lowrank_optax.modules.wrap import made_by
 
 _SHARDING = ("out_sharding", "sharding_rules", "mesh")
 

@@ -140,7 +140,7 @@ class Adapted:
         Args:
           rngs: As for ``module.init``; the adapters' key is that of ``adapters``, if there is one,
             else made from that of ``params``.
-          args: Of the model.
+          args: Positional arguments of the model.
           kwargs: Likewise, with ``method``.
         """
         variables = self.module.init(rngs, *args, **kwargs)
@@ -163,11 +163,11 @@ class Adapted:
         """The variables with those of adapters that have none yet.
 
         Args:
-          variables: Of the module, for example pretrained ones: they stay as they are, except where
-            a method changes weights (PiSSA).
-          key: Of ``jax.random``.
-          args: Of the model: arrays or ``jax.ShapeDtypeStruct``; nothing is computed. Not needed if
-            `init` or `trace` has been called.
+          variables: Variables of the module, for example pretrained ones: they stay as they are,
+            except where a method changes weights (PiSSA).
+          key: PRNG key.
+          args: Positional arguments of the model: arrays or ``jax.ShapeDtypeStruct``; nothing is
+            computed. Not needed if `init` or `trace` has been called.
           kwargs: Likewise; with ``method`` and ``rngs`` as for ``module.init``.
 
         Raises:
@@ -202,9 +202,9 @@ class Adapted:
         """Finds the layers in one abstract call, as `init` and `attach` do.
 
         Args:
-          args: Of the model: arrays or ``jax.ShapeDtypeStruct``.
+          args: Positional arguments of the model: arrays or ``jax.ShapeDtypeStruct``.
           rngs: As for ``module.init``, if it needs more than one key.
-          kwargs: Of the model, with ``method``.
+          kwargs: Keyword arguments of the model, with ``method``.
         """
         rngs = jax.random.key(0) if rngs is None else rngs
         self._layers = _find_layers(functools.partial(self.module.init, rngs), args, kwargs)
@@ -220,11 +220,11 @@ class Adapted:
         """The model with its active adapters: ``module.apply`` with the same arguments.
 
         Args:
-          variables: Of `init` or `attach`.
-          args: Of the model.
+          variables: What `init` or `attach` returned.
+          args: Positional arguments of the model.
           rngs: As for ``module.apply``; with ``dropout``, adapters drop some of their inputs.
           mutable: As for ``module.apply``.
-          kwargs: Of the model, with ``method`` and ``capture_intermediates``.
+          kwargs: Keyword arguments of the model, with ``method`` and ``capture_intermediates``.
 
         Returns:
           What ``module.apply`` returns.
@@ -255,7 +255,7 @@ class Adapted:
         """The same model with these adapters active and no others; see `lro.adapters.activate`.
 
         Args:
-          names: Of the adapters; none for all.
+          names: Names of the adapters; without any, all.
           strengths: By name, what the change of an adapter is multiplied by; 1 for the others.
         """
         wanted, strengths = self._check_names(names), strengths or {}
@@ -279,8 +279,8 @@ class Adapted:
         The arrays move to ``merged_adapters``, until `unmerge`. See `lro.adapters.merge`.
 
         Args:
-          variables: Of `init` or `attach`.
-          name: Of the adapter; None for all that are active.
+          variables: What `init` or `attach` returned.
+          name: Name of the adapter; None for all that are active.
 
         Raises:
           ValueError: If there is nothing to merge, or a change that depends on the weight (DoRA's)
@@ -317,8 +317,8 @@ class Adapted:
         """The variables with merged adapters taken out of ``params``, to the rounding of its dtype.
 
         Args:
-          variables: Of `merge`.
-          name: Of the adapter; None for all that are merged.
+          variables: What `merge` returned.
+          name: Name of the adapter; None for all that are merged.
 
         Raises:
           ValueError: If none is merged, or one's arrays or strength have changed since `merge`.
@@ -349,8 +349,8 @@ class Adapted:
         (PiSSA), the original ones come back, to the rounding of their dtype, unless it is merged.
 
         Args:
-          variables: Of `init`, `attach` or `merge`.
-          name: Of the adapter; None for all.
+          variables: What `init`, `attach` or `merge` returned.
+          name: Name of the adapter; None for all.
         """
         names, there = self._check_names([name] if name else []), _adapters_in(variables)
         result = dict(variables)
@@ -367,7 +367,7 @@ class Adapted:
         """What is attached where, with counts and bytes: see `lro.adapters.summary`.
 
         Args:
-          variables: Of `init` or `attach`, or their shapes.
+          variables: What `init` or `attach` returned, or their shapes.
         """
         rows, there = [], _adapters_in(variables)
         trees = {name: _trees_of(variables, name) for name in there if name in self.adapters}

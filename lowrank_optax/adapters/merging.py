@@ -30,7 +30,7 @@ def merge(model: Any, name: str | None = None) -> MergeReport:
 
     Args:
       model: The model that `attach` was given.
-      name: Of the adapter; None for all that are active.
+      name: Name of the adapter; None for all that are active.
 
     Returns:
       A report that can be printed: for each layer the largest rounding error, and how large the
@@ -86,7 +86,7 @@ def unmerge(model: Any, name: str | None = None) -> None:
 
     Args:
       model: The model that `merge` was given.
-      name: Of the adapter; None for all that are merged.
+      name: Name of the adapter; None for all that are merged.
 
     Raises:
       ValueError: If there is no adapter of that name, none is merged, or arrays or the strength of

@@ -1,6 +1,6 @@
 """Memory-efficient training for JAX, as optax transformations and Flax modules."""
 
-from lowrank_optax import activations, adapters, layers, schedules, sharding
+from lowrank_optax import activations, adapters, layers, schedules, sharding, training
 from lowrank_optax.matrices import (
     WeightDimensionNumbers,
     selection_table,
@@ -110,6 +110,7 @@ __all__ = [
     "layers",
     # From step to step
     "schedules",
+    "training",
     # State on many devices
     "sharding",
 ]

@@ -13,9 +13,10 @@ from flax import linen as nn
 import jax
 from jax.experimental.xla_metadata import set_xla_metadata
 
-from lowrank_optax.adapters import sites
-from lowrank_optax.matrices.flax_layers import Kernel
+from lowrank_optax.adapters.calls import einsum_equation
+from lowrank_optax.matrices.flax_layers import Kernel, kernel_axes
 from lowrank_optax.matrices.views import WeightDimensionNumbers
+from lowrank_optax.modules.spec import usable_weight
 
 
 class LinenSite(NamedTuple):
@@ -124,7 +125,7 @@ def read_call(
     module = context.module
     if context.method_name != "__call__" or module.scope is None or _runs_another(type(module)):
         return None
-    kernel = sites.weight_of(module)
+    kernel = usable_weight(module)
     if kernel is None:
         return _called_einsum(module, args, kwargs)
     weight = nn.meta.unbox(module.get_variable("params", kernel.path[0]))
@@ -147,7 +148,7 @@ def _called_einsum(
 ) -> tuple[Kernel, jax.Array] | None:
     """The weight of a layer that was called with an equation, as Flax's and Gemma's einsums are."""
     try:
-        equation = sites.einsum_equation(module, args, kwargs)
+        equation = einsum_equation(module, args, kwargs)
     except AttributeError:
         return None
     if not isinstance(equation, str) or equation.count(",") != 1:
@@ -159,7 +160,7 @@ def _called_einsum(
     letters = equation.replace(" ", "").split("->")[0].split(",")[1]
     if len(letters) != weight.ndim or "." in letters:
         return None
-    reduction, output = sites.kernel_axes(equation, weight.ndim)
+    reduction, output = kernel_axes(equation, weight.ndim)
     if not reduction or not output:
         return None
     return Kernel((name,), tuple(weight.shape), reduction, output), weight

@@ -168,7 +168,7 @@ def accumulate_with_noise(
     elif inner_product:
         center = varying(gradient)
 
-        def deviation(group: Any) -> jax.Array:
+        def deviation(group: Any) -> Any:
             _, each = widened(value_and_grad(local, group))
             return (optax.tree.vdot(each, center) - norm) ** 2
 

@@ -101,7 +101,7 @@ def one_cycle_schedules(
         raise ValueError(f"shape={shape!r} must be 'linear' or 'cosine'.")
     if _known(pct_start) and not 0 < pct_start < 1:
         raise ValueError(f"pct_start={pct_start} must be between 0 and 1.")
-    if _known(pct_start, pct_final) and not pct_start < pct_final < 1:
+    if pct_final is not None and _known(pct_start, pct_final) and not pct_start < pct_final < 1:
         raise ValueError(
             f"pct_final={pct_final} must be between pct_start={pct_start} and 1, or None for two "
             "phases."
@@ -255,9 +255,10 @@ def one_cycle(
     @functools.wraps(optimizer_factory)
     def damped(**values: Any) -> optax.GradientTransformationExtraArgs:
         tx = optax.with_extra_args_support(optimizer_factory(**values))
+        scale = 1 - values[str(momentum)]
 
         def update_fn(updates: optax.Updates, *args: Any, **extra_args: Any) -> Any:
-            return tx.update(optax.tree.scale(1 - values[momentum], updates), *args, **extra_args)
+            return tx.update(optax.tree.scale(scale, updates), *args, **extra_args)
 
         return optax.GradientTransformationExtraArgs(tx.init, update_fn)
 

@@ -187,48 +187,48 @@ OPTIMIZERS = (
     ),
 )
 
-SCHEDULES = (
+TRAINING = (
     Fault(
         "damping of one_cycle by the momentum",
-        "lowrank_optax/schedules/cycled_optimizer.py",
-        "optax.tree.scale(1 - arguments[momentum], updates)",
-        "optax.tree.scale(arguments[momentum], updates)",
-        ("tests/schedules/test_one_cycle.py",),
+        "lowrank_optax/training/one_cycle.py",
+        "scale = 1 - values[str(momentum)]",
+        "scale = values[str(momentum)]",
+        ("tests/training/test_one_cycle.py",),
     ),
     Fault(
         "last step of the cycle never reached",
-        "lowrank_optax/schedules/cycle_schedules.py",
+        "lowrank_optax/training/one_cycle.py",
         "last = total_steps - 1",
         "last = total_steps",
-        ("tests/schedules/test_one_cycle.py",),
+        ("tests/training/test_one_cycle.py",),
     ),
     Fault(
         "variance of gradients over n and not n - 1",
-        "lowrank_optax/schedules/gradient_noise.py",
+        "lowrank_optax/training/gradient_noise.py",
         "jnp.maximum(squares, 0.0) / (total - 1)",
         "jnp.maximum(squares, 0.0) / total",
-        ("tests/schedules/test_gradient_noise.py",),
+        ("tests/training/test_gradient_noise.py",),
     ),
     Fault(
         "norm test by eta and not its square",
-        "lowrank_optax/schedules/batch_size.py",
+        "lowrank_optax/training/batch_size.py",
         "return ratio(variance, self.eta**2 * norm)",
         "return ratio(variance, self.eta * norm)",
-        ("tests/schedules/test_batch_size.py",),
+        ("tests/training/test_batch_size.py",),
     ),
     Fault(
         "weight decay without the learning rate",
-        "lowrank_optax/schedules/weight_decay/coupling.py",
+        "lowrank_optax/training/weight_decay.py",
         "return rate * strength",
         "return strength",
-        ("tests/schedules/test_weight_decay_coupling.py",),
+        ("tests/training/test_weight_decay_coupling.py",),
     ),
     Fault(
         "bias correction of the smoothed loss one step off",
-        "lowrank_optax/schedules/range_run.py",
-        "(jnp.maximum(inputs.index, 0) + 1)",
-        "(jnp.maximum(inputs.index, 0) + 2)",
-        ("tests/schedules/test_range_test.py",),
+        "lowrank_optax/training/range_test.py",
+        "(jnp.maximum(index, 0) + 1)",
+        "(jnp.maximum(index, 0) + 2)",
+        ("tests/training/test_range_test.py",),
     ),
 )
 
@@ -502,7 +502,7 @@ BELOW = (
 FAULTS: tuple[Fault, ...] = (
     *PROJECTION,
     *OPTIMIZERS,
-    *SCHEDULES,
+    *TRAINING,
     *ADAPTERS,
     *ACTIVATIONS,
     *LAYERS,

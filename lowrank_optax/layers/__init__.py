@@ -25,8 +25,8 @@ from lowrank_optax.layers.randomized import (
 
 if TYPE_CHECKING:
     from lowrank_optax.layers import linen
-    from lowrank_optax.layers.powerpropagation.nnx import PowerpropLinear, PowerpropModule
-    from lowrank_optax.layers.randomized.nnx import RandomizedLinear
+    from lowrank_optax.layers.powerpropagation.nnx_layers import PowerpropLinear, PowerpropModule
+    from lowrank_optax.layers.randomized.nnx_layer import RandomizedLinear
     from lowrank_optax.layers.randomized.noise import (
         SketchNoise,
         choose_sketches,
@@ -40,9 +40,9 @@ if TYPE_CHECKING:
 
 # The Flax parts, NNX here and Linen in `linen`: Flax is imported when one is first used.
 _FLAX = {
-    "PowerpropLinear": "lowrank_optax.layers.powerpropagation.nnx",
-    "PowerpropModule": "lowrank_optax.layers.powerpropagation.nnx",
-    "RandomizedLinear": "lowrank_optax.layers.randomized.nnx",
+    "PowerpropLinear": "lowrank_optax.layers.powerpropagation.nnx_layers",
+    "PowerpropModule": "lowrank_optax.layers.powerpropagation.nnx_layers",
+    "RandomizedLinear": "lowrank_optax.layers.randomized.nnx_layer",
     "SketchNoise": "lowrank_optax.layers.randomized.noise",
     "choose_sketches": "lowrank_optax.layers.randomized.noise",
     "randomize": "lowrank_optax.layers.randomized.replacing",

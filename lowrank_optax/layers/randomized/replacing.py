@@ -6,8 +6,8 @@ from typing import Any, TypeAlias
 
 from flax import nnx
 
-from lowrank_optax.layers.randomized.dot_general import check_dot_general, check_sketch
-from lowrank_optax.layers.randomized.nnx import RandomizedLinear, sketch_stream
+from lowrank_optax.layers.randomized.linear import check_dot_general, check_sketch
+from lowrank_optax.layers.randomized.nnx_layer import RandomizedLinear, sketch_stream
 from lowrank_optax.layers.randomized.sketch import Sketch
 from lowrank_optax.layers.randomized.summaries import (
     RandomizedLayer,

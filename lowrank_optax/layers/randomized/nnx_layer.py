@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 from flax import nnx
 import jax
 
-from lowrank_optax.layers.randomized.dot_general import (
+from lowrank_optax.layers.randomized.linear import (
     call_sketched,
     check_dot_general,
     check_sketch,

@@ -3,11 +3,11 @@
 from typing import Any
 
 from lowrank_optax.adapters.base import Adapter
-from lowrank_optax.adapters.dora import DoRA
-from lowrank_optax.adapters.lora import LoRA
-from lowrank_optax.adapters.lora_fa import LoRAFA
+from lowrank_optax.adapters.methods.dora import DoRA
+from lowrank_optax.adapters.methods.lora import LoRA
+from lowrank_optax.adapters.methods.lora_fa import LoRAFA
+from lowrank_optax.adapters.methods.pissa import PiSSA
 from lowrank_optax.adapters.peft.config import PeftConfig
-from lowrank_optax.adapters.pissa import PiSSA
 
 
 def peft_form(method: Adapter, as_lora: bool | None) -> dict[str, Any] | None:

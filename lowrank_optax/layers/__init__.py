@@ -26,13 +26,13 @@ from lowrank_optax.layers.randomized import (
 if TYPE_CHECKING:
     from lowrank_optax.layers import linen
     from lowrank_optax.layers.powerpropagation.nnx_layers import PowerpropLinear, PowerpropModule
-    from lowrank_optax.layers.randomized.nnx_layer import RandomizedLinear
     from lowrank_optax.layers.randomized.noise import (
         SketchNoise,
         choose_sketches,
         sketch_noise,
     )
-    from lowrank_optax.layers.randomized.replacing import (
+    from lowrank_optax.layers.randomized.randomize import (
+        RandomizedLinear,
         randomize,
         randomized_layers,
         restore_linears,
@@ -42,12 +42,12 @@ if TYPE_CHECKING:
 _FLAX = {
     "PowerpropLinear": "lowrank_optax.layers.powerpropagation.nnx_layers",
     "PowerpropModule": "lowrank_optax.layers.powerpropagation.nnx_layers",
-    "RandomizedLinear": "lowrank_optax.layers.randomized.nnx_layer",
+    "RandomizedLinear": "lowrank_optax.layers.randomized.randomize",
     "SketchNoise": "lowrank_optax.layers.randomized.noise",
     "choose_sketches": "lowrank_optax.layers.randomized.noise",
-    "randomize": "lowrank_optax.layers.randomized.replacing",
-    "randomized_layers": "lowrank_optax.layers.randomized.replacing",
-    "restore_linears": "lowrank_optax.layers.randomized.replacing",
+    "randomize": "lowrank_optax.layers.randomized.randomize",
+    "randomized_layers": "lowrank_optax.layers.randomized.randomize",
+    "restore_linears": "lowrank_optax.layers.randomized.randomize",
     "sketch_noise": "lowrank_optax.layers.randomized.noise",
 }
 

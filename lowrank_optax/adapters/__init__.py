@@ -31,9 +31,14 @@ from lowrank_optax.adapters.training.rank_allocation import allocate_ranks, ener
 
 if TYPE_CHECKING:
     from lowrank_optax.adapters import linen, pytree
+    from lowrank_optax.adapters.adapted_layers import (
+        AdapterConstant,
+        AdapterParam,
+        AlsoTrained,
+        trainable,
+    )
     from lowrank_optax.adapters.attaching import attach, detach
     from lowrank_optax.adapters.merging import MergeReport, merge, unmerge
-    from lowrank_optax.adapters.nnx import AdapterConstant, AdapterParam, AlsoTrained, trainable
     from lowrank_optax.adapters.peft.config import UnsupportedConfigError
     from lowrank_optax.adapters.peft.loading import load_peft
     from lowrank_optax.adapters.peft.saving import save_peft
@@ -43,10 +48,10 @@ if TYPE_CHECKING:
 
 # The Flax parts: Flax is imported when one is first used.
 _FLAX = {
-    "AdapterConstant": "nnx",
-    "AdapterParam": "nnx",
+    "AdapterConstant": "adapted_layers",
+    "AdapterParam": "adapted_layers",
     "AdapterSummary": "summaries",
-    "AlsoTrained": "nnx",
+    "AlsoTrained": "adapted_layers",
     "MergeReport": "merging",
     "UnsupportedConfigError": "peft.config",
     "activate": "switching",
@@ -60,7 +65,7 @@ _FLAX = {
     "merge": "merging",
     "save_peft": "peft.saving",
     "summary": "summaries",
-    "trainable": "nnx",
+    "trainable": "adapted_layers",
     "unmerge": "merging",
 }
 

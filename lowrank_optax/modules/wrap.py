@@ -10,6 +10,7 @@ import functools
 import types
 from typing import Any, NamedTuple, TypeAlias
 
+from lowrank_optax.compat.flax import set_class
 from lowrank_optax.matrices.selection import Path
 
 Around: TypeAlias = Callable[..., Any]
@@ -118,12 +119,6 @@ def _method(inner: Callable[..., Any], around: Around) -> Callable[..., Any]:
         return around(types.MethodType(inner, self), self, *args, **kwargs)
 
     return method
-
-
-def set_class(x: Any, cls: type) -> None:
-    """Changes the class of a module or variable of Flax NNX."""
-    # Their own setattr would take note of the class as of an attribute, or refuse it.
-    object.__setattr__(x, "__class__", cls)
 
 
 class _Recipe(NamedTuple):

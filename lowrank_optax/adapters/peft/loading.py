@@ -12,9 +12,9 @@ from flax import nnx
 import jax.numpy as jnp
 import numpy as np
 
+from lowrank_optax.adapters.adapted_layers import adapted_layers
 from lowrank_optax.adapters.attaching import attach
 from lowrank_optax.adapters.base import Adapter
-from lowrank_optax.adapters.nnx import adapted_layers
 from lowrank_optax.adapters.own_values import (
     check_can_claim,
     claim,
@@ -273,7 +273,7 @@ def _standing_in(values: list[_Values]) -> Iterator[None]:
 
 
 def _check_owners(model: Any, owners: Mapping[str, list[str]]) -> None:
-    for path, layer in adapted_layers(model):
+    for path, layer in adapted_layers(model).items():
         for adapter in layer.adapters.values():
             if adapter.merged and adapter.name in owners:
                 raise ValueError(

@@ -10,11 +10,15 @@ from flax import nnx
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_optax.adapters import sites
-from lowrank_optax.adapters.nnx import AdapterParam, weight
+from lowrank_optax.adapters.adapted_layers import (
+    AdapterParam,
+    set_weight_matrix,
+    weight_matrix,
+    weight_shape,
+)
 from lowrank_optax.adapters.peft.layouts import Layout
 from lowrank_optax.matrices.selection import Path, near, path_string
-from lowrank_optax.matrices.views import from_matrix, matrix_shape, to_matrix
+from lowrank_optax.modules.spec import usable_weight
 
 ModuleNames: TypeAlias = Mapping[str, str] | Callable[[str], str | None]
 """PyTorch's names of modules by their paths. In a mapping, ``{}`` in a path is the number of a
@@ -41,7 +45,7 @@ class Slot(NamedTuple):
     @property
     def is_layer(self) -> bool:
         """Whether adapters can be attached to it."""
-        return sites.weight_of(self.module) is not None
+        return usable_weight(self.module) is not None
 
     def layout(self) -> Layout | None:
         """How its weight lies; None if it is no layer that adapters can be attached to.
@@ -51,8 +55,7 @@ class Slot(NamedTuple):
         """
         if not self.is_layer:
             return None
-        value, spec = weight(self.module)
-        *batch, d_in, d_out = matrix_shape(value.shape, spec)
+        *batch, d_in, d_out = weight_shape(self.module)
         if len(batch) != len(self.index):
             raise ValueError(
                 f"{path_string(self.path)}: its weight is a stack of {tuple(batch)} matrices, but "
@@ -61,7 +64,7 @@ class Slot(NamedTuple):
         if isinstance(self.module, nnx.Embed):
             return Layout("embedding", d_in, d_out)
         if isinstance(self.module, nnx.Conv):
-            return Layout("convolution", d_in, d_out, value.shape[len(batch) : -2])
+            return Layout("convolution", d_in, d_out, self.module.kernel.shape[len(batch) : -2])
         return Layout("linear", d_in, d_out)
 
     def parameters(self) -> dict[str, str]:
@@ -96,8 +99,7 @@ class Slot(NamedTuple):
         if layout is None or parameter == "bias":
             value = np.asarray(self._variable(parameter)[...])[self.index]
             return value.reshape(-1)
-        value, spec = weight(self.module)
-        return layout.pack_weight(np.asarray(to_matrix(value, spec))[self.index])
+        return layout.pack_weight(np.asarray(weight_matrix(self.module))[self.index])
 
     def cast(self, parameter: str, tensor: np.ndarray) -> np.ndarray:
         """PyTorch's tensor in the model's own dtype."""
@@ -109,12 +111,11 @@ class Slot(NamedTuple):
         if layout is None or parameter == "bias":
             value = np.array(variable[...])
             value[self.index] = tensor.reshape(value[self.index].shape).astype(value.dtype)
+            variable.set_value(jnp.asarray(value))
         else:
-            old, spec = weight(self.module)
-            matrices = np.array(to_matrix(old, spec))
+            matrices = np.array(weight_matrix(self.module))
             matrices[self.index] = layout.unpack_weight(tensor).astype(matrices.dtype)
-            value = from_matrix(jnp.asarray(matrices), spec, like=old)
-        variable.set_value(jnp.asarray(value))
+            set_weight_matrix(self.module, jnp.asarray(matrices))
 
     def _variable(self, parameter: str) -> Any:
         return getattr(self.module, self.parameters()[parameter])

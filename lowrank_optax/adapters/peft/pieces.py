@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from lowrank_optax.adapters.adapted_layers import AlsoTrained, LayerAdapter
 from lowrank_optax.adapters.low_rank import LowRank
-from lowrank_optax.adapters.nnx import AlsoTrained, LayerAdapter
 from lowrank_optax.adapters.peft.forms import peft_form
 from lowrank_optax.adapters.peft.layouts import Layout
 from lowrank_optax.adapters.peft.module_names import Slot

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 import numpy as np
 
-from lowrank_optax.adapters.hosting import sharing
-from lowrank_optax.adapters.nnx import AlsoTrained, adapted_layers, check_names
+from lowrank_optax.adapters.adapted_layers import AlsoTrained, adapted_layers, check_names, sharing
 from lowrank_optax.adapters.own_values import values_of
 from lowrank_optax.adapters.peft.config import PeftConfig
 from lowrank_optax.adapters.peft.folders import PREFIX, write_folder
@@ -121,7 +120,7 @@ def save_peft(
 def _check_named(model: Any, slots: Mapping[str, Slot], name: str) -> None:
     """Everything that is to be saved has a name in PyTorch."""
     known = {slot.path for slot in slots.values()}
-    wanted = [path for path, layer in adapted_layers(model) if name in layer.adapters]
+    wanted = [path for path, layer in adapted_layers(model).items() if name in layer.adapters]
     wanted += [
         tuple(map(str, path))
         for path, module in nnx.iter_modules(model)

@@ -160,11 +160,11 @@ def lora_fa_factors(source: Any, method: LoRAFA | None = None) -> dict[str, tupl
 
 
 def _of_model(model: Any) -> dict[str, tuple[jax.Array, Any]]:
-    from lowrank_optax.adapters.nnx import adapted_layers
+    from lowrank_optax.adapters.adapted_layers import adapted_layers
 
     return {
         "/".join((*path, "adapters", name, "arrays")): _scaled(adapter.method, adapter.p())
-        for path, layer in adapted_layers(model)
+        for path, layer in adapted_layers(model).items()
         for name, adapter in layer.adapters.items()
         if isinstance(adapter.method, LoRAFA)
     }

@@ -228,8 +228,10 @@ def restore_linears(model: Any) -> nnx.Module:
     for path, layer in layers.items():
         cls = own_class(layer)
         if cls is not RandomizedLinear and issubclass(cls, RandomizedLinear):
-            around = "adapters" if hasattr(layer, "adapters") else f"{cls.__name__}'s calls"
-            raise ValueError(f"{path_string(path)} is wrapped by {around}: take that off first.")
+            raise ValueError(
+                f"{path_string(path)} is a {cls.__name__}, a subclass of RandomizedLinear: it has "
+                "no plain class to restore."
+            )
     for layer in layers.values():
         del layer.sketch, layer.deterministic, layer.sketch_stream
         wrap(layer, "sketch", None)

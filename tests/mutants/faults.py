@@ -388,14 +388,14 @@ ACTIVATIONS = (
 LAYERS = (
     Fault(
         "slope of a power without the exponent",
-        "lowrank_optax/layers/powerpropagation/power.py",
-        "alpha * _nonzero(wide) ** (alpha - 1))",
-        "_nonzero(wide) ** (alpha - 1))",
+        "lowrank_optax/layers/powerpropagation/reparameterisation.py",
+        "alpha * _nonzero(theta32) ** (alpha - 1))",
+        "_nonzero(theta32) ** (alpha - 1))",
         ("tests/layers/test_powerprop.py",),
     ),
     Fault(
         "gradient from chosen rows not scaled up to all",
-        "lowrank_optax/layers/randomized/sketches.py",
+        "lowrank_optax/layers/randomized/sketch.py",
         "return count / size if kind in ROW_KINDS else 1.0",
         "return 1.0",
         ("tests/layers/test_randomized_linear.py",),
@@ -403,8 +403,8 @@ LAYERS = (
     Fault(
         "layers of a stack pruned as one",
         "lowrank_optax/layers/powerpropagation/pruning.py",
-        "matrix.reshape(math.prod(matrix.shape[:-2]), math.prod(matrix.shape[-2:]))",
-        "matrix.reshape(1, -1)",
+        "layers = 1 if spec is None else math.prod(shape[:-2])",
+        "layers = 1",
         ("tests/layers/test_powerprop_pruning.py",),
     ),
     Fault(
@@ -417,8 +417,8 @@ LAYERS = (
     Fault(
         "sign in the variance of a Gaussian sketch",
         "lowrank_optax/layers/randomized/variances.py",
-        "variance = (of.a * of.c + of.g) / size",
-        "variance = (of.a * of.c - of.g) / size",
+        "variance = (norms.x * norms.y + norms.product) / size",
+        "variance = (norms.x * norms.y - norms.product) / size",
         ("tests/layers/test_randomized_linear_variances.py",),
     ),
 )

@@ -364,10 +364,10 @@ ACTIVATIONS = (
     ),
     Fault(
         "halves of packed bytes swapped",
-        "lowrank_optax/activations/packing.py",
+        "lowrank_optax/quantization/packing.py",
         "jnp.concatenate([part & 15, part >> 4], axis)",
         "jnp.concatenate([part >> 4, part & 15], axis)",
-        ("tests/activations/test_packing.py",),
+        ("tests/quantization/test_packing.py",),
     ),
     Fault(
         "calls in a scan counted once",

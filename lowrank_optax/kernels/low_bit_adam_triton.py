@@ -19,12 +19,11 @@ from lowrank_optax.kernels.adam import (
     adam_direction,
     adam_moments,
     applied,
-    as_vector,
-    from_vector,
+    as_float32,
     in_place,
+    reason_against_formats,
     result_like,
 )
-from lowrank_optax.kernels.moments import reason_against_formats
 from lowrank_optax.quantization import (
     BlockFormat,
     Quantized,
@@ -38,7 +37,7 @@ ELEMENTS = 2048  # to a program: 16 for each thread of four warps
 
 
 class Blocks(NamedTuple):
-    """``[outer, halves, inner, block]``: see the module."""
+    """The shape ``[outer, halves, inner, block]`` of an array in the kernel."""
 
     outer: int
     halves: int
@@ -55,7 +54,7 @@ def supports(
     *,
     formats: tuple[BlockFormat, BlockFormat],
 ) -> str | None:
-    """Why the kernel cannot take these, or None."""
+    """Why the kernel does not support these arguments, or None."""
     del first, second, scalars
     for x in (gradient,) if param is None else (gradient, param):
         if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
@@ -93,7 +92,7 @@ def run(
     formats: tuple[BlockFormat, BlockFormat],
     interpret: Any = False,
 ) -> tuple[jax.Array, Quantized, Quantized]:
-    """See `lowrank_optax.kernels.low_bit_adam`; for what `supports` has nothing against."""
+    """See `lowrank_optax.kernels.low_bit_adam`, for arguments that `supports` accepts."""
     view = blocks_of(gradient.shape, formats[0])
     values = [x.reshape(view) for x in (gradient, param) if x is not None]
     states = [
@@ -121,7 +120,7 @@ def run(
         compiler_params=pltriton.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name=f"low_bit_adam_{formats[0].map.bits}",
-    )(as_vector(scalars), *values, *states)
+    )(jnp.stack(as_float32(scalars)), *values, *states)
     shapes = [x.shape for q in (first, second) for x in q]
     states = [x.reshape(shape) for x, shape in zip(states, shapes, strict=True)]
     return new.reshape(gradient.shape), Quantized(*states[:2]), Quantized(*states[2:])
@@ -129,7 +128,7 @@ def run(
 
 def _kernel(scalars_ref: Any, *refs: Any, formats: tuple[BlockFormat, BlockFormat]) -> None:
     values, old_refs, (new, *new_refs) = refs[: len(refs) - 9], refs[-9:-5], refs[-5:]
-    s = from_vector(scalars_ref)
+    s = AdamScalars(*(scalars_ref[i] for i in range(len(AdamScalars._fields))))
     halves = values[0].shape[0]
     words = [old_refs[2 * k][...].astype(jnp.int32) for k in range(2)]
     packed: list[jax.Array] = [jnp.zeros_like(word) for word in words]

@@ -15,6 +15,9 @@ import jax
 from lowrank_optax.adapters.base import Adapter, AdapterParams, Arrays, Weights
 from lowrank_optax.matrices import selection
 
+KIND = "layer that an adapter could be attached to"
+"""What is selected, for messages."""
+
 GROUPS = "adapter_groups"
 """Where the arrays that layers share lie in an adapter's tree: ``adapter_groups/GROUP/NAME``."""
 

@@ -7,10 +7,11 @@ import jax
 
 from lowrank_optax.adapters import groups, linen_calls, linen_variables
 from lowrank_optax.adapters.base import Adapter, Arrays
+from lowrank_optax.adapters.groups import KIND
 from lowrank_optax.adapters.linen_sites import LinenSite, Sites
 from lowrank_optax.adapters.low_rank import LowRank
-from lowrank_optax.adapters.selection import chosen
 from lowrank_optax.matrices.selection import Path, Where
+from lowrank_optax.modules.select import select
 
 
 class Attached(NamedTuple):
@@ -89,8 +90,8 @@ def _attach_one(
     attached: Attached, sites: Sites, variables: Mapping[str, Any], name: str, key: jax.Array
 ) -> dict[str, Any]:
     modules = {path: site.module for path, site in sites.items()}
-    default = {p for p, s in sites.items() if s.kernel.by_default and not s.embedding}
-    paths = chosen(modules, default, attached.where)
+    default = [p for p, s in sites.items() if s.kernel.by_default and not s.embedding]
+    paths = list(select(modules, attached.where, KIND, default=default))
     stacks = [_stack(variables, path, sites[path]) for path in paths]
     patterns = attached.rank_pattern, attached.alpha_pattern
     trees = groups.init_trees(key, attached.method, stacks, *patterns)

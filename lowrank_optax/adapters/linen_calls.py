@@ -16,12 +16,14 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.adapters import groups, sites
+from lowrank_optax.adapters import groups
 from lowrank_optax.adapters.base import Adapter, Arrays
+from lowrank_optax.adapters.calls import view_call
 from lowrank_optax.adapters.derivatives import warn_of_derivative
 from lowrank_optax.adapters.linen_sites import from_the_end, read_call
 from lowrank_optax.adapters.outputs import Part, adapted_output
 from lowrank_optax.matrices.views import to_matrix
+from lowrank_optax.modules.spec import kind_of
 
 BESIDE = "lowrank_adapters"
 """Name of what is put beside the weights."""
@@ -153,7 +155,7 @@ def _changed(
     bias = nn.meta.unbox(module.get_variable("params", "bias"))
     if bias is not None:
         bias = bias.reshape(*matrix.shape[:-2], 1, -1) if matrix.ndim > 2 else bias.reshape(-1)
-    call = sites.view_call(module, weight, args, kwargs, y)
+    call = view_call(module, kind_of(module) or "einsum", weight, args, kwargs, y)
     parts = []
     for plan in beside.plans:
         own, of_group = beside.arrays.get(plan.name, {}), shared.get(plan.name, {})

@@ -6,16 +6,17 @@ their path, which parameter is their weight, and which of its axes are inputs an
 
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
-import itertools
 from typing import Any, NamedTuple
 
 from flax import linen as nn
 import jax
-from jax.experimental.xla_metadata import set_xla_metadata
 
-from lowrank_optax.adapters import sites
-from lowrank_optax.matrices.flax_layers import Kernel
+from lowrank_optax.adapters.calls import einsum_equation
+from lowrank_optax.compat.flax import is_lifted_call
+from lowrank_optax.compat.jax import in_fresh_trace
+from lowrank_optax.matrices.flax_layers import Kernel, kernel_axes
 from lowrank_optax.matrices.views import WeightDimensionNumbers
+from lowrank_optax.modules.spec import usable_weight
 
 
 class LinenSite(NamedTuple):
@@ -40,8 +41,6 @@ class LinenSite(NamedTuple):
         """Its dimension numbers, counted from the end, so that they hold when it is stacked."""
         return from_the_end(self.kernel)
 
-
-_traces = itertools.count()
 
 Sites = dict[tuple[str, ...], LinenSite]
 
@@ -101,7 +100,7 @@ def sites_of(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
 
     found: dict[tuple[str, ...], LinenSite | None] = {}
     # Under nn.jit a layer that has been traced before would not run: in another context it does.
-    with watch(found), set_xla_metadata(lowrank_adapters=str(next(_traces))):
+    with watch(found), in_fresh_trace():
         jax.eval_shape(call, shapes)
     return named(found)
 
@@ -122,9 +121,10 @@ def read_call(
       What is known of the weight, with its shape here, and the weight itself.
     """
     module = context.module
-    if context.method_name != "__call__" or module.scope is None or _runs_another(type(module)):
+    # A lifted call runs the layer proper, which is watched too: there the weight has its own axes.
+    if context.method_name != "__call__" or module.scope is None or is_lifted_call(type(module)):
         return None
-    kernel = sites.weight_of(module)
+    kernel = usable_weight(module)
     if kernel is None:
         return _called_einsum(module, args, kwargs)
     weight = nn.meta.unbox(module.get_variable("params", kernel.path[0]))
@@ -133,21 +133,12 @@ def read_call(
     return kernel._replace(shape=tuple(weight.shape)), weight
 
 
-def _runs_another(cls: type) -> bool:
-    """Whether this is the outside of a lifted layer (``nn.vmap(nn.Dense)``).
-
-    Its call runs the layer proper, which is watched too: there the weight has its own axes alone.
-    """
-    defines = next(t for t in cls.__mro__ if "__call__" in vars(t))
-    return defines.__module__ == "flax.linen.transforms"
-
-
 def _called_einsum(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Kernel, jax.Array] | None:
     """The weight of a layer that was called with an equation, as Flax's and Gemma's einsums are."""
     try:
-        equation = sites.einsum_equation(module, args, kwargs)
+        equation = einsum_equation(module, args, kwargs)
     except AttributeError:
         return None
     if not isinstance(equation, str) or equation.count(",") != 1:
@@ -159,7 +150,7 @@ def _called_einsum(
     letters = equation.replace(" ", "").split("->")[0].split(",")[1]
     if len(letters) != weight.ndim or "." in letters:
         return None
-    reduction, output = sites.kernel_axes(equation, weight.ndim)
+    reduction, output = kernel_axes(equation, weight.ndim)
     if not reduction or not output:
         return None
     return Kernel((name,), tuple(weight.shape), reduction, output), weight

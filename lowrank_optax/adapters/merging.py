@@ -6,6 +6,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lowrank_optax.adapters.adapted_layers import (
+    LayerAdapter,
+    adapted_layers,
+    check_names,
+    set_weight_matrix,
+    sharing,
+    weight_matrix,
+    weight_shape,
+)
 from lowrank_optax.adapters.base import Arrays
 from lowrank_optax.adapters.folding import (
     MergedLayer,
@@ -18,17 +27,8 @@ from lowrank_optax.adapters.folding import (
     folded,
     unfolded,
 )
-from lowrank_optax.adapters.hosting import sharing
-from lowrank_optax.adapters.nnx import (
-    LayerAdapter,
-    adapted_layers,
-    check_names,
-    set_weight,
-    weight,
-)
 from lowrank_optax.adapters.tied_tables import check_not_tied
 from lowrank_optax.matrices.selection import path_string
-from lowrank_optax.matrices.views import from_matrix, matrix_shape, to_matrix
 
 
 def merge(model: Any, name: str | None = None) -> MergeReport:
@@ -67,7 +67,7 @@ def merge(model: Any, name: str | None = None) -> MergeReport:
     """
     wanted = check_names(model, [name] if name else [])
     folding = []
-    for path, layer in adapted_layers(model):
+    for path, layer in adapted_layers(model).items():
         adapters = [a for a in layer.adapters.values() if a.name in wanted]
         if name:
             _check_can_merge(path_string(path), adapters)
@@ -103,7 +103,7 @@ def unmerge(model: Any, name: str | None = None) -> None:
     """
     wanted = check_names(model, [name] if name else [])
     folding = []
-    for path, layer in adapted_layers(model):
+    for path, layer in adapted_layers(model).items():
         adapters = [a for a in layer.adapters.values() if a.name in wanted and a.merged]
         if adapters:
             folding.append((path_string(path), layer, adapters))
@@ -120,23 +120,20 @@ def unmerge(model: Any, name: str | None = None) -> None:
 
 
 def _fold(layer: Any, adapters: list[LayerAdapter]) -> tuple[jax.Array, jax.Array]:
-    value, spec = weight(layer)
-    stack, parts = _stacked(to_matrix(value, spec), adapters)
+    stack, parts = _stacked(weight_matrix(layer), adapters)
     merged, error, size = folded(_methods(adapters), stack, *parts)
-    set_weight(layer, from_matrix(merged, spec, like=value))
+    set_weight_matrix(layer, merged)
     return error, size
 
 
 def _unfold(layer: Any, adapters: list[LayerAdapter]) -> None:
-    value, spec = weight(layer)
-    stack, parts = _stacked(to_matrix(value, spec), adapters)
-    set_weight(layer, from_matrix(unfolded(_methods(adapters), stack, *parts), spec, like=value))
+    stack, parts = _stacked(weight_matrix(layer), adapters)
+    set_weight_matrix(layer, unfolded(_methods(adapters), stack, *parts))
 
 
 def _checksums(layer: Any, adapters: list[LayerAdapter]) -> list[tuple[LayerAdapter, jax.Array]]:
     """Of each adapter, with the layer's stack axes, along which a scan cuts it."""
-    value, spec = weight(layer)
-    batch = matrix_shape(value.shape, spec)[:-2]
+    batch = weight_shape(layer)[:-2]
     number = lambda a: checksum(a.strength, *_arrays(a, len(batch)))
     whole = lambda x: jnp.broadcast_to(x, (math.prod(batch),)).reshape(batch)
     return [(adapter, whole(number(adapter))) for adapter in adapters]

@@ -14,7 +14,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.adapters.nnx import (
+from lowrank_optax.adapters.adapted_layers import (
     AdapterConstant,
     AdapterParam,
     AlsoTrained,
@@ -23,8 +23,9 @@ from lowrank_optax.adapters.nnx import (
     adapter_names,
     weight_variable,
 )
-from lowrank_optax.matrices.module_classes import made_by
+from lowrank_optax.compat.flax import set_class
 from lowrank_optax.matrices.selection import Path, path_string
+from lowrank_optax.modules.wrap import made_by
 
 _SHARDING = ("out_sharding", "sharding_rules", "mesh")
 
@@ -238,7 +239,7 @@ def settle(model: Any, active: Collection[str]) -> None:
 
 def active_names(model: Any) -> list[str]:
     """The adapters that are applied in some layer."""
-    layers = [layer for _, layer in adapted_layers(model)]
+    layers = adapted_layers(model).values()
     return list(dict.fromkeys(a.name for x in layers for a in x.adapters.values() if a.active))
 
 
@@ -291,8 +292,7 @@ def parameters_of(model: Any, wanted: Any = nnx.Param) -> dict[Path, Any]:
 
 def retype(variable: Any, cls: type) -> None:
     """Changes the type of a variable in place."""
-    # Variables refuse attributes; their class is read from the object at every split.
-    object.__setattr__(variable, "__class__", cls)
+    set_class(variable, cls)  # it is read from the object at every split
 
 
 @functools.cache

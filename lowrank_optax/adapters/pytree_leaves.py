@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from lowrank_optax.adapters import groups
 from lowrank_optax.adapters.base import Adapter, counts_of, parameter_count
-from lowrank_optax.adapters.selection import chosen
+from lowrank_optax.adapters.groups import KIND
 from lowrank_optax.matrices.names import named_kind
 from lowrank_optax.matrices.paths import normalised_path
 from lowrank_optax.matrices.rules import (
@@ -20,6 +20,7 @@ from lowrank_optax.matrices.rules import (
 )
 from lowrank_optax.matrices.selection import Where
 from lowrank_optax.matrices.views import WeightDimensionNumbers, matrix_shape
+from lowrank_optax.modules.select import select
 
 
 class Leaf(NamedTuple):
@@ -128,7 +129,9 @@ def matrices_of(
         specs = {path: specs[path] or spec for path, spec in zip(leaves, every, strict=True)}
     known = {path: leaf for path, leaf in leaves.items() if specs[path] is not None}
     unclear = {} if rule is not None else _unclear(leaves, specs, where is None)
-    found = chosen({p: x for p, x in leaves.items() if p in known or p in unclear}, default, where)
+    things = {p: x for p, x in leaves.items() if p in known or p in unclear}
+    by_default = [path for path in things if path in default]
+    found = select(things, where, KIND, default=by_default)
     left_out = unclear if where is None else [path for path in found if path in unclear]
     if left_out:
         path = next(iter(left_out))

@@ -5,7 +5,12 @@ from typing import Any, TypeAlias
 
 from flax import nnx
 
-from lowrank_optax.adapters.nnx import AdapterConstant, AdapterParam, adapter_names, check_names
+from lowrank_optax.adapters.adapted_layers import (
+    AdapterConstant,
+    AdapterParam,
+    adapter_names,
+    check_names,
+)
 from lowrank_optax.adapters.own_values import active_names, claim, parameters_of, retype
 from lowrank_optax.matrices.selection import matching, path_string
 

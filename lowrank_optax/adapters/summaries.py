@@ -5,21 +5,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flax import nnx
 
-from lowrank_optax.adapters.base import Adapter, byte_count, counts_of, parameter_count
-from lowrank_optax.adapters.low_rank import LowRank
-from lowrank_optax.adapters.nnx import (
+from lowrank_optax.adapters.adapted_layers import (
     AdapterConstant,
     AdapterParam,
     AlsoTrained,
     LayerAdapter,
     adapted_layers,
-    placed,
-    weight_variable,
+    weight_shape,
 )
+from lowrank_optax.adapters.base import Adapter, byte_count, counts_of, parameter_count
+from lowrank_optax.adapters.low_rank import LowRank
 from lowrank_optax.adapters.own_values import OwnedParameter, owned_parameters
 from lowrank_optax.matrices.printing import printed
 from lowrank_optax.matrices.selection import path_string
-from lowrank_optax.matrices.views import matrix_shape
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -115,7 +113,7 @@ def summary(model: Any) -> AdapterSummary:
       total                                         24       0     96  66.7 % of 36 trained
     """
     rows = []
-    for path, layer in adapted_layers(model):
+    for path, layer in adapted_layers(model).items():
         rows += [_row(path_string(path), layer, a) for a in layer.adapters.values()]
     for name, groups in getattr(model, "adapter_groups", {}).items():
         for group, arrays in groups.items():
@@ -127,9 +125,8 @@ def summary(model: Any) -> AdapterSummary:
 
 
 def _row(path: str, layer: Any, adapter: LayerAdapter) -> SummaryRow:
-    spec, _ = placed(layer)
     state = "merged" if adapter.merged else adapter.strength if adapter.active else None
-    shape, counts = matrix_shape(weight_variable(layer).shape, spec), _counts(adapter.variables())
+    shape, counts = weight_shape(layer), _counts(adapter.variables())
     return row_of(path, shape, adapter.name, adapter.method, counts, state)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 import contextlib
 from typing import Any
 
-from lowrank_optax.adapters.nnx import LayerAdapter, adapted_layers, check_names
+from lowrank_optax.adapters.adapted_layers import LayerAdapter, adapted_layers, check_names
 from lowrank_optax.adapters.own_values import active_names, check_one_owner, settle
 from lowrank_optax.matrices.selection import path_string
 
@@ -96,7 +96,7 @@ def disabled(model: Any, *names: str) -> Iterator[Any]:
 
 def _unmerged(model: Any) -> list[LayerAdapter]:
     found = []
-    for path, layer in adapted_layers(model):
+    for path, layer in adapted_layers(model).items():
         for adapter in layer.adapters.values():
             if adapter.merged:
                 raise ValueError(

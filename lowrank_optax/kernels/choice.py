@@ -14,10 +14,17 @@ import functools
 from typing import Any
 
 import jax
-from jax.extend import core
-from jax.interpreters import batching, mlir
 
-_choice = core.Primitive("kernel_or_reference")
+from lowrank_optax.compat.jax import (
+    Primitive,
+    jaxpr_as_fun,
+    lower_jaxpr,
+    set_batching,
+    set_lowering,
+    single_platform,
+)
+
+_choice = Primitive("kernel_or_reference")
 _choice.multiple_results = True
 
 
@@ -59,23 +66,12 @@ def _bind_each(*args: jax.Array, fallback: Any, **kernels: Any) -> list[jax.Arra
 
 
 def _lower(ctx: Any, *args: Any, fallback: Any, **kernels: Any) -> Any:
-    platforms = ctx.module_context.platforms
-    alone = len(platforms) == 1 and _nothing_to_partition(ctx.module_context.axis_context)
-    chosen = kernels.get(platforms[0], fallback) if alone else fallback
-    return mlir.lower_fun(core.jaxpr_as_fun(chosen), multiple_results=True)(ctx, *args)
-
-
-def _nothing_to_partition(context: Any) -> bool:
-    """Whether the program is of one device, or all axes of its mesh are mapped by hand."""
-    if isinstance(context, mlir.SPMDAxisContext):
-        manual = context.manual_axes | set(context.mesh.manual_axes)
-        return manual == frozenset(context.mesh.axis_names)
-    return not isinstance(context, mlir.ShardingContext) or context.num_devices == 1
+    return lower_jaxpr(ctx, kernels.get(single_platform(ctx) or "", fallback), *args)
 
 
 def _batch(args: Sequence[jax.Array], dims: Sequence[Any], **programs: Any) -> Any:
     mapped = {
-        name: jax.make_jaxpr(jax.vmap(core.jaxpr_as_fun(program), list(dims)))(*args)
+        name: jax.make_jaxpr(jax.vmap(jaxpr_as_fun(program), list(dims)))(*args)
         for name, program in programs.items()
     }
     out = _choice.bind(*args, **mapped)
@@ -86,5 +82,5 @@ _choice.def_impl(
     lambda *args, **programs: jax.jit(_bind_each, static_argnames=(*programs,))(*args, **programs)
 )
 _choice.def_abstract_eval(lambda *args, fallback, **kernels: fallback.out_avals)
-mlir.register_lowering(_choice, _lower)
-batching.primitive_batchers[_choice] = _batch
+set_lowering(_choice, _lower)
+set_batching(_choice, _batch)

@@ -9,10 +9,20 @@ import hashlib
 from typing import Any
 
 import jax
-from jax.extend import core
 import numpy as np
 
-from lowrank_optax.slices.programs import called, programs_in, scan_operands
+from lowrank_optax.compat.jax import (
+    ClosedJaxpr,
+    Literal,
+    branches,
+    called_jaxpr,
+    jaxpr_of,
+    parameter,
+    parameters,
+    primitive_name,
+    scan_operands,
+    sub_jaxprs,
+)
 
 # Operations that change no number, and come and go with axes of size one.
 ONLY_SHAPES = frozenset(("broadcast_in_dim", "reshape", "squeeze"))
@@ -24,9 +34,7 @@ OF_PARTS = frozenset(("limit_indices", "slice_sizes"))
 ALONG = ("reduce_", "arg", "cum", "sort")
 
 
-def fingerprints(
-    closed: core.ClosedJaxpr, inputs: Sequence[Any], known: Mapping[int, Any]
-) -> list[int]:
+def fingerprints(closed: ClosedJaxpr, inputs: Sequence[Any], known: Mapping[int, Any]) -> list[int]:
     """The fingerprint of each result.
 
     Args:
@@ -45,7 +53,7 @@ def numbers_of(size: int) -> Any:
 
 def _results(program: Any, inputs: Sequence[int]) -> list[int]:
     found = dict(zip([*program.constvars, *program.invars], inputs, strict=True))
-    look = lambda x: hash(repr(x.val)) if isinstance(x, core.Literal) else found[x]
+    look = lambda x: hash(repr(x.val)) if isinstance(x, Literal) else found[x]
     for equation in program.eqns:
         results = _of_equation(equation, [look(x) for x in equation.invars])
         found |= dict(zip(equation.outvars, results, strict=True))
@@ -53,20 +61,20 @@ def _results(program: Any, inputs: Sequence[int]) -> list[int]:
 
 
 def _of_equation(equation: Any, operands: list[int]) -> list[int]:
-    name, parameters = equation.primitive.name, equation.params
+    name = primitive_name(equation)
     if name in ONLY_SHAPES:
         return operands[:1]
     if name == "optimization_barrier":
         return operands
-    if name == "cond":
-        of_branch = [_of_closed(x, operands[1:]) for x in parameters["branches"]]
+    if branched := branches(equation):
+        of_branch = [_of_closed(x, operands[1:]) for x in branched]
         return [hash((operands[0], *each)) for each in zip(*of_branch, strict=True)]
-    inner = called(equation)
+    inner = called_jaxpr(equation)
     if inner is not None:
         return _of_closed(inner, operands)
     if name == "iota":
-        return [hash(numbers_of(parameters["shape"][parameters["dimension"]]))]
-    inner = [x for program in programs_in(equation) for x in _of_body(program)]
+        return [hash(numbers_of(parameter(equation, "shape")[parameter(equation, "dimension")]))]
+    inner = [x for program in sub_jaxprs(equation) for x in _of_body(program)]
     base = hash((name, *operands, *_asked(equation), *_sizes(equation), *inner))
     return [hash((base, i)) for i in range(len(equation.outvars))]
 
@@ -74,9 +82,9 @@ def _of_equation(equation: Any, operands: list[int]) -> list[int]:
 def _asked(equation: Any) -> list[str]:
     """The parameters of an operation."""
     # Of a batch of one, take_along_axis asks otherwise for the same.
-    alike = ("dimension_numbers", "slice_sizes") if equation.primitive.name == "gather" else ()
+    alike = ("dimension_numbers", "slice_sizes") if primitive_name(equation) == "gather" else ()
     found = []
-    for name, value in sorted(equation.params.items()):
+    for name, value in sorted(parameters(equation).items()):
         if name in alike:
             continue
         if name in OF_PARTS:
@@ -95,25 +103,26 @@ def _has_program(value: Any) -> bool:
 
 def _sizes(equation: Any) -> list[int]:
     """Sizes of the axes that an operation works along."""
-    name, parameters, shape = equation.primitive.name, equation.params, ()
+    name, shape = primitive_name(equation), ()
     if equation.invars:
         shape = equation.invars[0].aval.shape
     if name == "dot_general":
-        return [shape[axis] for axis in parameters["dimension_numbers"][0][0]]
+        return [shape[axis] for axis in parameter(equation, "dimension_numbers")[0][0]]
     if name == "reduce_or" or not name.startswith(ALONG):
         return []
-    axes = parameters.get("axes", parameters.get("axis", parameters.get("dimension", ())))
+    given = parameters(equation)
+    axes = given.get("axes", given.get("axis", given.get("dimension", ())))
     return [shape[axis] for axis in np.atleast_1d(np.asarray(axes, int))]
 
 
 def _of_closed(program: Any, operands: Sequence[int]) -> list[int]:
     consts = [hash(_of_constant(x)) for x in getattr(program, "consts", ())]
-    return _results(getattr(program, "jaxpr", program), [*consts, *operands])
+    return _results(jaxpr_of(program), [*consts, *operands])
 
 
 def _of_body(program: Any) -> list[int]:
     """Of the body of a loop, say."""
-    count = len(getattr(program, "jaxpr", program).invars)
+    count = len(jaxpr_of(program).invars)
     return _of_closed(program, [hash(i) for i in range(count)])
 
 

@@ -10,13 +10,12 @@ import inspect
 from typing import Any
 
 import jax
-from jax.extend import core
 import jax.numpy as jnp
 import optax
 
+from lowrank_optax.compat.jax import Literal, branches, called_jaxpr, jaxpr_of
 from lowrank_optax.matrices.paths import leaves_by_path
 from lowrank_optax.slices.call import Call
-from lowrank_optax.slices.programs import called
 from lowrank_optax.slices.rows import ALIKE, MIXED, ROWS, rows_are_apart
 from lowrank_optax.slices.whole import CannotCutError, shapes_of_state
 
@@ -170,16 +169,15 @@ def leaves_are_independent(call: Call) -> bool:
 def _reached(program: Any, sources: Sequence[frozenset[int]]) -> list[frozenset[int]]:
     """Which sources each result of a jaxpr may depend on."""
     known = dict(zip(program.invars, sources, strict=True))
-    look = lambda x: frozenset() if isinstance(x, core.Literal) else known.get(x, frozenset())
+    look = lambda x: frozenset() if isinstance(x, Literal) else known.get(x, frozenset())
     for equation in program.eqns:
         inputs = [look(x) for x in equation.invars]
-        inner = called(equation)
-        if equation.primitive.name == "cond":
-            taken = inputs[0]
-            branches = [_reached(b.jaxpr, inputs[1:]) for b in equation.params["branches"]]
-            results = [taken.union(*each) for each in zip(*branches, strict=True)]
+        inner = called_jaxpr(equation)
+        if branched := branches(equation):
+            found = [_reached(branch.jaxpr, inputs[1:]) for branch in branched]
+            results = [inputs[0].union(*each) for each in zip(*found, strict=True)]
         elif inner is not None:
-            results = _reached(getattr(inner, "jaxpr", inner), inputs)
+            results = _reached(jaxpr_of(inner), inputs)
         else:
             results = [frozenset().union(*inputs)] * len(equation.outvars)
         known |= dict(zip(equation.outvars, results, strict=True))

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-from jax.experimental.layout import Layout, with_layout_constraint
 import jax.numpy as jnp
 
+from lowrank_optax.compat.jax import in_default_layout
 from lowrank_optax.matrices import explicit_sharding
 from lowrank_optax.slices.draws import drawn_before
 
@@ -101,7 +101,7 @@ def _in_rows(x: jax.Array) -> jax.Array:
     """
     if x.ndim < 2 or x.shape[-1] % 128 or x.shape[-2] % 32:
         return x
-    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+    return in_default_layout(x)
 
 
 def _in_loop_of_one(step: Step) -> Step:

@@ -9,9 +9,14 @@ them. On the number of rows all of them may depend, which fingerprints see.
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jax.extend import core
-
-from lowrank_optax.slices.programs import called
+from lowrank_optax.compat.jax import (
+    Literal,
+    branches,
+    called_jaxpr,
+    jaxpr_of,
+    parameter,
+    primitive_name,
+)
 
 ROWS, ALIKE, OTHER, MIXED = "rows", "alike", "other", "mixed"
 # Number by number.
@@ -35,7 +40,7 @@ def rows_are_apart(program: Any, inputs: Sequence[str]) -> list[str]:
     """
     known = dict(zip(program.invars, inputs, strict=True))
     known |= {x: _free(x) for x in program.constvars}
-    look = lambda x: ALIKE if isinstance(x, core.Literal) else known[x]
+    look = lambda x: ALIKE if isinstance(x, Literal) else known[x]
     for equation in program.eqns:
         states = [look(x) for x in equation.invars]
         results = [MIXED] * len(equation.outvars)
@@ -51,21 +56,21 @@ def _free(x: Any) -> str:
 
 
 def _results(equation: Any, states: list[str]) -> list[str]:
-    name, parameters, count = equation.primitive.name, equation.params, len(equation.outvars)
+    name, count = primitive_name(equation), len(equation.outvars)
     if MIXED in states:
         return [MIXED] * count
     if name in ELEMENTWISE:
         return [_together(states)]
     if name == "optimization_barrier":
         return states
-    if name == "cond":
+    if branched := branches(equation):
         if states[0] == ROWS:
             return [MIXED] * count
-        found = [rows_are_apart(x.jaxpr, states[1:]) for x in parameters["branches"]]
+        found = [rows_are_apart(x.jaxpr, states[1:]) for x in branched]
         return [_together(each) for each in zip(*found, strict=True)]
-    inner = called(equation)
+    inner = called_jaxpr(equation)
     if inner is not None:
-        return rows_are_apart(getattr(inner, "jaxpr", inner), states)
+        return rows_are_apart(jaxpr_of(inner), states)
     if ROWS not in states:
         alike = name == "broadcast_in_dim" and _is_new_axis(equation)
         return [ALIKE if alike else _free(x) for x in equation.outvars]
@@ -82,7 +87,7 @@ def _together(states: Sequence[str]) -> str:
 
 def _is_new_axis(equation: Any) -> bool:
     """Whether the first axis is one that an array is repeated along."""
-    axes = equation.params["broadcast_dimensions"]
+    axes = parameter(equation, "broadcast_dimensions")
     return 0 not in axes or equation.invars[0].aval.shape[axes.index(0)] == 1
 
 
@@ -93,31 +98,31 @@ def _first(equation: Any) -> tuple[int, int]:
 
 
 def _reduces(equation: Any, states: list[str]) -> bool:
-    return 0 not in equation.params["axes"]
+    return 0 not in parameter(equation, "axes")
 
 
-def _along(parameter: str) -> Callable[[Any, list[str]], bool]:
-    return lambda equation, states: equation.params[parameter] != 0 and OTHER not in states
+def _along(name: str) -> Callable[[Any, list[str]], bool]:
+    return lambda equation, states: parameter(equation, name) != 0 and OTHER not in states
 
 
 def _reshapes(equation: Any, states: list[str]) -> bool:
     before, after = _first(equation)
-    return before == after and equation.params["dimensions"] is None
+    return before == after and parameter(equation, "dimensions") is None
 
 
 def _broadcasts(equation: Any, states: list[str]) -> bool:
     before, after = _first(equation)
-    return equation.params["broadcast_dimensions"][:1] == (0,) and before == after
+    return parameter(equation, "broadcast_dimensions")[:1] == (0,) and before == after
 
 
 def _slices(equation: Any, states: list[str]) -> bool:
     before, after = _first(equation)
-    strides = equation.params["strides"]
+    strides = parameter(equation, "strides")
     return before == after and (strides is None or strides[0] == 1)
 
 
 def _multiplies(equation: Any, states: list[str]) -> bool:
-    (contracted, _), (left, right) = equation.params["dimension_numbers"]
+    (contracted, _), (left, right) = parameter(equation, "dimension_numbers")
     if left[:1] == (0,) and right[:1] == (0,):
         return OTHER not in states
     return states[0] == ROWS and states[1] != ROWS and not left and 0 not in contracted
@@ -131,12 +136,12 @@ KEEPING: dict[str, Callable[[Any, list[str]], bool]] = {
     "concatenate": _along("dimension"),
     "sort": _along("dimension"),
     "split": _along("axis"),
-    "rev": lambda equation, states: 0 not in equation.params["dimensions"],
+    "rev": lambda equation, states: 0 not in parameter(equation, "dimensions"),
     "broadcast_in_dim": _broadcasts,
     "dot_general": _multiplies,
     "reshape": _reshapes,
     "slice": _slices,
-    "squeeze": lambda equation, states: 0 not in equation.params["dimensions"],
-    "transpose": lambda equation, states: equation.params["permutation"][0] == 0,
-    "pad": lambda equation, states: not any(equation.params["padding_config"][0]),
+    "squeeze": lambda equation, states: 0 not in parameter(equation, "dimensions"),
+    "transpose": lambda equation, states: parameter(equation, "permutation")[0] == 0,
+    "pad": lambda equation, states: not any(parameter(equation, "padding_config")[0]),
 }

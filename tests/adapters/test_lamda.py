@@ -12,7 +12,7 @@ import pytest
 
 import lowrank_optax as lro
 from lowrank_optax.adapters.base import parameter_count
-from lowrank_optax.adapters.lamda import CoreInit
+from lowrank_optax.adapters.methods.lamda import CoreInit
 from lowrank_optax.adapters.operands import Rows
 from tests.adapters.compiled import compiled, gradient
 

@@ -13,8 +13,8 @@ import optax
 import pytest
 
 import lowrank_optax as lro
+from lowrank_optax.compat.jax import scan_operands
 from lowrank_optax.slices import CannotCutError
-from lowrank_optax.slices.programs import scan_operands
 
 SMALL = {"min_size": 100, "block_size": 32}
 SHAPES = {"embed": (130, 16), "up": (6, 16, 32), "down": (6, 32, 16), "bias": (7,)}

@@ -11,9 +11,9 @@ import re
 from typing import Any, TypeVar
 import warnings
 
-from lowrank_optax.adapters.dora import DoRA
-from lowrank_optax.adapters.lora import LoRA
-from lowrank_optax.adapters.pissa import PiSSA
+from lowrank_optax.adapters.methods.dora import DoRA
+from lowrank_optax.adapters.methods.lora import LoRA
+from lowrank_optax.adapters.methods.pissa import PiSSA
 from lowrank_optax.storage.fields import (
     BOOLEAN,
     FRACTION,

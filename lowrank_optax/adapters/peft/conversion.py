@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 import numpy as np
 
-from lowrank_optax.adapters.lora import LoRA
+from lowrank_optax.adapters.methods.lora import LoRA
+from lowrank_optax.adapters.methods.pissa import PiSSA
 from lowrank_optax.adapters.peft.base_files import (
     modules_of_adapter,
     modules_of_base,
@@ -25,7 +26,6 @@ from lowrank_optax.adapters.peft.tensors import (
     open_tensors,
     shapes_by_module,
 )
-from lowrank_optax.adapters.pissa import PiSSA
 from lowrank_optax.storage.safetensors_files import TensorReader
 
 

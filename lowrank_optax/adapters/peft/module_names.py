@@ -10,11 +10,18 @@ from flax import nnx
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_optax.adapters import sites
-from lowrank_optax.adapters.nnx import AdapterParam, AlsoTrained, LayerAdapter, weight
+from lowrank_optax.adapters.adapted_layers import (
+    AdapterParam,
+    AlsoTrained,
+    LayerAdapter,
+    set_weight_matrix,
+    weight_matrix,
+    weight_shape,
+)
 from lowrank_optax.adapters.peft.tensors import Layout, Tied
 from lowrank_optax.matrices.selection import Path, near, path_string
-from lowrank_optax.matrices.views import from_matrix, matrix_shape, to_matrix
+from lowrank_optax.modules.select import modules_by_path
+from lowrank_optax.modules.spec import usable_weight
 
 ModuleNames: TypeAlias = Mapping[str, str] | Callable[[str], str | None]
 """PyTorch's names of modules by their paths. In a mapping, ``{}`` in a path is the number of a
@@ -51,7 +58,7 @@ class Slot(NamedTuple):
     @property
     def is_layer(self) -> bool:
         """Whether adapters can be attached to it."""
-        return sites.weight_of(self.module) is not None
+        return usable_weight(self.module) is not None
 
     @property
     def layout(self) -> Layout | None:
@@ -62,8 +69,7 @@ class Slot(NamedTuple):
         """
         if not self.is_layer:
             return None
-        value, spec = weight(self.module)
-        *batch, d_in, d_out = matrix_shape(value.shape, spec)
+        *batch, d_in, d_out = weight_shape(self.module)
         if len(batch) != len(self.index):
             raise ValueError(
                 f"{path_string(self.path)}: its weight is a stack of {tuple(batch)} matrices, but "
@@ -72,7 +78,7 @@ class Slot(NamedTuple):
         if isinstance(self.module, nnx.Embed):
             return Layout("embedding", d_in, d_out)
         if isinstance(self.module, nnx.Conv):
-            return Layout("convolution", d_in, d_out, value.shape[len(batch) : -2])
+            return Layout("convolution", d_in, d_out, self.module.kernel.shape[len(batch) : -2])
         return Layout("linear", d_in, d_out)
 
     @property
@@ -116,7 +122,7 @@ class Slot(NamedTuple):
         layout = self.layout
         if layout is None or parameter == "bias":
             return np.asarray(self.variable(parameter)[...])[self.index].reshape(-1)
-        return layout.pack_weight(np.asarray(to_matrix(*weight(self.module)))[self.index])
+        return layout.pack_weight(np.asarray(weight_matrix(self.module))[self.index])
 
     def write(self, parameter: str, tensor: np.ndarray) -> None:
         """Sets a parameter from PyTorch's tensor, in the model's own dtype."""
@@ -124,12 +130,11 @@ class Slot(NamedTuple):
         if layout is None or parameter == "bias":
             value = np.array(variable[...])
             value[self.index] = tensor.reshape(value[self.index].shape).astype(value.dtype)
+            variable.set_value(jnp.asarray(value))
         else:
-            old, spec = weight(self.module)
-            matrices = np.array(to_matrix(old, spec))
+            matrices = np.array(weight_matrix(self.module))
             matrices[self.index] = layout.unpack_weight(tensor).astype(matrices.dtype)
-            value = from_matrix(jnp.asarray(matrices), spec, like=old)
-        variable.set_value(jnp.asarray(value))
+            set_weight_matrix(self.module, jnp.asarray(matrices))
 
 
 def also_trained(module: Any) -> list[str]:
@@ -156,9 +161,9 @@ def module_slots(model: Any, names: ModuleNames | None) -> dict[str, Slot]:
             'are called in PyTorch, for example names={"layers/{}/query": "layers.{}.q_proj"}.'
         )
     name_of = names if callable(names) else _by_template(names)
-    paths = ((tuple(map(str, path)), module) for path, module in nnx.iter_modules(model))
     inside = {"adapters", "adapter_groups", "own_values"}
-    modules = {p: module for p, module in paths if not inside & set(p) and _parameters(module)}
+    having = modules_by_path(model, lambda module: bool(_parameters(module)))
+    modules = {path: module for path, module in having.items() if not inside & set(path)}
     found: dict[str, Slot] = {}
     for path, module in modules.items():
         template = name_of(path_string(path))
@@ -187,7 +192,7 @@ def module_slots(model: Any, names: ModuleNames | None) -> dict[str, Slot]:
     return found
 
 
-def _parameters(module: Any) -> list[nnx.Param]:
+def _parameters(module: Any) -> list[Any]:
     return [x for x in vars(module).values() if isinstance(x, nnx.Param)]
 
 

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 import numpy as np
 
+from lowrank_optax.adapters.adapted_layers import check_names, sharing
 from lowrank_optax.adapters.base import Adapter
-from lowrank_optax.adapters.dora import DoRA
-from lowrank_optax.adapters.hosting import sharing
-from lowrank_optax.adapters.lora import LoRA
-from lowrank_optax.adapters.lora_fa import LoRAFA
 from lowrank_optax.adapters.low_rank import LowRank
-from lowrank_optax.adapters.nnx import check_names
+from lowrank_optax.adapters.methods.dora import DoRA
+from lowrank_optax.adapters.methods.lora import LoRA
+from lowrank_optax.adapters.methods.lora_fa import LoRAFA
+from lowrank_optax.adapters.methods.pissa import PiSSA
 from lowrank_optax.adapters.own_values import values_of
 from lowrank_optax.adapters.peft.config import PeftConfig
 from lowrank_optax.adapters.peft.module_names import (
@@ -28,8 +28,8 @@ from lowrank_optax.adapters.peft.module_names import (
     tied_in_model,
 )
 from lowrank_optax.adapters.peft.tensors import PREFIX, AdapterFolder, Tensors, write_adapter
-from lowrank_optax.adapters.pissa import PiSSA
 from lowrank_optax.matrices.selection import path_string
+from lowrank_optax.modules.select import modules_by_path
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -129,11 +129,8 @@ def save_peft(
 def _check_named(model: Any, slots: Mapping[str, Slot], name: str) -> None:
     """Raises ValueError unless everything that is to be saved has a name in PyTorch."""
     known = {slot.path for slot in slots.values()}
-    unknown = [
-        path_string(path)
-        for path, module in ((tuple(map(str, p)), x) for p, x in nnx.iter_modules(model))
-        if path not in known and (name in getattr(module, "adapters", {}) or also_trained(module))
-    ]
+    is_saved = lambda x: bool(name in getattr(x, "adapters", {}) or also_trained(x))
+    unknown = [path_string(p) for p in modules_by_path(model, is_saved) if p not in known]
     if unknown:
         raise ValueError(f"names has no PyTorch name of {', '.join(sorted(unknown))}.")
 

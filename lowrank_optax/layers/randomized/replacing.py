@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 
 from flax import nnx
 
+from lowrank_optax.compat.flax import set_class
 from lowrank_optax.layers.randomized.dot_general import check_dot_general, check_sketch
 from lowrank_optax.layers.randomized.nnx import RandomizedLinear, sketch_stream
 from lowrank_optax.layers.randomized.sketch import Sketch
@@ -82,8 +83,7 @@ def randomize(
         if not isinstance(layer, RandomizedLinear):
             layer.deterministic = False
             layer.sketch_stream = sketch_stream(rngs, stacks[path])
-            # NNX's own setattr would take note of the class as of an attribute.
-            object.__setattr__(layer, "__class__", _randomized(type(layer)))
+            set_class(layer, _randomized(type(layer)))
     return randomized_layers(model)
 
 
@@ -111,7 +111,7 @@ def restore_linears(model: Any) -> nnx.Module:
             raise ValueError(f"{path_string(path)} is wrapped by {around}: take that off first.")
     for layer in layers.values():
         del layer.sketch, layer.deterministic, layer.sketch_stream
-        object.__setattr__(layer, "__class__", vars(type(layer))["class_without_sketch"])
+        set_class(layer, vars(type(layer))["class_without_sketch"])
     return model
 
 

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 import numpy as np
 import optax
 
-from lowrank_optax.adapters.rank_allocation import RankPattern, ranks_at
+from lowrank_optax.adapters.training.rank_allocation import RankPattern, ranks_at
 from lowrank_optax.matrices.paths import normalised_path
 from lowrank_optax.states.arguments import transformation
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.adapters.freezing_scores import (
+from lowrank_optax.adapters.training.aflora_scores import (
     Scores,
     below_quantile,
     lowest_ranked,

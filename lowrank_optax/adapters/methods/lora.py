@@ -9,8 +9,7 @@ from jax.nn import initializers
 import jax.numpy as jnp
 
 from lowrank_optax.adapters.base import AdapterParams, Arrays, Side, Weights
-from lowrank_optax.adapters.initialisers import for_each, kaiming_uniform
-from lowrank_optax.adapters.low_rank import LowRank
+from lowrank_optax.adapters.low_rank import LowRank, for_each, kaiming_uniform
 
 Initial = Literal["kaiming_uniform", "he_uniform", "gaussian", "random"]
 

@@ -1,84 +1,21 @@
-"""LoRA-FA: LoRA with the first factor frozen, and the update of the second that fits best."""
+"""LoRA-FA's update of the second factor: the one whose change of the weight fits best."""
 
 from collections.abc import Mapping
 import dataclasses
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
-from jax.nn import initializers
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.adapters.base import AdapterParams, Arrays, Weights
-from lowrank_optax.adapters.initialisers import for_each
-from lowrank_optax.adapters.lora import LoRA
+from lowrank_optax.adapters.base import Arrays
+from lowrank_optax.adapters.methods.lora_fa import LoRAFA
 from lowrank_optax.matrices.explicit_sharding import product
 from lowrank_optax.matrices.flax_layers import is_nnx_module
-from lowrank_optax.matrices.orthonormal import in_turn, orthonormalize
+from lowrank_optax.matrices.orthonormal import in_turn
 from lowrank_optax.matrices.paths import path_string
 
 Factors: TypeAlias = Mapping[str, tuple[jax.Array, Any]]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LoRAFA(LoRA):
-    r"""LoRA with a frozen random ``A``: :math:`y = x W + s\,(\mathrm{drop}(x) A) B`.
-
-    The gradient of ``B``, :math:`s\,(x A)^\top G`, needs ``r`` numbers of each token and not the
-    ``d_in`` of the input, and half the parameters are trained. Inputs that something else keeps (a
-    plain LoRA on one of query, key and value; a checkpointed block's) are kept as before.
-
-    Plain, this is the first version of the paper. The later one is `lora_fa_projection`, chained
-    before the optimizer.
-
-    Args:
-      orthonormal: Whether the columns of ``A`` are made orthonormal; the projection is then a
-        factor ``1/s²``.
-
-    Other options are those of `LoRA`. Of an embedding ``A`` is standard normal and ``B`` zero.
-
-    Raises:
-      TypeError: If ``rank`` is no int or tuple of them.
-      ValueError: If an option is out of its range; in ``init``, if more orthonormal columns are
-        asked for than ``A`` has rows.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
-      >>> params = lro.adapters.LoRAFA(rank=2).init(jax.random.key(0), jnp.zeros((1, 4, 3)))
-      >>> print({k: v.shape for k, v in params.trainable.items()}, params.frozen["A"].shape)
-      {'B': (1, 2, 3)} (1, 4, 2)
-
-    Reference:
-      Zhang et al., LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models
-      Fine-tuning, 2023, https://arxiv.org/abs/2308.03303.
-    """
-
-    orthonormal: bool = False
-
-    def init_layers(
-        self, key: jax.Array, weights: Weights, shared: Arrays, *, embedding: bool = False
-    ) -> AdapterParams:
-        """LoRA's arrays, ``A`` among the frozen ones."""
-        lora = super().init_layers(key, weights, shared, embedding=embedding)
-        trainable = dict(lora.trainable)
-        return AdapterParams(trainable, lora.frozen | {"A": trainable.pop("A")})
-
-    def _first(self, key: jax.Array, shape: tuple[int, int, int], embedding: bool) -> jax.Array:
-        if not embedding:
-            a = super()._first(key, shape, embedding)
-        else:  # LoRA's would be zero, and stay so
-            a = for_each(initializers.normal(1.0), key, shape, self.param_dtype)
-        if not self.orthonormal:
-            return a
-        if shape[-1] > shape[-2]:
-            raise ValueError(
-                f"orthonormal=True: {shape[-2]} inputs have no {shape[-1]} orthonormal directions; "
-                "lower the rank."
-            )
-        return orthonormalize(a.astype(jnp.float32)).astype(a.dtype)
-
-    def _second(self, key: jax.Array, shape: tuple[int, int, int], embedding: bool) -> jax.Array:
-        return super()._second(key, shape, embedding and self.initial == "random")
 
 
 class LoRAFAProjectionState(NamedTuple):
@@ -223,11 +160,11 @@ def lora_fa_factors(source: Any, method: LoRAFA | None = None) -> dict[str, tupl
 
 
 def _of_model(model: Any) -> dict[str, tuple[jax.Array, Any]]:
-    from lowrank_optax.adapters.nnx import adapted_layers
+    from lowrank_optax.adapters.adapted_layers import adapted_layers
 
     return {
         "/".join((*path, "adapters", name, "arrays")): _scaled(adapter.method, adapter.p())
-        for path, layer in adapted_layers(model)
+        for path, layer in adapted_layers(model).items()
         for name, adapter in layer.adapters.items()
         if isinstance(adapter.method, LoRAFA)
     }

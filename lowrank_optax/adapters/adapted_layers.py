@@ -1,28 +1,34 @@
-"""Adapters in Flax NNX: an adapted layer is the same object, of a subclass of its class.
+"""Adapters in Flax NNX: an adapted layer is the same object, whose calls are wrapped.
 
 So paths, names and types of the model's own weights stay as they are while adapters are attached,
-code that reads ``layer.kernel`` goes on working, and `detach` has only to take its own parts away.
+code that reads ``layer.kernel`` goes on working, and `detach` has only to remove its own parts.
 
-Arrays that layers share belong to the model `attach` was given, as ``model.adapter_groups``: in a
-layer of a stack run by a scan they would be cut along the layers. Its layers find them while
-the model's methods run.
+Arrays that layers share belong to the model `attach` was given, as ``model.adapter_groups``.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+import contextlib
+import dataclasses
 from typing import Any, ClassVar
 
 from flax import nnx
 import jax
 
-from lowrank_optax.adapters import sites
 from lowrank_optax.adapters.base import Adapter
+from lowrank_optax.adapters.calls import view_call
 from lowrank_optax.adapters.derivatives import refuse_derivative, warn_of_derivative
+from lowrank_optax.adapters.groups import KIND
 from lowrank_optax.adapters.outputs import Part, adapted_output
-from lowrank_optax.adapters.selection import chosen
-from lowrank_optax.adapters.sharing import shared_arrays
-from lowrank_optax.matrices.flax_layers import Kernel, place
+from lowrank_optax.adapters.tied_tables import check_can_attend
 from lowrank_optax.matrices.selection import Where
-from lowrank_optax.matrices.views import WeightDimensionNumbers, to_matrix
+from lowrank_optax.matrices.views import from_matrix, matrix_shape, to_matrix
+from lowrank_optax.modules.select import modules_by_path, select
+from lowrank_optax.modules.shared import SharingModule, is_sharing, share, shared_arrays
+from lowrank_optax.modules.spec import LayerSpec, layer_spec, usable_weight
+from lowrank_optax.modules.wrap import around_of, wrap, wrapped
+
+_LAYER, _OWNER = "adapters", "adapters_shared"
+"""Names of the wraps of adapted layers, and of a model that has arrays for its layers to share."""
 
 
 class AdapterParam(nnx.LoRAParam):
@@ -43,7 +49,7 @@ trainable = nnx.Any(AdapterParam, AlsoTrained)
 """The filter of what is trained: ``nnx.Optimizer(model, tx, wrt=trainable)``."""
 
 
-class LayerAdapter(nnx.Module):
+class LayerAdapter(SharingModule):
     """One adapter in one layer.
 
     Attributes:
@@ -56,9 +62,6 @@ class LayerAdapter(nnx.Module):
       active: Whether calls apply it.
       strength: What its change is multiplied by.
       deterministic: Whether nothing is dropped, as after ``model.eval()``.
-      shared: Marks of the shared arrays while the model's methods run; a part of the module's
-        static structure, so that a function of the layer that was compiled for others is not taken
-        for the same.
     """
 
     def __init__(
@@ -69,12 +72,12 @@ class LayerAdapter(nnx.Module):
         arrays: Mapping[str, nnx.Variable],
         dropout: nnx.RngStream | None,
     ) -> None:
+        super().__init__()
         self.method, self.name, self.group = method, name, group
         self.arrays = nnx.Dict(arrays)
         self.dropout = nnx.data(dropout)
         self.active, self.strength = True, 1.0
         self.deterministic = False
-        self.shared: tuple[Any, ...] | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuses what ``nnx.update`` would add from a state with the arrays elsewhere."""
@@ -110,7 +113,7 @@ class LayerAdapter(nnx.Module):
         return self.merged_arrays if self.merged else self.arrays
 
     def set_view(self, deterministic: bool | None = None) -> None:
-        """Of ``nnx.view``.
+        """Sets what ``nnx.view`` is given.
 
         Args:
           deterministic: Whether nothing is dropped.
@@ -120,7 +123,8 @@ class LayerAdapter(nnx.Module):
 
     def p(self) -> dict[str, jax.Array]:
         """All its arrays, shared ones too."""
-        if self.group is not None and shared_arrays(self.name, self.group) is None:
+        key = self.shared_key()
+        if key is not None and shared_arrays(key) is None:
             raise RuntimeError(
                 f"the adapter {self.name!r} shares arrays that belong to the model that `attach` "
                 "was given: call a method of that model, not of a part of it."
@@ -130,30 +134,84 @@ class LayerAdapter(nnx.Module):
     def known(self) -> dict[str, jax.Array]:
         """Its own arrays, and shared ones while the model's methods run."""
         own = {name: variable[...] for name, variable in self.variables().items()}
-        shared = None if self.group is None else shared_arrays(self.name, self.group)
-        return own | dict(shared or {})
+        key = self.shared_key()
+        return own | dict((key and shared_arrays(key)) or {})
+
+    def shared_key(self) -> tuple[str, str] | None:
+        """The key of its group's arrays in `share`."""
+        return None if self.group is None else (self.name, self.group)
 
     def key(self) -> jax.Array | None:
         """A key for dropout, if there is any."""
         return None if self.dropout is None or self.deterministic else self.dropout()
 
 
-def apply_adapters(
-    layer: Any, y: jax.Array, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> jax.Array:
-    """The output of a layer with its active adapters."""
-    # Of a layer inside its scan, so there are no stack axes; batch axes are experts.
-    kernel, spec = weight(layer)
-    call = sites.view_call(layer, kernel, args, kwargs, y)
-    matrix = to_matrix(kernel, spec)
-    parts = [
-        Part(a.method, a.p(), a.strength, a.key()) if a.active else Part(a.method, a.p(), None)
-        for a in layer.adapters.values()
-        if not a.merged
+@dataclasses.dataclass(frozen=True)
+class _AdaptedCall:
+    """What wraps the calls of an adapted layer."""
+
+    spec: LayerSpec
+
+    def __call__(self, call: Callable[..., Any], layer: Any, *args: Any, **kwargs: Any) -> Any:
+        if call.__name__ == "attend":
+            check_can_attend(layer)
+            return call(*args, **kwargs)
+        y = call(*args, **kwargs)
+        # Inside a scan over layers there are no stack axes; batch axes are experts.
+        kernel = weight_variable(layer)[...]
+        view = view_call(layer, self.spec.kind, kernel, args, kwargs, y)
+        matrix = to_matrix(kernel, self.spec.axes)
+        parts = [
+            Part(a.method, a.p(), a.strength if a.active else None, a.key() if a.active else None)
+            for a in layer.adapters.values()
+            if not a.merged
+        ]
+        bias = _bias(layer, matrix.shape)
+        out = adapted_output(parts, view.x, view.rows(y), weight=matrix, bias=bias)
+        return _watched(layer, view.unrows(out).astype(y.dtype), kernel)
+
+
+def _with_shared_arrays(call: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    """What wraps the methods of a model that has arrays for its layers to share."""
+    with sharing(model):
+        return call(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def sharing(model: Any) -> Iterator[None]:
+    """While open, the layers of this model find the arrays that they share."""
+    if is_sharing(model) or not hasattr(model, "adapter_groups"):
+        yield
+        return
+    arrays = {
+        (name, group): {k: v[...] for k, v in arrays.items()}
+        for name, groups in model.adapter_groups.items()
+        for group, arrays in groups.items()
+    }
+    with share(model, arrays):
+        yield
+
+
+def set_wraps(module: Any) -> None:
+    """Wraps a module as its adapters and shared arrays, or their absence, ask for."""
+    adapted = _AdaptedCall(spec_of(module)) if hasattr(module, "adapters") else None
+    methods = ("__call__", "attend") if isinstance(module, nnx.Embed) else ("__call__",)
+    wrap(module, _LAYER, adapted, methods)
+    shares = _with_shared_arrays if hasattr(module, "adapter_groups") else None
+    wrap(module, _OWNER, shares, _public_methods(type(module)))
+
+
+def _public_methods(cls: type) -> list[str]:
+    """The public methods of a model's class, and ``__call__``; without those of every module."""
+    return [
+        name
+        for base in cls.__mro__
+        if base not in nnx.Module.__mro__
+        for name, x in vars(base).items()
+        if callable(x)
+        and not isinstance(x, type | staticmethod | classmethod)
+        and (name == "__call__" or not name.startswith("_"))
     ]
-    bias = _bias(layer, matrix.shape)
-    out = adapted_output(parts, call.x, call.rows(y), weight=matrix, bias=bias)
-    return _watched(layer, call.unrows(out).astype(y.dtype), kernel)
 
 
 def _watched(layer: Any, y: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -188,73 +246,50 @@ def _bias(layer: Any, matrix_shape: tuple[int, ...]) -> jax.Array | None:
     return bias[...].reshape(*batch, 1, d_out) if batch else bias[...].reshape(d_out)
 
 
-def weight(layer: Any) -> tuple[jax.Array, WeightDimensionNumbers]:
-    """A layer's weight, with its stack axes if it has them, and which axes make its matrix."""
-    return weight_variable(layer)[...], placed(layer)[0]
+def spec_of(layer: Any, path: str = "a layer") -> LayerSpec:
+    """What is known of a layer: kept where it is adapted, else `layer_spec`."""
+    around = around_of(layer, _LAYER)
+    return around.spec if isinstance(around, _AdaptedCall) else layer_spec(layer, path)
 
 
 def weight_variable(layer: Any) -> Any:
     """The variable of a layer's weight."""
-    return getattr(layer, _kernel(layer).path[0])
+    return getattr(layer, spec_of(layer).weight)
 
 
-def placed(layer: Any, path: str = "a layer") -> tuple[WeightDimensionNumbers, tuple[int, ...]]:
-    """Which axes make the matrix of a layer's weight, and the sizes of those it is stacked along.
-
-    Raises:
-      ValueError: If that cannot be told, or it is stacked along another axis than the first.
-    """
-    kernel, shape = _kernel(layer), weight_variable(layer).shape
-    bias = getattr(layer, "bias", None)
-    found = place(kernel, shape, bias.shape if isinstance(bias, nnx.Variable) else None)
-    if found is None or len(shape) != len(found[1]) + len(kernel.shape):
-        raise ValueError(
-            f"the weight of {path} has shape {shape}, of which a {type(layer).__name__} of its own "
-            f"has {kernel.shape}: stack layers along their first axis."
-        )
-    return found
+def weight_matrix(layer: Any) -> jax.Array:
+    """A layer's weight as ``[*stack, *batch, d_in, d_out]``."""
+    return to_matrix(weight_variable(layer)[...], spec_of(layer).axes)
 
 
-def _kernel(layer: Any) -> Kernel:
-    kernel = sites.weight_of(layer)
-    if kernel is None:
-        raise TypeError(f"{type(layer).__name__} is no layer that adapters can be attached to.")
-    return kernel
-
-
-def set_weight(layer: Any, value: jax.Array) -> None:
-    """Changes the values of a layer's weight; its shape, dtype and sharding stay."""
+def set_weight_matrix(layer: Any, matrix: jax.Array) -> None:
+    """Changes the values of a layer's weight, given as `weight_matrix` returns it."""
     variable = weight_variable(layer)
-    variable.set_value(value.reshape(variable.shape).astype(variable.dtype))
+    value = from_matrix(matrix.reshape(weight_shape(layer)), spec_of(layer).axes, variable[...])
+    variable.set_value(value.astype(variable.dtype))
 
 
-def adaptable_layers(model: nnx.Module) -> dict[tuple[str, ...], nnx.Module]:
-    """The layers of a model that adapters can be attached to, by path; shared ones once."""
-    return {
-        tuple(map(str, path)): module
-        for path, module in nnx.iter_modules(model)
-        if sites.weight_of(module) is not None
-    }
+def weight_shape(layer: Any) -> tuple[int, ...]:
+    """The shape of `weight_matrix`."""
+    return matrix_shape(weight_variable(layer).shape, spec_of(layer).axes)
 
 
 def chosen_layers(model: nnx.Module, where: Where) -> dict[tuple[str, ...], Any]:
-    """Those of them that ``where`` means, as for `attach`; raises what `chosen` raises."""
-    layers = adaptable_layers(model)
-    default = {path for path, layer in layers.items() if _kernel(layer).by_default}
-    return {path: layers[path] for path in chosen(layers, default, where)}
+    """The layers that ``where`` means, as for `attach`, by path; raises what `select` raises."""
+    layers = modules_by_path(model, lambda module: usable_weight(module) is not None)
+    default = [path for path, layer in layers.items() if usable_weight(layer).by_default]
+    return select(layers, where, KIND, default=default)
 
 
-def adapted_layers(model: nnx.Module) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """The layers of a model that have adapters, with their paths."""
-    for path, layer in adaptable_layers(model).items():
-        if getattr(layer, "adapters", None):
-            yield path, layer
+def adapted_layers(model: nnx.Module) -> dict[tuple[str, ...], Any]:
+    """The layers of a model that have adapters, by path."""
+    return wrapped(model, _LAYER)
 
 
 def adapter_names(model: Any) -> list[str]:
     """The names of the adapters that a model has, in the order of their layers."""
     return list(
-        dict.fromkeys(name for _, layer in adapted_layers(model) for name in layer.adapters)
+        dict.fromkeys(name for layer in adapted_layers(model).values() for name in layer.adapters)
     )
 
 

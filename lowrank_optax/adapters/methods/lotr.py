@@ -1,19 +1,22 @@
 """LoTR: two factors for all layers of a group, and a small core for each."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 import dataclasses
-from typing import Literal, get_args
+import re
+from typing import Literal, TypeAlias, get_args
 
 import jax
 from jax.nn import initializers
 import jax.numpy as jnp
 
 from lowrank_optax.adapters.base import AdapterParams, Arrays, Side, Weights, product
-from lowrank_optax.adapters.lotr_groups import GroupBy, group_of
 from lowrank_optax.adapters.low_rank import LowRank
+from lowrank_optax.adapters.methods.tucker import unfolding_vectors
 from lowrank_optax.adapters.spectra import check_power_iterations, values_of
-from lowrank_optax.adapters.tucker import unfolding_vectors
 
+GroupBy: TypeAlias = (
+    Literal["shape", "kind", "kind_and_block"] | Callable[[str, tuple[int, int]], Hashable]
+)
 Share = Literal["both", "input", "output"]
 Initial = Literal["scaled", "orthonormal", "normal1", "tucker", "tucker_residual"]
 Zero = Literal["core", "A", "B"]
@@ -287,3 +290,47 @@ class LoTR(LowRank):
 
         x, base = jax.lax.map(of_layer, (weights, frozen))
         return AdapterParams({self._own: x}, {**frozen, f"{self._own}_0": jnp.copy(x)}, base)
+
+
+def layer_of(path: str) -> tuple[str, int | None]:
+    """A layer's path without the numbers of layers, and the first of these.
+
+    So a layer has the same name in a stack run by a scan and in a list. In Linen numbers hang on
+    names: of these the first alone is dropped, since ``Dense_0`` and ``Dense_1`` in one block are
+    two kinds of layers. A weight's path is that of its layer.
+
+    Example:
+      >>> layer_of("blocks/3/attention/query"), layer_of("blocks/attention/query")
+      (('blocks/attention/query', 3), ('blocks/attention/query', None))
+      >>> layer_of("layers_3/Dense_1")
+      ('layers/Dense_1', 3)
+    """
+    index, names = None, []
+    for name in re.sub(r"/(kernel|embedding|weight|w)$", "", path).split("/"):
+        found = re.fullmatch(r"(?:(.+)_)?(\d+)", name)
+        if found is None or (index is not None and found[1]):
+            names.append(name)
+            continue
+        index = int(found[2]) if index is None else index
+        if found[1]:
+            names.append(found[1])
+    return "/".join(names), index
+
+
+def group_of(by: GroupBy, block_size: int, path: str, shape: tuple[int, int]) -> Hashable:
+    """Equal for layers that share factors, as far as shapes allow.
+
+    Args:
+      by: As for `LoTR`.
+      block_size: Layers in a block.
+      path: Of the layer.
+      shape: ``(d_in, d_out)``.
+    """
+    if callable(by):
+        return by(path, shape)
+    name, index = layer_of(path)
+    if by == "kind":
+        return name.rsplit("/", 1)[-1]
+    if by == "kind_and_block":
+        return name, None if index is None else index // block_size
+    return None

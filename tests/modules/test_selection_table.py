@@ -9,12 +9,8 @@ import optax
 import pytest
 
 import lowrank_optax as lro
-from lowrank_optax.matrices import (
-    SelectionRow,
-    WeightDimensionNumbers,
-    selection_table,
-    weight_dimension_numbers,
-)
+from lowrank_optax.matrices import WeightDimensionNumbers, weight_dimension_numbers
+from lowrank_optax.modules.selection_table import SelectionRow, selection_table
 
 PARAMS = {
     "blocks": {

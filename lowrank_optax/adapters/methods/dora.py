@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax.adapters.base import AdapterParams, Arrays, Side, Weights, product
-from lowrank_optax.adapters.lora import LoRA
 from lowrank_optax.adapters.low_rank import thin_product
+from lowrank_optax.adapters.methods.lora import LoRA
 from lowrank_optax.adapters.operands import Operand
 
 _EXACT = jax.lax.Precision.HIGHEST

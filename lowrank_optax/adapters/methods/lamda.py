@@ -9,8 +9,7 @@ from jax.nn import initializers
 import jax.numpy as jnp
 
 from lowrank_optax.adapters.base import AdapterParams, Arrays, Side, Weights, product
-from lowrank_optax.adapters.initialisers import for_each, kaiming_uniform
-from lowrank_optax.adapters.low_rank import LowRank, thin_product
+from lowrank_optax.adapters.low_rank import LowRank, for_each, kaiming_uniform, thin_product
 from lowrank_optax.adapters.operands import Operand, Rows
 from lowrank_optax.adapters.spectra import check_power_iterations, truncated_svd
 

@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax.adapters.base import AdapterParams, Arrays, Side, Weights
-from lowrank_optax.adapters.initialisers import for_each, kaiming_uniform
-from lowrank_optax.adapters.low_rank import LowRank
+from lowrank_optax.adapters.low_rank import LowRank, for_each, kaiming_uniform
 
 _START_OF_D = 0.1
 

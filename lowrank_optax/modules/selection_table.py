@@ -2,20 +2,17 @@
 
 from collections.abc import Iterator
 import re
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+import warnings
 
 import jax
 import optax
 
-from lowrank_optax.matrices.compiled_peak import update_peak_bytes
 from lowrank_optax.matrices.flax_layers import is_linen_module, is_nnx_module
 from lowrank_optax.matrices.paths import normalised_path, owner_of, path_string
-from lowrank_optax.matrices.printing import matrices_string, printed
 from lowrank_optax.matrices.rules import DimensionNumbersRule, resolve_dimension_numbers
 from lowrank_optax.matrices.views import WeightDimensionNumbers, matrix_shape
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from lowrank_optax.modules.report import Report, Table, matrices_string
 
 _BASES = ("basis", "projector")  # ours, and that of ``optax.contrib.galore``
 
@@ -41,8 +38,8 @@ class SelectionRow(NamedTuple):
     bytes: int
 
 
-class SelectionTable:
-    """Printed, a table of `SelectionRow`; see `selection_table`.
+class SelectionTable(Report):
+    """A table of `SelectionRow`; see `selection_table`.
 
     Attributes:
       rows: One `SelectionRow` a parameter, in the order of ``jax.tree.leaves``.
@@ -56,40 +53,24 @@ class SelectionTable:
         self,
         rows: list[SelectionRow],
         other_bytes: int,
-        of_state: bool,
+        has_state: bool,
         compiled_peak_bytes: int | None = None,
     ) -> None:
-        self.rows = rows
-        self.other_bytes = other_bytes
+        self.rows, self.other_bytes = rows, other_bytes
         self.total_bytes = sum(row.bytes for row in rows) + other_bytes
         self.compiled_peak_bytes = compiled_peak_bytes
-        self._of_state = of_state
+        self._has_state = has_state
 
-    def __rich__(self) -> "Table":
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(box=None, pad_edge=False)
-        for name in ("path", "shape", "view", "method"):
-            table.add_column(name, overflow="fold")
-        for name in ("rank", "state bytes" if self._of_state else "bytes"):
-            table.add_column(name, justify="right", overflow="fold")
-        for row in self.rows:
-            rank = "–" if row.rank is None else str(row.rank)
-            shape = " × ".join(map(str, row.shape)) or "scalar"
-            cells = (row.path, shape, row.view, row.method, rank, f"{row.bytes:,}")
-            table.add_row(*map(Text, cells))
-        if self._of_state:
-            table.add_row("(no parameter's)", "", "", "", "", f"{self.other_bytes:,}")
-        table.add_row("total", "", "", "", "", f"{self.total_bytes:,}", style="bold")
+    def table(self) -> Table:
+        """One row a parameter, then totals."""
+        blank = ("", "", "", "")
+        size = ">state bytes" if self._has_state else ">bytes"
+        others = [("(no parameter's)", *blank, self.other_bytes)] if self._has_state else []
+        footer = [("total", *blank, self.total_bytes)]
         if self.compiled_peak_bytes is not None:
-            table.add_row("compiled peak", "", "", "", "", f"{self.compiled_peak_bytes:,}")
-        return table
-
-    def __str__(self) -> str:
-        return printed(self)
-
-    __repr__ = __str__
+            footer.append(("compiled peak", *blank, self.compiled_peak_bytes))
+        columns = ("path", "shape", "view", "method", ">rank", size)
+        return Table(columns, [*self.rows, *others], footer)
 
 
 def selection_table(
@@ -155,7 +136,7 @@ def selection_table(
         other, peak = 0, None
     else:
         kept, other = _state_of(transformation, params)
-        peak = update_peak_bytes(transformation, params) if compiled else None
+        peak = _update_peak_bytes(transformation, params) if compiled else None
     rows = []
     for (path, leaf), spec in zip(leaves, specs, strict=True):
         own = kept[normalised_path(path)]
@@ -231,7 +212,19 @@ def _bytes(leaf: Any) -> int:
 
 
 def _view(shape: tuple[int, ...], spec: WeightDimensionNumbers | None) -> str:
-    if spec is None:
-        return "–"
-    *batch, rows, columns = matrix_shape(shape, spec)
-    return matrices_string(batch, rows, columns)
+    return "–" if spec is None else matrices_string(matrix_shape(shape, spec))
+
+
+def _update_peak_bytes(transformation: optax.GradientTransformation, params: Any) -> int | None:
+    """Arguments, temporaries, and the outputs that do not fit into donated arguments."""
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    state = jax.eval_shape(transformation.init, shapes)
+    # An update that does not read the parameters still has them in memory.
+    update = jax.jit(transformation.update, donate_argnums=(0, 1), keep_unused=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
+        memory = update.lower(shapes, state, shapes).compile().memory_analysis()
+    if memory is None:
+        return None
+    new_outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.argument_size_in_bytes + new_outputs + memory.temp_size_in_bytes

@@ -1,0 +1,1 @@
+"""Training of adapters: freezing, ranks by layer, learning rates and phases."""

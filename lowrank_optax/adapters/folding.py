@@ -161,13 +161,13 @@ def _change(
     shared: tuple[Arrays, ...],
 ) -> jax.Array:
     """The sum of the adapters' changes of one weight, float32."""
-    changes, exact = [], w.astype(jnp.float32)
+    changes = []
     for (method, strength), mine, ours in zip(methods, own, shared, strict=True):
         p = {**mine, **ours}
-        change = strength * method.delta(p, w)
-        if method.changes_base and strength != 1:  # it is the original weight that is changed
-            change += (1 - strength) * (method.original(p, exact) - exact)
-        changes.append(change)
+        changes.append(strength * method.delta(p, w))
+        removed = None if strength == 1 else method.removed_weight(p)
+        if removed is not None:
+            changes.append((1 - strength) * removed)
     return sum(changes[1:], changes[0])
 
 
@@ -198,13 +198,23 @@ def depends_on_weight(method: Adapter) -> bool:
 
 
 def check_can_unmerge(path: str, together: list[tuple[str, Adapter, float]]) -> None:
-    """Raises ValueError if adapters merged together could not be taken out of the weight again.
+    """Checks that adapters can be merged together, and taken out of the weight again.
 
     Args:
       path: Path of the layer.
       together: Names, methods and strengths of all that would be merged.
+
+    Raises:
+      TypeError: If a method has no matrix to add to the weight.
+      ValueError: If one depends on the weight and is not merged alone at strength 1.
     """
     for name, method, strength in together:
+        if not method.has_delta:
+            raise TypeError(
+                f"{type(method).__name__} {name!r} of {path} cannot be merged: its change depends "
+                "on the layer's input, so no matrix can be added to the weight instead. Leave it "
+                "attached."
+            )
         if depends_on_weight(method) and (len(together) > 1 or strength != 1):
             raise ValueError(
                 f"the change of {type(method).__name__} {name!r} of {path} depends on the weight, "

@@ -95,4 +95,4 @@ class FactoredWeight:
             )
         y = jnp.matmul(x, self.weight)
         inputs = Rows(x.astype(y.dtype))
-        return self.method.apply(self.arrays, inputs, y, weight=self.weight)
+        return y + self.method.branch(self.arrays, inputs, y=y, weight=self.weight).astype(y.dtype)

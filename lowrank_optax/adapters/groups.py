@@ -107,7 +107,7 @@ def init_trees(
     """All arrays of an adapter on these weights.
 
     Args:
-      key: Of ``jax.random``.
+      key: PRNG key.
       method: The adapter.
       stacks: The weights.
       rank_pattern: Other ranks by regular expressions found in paths.
@@ -140,7 +140,7 @@ def init_group(
     """What the layers of a group share, and what each has of its own.
 
     Args:
-      key: Of ``jax.random``.
+      key: PRNG key.
       members: The method of each layer, which may differ in rank and alpha.
       weights: ``[L, d_in, d_out]`` of each.
       embeddings: Whether the rows of each are looked up.

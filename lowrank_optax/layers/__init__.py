@@ -25,14 +25,14 @@ from lowrank_optax.layers.randomized import (
 
 if TYPE_CHECKING:
     from lowrank_optax.layers import linen
-    from lowrank_optax.layers.powerpropagation.nnx import PowerpropLinear, PowerpropModule
-    from lowrank_optax.layers.randomized.nnx import RandomizedLinear
+    from lowrank_optax.layers.powerpropagation.nnx_layers import PowerpropLinear, PowerpropModule
     from lowrank_optax.layers.randomized.noise import (
         SketchNoise,
         choose_sketches,
         sketch_noise,
     )
-    from lowrank_optax.layers.randomized.replacing import (
+    from lowrank_optax.layers.randomized.randomize import (
+        RandomizedLinear,
         randomize,
         randomized_layers,
         restore_linears,
@@ -40,14 +40,14 @@ if TYPE_CHECKING:
 
 # The Flax parts, NNX here and Linen in `linen`: Flax is imported when one is first used.
 _FLAX = {
-    "PowerpropLinear": "lowrank_optax.layers.powerpropagation.nnx",
-    "PowerpropModule": "lowrank_optax.layers.powerpropagation.nnx",
-    "RandomizedLinear": "lowrank_optax.layers.randomized.nnx",
+    "PowerpropLinear": "lowrank_optax.layers.powerpropagation.nnx_layers",
+    "PowerpropModule": "lowrank_optax.layers.powerpropagation.nnx_layers",
+    "RandomizedLinear": "lowrank_optax.layers.randomized.randomize",
     "SketchNoise": "lowrank_optax.layers.randomized.noise",
     "choose_sketches": "lowrank_optax.layers.randomized.noise",
-    "randomize": "lowrank_optax.layers.randomized.replacing",
-    "randomized_layers": "lowrank_optax.layers.randomized.replacing",
-    "restore_linears": "lowrank_optax.layers.randomized.replacing",
+    "randomize": "lowrank_optax.layers.randomized.randomize",
+    "randomized_layers": "lowrank_optax.layers.randomized.randomize",
+    "restore_linears": "lowrank_optax.layers.randomized.randomize",
     "sketch_noise": "lowrank_optax.layers.randomized.noise",
 }
 

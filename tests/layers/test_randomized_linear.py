@@ -307,7 +307,7 @@ def test_bad_arguments_are_refused() -> None:
     call = lambda *args, **options: randomized_linear(
         *args, **{"key": KEY, "sketch": Sketch(size=2)} | options
     )
-    with pytest.raises(TypeError, match=r"sketch=0\.1 must be a Sketch"):
+    with pytest.raises(TypeError, match=r"sketch=0\.1 must be a lro\.layers\.Sketch"):
         call(x, kernel, sketch=0.1)
     with pytest.raises(ValueError, match=r"x \(4, 6\) and kernel \(5, 6\)"):
         call(x, kernel.T)

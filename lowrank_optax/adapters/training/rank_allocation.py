@@ -146,7 +146,7 @@ def weight_spectra(model: Any, where: Any = None) -> dict[str, jax.Array]:
     """
     from lowrank_optax.adapters.adapted_layers import chosen_layers, weight_matrix
 
-    spectra = {}
+    spectra: dict[str, jax.Array] = {}
     for path, layer in chosen_layers(model, where).items():
         sigma = singular_values(weight_matrix(layer))
         shape = (-1, sigma.shape[-1]) if sigma.ndim > 1 else (-1,)

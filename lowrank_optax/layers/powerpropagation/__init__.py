@@ -1,9 +1,13 @@
-"""Powerpropagation: weights as powers of what is trained, and pruning by magnitude."""
+"""Powerpropagation: weights as powers of trained parameters, and pruning by magnitude."""
 
 from lowrank_optax.layers.powerpropagation import packnet
-from lowrank_optax.layers.powerpropagation.masked import MaskUpdatesState, mask_updates
 from lowrank_optax.layers.powerpropagation.optimizer import powerprop_updates
-from lowrank_optax.layers.powerpropagation.pruning import apply_masks, magnitude_masks
+from lowrank_optax.layers.powerpropagation.pruning import (
+    MaskUpdatesState,
+    apply_masks,
+    magnitude_masks,
+    mask_updates,
+)
 from lowrank_optax.layers.powerpropagation.reparameterisation import (
     change_alpha,
     powerprop,

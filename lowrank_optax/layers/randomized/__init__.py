@@ -1,10 +1,10 @@
-"""Linear layers that keep a sketch of their input for the backward pass."""
+"""Linear layers that save a sketch of their input for the backward pass."""
 
 from lowrank_optax.layers.randomized.linear import randomized_linear
-from lowrank_optax.layers.randomized.sizes import choose_sketch_size
 from lowrank_optax.layers.randomized.sketch import Sketch
 from lowrank_optax.layers.randomized.variances import (
     alignment,
+    choose_sketch_size,
     minibatch_variance,
     sketch_variance,
 )

@@ -1,7 +1,7 @@
 """Writing the adapter of a Flax model as a folder of Hugging Face PEFT."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 import os
 import re
 from typing import Any, NamedTuple
@@ -12,7 +12,6 @@ from jax.typing import DTypeLike
 import numpy as np
 
 from lowrank_optax.adapters.adapted_layers import check_names, sharing
-from lowrank_optax.adapters.base import Adapter
 from lowrank_optax.adapters.low_rank import LowRank
 from lowrank_optax.adapters.methods.dora import DoRA
 from lowrank_optax.adapters.methods.lora import LoRA
@@ -189,29 +188,25 @@ def _piece(slot: Slot, name: str, as_lora: bool | None) -> _Piece | None:
     return _Piece(rank, alpha, fields | dropout, layout.pack(a, b, arrays.get("magnitude")))
 
 
-def _form(method: Adapter, as_lora: bool | None) -> dict[str, Any] | None:
+def _form(method: Any, as_lora: bool | None) -> dict[str, Any] | None:
     """The fields with which PEFT computes a method from its own ``A, B``; None for a plain LoRA."""
-    if as_lora:
+    is_pissa, has_form = type(method) is PiSSA, type(method) in (LoRA, LoRAFA, DoRA)
+    if as_lora or (as_lora is None and not has_form):
         return None
-    if type(method) in (LoRA, LoRAFA, DoRA):
-        return {
-            "use_rslora": method.rank_stabilized,  # type: ignore[attr-defined]
-            "use_dora": isinstance(method, DoRA),
-            "init_lora_weights": True,
-        }
-    if as_lora is None:
-        return None
-    if type(method) is not PiSSA:
+    if not (has_form or is_pissa):
         raise TypeError(
             f"as_lora=False: PEFT has no {type(method).__name__}; leave it out for a plain LoRA."
         )
-    if method.power_iterations is not None or method.nf4_rounds:
+    if is_pissa and (method.power_iterations is not None or method.nf4_rounds):
         raise ValueError(
             "as_lora=False: PEFT computes PiSSA's residual base again, by an exact decomposition "
             f"and in full precision, which is not that of {method}; leave it out for a plain LoRA."
         )
-    rank_stabilized = method.rank_stabilized
-    return {"use_rslora": rank_stabilized, "use_dora": False, "init_lora_weights": "pissa"}
+    return {
+        "use_rslora": method.rank_stabilized,
+        "use_dora": isinstance(method, DoRA),
+        "init_lora_weights": "pissa" if is_pissa else True,
+    }
 
 
 def _trained(slot: Slot, adapted: bool) -> Tensors:
@@ -272,20 +267,17 @@ def _config(
     rank = Counter(p.rank for p in pieces.values()).most_common(1)[0][0]
     alpha = Counter(p.alpha for p in pieces.values()).most_common(1)[0][0]
     biases = any("base_layer.bias" in of_module for of_module in saved.values())
+    # Last names where all layers of that name are adapted, else whole names.
+    last = lambda module: module.rpartition(".")[2]
+    others = {last(m) for m, slot in slots.items() if m not in pieces and slot.is_layer}
+    targets = {m if last(m) in others else last(m) for m in pieces}
     return PeftConfig(
         r=rank,
         lora_alpha=alpha,
-        target_modules=_targets(pieces, slots),
+        target_modules=tuple(sorted(targets)),
         rank_pattern={re.escape(m): p.rank for m, p in pieces.items() if p.rank != rank},
         alpha_pattern={re.escape(m): p.alpha for m, p in pieces.items() if p.alpha != alpha},
         modules_to_save=tuple(sorted(saved.keys() - pieces.keys())) or None,
         bias="lora_only" if biases else "none",
         **dict(next(iter(fields))),
     )
-
-
-def _targets(adapted: Iterable[str], slots: Mapping[str, Slot]) -> tuple[str, ...]:
-    """Last names where all layers of that name are adapted, else whole names."""
-    last = lambda module: module.rpartition(".")[2]
-    others = {last(m) for m, slot in slots.items() if m not in adapted and slot.is_layer}
-    return tuple(sorted({m if last(m) in others else last(m) for m in adapted}))

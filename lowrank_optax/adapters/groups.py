@@ -14,6 +14,9 @@ import jax
 from lowrank_optax.adapters.base import Adapter, AdapterParams, Arrays, Weights
 from lowrank_optax.matrices import selection
 
+KIND = "layer that an adapter could be attached to"
+"""What is selected, for messages."""
+
 GROUPS = "adapter_groups"
 """Key of the arrays that layers share in an adapter's tree: ``adapter_groups/GROUP/NAME``."""
 

@@ -233,8 +233,8 @@ def test_weight_decay_can_leave_the_pretrained_part_alone() -> None:
     """By a mask, or towards the start: with no gradient nothing moves."""
     params = LaMDA(rank=R).init(KEY, WEIGHTS).trainable
     none = jax.tree.map(np.zeros_like, params)
-    mask = lro.schedules.decay_mask(exclude=r"(^|/)[SB]$")
-    towards = lro.schedules.add_weight_decay(0.1, learning_rate=0.5, anchor="initial")
+    mask = lro.training.decay_mask(exclude=r"(^|/)[SB]$")
+    towards = lro.training.add_weight_decay(0.1, learning_rate=0.5, anchor="initial")
     for tx in (
         optax.adamw(0.5, weight_decay=0.1, mask=mask),
         optax.chain(optax.adam(0.5), towards),

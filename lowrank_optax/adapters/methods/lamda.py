@@ -29,7 +29,7 @@ class LaMDA(LowRank):
 
     .. warning::
       With ``"sigma"`` and ``"eye"`` a part of the weight is in ``S`` and ``B``, and weight decay
-      shrinks it: leave them out, ``mask=lro.schedules.decay_mask(exclude=r"(^|/)[SB]$")``, or let
+      shrinks it: leave them out, ``mask=lro.training.decay_mask(exclude=r"(^|/)[SB]$")``, or let
       them decay towards where they started, `add_weight_decay` with ``anchor="initial"``.
 
     Args:

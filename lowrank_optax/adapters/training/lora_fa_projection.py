@@ -142,11 +142,11 @@ def lora_fa_factors(source: Any, method: LoRAFA | None = None) -> dict[str, tupl
       [3. 3.]
     """
     if is_nnx_module(source):
-        from lowrank_optax.adapters.nnx import adapted_layers
+        from lowrank_optax.adapters.adapted_layers import adapted_layers
 
         found = {
             "/".join((*path, "adapters", name, "arrays")): _scaled(adapter.method, adapter.p())
-            for path, layer in adapted_layers(source)
+            for path, layer in adapted_layers(source).items()
             for name, adapter in layer.adapters.items()
             if isinstance(adapter.method, LoRAFA)
         }

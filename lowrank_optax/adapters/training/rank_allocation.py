@@ -11,7 +11,6 @@ import numpy as np
 
 from lowrank_optax.adapters.spectra import singular_values
 from lowrank_optax.matrices.paths import normalised_path
-from lowrank_optax.matrices.views import to_matrix
 
 _ARRAYS = re.compile(r"/?adapters/[^/]+/arrays$")  # behind the layer's path, in an NNX model
 
@@ -145,11 +144,11 @@ def weight_spectra(model: Any, where: Any = None) -> dict[str, jax.Array]:
     Reference:
       Azizi et al., LaMDA, 2024, https://arxiv.org/abs/2406.12832: LaMDA++.
     """
-    from lowrank_optax.adapters.nnx import chosen_layers, weight
+    from lowrank_optax.adapters.adapted_layers import chosen_layers, weight_matrix
 
     spectra: dict[str, jax.Array] = {}
     for path, layer in chosen_layers(model, where).items():
-        sigma = singular_values(to_matrix(*weight(layer)))
+        sigma = singular_values(weight_matrix(layer))
         shape = (-1, sigma.shape[-1]) if sigma.ndim > 1 else (-1,)
         spectra[f"^{re.escape('/'.join(path))}$"] = sigma.reshape(shape)
     return spectra

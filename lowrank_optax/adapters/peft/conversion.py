@@ -65,9 +65,7 @@ def rename_bone(adapter: AdapterFolder) -> AdapterFolder:
 def to_plain_lora(path: str | os.PathLike, base: BaseModel | None) -> AdapterFolder:
     """The same change of the base as a LoRA whose alpha is its rank: scales are folded in.
 
-    Args:
-      path: The folder of a LoRA, rsLoRA or PiSSA.
-      base: The base model, which PiSSA needs, and with which others are compared if it is given.
+    PiSSA needs the base model; others are compared with it if it is given.
 
     Raises:
       TypeError: If it is DoRA, whose change is of full rank.

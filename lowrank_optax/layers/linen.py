@@ -1,5 +1,7 @@
 """The layers in Flax Linen."""
 
+from collections.abc import Callable, Mapping
+import re
 from typing import Any
 
 from flax import linen as nn
@@ -12,8 +14,10 @@ from lowrank_optax.layers.powerpropagation.reparameterisation import (
 )
 from lowrank_optax.layers.randomized.linear import call_sketched, check_dot_general, check_sketch
 from lowrank_optax.layers.randomized.sketch import Sketch
+from lowrank_optax.matrices.rules import is_weight
+from lowrank_optax.matrices.selection import Path, check_patterns, path_string
 
-__all__ = ["PowerpropDense", "PowerpropModule", "RandomizedDense"]
+__all__ = ["PowerpropDense", "PowerpropModule", "Randomized", "RandomizedDense"]
 
 
 class PowerpropDense(nn.Dense):
@@ -162,3 +166,97 @@ class RandomizedDense(nn.Dense):
         check_dot_general(own, "RandomizedDense")
         options = {"key": self.make_rng(self.rng_collection), "sketch": sketch, "valid": valid}
         return call_sketched(nn.Dense.__call__, self, inputs, **options)
+
+
+class Randomized:
+    """A Linen module whose ``nn.Dense`` layers work from sketches, as `RandomizedDense` does.
+
+    The module and its variables are not changed: `apply` intercepts the calls of its layers. The
+    keys come from ``make_rng("sketch")``: without such a key in ``rngs``, `apply` is that of the
+    module.
+
+    Args:
+      module: Any Linen module, or an object with its ``init`` and ``apply``.
+      sketch: Sketch of all ``nn.Dense`` layers except output heads, or sketches by regular
+        expressions found in their paths (``blocks/mlp/up``), of which the first that is found
+        counts.
+
+    Raises:
+      TypeError: If a sketch is not a `Sketch`.
+
+    Example:
+      >>> from flax import linen as nn
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
+      >>> model = nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(2)])
+      >>> x, key = jax.random.normal(jax.random.key(0), (16, 3)), jax.random.key(1)
+      >>> variables = model.init(key, x)
+      >>> sketches = {"layers_0": lro.layers.Sketch(fraction=0.25)}
+      >>> randomized = lro.layers.linen.Randomized(model, sketches)
+      >>> y = randomized.apply(variables, x, rngs={"sketch": key})
+      >>> print(bool((y == model.apply(variables, x)).all()))
+      True
+
+    Reference:
+      Bershatsky et al., 2022, https://arxiv.org/abs/2201.13195.
+    """
+
+    def __init__(self, module: nn.Module | Any, sketch: Sketch | Mapping[str, Sketch]) -> None:
+        for each in sketch.values() if isinstance(sketch, Mapping) else [sketch]:
+            check_sketch(each)
+        self.module, self.sketch = module, sketch
+
+    def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return the variables of the module: ``module.init``."""
+        return self.module.init(rngs, *args, **kwargs)
+
+    def apply(self, variables: Any, *args: Any, rngs: Any = None, **kwargs: Any) -> Any:
+        """Run ``module.apply`` with the same arguments, with randomized layers.
+
+        Raises:
+          ValueError: If a pattern matches no ``nn.Dense`` that was called, or none was called; if a
+            scan around one does not split the stream ``sketch``, or it has its own ``dot_general``.
+        """
+        if not (isinstance(rngs, dict) and "sketch" in rngs):
+            return self.module.apply(variables, *args, rngs=rngs, **kwargs)
+        paths: list[Path] = []
+
+        def intercept(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+            layer = context.module
+            if type(layer) is not nn.Dense or context.method_name != "__call__":
+                return call(*args, **kwargs)
+            paths.append(layer.path)
+            sketch = self._sketch_of(path_string(layer.path))
+            return call(*args, **kwargs) if sketch is None else _sketched(call, layer, sketch, args)
+
+        with nn.intercept_methods(intercept):
+            result = self.module.apply(variables, *args, rngs=rngs, **kwargs)
+        patterns = self.sketch if isinstance(self.sketch, Mapping) else [""]
+        check_patterns("sketch", patterns, paths, "nn.Dense layer")
+        return result
+
+    def _sketch_of(self, path: str) -> Sketch | None:
+        if isinstance(self.sketch, Mapping):
+            found = (each for pattern, each in self.sketch.items() if re.search(pattern, path))
+            return next(found, None)
+        return self.sketch if is_weight(f"{path}/kernel") else None
+
+
+def _sketched(call: Callable[..., Any], layer: nn.Dense, sketch: Sketch, args: Any) -> Any:
+    name = path_string(layer.path)
+    if not layer.has_rng("sketch"):
+        raise ValueError(
+            f"{name} gets no key: give the scan or vmap around it "
+            'split_rngs={"params": True, "sketch": True}.'
+        )
+    own = layer.dot_general
+    check_dot_general(own if layer.dot_general_cls is None else layer.dot_general_cls, name)
+
+    def run(sketched: nn.Dense, *args: Any) -> jax.Array:
+        # The call is bound to the layer, which belongs to this apply alone.
+        vars(layer)["dot_general"] = sketched.dot_general
+        try:
+            return call(*args)
+        finally:
+            vars(layer)["dot_general"] = own
+
+    return call_sketched(run, layer, *args, key=layer.make_rng("sketch"), sketch=sketch, valid=None)

@@ -64,21 +64,17 @@ def accumulate_with_noise(
       \hat V = \frac{m}{J - 1} \Big( \sum_j \lVert G_j \rVert^2 - J \lVert g \rVert^2 \Big)
 
     is an unbiased estimate of the variance of one example's gradient. The cost is ``J`` norms, and
-    no second gradient is in memory. Likewise
-    :math:`\frac{m}{J - 1} \sum_j (\langle G_j, d \rangle - \langle g, d \rangle)^2` is unbiased
-    for :math:`d^\top \Sigma d`, if the ``direction`` :math:`d` does not depend on the batch. The
-    inner-product test has :math:`d = g`, which is known only after the loop: ``inner_product=True``
-    computes every gradient twice.
+    no second gradient is in memory.
 
     Args:
       loss_fn: ``loss_fn(params, group) -> mean loss of the group``, a scalar.
       params: Parameters of any floating dtype; sums are float32.
       batch: A tree of arrays ``[J, m, ...]``.
-      inner_product: Whether to measure the variance along the gradient as well.
-      direction: A tree like ``params`` to measure the variance along instead, such as the first
-        moment of an optimizer: this costs ``J`` inner products and no second pass. The result is
-        scaled by :math:`\lVert g \rVert^2 / \lVert d \rVert^2`, as if the gradient had this
-        direction.
+      inner_product: Whether to measure the variance along the gradient as well, which computes
+        every gradient a second time.
+      direction: A tree like ``params`` to measure the variance along instead, independent of the
+        batch, such as the first moment of an optimizer: no second pass. The result is scaled as if
+        the gradient had this direction.
       sizes: Positive weights ``[J]`` of the groups if they differ (such as numbers of tokens that
         are not padding). They are then the unit of ``variance`` and ``batch_size``.
       groups: Traced number of groups to use, if not all ``J``: one compiled program then serves

@@ -164,28 +164,19 @@ def one_cycle(
     of the factory are constants of the program, so ranks and other integers need no
     ``static_args``.
 
-    Momentum as in ``optax.sgd`` and PyTorch, :math:`v \leftarrow m v + g`, makes steps of length
-    :math:`\eta / (1 - m)` in the long run: 6.7 :math:`\eta` at momentum 0.85, 20 :math:`\eta` at
-    0.95. With ``dampen``, :math:`v \leftarrow m v + (1 - m) g`: the step length is the learning
-    rate, which must then be about ten times as large.
-
     Args:
       optimizer_factory: Function that makes an optimizer from ``learning_rate``, and ``momentum``
         or ``b1`` if it has one: ``optax.sgd``, ``optax.adamw``, ``lowrank_optax.galore``, ...
       total_steps: Number of optimizer steps, at least 3 (micro-batches do not count).
       peak_value: Largest learning rate.
-      div_factor: See `one_cycle_schedules`, also for the next six.
-      final_div_factor: First over the last learning rate.
-      pct_start: Fraction of the steps in the first phase.
-      pct_final: Fraction of the steps in the first two phases, or None.
-      shape: ``"linear"`` or ``"cosine"``.
-      max_momentum: Momentum at the start and at the end.
-      min_momentum: Momentum at the peak of the learning rate.
+      div_factor, final_div_factor, pct_start, pct_final, shape, max_momentum, min_momentum: As in
+        `one_cycle_schedules`.
       momentum_name: Argument of the factory that follows the momentum. ``"auto"``: ``momentum`` or
         ``b1``, whichever the factory has; without either, only the learning rate cycles. None:
         only the learning rate cycles.
-      dampen: Whether to multiply gradients by one minus the momentum; for optimizers that are
-        linear in the gradients, such as ``optax.sgd``.
+      dampen: Whether to multiply gradients by one minus the momentum :math:`m`, for optimizers that
+        are linear in the gradients, such as ``optax.sgd``: steps of length :math:`\eta` instead of
+        :math:`\eta / (1 - m)`.
       **hyperparams: Other arguments of the factory.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What the loss looks like around the weights: a few extra backward passes, to be called rarely."""
+"""The loss around the weights: a few extra backward passes, to be called rarely."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,16 +19,16 @@ def jacobian_norm_sq(
 ) -> jax.Array:
     r"""The squared Frobenius norm of the Jacobian of ``f(params, *inputs)`` by the parameters.
 
-    :math:`\lVert J \rVert_F^2 = \mathbb{E}_z \lVert J^\top z \rVert^2` with independent signs
-    :math:`z` in the shape of the output: unbiased, one backward pass a sample. Over a batch it is
-    the sum over the examples.
+    :math:`\lVert J \rVert_F^2 = \mathbb{E}_z \lVert J^\top z \rVert^2` with random signs :math:`z`
+    in the shape of the output: unbiased, with one backward pass per sample. Over a batch it is the
+    sum over the examples.
 
     Args:
-      f: A function of parameters and inputs, with an array as result.
+      f: Function of parameters and inputs that returns an array.
       params: Any tree of floats.
-      inputs: What else ``f`` takes.
-      key: Of the random signs.
-      samples: How many are averaged; None for the exact value by ``jax.jacrev``, for small models.
+      inputs: Further arguments of ``f``.
+      key: PRNG key for the random signs.
+      samples: Number of samples; None for the exact value by ``jax.jacrev``, for small models.
 
     Returns:
       A float32 scalar.
@@ -52,34 +52,31 @@ def jacobian_norm_sq(
     of_params = lambda p: f(p, *inputs)
     if samples is None:
         refuse_unused(jacobian_norm_sq, "samples=None", key=key)
-        return _norm_sq(jax.jacrev(of_params)(params))
-    keys = _keys(key, samples)
+        jacobian = jax.jacrev(of_params)(params)
+        return _dot(jacobian, jacobian)
     output, pull_back = jax.vjp(of_params, params)
 
-    def one(key: jax.Array) -> jax.Array:
-        return _norm_sq(pull_back(jax.random.rademacher(key, output.shape, output.dtype))[0])
+    def sample(key: jax.Array) -> jax.Array:
+        gradient = pull_back(jax.random.rademacher(key, output.shape, output.dtype))[0]
+        return _dot(gradient, gradient)
 
-    return jnp.mean(jax.lax.map(one, keys))
+    return _mean(sample, key, samples)
 
 
 def hessian_trace(
-    loss: Callable[..., jax.Array],
-    params: Any,
-    *inputs: Any,
-    key: jax.Array,
-    samples: int = 1,
+    loss: Callable[..., jax.Array], params: Any, *inputs: Any, key: jax.Array, samples: int = 1
 ) -> jax.Array:
     r"""The trace of the Hessian of ``loss(params, *inputs)``, by Hutchinson's estimator.
 
-    :math:`\mathrm{tr}\, H = \mathbb{E}_z\, z^\top H z` with independent signs :math:`z`: unbiased,
-    and exact for a diagonal :math:`H`. A sample costs about two gradients.
+    :math:`\mathrm{tr}\, H = \mathbb{E}_z\, z^\top H z` with random signs :math:`z`: unbiased, and
+    exact for a diagonal :math:`H`. A sample costs about two gradients.
 
     Args:
-      loss: A function of parameters and inputs, with a scalar as result.
+      loss: Function of parameters and inputs that returns a scalar.
       params: Any tree of floats.
-      inputs: What else ``loss`` takes.
-      key: Of the random signs.
-      samples: How many are averaged.
+      inputs: Further arguments of ``loss``.
+      key: PRNG key for the random signs.
+      samples: Number of samples.
 
     Returns:
       A float32 scalar.
@@ -97,36 +94,31 @@ def hessian_trace(
       Hutchinson, A stochastic estimator of the trace of the influence matrix, 1990; ``traceh.py``
       of the official code of https://arxiv.org/abs/2310.04415.
     """
-    times = _hessian_product(lambda p: loss(p, *inputs), params)
 
-    def one(key: jax.Array) -> jax.Array:
+    def sample(key: jax.Array) -> jax.Array:
         signs = optax.tree.random_like(key, params, jax.random.rademacher)
-        return _dot(signs, times(signs))
+        return _dot(signs, _times_hessian(loss, params, inputs, signs))
 
-    return jnp.mean(jax.lax.map(one, _keys(key, samples)))
+    return _mean(sample, key, samples)
 
 
 def top_eigenvalue(
-    loss: Callable[..., jax.Array],
-    params: Any,
-    *inputs: Any,
-    key: jax.Array,
-    iterations: int = 20,
+    loss: Callable[..., jax.Array], params: Any, *inputs: Any, key: jax.Array, iterations: int = 20
 ) -> jax.Array:
     r"""The Hessian's eigenvalue of largest magnitude, by power iteration.
 
-    :math:`v \leftarrow Hv / \lVert Hv \rVert`, then :math:`v^\top H v`: its error falls as
-    :math:`\lvert \lambda_2 / \lambda_1 \rvert^{2k}` with the iterations :math:`k`.
+    :math:`v \leftarrow Hv / \lVert Hv \rVert`, then :math:`v^\top H v`. The error falls as
+    :math:`\lvert \lambda_2 / \lambda_1 \rvert^{2k}` with the number of iterations :math:`k`.
 
     Args:
-      loss: A function of parameters and inputs, with a scalar as result.
+      loss: Function of parameters and inputs that returns a scalar.
       params: Any tree of floats.
-      inputs: What else ``loss`` takes.
-      key: Of the first direction.
-      iterations: Hessian products, about two gradients each.
+      inputs: Further arguments of ``loss``.
+      key: PRNG key for the first direction.
+      iterations: Number of Hessian products, which cost about two gradients each.
 
     Returns:
-      A float32 scalar; negative where the largest curvature is downwards.
+      A float32 scalar; negative if the largest curvature is.
 
     Raises:
       ValueError: If ``iterations`` is below 1.
@@ -142,40 +134,33 @@ def top_eigenvalue(
     """
     if iterations < 1:
         raise ValueError(f"iterations={iterations} must be at least 1.")
-    times = _hessian_product(lambda p: loss(p, *inputs), params)
 
-    def turned(_: Any, carry: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
+    def unit(tree: Any) -> Any:
+        norm = jnp.sqrt(_dot(tree, tree))
+        scale = jnp.where(norm == 0, 0.0, 1 / jnp.where(norm == 0, 1.0, norm))
+        return jax.tree.map(lambda x: (x.astype(jnp.float32) * scale).astype(x.dtype), tree)
+
+    def iterate(_: Any, carry: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
         vector, _ = carry
-        product = times(vector)
-        return _unit(product), _dot(vector, product)
+        product = _times_hessian(loss, params, inputs, vector)
+        return unit(product), _dot(vector, product)
 
-    first = _unit(optax.tree.random_like(key, params))
-    return jax.lax.fori_loop(0, iterations, turned, (first, jnp.zeros([], jnp.float32)))[1]
+    first = unit(optax.tree.random_like(key, params))
+    return jax.lax.fori_loop(0, iterations, iterate, (first, jnp.zeros([], jnp.float32)))[1]
 
 
-def _hessian_product(loss: Callable[[Any], jax.Array], params: Any) -> Callable[[Any], Any]:
-    gradient = jax.grad(loss)
-    return lambda vector: jax.jvp(gradient, (params,), (vector,))[1]
+def _times_hessian(loss: Callable[..., jax.Array], params: Any, inputs: Any, vector: Any) -> Any:
+    return jax.jvp(jax.grad(lambda p: loss(p, *inputs)), (params,), (vector,))[1]
 
 
 def _dot(a: Any, b: Any) -> jax.Array:
-    wide = lambda tree: optax.tree.cast(tree, jnp.float32)
-    return jnp.asarray(optax.tree.vdot(wide(a), wide(b)), jnp.float32)
+    a, b = optax.tree.cast((a, b), jnp.float32)
+    return jnp.asarray(optax.tree.vdot(a, b), jnp.float32)
 
 
-def _norm_sq(tree: Any) -> jax.Array:
-    return _dot(tree, tree)
-
-
-def _unit(tree: Any) -> Any:
-    norm = jnp.sqrt(_norm_sq(tree))
-    scale = jnp.where(norm == 0, 0.0, 1 / jnp.where(norm == 0, 1.0, norm))
-    return jax.tree.map(lambda x: (x.astype(jnp.float32) * scale).astype(x.dtype), tree)
-
-
-def _keys(key: jax.Array | None, samples: int) -> jax.Array:
+def _mean(sample: Callable[[jax.Array], jax.Array], key: Any, samples: int) -> jax.Array:
     if key is None:
         raise ValueError("a random estimate needs a key, as jax.random.key(0).")
     if samples < 1:
         raise ValueError(f"samples={samples} must be at least 1.")
-    return jax.random.split(key, samples)
+    return jnp.mean(jax.lax.map(sample, jax.random.split(key, samples)))

@@ -98,18 +98,11 @@ def lr_range_test(
     weight_decay: Any = None,
     scan: bool | Literal["auto"] = "auto",
 ) -> Any:
-    r"""Trains for a few steps at rising learning rates and suggests a maximum.
+    """Trains for a few steps at rising learning rates and suggests a maximum.
 
-    Step :math:`i` of :math:`N` has the learning rate
-
-    .. math::
-      \eta_i = \eta_{\min} \left(\frac{\eta_{\max}}{\eta_{\min}}\right)^{i / (N - 1)}
-      \quad \text{or} \quad
-      \eta_i = \eta_{\min} + (\eta_{\max} - \eta_{\min}) \frac{i}{N - 1}
-
-    (``"exponential"``, ``"linear"``), until the smoothed loss exceeds ``stop_factor`` times its
-    lowest value or a loss is not finite. The test never writes to ``state``, even if ``step_fn``
-    donates it: continue from it as if there had been no test.
+    The learning rates rise by a constant factor or difference until the smoothed loss exceeds
+    ``stop_factor`` times its lowest value or a loss is not finite. The test never writes to
+    ``state``, even if ``step_fn`` donates it: continue from it as if there had been no test.
 
     Batches with a leading axis of steps run in one ``lax.scan``. Other batches go to one compiled
     step, one by one; every tenth step the test waits for the results and may stop.
@@ -123,8 +116,8 @@ def lr_range_test(
         loader of batches; or None if ``step_fn`` needs none.
       min_learning_rate: Learning rate of the first step.
       max_learning_rate: Learning rate of the last step.
-      steps: Number of steps :math:`N`. None for all batches of a stack or a list, otherwise 100.
-      mode: ``"exponential"`` or ``"linear"``.
+      steps: Number of steps. None for all batches of a stack or a list, otherwise 100.
+      mode: ``"exponential"`` or ``"linear"`` growth.
       smoothing: Decay of the average of the losses.
       stop_factor: Multiple of the lowest smoothed loss that stops the test; ``inf`` to stop only at
         losses that are not finite.

@@ -12,6 +12,7 @@ import lowrank_optax as lro
 from lowrank_optax.adapters.base import byte_count, parameter_count
 from lowrank_optax.adapters.operands import Rows
 from tests.adapters.compiled import compiled, gradient, layer_output
+from tests.adapters.methods import METHODS
 
 LoRA = compiled(lro.adapters.LoRA)
 X = np.random.default_rng(2).normal(size=(7, 5)).astype(np.float32)
@@ -133,14 +134,11 @@ def test_nothing_is_dropped_without_a_key_and_the_same_is_dropped_with_the_same_
 @pytest.mark.parametrize(
     "method",
     [
-        lro.adapters.LoRA(rank=2),
+        *METHODS.values(),
         lro.adapters.LoRAFA(rank=2),
-        lro.adapters.DoRA(rank=2),
         lro.adapters.AFLoRA(rank=2),
         lro.adapters.LaMDA(rank=2),
-        lro.adapters.PiSSA(rank=2),
         lro.adapters.SVFit(rank=2),
-        lro.adapters.LoTR(rank=2),
         lro.adapters.LoTR(rank=2, share="input", initial="tucker_residual"),
         lro.adapters.LoTR(rank=2, share="output", initial="tucker"),
         lro.adapters.LoTR(rank=2, group_by="kind_and_block", block_size=1),

@@ -14,6 +14,7 @@ import pytest
 import lowrank_optax as lro
 from lowrank_optax.adapters.base import AdapterParams, Arrays, Weights, product
 from lowrank_optax.adapters.operands import Operand
+from tests.adapters import methods
 from tests.adapters.nnx_models import (
     Scanned,
     Unrolled,
@@ -80,7 +81,7 @@ def model_of(kind: str, dtype: Any = jnp.float32) -> Any:
     return {"unrolled": Unrolled, "scanned": Scanned}[kind](2, nnx.Rngs(0), dtype)
 
 
-METHODS = {"LoRA": LoRA(rank=2, alpha=3), "LoTR": lro.adapters.LoTR(rank=2), "moved": Moved(rank=1)}
+METHODS = {**methods.METHODS, "moved": Moved(rank=1)}
 
 
 @pytest.mark.slow

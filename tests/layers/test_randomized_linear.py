@@ -281,10 +281,10 @@ def test_forward_mode_says_that_it_does_not_exist() -> None:
         ({"fraction": 1.5}, "at most 1"),
         ({"fraction": float("nan")}, "fraction=nan"),
         ({"fraction": True}, "fraction=True"),
-        ({"size": 0}, "size=0 must be an integer, 1 at least"),
+        ({"size": 0}, "size=0 must be an integer of at least 1"),
         ({"size": 2.5}, "size=2.5"),
         ({"size": 2, "min_size": 0}, "min_size=0"),
-        ({"size": 2, "min_size": 5, "max_size": 4}, "max_size=4 must be min_size=5"),
+        ({"size": 2, "min_size": 5, "max_size": 4}, "max_size=4 must be at least min_size=5"),
     ],
 )
 def test_bad_sketches_are_refused(options: dict[str, Any], message: str) -> None:

@@ -46,10 +46,10 @@ class LoTR(LowRank):
         the model (encoder and decoder are two), in blocks of ``block_size`` consecutive layers; or
         a function of path and shape, whose equal answers make a group. Layers whose shared sides
         differ in size are always apart.
-      block_size: Of ``"kind_and_block"``: between LoRA's one and all layers.
+      block_size: Layers per block of ``"kind_and_block"``: between LoRA's one and all layers.
       share: ``"both"`` sides, ``"input"`` for ``A`` alone, or ``"output"`` for ``B`` alone: layers
         of one group may then differ along the other side, as queries and keys of grouped heads.
-      initial: Of ``A`` and ``B``. ``"scaled"``: normal of deviation ``1/sqrt(d)``.
+      initial: Initial values of ``A`` and ``B``. ``"scaled"``: normal of deviation ``1/sqrt(d)``.
         ``"orthonormal"``: random orthonormal columns. ``"normal1"``: standard normal, the paper's,
         which wants a learning rate some ``sqrt(d_in d_out)`` times smaller. ``"tucker"``: the
         leading singular vectors of the group's weights side by side. ``"tucker_residual"``: these,

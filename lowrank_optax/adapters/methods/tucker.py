@@ -22,12 +22,12 @@ class TuckerFactors(NamedTuple):
     """Matrices as ``A core[s] Bᵀ``, float32: the arrays of a `LoTR` with ``alpha=None``.
 
     Attributes:
-      A: ``[d_in, r]``, of orthonormal columns; zero ones beyond ``d_in``.
+      A: ``[d_in, r]``, with orthonormal columns; zero ones beyond ``d_in``.
       core: ``[L, r, r]``.
       B: ``[d_out, r]``, as ``A``.
-      error: Frobenius norm of what is lost of all matrices together, a scalar.
-      bound: What it was bound to stay below: the root of the squared singular values that were
-        left out of both unfoldings.
+      error: Frobenius norm of the error of all matrices together, a scalar.
+      bound: Upper bound of the error: the root of the squared singular values that were left out of
+        both unfoldings.
     """
 
     A: jax.Array
@@ -51,7 +51,7 @@ def lotr_from_updates(
       updates: ``[L, d_in, d_out]``, or a sequence of matrices or such stacks. Read one matrix at
         a time.
       rank: Columns of ``A`` and ``B``.
-      sweeps: How many; two are nearly always enough.
+      sweeps: Number of sweeps; two are nearly always enough.
 
     Returns:
       The factors, with their error and its bound. For a `LoTR` with an ``alpha``, divide the core

@@ -65,9 +65,6 @@ def init(params: Any) -> PackNetState:
       >>> state = lro.layers.packnet.init({"kernel": jnp.ones((1, 2))})
       >>> print(state.task, state.owner["kernel"].tolist())
       0 [[0, 0]]
-
-    Reference:
-      Schwarz et al., 2021, https://arxiv.org/abs/2110.00296, section 4.
     """
     owner = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.uint8), params)
     return PackNetState(jnp.zeros([], jnp.int32), owner)
@@ -81,15 +78,12 @@ def free_masks(state: PackNetState) -> Any:
       >>> state = lro.layers.packnet.init({"kernel": jnp.ones((1, 2))})
       >>> print(lro.layers.packnet.free_masks(state)["kernel"].tolist())
       [[True, True]]
-
-    Reference:
-      Schwarz et al., 2021, https://arxiv.org/abs/2110.00296, section 4.
     """
     return jax.tree.map(lambda owner: owner == 0, state.owner)
 
 
 def redraw(state: PackNetState, params: Any, fresh: Any) -> Any:
-    """Replace the free weights by newly drawn ones, when a task begins.
+    """Return the parameters with the free weights replaced by new ones, when a task begins.
 
     Args:
       state: State before the task.
@@ -97,18 +91,12 @@ def redraw(state: PackNetState, params: Any, fresh: Any) -> Any:
       fresh: Tree like it of new values without zeros, which would not train; if the parameters are
         those of `powerprop`, from `powerprop_inverse`.
 
-    Returns:
-      A tree like ``params``.
-
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
       >>> params, fresh = {"kernel": jnp.zeros((1, 2))}, {"kernel": jnp.ones((1, 2))}
       >>> state = lro.layers.packnet.init(params)
       >>> print(lro.layers.packnet.redraw(state, params, fresh)["kernel"].tolist())
       [[1.0, 1.0]]
-
-    Reference:
-      Schwarz et al., 2021, https://arxiv.org/abs/2110.00296, section 4.
     """
     pick = lambda owner, x, new: jnp.where(owner == 0, new, x)
     return jax.tree.map(pick, state.owner, params, fresh)
@@ -122,9 +110,6 @@ def of_task(state: PackNetState, params: Any, task: int | jax.Array) -> Any:
       params: Parameters at that time.
       task: Number of the task, from 1.
 
-    Returns:
-      A tree like ``params``.
-
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
       >>> params = {"kernel": jnp.array([[1.0, 2.0, 3.0]])}
@@ -132,9 +117,6 @@ def of_task(state: PackNetState, params: Any, task: int | jax.Array) -> Any:
       >>> state = lro.layers.packnet.PackNetState(jnp.array(2), owner)
       >>> print(lro.layers.packnet.of_task(state, params, 1)["kernel"].tolist())
       [[0.0, 2.0, 0.0]]
-
-    Reference:
-      Schwarz et al., 2021, https://arxiv.org/abs/2110.00296, section 4.
     """
     masks = jax.tree.map(lambda owner: (owner > 0) & (owner <= task), state.owner)
     return apply_masks(params, masks)

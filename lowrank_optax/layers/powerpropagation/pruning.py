@@ -156,7 +156,7 @@ def _gathered(x: jax.Array) -> jax.Array:
 
 
 def apply_masks(params: Any, masks: Any) -> Any:
-    """Set the parameters to exact zeros where a mask is False, also where they are not finite.
+    """Return the parameters with exact zeros where a mask is False, also if they are not finite.
 
     Gradients through it are masked too.
 
@@ -164,9 +164,6 @@ def apply_masks(params: Any, masks: Any) -> Any:
       params: Tree of arrays.
       masks: Tree like it of bool arrays, ``optax.MaskedNode`` or None where there is no mask, as
         `magnitude_masks` returns.
-
-    Returns:
-      A tree like ``params``.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro

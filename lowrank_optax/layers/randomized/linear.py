@@ -164,24 +164,19 @@ class _Product:
 
     def dense(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         """The product itself, as Flax computes it."""
-        return jax.lax.dot_general(
-            x,
-            kernel.astype(self.dtype),
-            (((x.ndim - 1,), (0,)), ((), ())),
-            precision=self.precision,
-            preferred_element_type=self.preferred_element_type,
-        )
+        return self.dot(x, kernel, (x.ndim - 1, 0))
 
     def input_gradient(self, kernel: jax.Array, gradient: jax.Array) -> jax.Array:
         """The transpose of `dense`, by JAX's own operations, so equal to the last bit."""
-        return jax.lax.dot_general(
-            gradient,
-            kernel.astype(self.dtype),
-            (((gradient.ndim - 1,), (1,)), ((), ())),
-            precision=self.precision,
-            preferred_element_type=self.preferred_element_type,
-            out_sharding=self.input_partition,
-        ).astype(self.dtype)
+        axes = gradient.ndim - 1, 1
+        product = self.dot(gradient, kernel, axes, out_sharding=self.input_partition)
+        return product.astype(self.dtype)
+
+    def dot(self, a: Any, b: Any, axes: tuple[int, int], **options: Any) -> jax.Array:
+        options = {"preferred_element_type": self.preferred_element_type, **options}
+        dims = ((axes[:1], axes[1:]), ((), ()))
+        b = b.astype(self.dtype)
+        return jax.lax.dot_general(a, b, dims, precision=self.precision, **options)
 
     def sketch(self, x: jax.Array, key: Any, valid: jax.Array | None) -> tuple[jax.Array, Seed]:
         """What is saved of x: its sketch, and the seed to draw S again."""
@@ -203,13 +198,8 @@ class _Product:
     def kernel_gradient(self, sketch: jax.Array, seed: Seed, gradient: jax.Array) -> jax.Array:
         rows = gradient.reshape(-1, gradient.shape[-1])
         sketched = sketch_rows(self.kind, self.size, seed, rows, self.precision, weighted=True)
-        total = jax.lax.dot_general(
-            sketch,
-            sketched.astype(self.dtype),
-            (((0,), (0,)), ((), ())),
-            precision=self.precision,
-            preferred_element_type=jnp.promote_types(self.dtype, jnp.float32),
-        )
+        dtype = jnp.promote_types(self.dtype, jnp.float32)
+        total = self.dot(sketch, sketched, (0, 0), preferred_element_type=dtype)
         return (total * scale(self.kind, self.size, len(rows))).astype(self.kernel_dtype)
 
     def on_any_mesh(self, fn: Callable[..., Any], partition: Any) -> Callable[..., Any]:
@@ -270,14 +260,8 @@ def call_sketched(
     products = 0
 
     def product(
-        x: jax.Array,
-        kernel: jax.Array,
-        dimension_numbers: Any,
-        precision: jax.lax.PrecisionLike = None,
-        preferred_element_type: Any = None,
-        out_sharding: Any = None,
+        x: jax.Array, kernel: jax.Array, _: Any, out_sharding: Any = None, **options: Any
     ) -> jax.Array:
-        del dimension_numbers  # those of x @ kernel
         nonlocal products
         products += 1
         if out_sharding is not None:
@@ -285,15 +269,7 @@ def call_sketched(
                 f"out_sharding={out_sharding} cannot be given to a randomized layer; use "
                 "jax.sharding.reshard on its output."
             )
-        return randomized_linear(
-            x,
-            kernel,
-            key=key,
-            sketch=sketch,
-            valid=valid,
-            precision=precision,
-            preferred_element_type=preferred_element_type,
-        )
+        return randomized_linear(x, kernel, key=key, sketch=sketch, valid=valid, **options)
 
     # Not setattr: NNX would refuse it if the layer belongs to an enclosing trace, and Linen's
     # modules are frozen.

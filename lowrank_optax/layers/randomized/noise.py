@@ -168,16 +168,9 @@ class _NoiseProbe(nnx.Variable):
 
 
 def _measure_call(
-    call: Any,
-    layer: Any,
-    inputs: jax.Array,
-    out_sharding: Any = None,
-    *,
-    valid: jax.Array | None = None,
-    deterministic: bool | None = None,
+    _: Any, layer: Any, inputs: Any, out_sharding: Any = None, *, valid: Any = None, **__: Any
 ) -> jax.Array:
     """Run instead of a randomized layer's call: the exact layer, measured."""
-    del call, deterministic
     outputs = nnx.Linear.__call__(layer, inputs, out_sharding)
     return _probed(layer.sketch, outputs, inputs, valid, layer.noise_probe[...])
 

@@ -69,7 +69,7 @@ def sketch_variance(x: jax.Array, y: jax.Array, size: int, kind: SketchKind) -> 
 
     Reference:
       Bershatsky et al., Memory-Efficient Backpropagation through Large Linear Layers, 2022,
-      https://arxiv.org/abs/2201.13195. Its eq. for D² has the wrong sign before g.
+      https://arxiv.org/abs/2201.13195, Section 3. Its eq. for D² has the wrong sign before g.
     """
     x, y = _rows(x, y)
     check_kind(kind)
@@ -127,9 +127,6 @@ def minibatch_variance(x: jax.Array, y: jax.Array) -> jax.Array:
       >>> x, y = jnp.array([[1.0], [3.0]]), jnp.array([[1.0], [1.0]])  # gradients 1 and 3
       >>> print(lro.layers.minibatch_variance(x, y))  # twice the sample variance, 2
       4.0
-
-    Reference:
-      Bershatsky et al., 2022, https://arxiv.org/abs/2201.13195, Section 3.
     """
     x, y = _rows(x, y)
     if len(x) < 2:

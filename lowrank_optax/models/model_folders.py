@@ -1,11 +1,13 @@
-"""Folders of safetensors files: checked before they are read, replaced only when complete."""
+"""Folders of Hugging Face models: config.json, and safetensors in one file or several."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 import json
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
+from lowrank_optax.models.huggingface_config import read_json
 from lowrank_optax.storage.folders import FolderKind
 from lowrank_optax.storage.safetensors_files import (
     CheckpointMismatchError,
@@ -21,11 +23,55 @@ MODEL_FOLDER = FolderKind(
 _MISSING = "Hugging Face checkpoints need safetensors: pip install 'lowrank_optax[examples]'"
 
 
+_QUANTIZED_DTYPES = ("F8", "F6", "F4")
+_QUANTIZED_NAMES = (
+    ".qweight", ".qzeros", ".absmax", ".SCB", ".weight_scale", ".weight_scale_inv", "_packed",
+)  # fmt: skip
+
+
 class CheckpointReader(TensorReader):
-    """The tensors of a model's folder, read one at a time. A context manager."""
+    """The tensors of a model's folder, read one at a time. A context manager.
+
+    Attributes:
+        config: content of its config.json.
+
+    Raises:
+        FileNotFoundError: the folder holds no config.json or no safetensors.
+        ValueError: the weights are quantized; raised on entering.
+    """
 
     def __init__(self, folder: Path) -> None:
+        self.config = read_json(folder)
         super().__init__(folder, _checkpoint_files(folder), missing_package=_MISSING)
+
+    def __enter__(self) -> Self:
+        """Opens every file and reads the headers."""
+        super().__enter__()
+        try:
+            self._check_not_quantized()
+        except ValueError:
+            self.__exit__()
+            raise
+        return self
+
+    def _check_not_quantized(self) -> None:
+        text = self.config.get("text_config")
+        configs = [self.config, text] if isinstance(text, Mapping) else [self.config]
+        fields = ("quantization_config", "compression_config")
+        told = next((c[field] for c in configs for field in fields if c.get(field)), None)
+        found = [
+            f"{name} is {dtype}"
+            for name, dtype in self.dtypes.items()
+            if dtype.startswith(_QUANTIZED_DTYPES) or name.endswith(_QUANTIZED_NAMES)
+        ]
+        if told is None and not found:
+            return
+        method = told.get("quant_method") if isinstance(told, Mapping) else told
+        how = f"quantization_config has quant_method={method!r}" if told else found[0]
+        raise ValueError(
+            f"the model in {self.folder} is quantized ({how}), which is not read. Load it in "
+            "transformers, dequantize it (`model.dequantize()`), save it, and give that folder."
+        )
 
 
 def _checkpoint_files(folder: Path) -> list[str]:

@@ -89,14 +89,13 @@ def scale_by_nag_gs(
       Leplat et al., NAG-GS: Semi-Implicit, Accelerated and Robust Stochastic Optimizer, 2022,
       https://arxiv.org/abs/2209.14937, Algorithm 1.
     """
-    is_number = lambda x: isinstance(x, int | float)  # traced numbers are not checked
-    if is_number(learning_rate) and not 0 <= learning_rate < math.inf:
+    if isinstance(learning_rate, int | float) and not 0 <= learning_rate < math.inf:
         raise ValueError(f"learning_rate={learning_rate!r} must be a number of at least 0.")
-    if is_number(gamma) and not 0 < gamma < math.inf:
+    if isinstance(gamma, int | float) and not 0 < gamma < math.inf:
         raise ValueError(f"gamma={gamma!r} must be a number above 0.")
-    if is_number(mu) and constant_gamma and not 0 <= mu < math.inf:
+    if isinstance(mu, int | float) and constant_gamma and not 0 <= mu < math.inf:
         raise ValueError(f"mu={mu!r} must be a number of at least 0.")
-    if is_number(mu) and not constant_gamma and not 0 < mu < math.inf:
+    if isinstance(mu, int | float) and not constant_gamma and not 0 < mu < math.inf:
         raise ValueError(
             f"mu={mu!r} must be a number above 0, since gamma tends to it; with "
             "constant_gamma=True it may be 0."
@@ -219,7 +218,7 @@ def nag_gs(
                 "nag_gs with weight_decay needs params: call tx.update(grads, state, params)."
             )
         new, after = tx.update(updates, state, params, **extra_args)
-        before = state.inner if isinstance(state, LowBitState) else state
+        before: Any = state.inner if isinstance(state, LowBitState) else state
         dtype = scalar_dtype(updates)
         alpha = value_at(learning_rate, before.count, dtype)
         rate = to_heavy_ball(alpha, mu, gamma if constant_gamma else before.gamma).learning_rate

@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _convert(options: argparse.Namespace) -> str:
     from lowrank_optax.adapters.peft import conversion
+    from lowrank_optax.adapters.peft.tensors import read_adapter, write_adapter
 
     if options.plain_lora and options.base:
         with _open_base(options.base) as base:
@@ -88,16 +89,16 @@ def _convert(options: argparse.Namespace) -> str:
     elif options.plain_lora:
         adapter = conversion.to_plain_lora(options.source, None)
     else:
-        adapter = conversion.rename_bone(conversion.read_adapter(options.source))
+        adapter = conversion.rename_bone(read_adapter(options.source))
     if options.dtype:
         adapter = conversion.cast(adapter, options.dtype)
-    conversion.write_adapter(options.target, adapter)
+    write_adapter(options.target, adapter)
     return f"{options.target}: {adapter.content['peft_type']}, {len(adapter.tensors)} tensors"
 
 
 def _merge(options: argparse.Namespace) -> str:
     from lowrank_optax.adapters.peft import conversion
-    from lowrank_optax.models.safetensors_files import MODEL_FOLDER, write_sharded
+    from lowrank_optax.models.model_folders import MODEL_FOLDER, write_sharded
     from lowrank_optax.storage.folders import replaced_folder
 
     with _open_base(options.base) as base:
@@ -115,14 +116,10 @@ def _merge(options: argparse.Namespace) -> str:
 @contextlib.contextmanager
 def _open_base(folder: Path) -> Iterator["BaseModel"]:
     from lowrank_optax.adapters.peft.conversion import BaseModel
-    from lowrank_optax.models.huggingface_config import read_json
-    from lowrank_optax.models.safetensors_files import CheckpointReader
-    from lowrank_optax.storage.quantized import check_not_quantized
+    from lowrank_optax.models.model_folders import CheckpointReader
 
-    config = read_json(folder)
     with CheckpointReader(folder) as reader:
-        check_not_quantized(folder, config, reader.dtypes)
-        yield BaseModel(config, reader)
+        yield BaseModel(reader.config, reader)
 
 
 def _holds_weights(file: Path) -> bool:

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.activations.packing import pack, unpack
 from lowrank_optax.activations.step_function import Codebook
 from lowrank_optax.quantization.blocks import over_blocks
+from lowrank_optax.quantization.packing import pack, unpack
 
 BLOCK_SIZE = 64
 

@@ -8,7 +8,7 @@ from jax.extend import core
 import jax.numpy as jnp
 
 from lowrank_optax.activations.elementwise import Var
-from lowrank_optax.slices.programs import scan_operands
+from lowrank_optax.compat.jax import scan_operands
 
 # Linear in their operands, so that they keep none of them.
 _PASSING_ON = """add add_any all_gather broadcast_in_dim concatenate convert_element_type copy

@@ -17,7 +17,7 @@ from lowrank_optax.activations.block_codes import check_bits
 from lowrank_optax.activations.gating import swiglu
 from lowrank_optax.models.attention import Attention, KeyValueCache, RMSNorm
 from lowrank_optax.models.config import DecoderConfig
-from lowrank_optax.models.huggingface_names import MODULE_NAMES
+from lowrank_optax.models.huggingface_config import MODULE_NAMES
 from lowrank_optax.models.rotary import inverse_frequencies, rotary_angles
 
 # The attributes of jax.checkpoint_policies that are policies; the others make one from arguments.

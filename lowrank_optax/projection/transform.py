@@ -46,9 +46,8 @@ from lowrank_optax.projection.transfer import (
     is_traced,
 )
 from lowrank_optax.projection.view import LeafView, Side, compute_dtype, leaf_view
-from lowrank_optax.slices.call import Call
+from lowrank_optax.slices.call import Call, Whole, whole_of
 from lowrank_optax.slices.update import update_in_slices
-from lowrank_optax.slices.whole import Whole, whole_of
 from lowrank_optax.states.arguments import transformation
 
 

@@ -14,7 +14,14 @@ from lowrank_optax.quantization.blocks import (
 )
 from lowrank_optax.quantization.maps import Bits, CodeMap, MapName, code_map
 from lowrank_optax.quantization.nf4 import nf4_dequantize, nf4_quantize, nf4_round
-from lowrank_optax.quantization.packing import Packing, pack, packing_of, unpack
+from lowrank_optax.quantization.packing import (
+    Packing,
+    PackingName,
+    pack,
+    packed_bytes,
+    packing_of,
+    unpack,
+)
 
 __all__ = [
     "Affine",
@@ -24,6 +31,7 @@ __all__ = [
     "Layout",
     "MapName",
     "Packing",
+    "PackingName",
     "Quantized",
     "affine_dequantize",
     "affine_quantize",
@@ -37,6 +45,7 @@ __all__ = [
     "nf4_round",
     "over_blocks",
     "pack",
+    "packed_bytes",
     "packing_of",
     "quantize",
     "unpack",

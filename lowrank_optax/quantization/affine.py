@@ -73,7 +73,7 @@ def affine_quantize(
         return codes, jnp.squeeze(scales, -1), jnp.squeeze(zeros, -1)
 
     codes, scales, zeros = over_blocks(encode, x.shape, group_size, [x.astype(jnp.float32)])
-    return Affine(pack(codes) if bits == 4 else codes, scales, zeros.astype(jnp.uint8))
+    return Affine(*pack(codes, bits, "rows"), scales, zeros.astype(jnp.uint8))
 
 
 def affine_dequantize(
@@ -83,7 +83,7 @@ def affine_dequantize(
     group_size: int = GROUP_SIZE,
 ) -> jax.Array:
     """The float32 array of this shape that codes, scales and zeros stand for."""
-    codes = unpack(quantized.codes, shape) if bits == 4 else quantized.codes
+    codes = unpack((quantized.codes,), shape, bits, "rows")
 
     def decode(codes: jax.Array, scales: jax.Array, zeros: jax.Array) -> tuple[jax.Array]:
         steps = codes.astype(jnp.float32) - zeros[..., None].astype(jnp.float32)

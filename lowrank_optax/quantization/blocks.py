@@ -155,9 +155,9 @@ def quantize(
 
     of_blocks = (last_scales,) if fmt.map.signed and last_scales is not None else ()
     codes, scales = over_blocks(encode, x.shape, fmt.block_size, [x.astype(jnp.float32)], of_blocks)
-    if fmt.map.bits == 4:
-        return Quantized(pack(codes), scales)
-    return Quantized(explicit_sharding.constrain(codes, explicit_sharding.partition_of(x)), scales)
+    if fmt.map.bits == 8:
+        codes = explicit_sharding.constrain(codes, explicit_sharding.partition_of(x))
+    return Quantized(*pack(codes, fmt.map.bits, "rows"), scales)
 
 
 @functools.partial(jax.jit, static_argnames=("fmt", "shape"))
@@ -167,7 +167,7 @@ def dequantize(quantized: Quantized, fmt: BlockFormat, shape: tuple[int, ...]) -
     def decode(codes: jax.Array, scales: jax.Array) -> tuple[jax.Array]:
         return (decode_blocks(codes.astype(jnp.int32), scales[..., None], fmt),)
 
-    codes = unpack(quantized.codes, shape) if fmt.map.bits == 4 else quantized.codes
+    codes = unpack((quantized.codes,), shape, fmt.map.bits, "rows")
     return over_blocks(decode, shape, fmt.block_size, [codes], [quantized.scales])[0]
 
 

@@ -7,11 +7,16 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-from jax.experimental.layout import Layout, with_layout_constraint
 import jax.numpy as jnp
 
+from lowrank_optax.compat.jax import (
+    Literal,
+    draws_random_bits,
+    in_default_layout,
+    jaxpr_as_fun,
+    new_jaxpr,
+)
 from lowrank_optax.matrices import explicit_sharding
-from lowrank_optax.slices.draws import drawn_before
 
 Step = Callable[[Any, Any, jax.Array], Any]
 
@@ -20,8 +25,8 @@ class Cut(NamedTuple):
     """How the first axis of a leaf is cut: static.
 
     Attributes:
-      size: Of the axis.
-      rows: Of each slice; the last may have fewer.
+      size: Size of the axis.
+      rows: Number of rows of each slice; the last may have fewer.
       shards: In how many equal parts the axis may lie on devices. A slice has as many rows of each,
         so that no device reads another's.
     """
@@ -68,14 +73,45 @@ def run(step: Step, carried: Any, read: Any, cut: Cut) -> Any:
     """
     steps = {}
     for rows in filter(None, (cut.rows, cut.rest)):
-        part = jax.tree.map(lambda x, rows=rows: taken(x, 0, rows, cut), (carried, read))
-        steps[rows] = drawn_before(step, *part, jnp.int32(0))
+        part = jax.tree.map(lambda x, rows=rows: rows_of(x, 0, rows, cut), (carried, read))
+        steps[rows] = _drawn_before(step, *part, jnp.int32(0))
     return jax.lax.platform_dependent(
         carried,
         read,
         cpu=lambda carried, read: _run(steps, carried, read, cut, _AS_BITS),
         default=lambda carried, read: _run(steps, carried, read, cut, _AS_IS),
     )
+
+
+def _drawn_before(function: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
+    """The function, for arguments of these types, with the random numbers it always draws drawn.
+
+    A random basis is drawn from one seed wherever it is used, and compilers move no draw out of a
+    loop.
+    """
+    traced, result = jax.make_jaxpr(function, return_shape=True)(*arguments)
+    program = traced.jaxpr
+    known = set(program.constvars)
+    before, drawn = [], []
+    for equation in program.eqns:
+        inputs = [x for x in equation.invars if not isinstance(x, Literal)]
+        if not equation.effects and known.issuperset(inputs):
+            known.update(equation.outvars)
+            before.append(equation)
+            if draws_random_bits(equation):
+                drawn.append(equation)
+    outside = [x for equation in drawn for x in equation.outvars]
+    after = [equation for equation in program.eqns if equation not in drawn]
+    part = lambda *of: jaxpr_as_fun(new_jaxpr(*of, name="slice"))
+    draw = part(program.constvars, outside, before)
+    run = part([*program.constvars, *outside, *program.invars], program.outvars, after)
+    numbers = draw(*traced.consts) if drawn else []
+
+    def of_slice(*arguments: Any) -> Any:
+        results = run(*traced.consts, *numbers, *jax.tree.leaves(arguments))
+        return jax.tree.unflatten(jax.tree.structure(result), results)
+
+    return of_slice
 
 
 class _Way(NamedTuple):
@@ -101,7 +137,7 @@ def _in_rows(x: jax.Array) -> jax.Array:
     """
     if x.ndim < 2 or x.shape[-1] % 128 or x.shape[-2] % 32:
         return x
-    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+    return in_default_layout(x)
 
 
 def _in_loop_of_one(step: Step) -> Step:
@@ -127,7 +163,7 @@ def _run(steps: Mapping[int, Step], carried: Any, read: Any, cut: Cut, way: _Way
     carried, read = jax.tree.map(way.carry, (carried, read))
 
     def slices(carried: Any, first: Any, rows: int) -> tuple[Any, Any]:
-        of_row = jax.tree.map(lambda x: taken(x, first, rows, cut), (carried, read))
+        of_row = jax.tree.map(lambda x: rows_of(x, first, rows, cut), (carried, read))
         return jax.tree.map(_as, of_row, types)
 
     def after(carried: Any, first: Any, rows: int) -> Any:
@@ -145,7 +181,7 @@ def _as(x: jax.Array, dtype: Any) -> jax.Array:
     return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
 
 
-def taken(x: jax.Array, first: Any, rows: int, cut: Cut) -> jax.Array:
+def rows_of(x: jax.Array, first: Any, rows: int, cut: Cut) -> jax.Array:
     """The part of ``x`` that belongs to rows of the leaf."""
     split = _split(x, cut.shards)
     axis = split.ndim - x.ndim

@@ -243,7 +243,7 @@ def test_codes_have_the_shape_of_the_array_and_scales_one_number_a_block() -> No
     assert (eight.codes.shape, eight.scales.shape) == ((2, 3, 40), (2, 3, 3))
     assert (four.codes.shape, four.scales.shape) == ((2, 2, 40), (2, 3, 3))
     assert eight.codes.dtype == four.codes.dtype == jnp.uint8
-    assert unpack(four.codes, x.shape).shape == x.shape
+    assert unpack((four.codes,), x.shape, 4, "rows").shape == x.shape
 
 
 RANDOM = [("dynamic", 8, True), ("dynamic", 4, False), ("linear", 4, False), ("log", 8, False)]

@@ -14,7 +14,7 @@ from lowrank_optax.optimizers.mirror_sinkhorn.polytope import (
     largest_finite,
     nonzero,
 )
-from lowrank_optax.optimizers.mirror_sinkhorn.step import (
+from lowrank_optax.optimizers.mirror_sinkhorn.steps import (
     First,
     check_steps,
     columns_next,

@@ -15,21 +15,22 @@ from jax.typing import ArrayLike
 import numpy as np
 import optax
 
-from lowrank_optax.optimizers.mirror_sinkhorn.averages import (
-    Average,
-    check_average,
-    next_average,
-    read_average,
-    start_average,
+from lowrank_optax.optimizers.mirror_sinkhorn.polytope import (
+    largest_finite,
+    polytope,
+    round_to_polytope,
 )
-from lowrank_optax.optimizers.mirror_sinkhorn.polytope import largest_finite, polytope
-from lowrank_optax.optimizers.mirror_sinkhorn.rounding import round_to_polytope
-from lowrank_optax.optimizers.mirror_sinkhorn.step import (
+from lowrank_optax.optimizers.mirror_sinkhorn.steps import (
+    Average,
     First,
+    check_average,
     check_steps,
     columns_next,
+    next_average,
     rate_at,
+    read_average,
     scaled,
+    start_average,
 )
 
 

@@ -1,0 +1,10 @@
+"""The rows of the harness of adapters: every host's tests of a method run for each."""
+
+from lowrank_optax import adapters
+
+METHODS = {
+    "LoRA": adapters.LoRA(rank=2, alpha=6),
+    "LoTR": adapters.LoTR(rank=2, alpha=4),
+    "PiSSA": adapters.PiSSA(rank=2, alpha=5),
+    "DoRA": adapters.DoRA(rank=2, alpha=3),
+}

@@ -132,8 +132,8 @@ OPTIMIZERS = (
     Fault(
         "eps of AdaGrad-Norm outside the root",
         "lowrank_optax/optimizers/adagrad_norm.py",
-        "jax.lax.rsqrt(sums + eps)",
-        "1 / (jnp.sqrt(sums) + eps)",
+        "jax.lax.rsqrt(s + eps)",
+        "1 / (jnp.sqrt(s) + eps)",
         ("tests/optimizers/test_adagrad_norm.py",),
     ),
     Fault(
@@ -145,7 +145,7 @@ OPTIMIZERS = (
     ),
     Fault(
         "look-ahead along a gradient that is not finite",
-        "lowrank_optax/optimizers/extrapolated.py",
+        "lowrank_optax/optimizers/extrapolation.py",
         "previous = zero_unless_finite(gradient)",
         "previous = gradient",
         ("tests/optimizers/test_extrapolation.py",),

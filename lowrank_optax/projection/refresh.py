@@ -47,7 +47,7 @@ class RefreshRule(NamedTuple):
         last basis and the new one (None unless asked for).
       observe: ``observe(statistics, count, next_refresh, energies) -> (next_refresh, statistics)``
         after every step; None for rules that do not look.
-      first_due: ``first_due(phase)``: from which count on the first refresh is due, zero or less;
+      first_refresh: ``first_refresh(phase)``: count of the first refresh, zero or less;
         what is less is for ``schedule`` to reckon from. ``phase`` in [0, 1) is the leaf's place
         among all.
       compares: Whether ``schedule`` wants ``overlap``.
@@ -66,7 +66,7 @@ class RefreshRule(NamedTuple):
     init: Callable[[View], Any]
     schedule: Callable[[Any, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
     observe: Callable[[Any, jax.Array, jax.Array, Energies], tuple[jax.Array, Any]] | None = None
-    first_due: Callable[[float], int] = lambda phase: 0
+    first_refresh: Callable[[float], int] = lambda phase: 0
     compares: bool = False
     always: bool = False
 
@@ -93,7 +93,7 @@ def every(steps: int, stagger: bool = False) -> RefreshRule:
     Example:
       >>> import lowrank_optax as lro
       >>> rule = lro.refresh.every(10, stagger=True)
-      >>> due = [rule.first_due(0.5)]
+      >>> due = [rule.first_refresh(0.5)]
       >>> for count in (0, 5, 15):
       ...     due.append(rule.schedule((), count, due[-1], None)[0])
       >>> due
@@ -108,12 +108,12 @@ def every(steps: int, stagger: bool = False) -> RefreshRule:
     def schedule(statistics: Any, count: Any, due: Any, overlap: Any) -> tuple[Any, Any]:
         return _after(count, due, steps), statistics
 
-    first_due = functools.partial(_first_due, steps, stagger)
+    first_refresh = functools.partial(_first_refresh, steps, stagger)
     always = isinstance(steps, int) and steps == 1
-    return RefreshRule(lambda view: (), schedule, first_due=first_due, always=always)
+    return RefreshRule(lambda view: (), schedule, first_refresh=first_refresh, always=always)
 
 
-def _first_due(steps: int, stagger: bool, phase: float) -> int:
+def _first_refresh(steps: int, stagger: bool, phase: float) -> int:
     # More by a hair: i/k · steps may fall short of a whole number by its last bit.
     offset = int(phase * steps + 1e-6) if stagger else 0
     return offset - steps if offset else 0
@@ -194,7 +194,7 @@ def lazily(
         interval = jnp.where(still, 2 * statistics.interval, statistics.interval)
         return _after(count, due, interval), LazyStatistics(interval, overlaps)
 
-    return RefreshRule(init, schedule, first_due=regular.first_due, compares=True)
+    return RefreshRule(init, schedule, first_refresh=regular.first_refresh, compares=True)
 
 
 class ConvergenceStatistics(NamedTuple):

@@ -7,16 +7,14 @@ import optax
 
 from lowrank_optax.matrices import DimensionNumbersRule
 from lowrank_optax.matrices.argument_names import explains_names
-from lowrank_optax.projection.rank import RankSpec
-from lowrank_optax.projection.recipes.chosen import chosen_inner, chosen_subspace
+from lowrank_optax.projection.inner_moments import OnRefresh
+from lowrank_optax.projection.recipes.assembly import chosen_subspace, projected_optimizer
 from lowrank_optax.projection.refresh import RefreshRule, when_converged
 from lowrank_optax.projection.subspaces import Subspace, adaptive_rank, randomized_svd
-from lowrank_optax.projection.transfer import OnRefresh
-from lowrank_optax.projection.transform import scale_by_projection
-from lowrank_optax.projection.view import Side
+from lowrank_optax.projection.view import RankSpec, Side
 from lowrank_optax.quantization import Bits
 from lowrank_optax.states.adam import EpsPlacement
-from lowrank_optax.states.assemble import DecayPlacement, optimizer
+from lowrank_optax.states.assemble import DecayPlacement
 
 
 @explains_names
@@ -56,7 +54,7 @@ def adarankgrad(
     memory of directions no longer used.
 
     Args:
-      learning_rate: A float or an optax schedule; GaLore's values.
+      learning_rate: Float or optax schedule; GaLore's values.
       rank: The largest rank, 128 if None: see `galore`.
       refresh_every: Longest stay in a subspace; or one of ``lowrank_optax.refresh``.
       scale: GaLore's :math:`\alpha`.
@@ -69,21 +67,17 @@ def adarankgrad(
       rank_step: Distance from one rank considered to the next.
       threshold: The share :math:`\xi` of a gradient's norm that may be lost.
       monotone: Let ranks only fall.
-      inner: The optimizer in the subspace, if not Adam; leave ``b1``, ``b2`` and ``eps`` out then.
-      eps_placement: Whether ``eps`` is added before or after bias correction: see `galore`.
-      decay_placement: Whether the weights decay as they are before the step, or after it: see
-        `galore`.
-      weight_decay_mask: Which leaves decay: as ``mask`` of ``optax.adamw``.
-      subspace: How the basis is found, if not by ``subspaces.randomized_svd(rank)``.
-      on_refresh: What becomes of the moments when the basis turns: see `scale_by_projection`.
-      side: Which side of a matrix is compressed: see `scale_by_projection`.
-      accumulate_steps: Micro-batches to a step: see `scale_by_projection`.
-      state_bits: Bits of the moments between steps, 8 or 4: see `low_bit`; None for float32.
+      inner: Optimizer in the subspace instead of Adam; leave `b1`, `b2` and `eps` out then.
+      eps_placement: See `galore`.
+      decay_placement: See `galore`.
+      weight_decay_mask: See ``mask`` of ``optax.adamw``.
+      subspace: Subspace rule instead of ``subspaces.randomized_svd(rank)``.
+      on_refresh: See `scale_by_projection`.
+      side: See `scale_by_projection`.
+      accumulate_steps: See `scale_by_projection`.
+      state_bits: Bits of the moments between steps, 8 or 4 (see `low_bit`); None for float32.
       seed: Seed of the randomized range finder.
-      weight_dimension_numbers: Which leaves are matrices, and how: see `scale_by_projection`.
-
-    Returns:
-      The optimizer.
+      weight_dimension_numbers: See `scale_by_projection`.
 
     Raises:
       ValueError: If an argument is out of range.
@@ -104,9 +98,14 @@ def adarankgrad(
     if isinstance(refresh_every, int):
         refresh_every = when_converged(shortest=max(1, refresh_every // 4), longest=refresh_every)
     found = chosen_subspace(subspace, rank, 128, randomized_svd)
-    projected = scale_by_projection(
-        chosen_inner(adarankgrad, inner, b1, b2, eps, eps_placement),
+    return projected_optimizer(
+        adarankgrad,
+        learning_rate,
         adaptive_rank(found, min_rank, rank_step, threshold, monotone),
+        inner,
+        (b1, b2, eps, eps_placement),
+        (weight_decay, weight_decay_mask, decay_placement),
+        state_bits,
         on_refresh=on_refresh,
         refresh_every=refresh_every,
         scale=scale,
@@ -114,13 +113,4 @@ def adarankgrad(
         accumulate_steps=accumulate_steps,
         seed=seed,
         weight_dimension_numbers=weight_dimension_numbers,
-    )
-    return optimizer(
-        projected,
-        learning_rate,
-        weight_decay,
-        weight_decay_mask,
-        accumulate_steps=accumulate_steps,
-        state_bits=state_bits,
-        decay_placement=decay_placement,
     )

@@ -8,14 +8,12 @@ import optax
 from lowrank_optax.matrices import DimensionNumbersRule
 from lowrank_optax.matrices.argument_names import explains_names
 from lowrank_optax.projection import residuals
-from lowrank_optax.projection.rank import RankSpec
-from lowrank_optax.projection.recipes.chosen import chosen_inner, chosen_subspace
+from lowrank_optax.projection.recipes.assembly import chosen_subspace, projected_optimizer
 from lowrank_optax.projection.subspaces import Subspace, random
-from lowrank_optax.projection.transform import scale_by_projection
-from lowrank_optax.projection.view import Side
+from lowrank_optax.projection.view import RankSpec, Side
 from lowrank_optax.quantization import Bits
 from lowrank_optax.states.adam import EpsPlacement
-from lowrank_optax.states.assemble import DecayPlacement, optimizer
+from lowrank_optax.states.assemble import DecayPlacement
 
 
 @explains_names
@@ -54,7 +52,7 @@ def apollo(
     plain Adam. Moments are kept when the basis changes, as in the official code.
 
     Args:
-      learning_rate: A float or an optax schedule; 0.01 in the paper's pre-training.
+      learning_rate: Float or optax schedule; 0.01 in the paper's pre-training.
       rank: Size of the projection: see `galore`; None for a quarter of the smaller side.
       refresh_every: Steps from one random basis to the next.
       scale: :math:`\alpha`, of which the root is taken (official code): 1; the width over the rank
@@ -65,20 +63,16 @@ def apollo(
       weight_decay: Decoupled decay of the full weights.
       gamma: Largest growth of the update's norm from step to step.
       granularity: A factor for each column (``"channel"``) or one for each matrix (``"tensor"``).
-      inner: The optimizer in the subspace, if not Adam; leave ``b1``, ``b2`` and ``eps`` out then.
+      inner: Optimizer in the subspace instead of Adam; leave `b1`, `b2` and `eps` out then.
         The limiter sees the norms that are applied.
-      eps_placement: Whether ``eps`` is added before or after bias correction: see `galore`.
-      decay_placement: Whether the weights decay as they are before the step, or after it: see
-        `galore`.
-      weight_decay_mask: Which leaves decay: as ``mask`` of ``optax.adamw``.
+      eps_placement: See `galore`.
+      decay_placement: See `galore`.
+      weight_decay_mask: See ``mask`` of ``optax.adamw``.
       subspace: The subspace rule, if not ``subspaces.random(rank)``.
-      side: Which side of a matrix is compressed: see `scale_by_projection`.
-      state_bits: Bits of the moments between steps, 8 or 4: see `low_bit`; None for float32.
+      side: See `scale_by_projection`.
+      state_bits: Bits of the moments between steps, 8 or 4 (see `low_bit`); None for float32.
       seed: Seed of the random bases.
-      weight_dimension_numbers: Which leaves are matrices, and how: see `scale_by_projection`.
-
-    Returns:
-      The optimizer.
+      weight_dimension_numbers: See `scale_by_projection`.
 
     Raises:
       ValueError: If an argument is out of range.
@@ -96,23 +90,20 @@ def apollo(
     if isinstance(scale, int | float) and scale <= 0:
         raise ValueError(f"scale={scale!r} must be a positive number.")
     decays = (b1, b2) if inner is None else None
-    projected = scale_by_projection(
-        chosen_inner(apollo, inner, b1, b2, eps, eps_placement),
+    return projected_optimizer(
+        apollo,
+        learning_rate,
         chosen_subspace(subspace, rank, 0.25, random),
+        inner,
+        (b1, b2, eps, eps_placement),
+        (weight_decay, weight_decay_mask, decay_placement),
+        state_bits,
         residual=residuals.gradient_scaling(gamma, decays, granularity),
         refresh_every=refresh_every,
         scale=scale**0.5,
         side=side,
         seed=seed,
         weight_dimension_numbers=weight_dimension_numbers,
-    )
-    return optimizer(
-        projected,
-        learning_rate,
-        weight_decay,
-        weight_decay_mask,
-        state_bits=state_bits,
-        decay_placement=decay_placement,
     )
 
 
@@ -142,7 +133,7 @@ def apollo_mini(
     The state of a matrix is two rows: less than plain momentum keeps for its bias.
 
     Args:
-      learning_rate: A float or an optax schedule; 0.01 in the paper's pre-training.
+      learning_rate: Float or optax schedule; 0.01 in the paper's pre-training.
       rank: Size of the projection.
       refresh_every: Steps from one random basis to the next.
       scale: :math:`\alpha`, of which the root is taken: 128 in the paper.
@@ -151,19 +142,15 @@ def apollo_mini(
       eps: Added to the root of the second moment.
       weight_decay: Decoupled decay of the full weights.
       gamma: Largest growth of the update's norm from step to step.
-      inner: The optimizer in the subspace, if not Adam; leave ``b1``, ``b2`` and ``eps`` out then.
+      inner: Optimizer in the subspace instead of Adam; leave `b1`, `b2` and `eps` out then.
         The limiter sees the norms that are applied.
-      eps_placement: Whether ``eps`` is added before or after bias correction: see `galore`.
-      decay_placement: Whether the weights decay as they are before the step, or after it: see
-        `galore`.
-      weight_decay_mask: Which leaves decay: as ``mask`` of ``optax.adamw``.
-      side: Which side of a matrix is compressed: see `scale_by_projection`.
-      state_bits: Bits of the moments between steps, 8 or 4: see `low_bit`; None for float32.
+      eps_placement: See `galore`.
+      decay_placement: See `galore`.
+      weight_decay_mask: See ``mask`` of ``optax.adamw``.
+      side: See `scale_by_projection`.
+      state_bits: Bits of the moments between steps, 8 or 4 (see `low_bit`); None for float32.
       seed: Seed of the random bases.
-      weight_dimension_numbers: Which leaves are matrices, and how: see `scale_by_projection`.
-
-    Returns:
-      The optimizer.
+      weight_dimension_numbers: See `scale_by_projection`.
 
     Raises:
       ValueError: If an argument is out of range.

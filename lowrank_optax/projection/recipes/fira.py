@@ -8,16 +8,14 @@ import optax
 from lowrank_optax.matrices import DimensionNumbersRule
 from lowrank_optax.matrices.argument_names import explains_names
 from lowrank_optax.projection import residuals
-from lowrank_optax.projection.rank import RankSpec
-from lowrank_optax.projection.recipes.chosen import chosen_inner, chosen_subspace
+from lowrank_optax.projection.inner_moments import OnRefresh
+from lowrank_optax.projection.recipes.assembly import chosen_subspace, projected_optimizer
 from lowrank_optax.projection.refresh import RefreshRule
 from lowrank_optax.projection.subspaces import Subspace, randomized_svd
-from lowrank_optax.projection.transfer import OnRefresh
-from lowrank_optax.projection.transform import scale_by_projection
-from lowrank_optax.projection.view import Side
+from lowrank_optax.projection.view import RankSpec, Side
 from lowrank_optax.quantization import Bits
 from lowrank_optax.states.adam import EpsPlacement
-from lowrank_optax.states.assemble import DecayPlacement, optimizer
+from lowrank_optax.states.assemble import DecayPlacement
 
 
 @explains_names
@@ -55,10 +53,10 @@ def fira(
 
     the growth of the second term's norm being limited to ``gamma`` a step. The paper's form has
     :math:`\alpha` before both terms and :math:`G - P R`. The state is GaLore's and one float for
-    each matrix. Leaves that are not matrices get plain Adam.
+    each matrix. Other leaves get plain Adam.
 
     Args:
-      learning_rate: A float or an optax schedule; 0.01 in the paper's pre-training.
+      learning_rate: Float or optax schedule; 0.01 in the paper's pre-training.
       rank: Number of directions kept, 128 if None: see `galore`.
       refresh_every: Steps from one basis to the next: see `galore`.
       scale: :math:`\alpha`: 0.25 below 1B parameters, 0.0625 from there on.
@@ -68,21 +66,17 @@ def fira(
       weight_decay: Decoupled decay of the full weights.
       gamma: Largest growth of the residual's norm from step to step.
       residual_form: ``"code"``, which made the paper's numbers, or ``"paper"``.
-      inner: The optimizer in the subspace, if not Adam; leave ``b1``, ``b2`` and ``eps`` out then.
+      inner: Optimizer in the subspace instead of Adam; leave `b1`, `b2` and `eps` out then.
         The limiter sees the norms that are applied.
-      eps_placement: Whether ``eps`` is added before or after bias correction: see `galore`.
-      decay_placement: Whether the weights decay as they are before the step, or after it: see
-        `galore`.
-      weight_decay_mask: Which leaves decay: as ``mask`` of ``optax.adamw``.
-      subspace: How the basis is found, if not by ``subspaces.randomized_svd(rank)``.
-      on_refresh: What becomes of the moments when the basis turns: see `scale_by_projection`.
-      side: Which side of a matrix is compressed: see `scale_by_projection`.
-      state_bits: Bits of the moments between steps, 8 or 4: see `low_bit`; None for float32.
+      eps_placement: See `galore`.
+      decay_placement: See `galore`.
+      weight_decay_mask: See ``mask`` of ``optax.adamw``.
+      subspace: Subspace rule instead of ``subspaces.randomized_svd(rank)``.
+      on_refresh: See `scale_by_projection`.
+      side: See `scale_by_projection`.
+      state_bits: Bits of the moments between steps, 8 or 4 (see `low_bit`); None for float32.
       seed: Seed of the randomized range finder.
-      weight_dimension_numbers: Which leaves are matrices, and how: see `scale_by_projection`.
-
-    Returns:
-      The optimizer.
+      weight_dimension_numbers: See `scale_by_projection`.
 
     Raises:
       ValueError: If an argument is out of range.
@@ -101,9 +95,14 @@ def fira(
       https://arxiv.org/abs/2410.01623, Algorithm 1.
     """
     decays = (b1, b2) if residual_form == "code" and inner is None else None
-    projected = scale_by_projection(
-        chosen_inner(fira, inner, b1, b2, eps, eps_placement),
+    return projected_optimizer(
+        fira,
+        learning_rate,
         chosen_subspace(subspace, rank, 128, randomized_svd),
+        inner,
+        (b1, b2, eps, eps_placement),
+        (weight_decay, weight_decay_mask, decay_placement),
+        state_bits,
         residual=residuals.fira(gamma, residual_form, decays),
         on_refresh=on_refresh,
         refresh_every=refresh_every,
@@ -111,12 +110,4 @@ def fira(
         side=side,
         seed=seed,
         weight_dimension_numbers=weight_dimension_numbers,
-    )
-    return optimizer(
-        projected,
-        learning_rate,
-        weight_decay,
-        weight_decay_mask,
-        state_bits=state_bits,
-        decay_placement=decay_placement,
     )

@@ -311,43 +311,37 @@ def _check(parts: Parts, side: Any, accumulate_steps: Any) -> None:
 
 
 def _check_found(params: Any, views: Sequence[View | None], subspace: Subspace) -> None:
-    """Checks that a tree has matrices, most of its elements, and one for each pattern.
-
-    Raises:
-      ValueError: If no leaf of a whole tree is a matrix though some have two axes or more, or if a
-        pattern of the subspace matches no matrix.
-    """
-    must_find = is_whole(params)
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    large = [
-        (x.size, path_string(path), x.shape)
-        for (path, x), view in zip(leaves, views, strict=True)
-        if view is None and x.ndim > 1 and x.size
-    ]
+    """Raises if a whole tree has no matrix, or none for a pattern; warns if most is left out."""
+    whole = is_whole(params)
+    leaves = list(zip(jax.tree_util.tree_leaves_with_path(params), views, strict=True))
     known = [tuple(view.path.split("/")) for view in views if view is not None]
-    if large and not known:
-        _, name, shape = max(large)
+    left_out = [
+        (x.size, path, x.shape) for (path, x), view in leaves if not view and x.ndim > 1 and x.size
+    ]
+    total = sum(size for size, *_ in left_out)
+    largest = ""
+    if total:
+        _, path, shape = max(left_out, key=lambda entry: entry[0])
+        largest = f"the largest is {path_string(path)!r} {shape}"
+    if total and not known:
         nothing = (
-            f"no leaf is a matrix to project: {len(large)} leaves of two axes or more are left "
-            f"out, the largest is {name!r} {shape}. Say which are matrices by "
-            "weight_dimension_numbers, as lro.weight_dimension_numbers(params, include=...)."
+            f"no leaf is a matrix to project: {len(left_out)} leaves of two axes or more are left "
+            f"out, {largest}. Say which are matrices by weight_dimension_numbers, as "
+            "lro.weight_dimension_numbers(params, include=...)."
         )
-        if must_find:
+        if whole:
             raise ValueError(nothing)
-        warnings.warn(nothing, stacklevel=4)  # of a group of parameters all may be embeddings, say
-    if not must_find:
+        warnings.warn(nothing, stacklevel=4)  # all of a group of parameters may be embeddings, say
+    if not whole:
         return
-    if known:
-        for argument, patterns in subspace.patterns.items():
-            check_patterns(argument, patterns, known, "matrix")
-    left_out = sum(size for size, *_ in large)
-    projected = sum(x.size for (_, x), v in zip(leaves, views, strict=True) if v is not None)
-    if left_out > projected:
-        _, name, shape = max(large)
+    for argument, patterns in subspace.patterns.items() if known else ():
+        check_patterns(argument, patterns, known, "matrix")
+    projected = sum(x.size for (_, x), view in leaves if view)
+    if total > projected:
         warnings.warn(
-            f"{left_out / (left_out + projected):.0%} of the elements in leaves of two axes or "
-            f"more are not projected and keep full-size state; the largest is {name!r} {shape}. "
-            "lro.selection_table(params) shows which are.",
+            f"{total / (total + projected):.0%} of the elements in leaves of two axes or more are "
+            f"not projected and have full-size state; {largest}. lro.selection_table(params) shows "
+            "which are.",
             stacklevel=4,
         )
 

@@ -1,4 +1,4 @@
-"""AdaRankGrad: GaLore with a rank that falls, and subspaces left when they are done."""
+"""AdaRankGrad: GaLore with a rank that falls, and a refresh when the gradient has converged."""
 
 from collections.abc import Callable
 from typing import Any
@@ -44,40 +44,25 @@ def adarankgrad(
     seed: int = 0,
     weight_dimension_numbers: DimensionNumbersRule = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""AdaRankGrad: the rank of each matrix is the least that loses a share ``threshold`` of it.
+    r"""AdaRankGrad: each matrix has the least rank that loses at most a share of its gradient.
 
-    At a refresh the least rank is taken for which
-    :math:`\lVert G - P P^\top G \rVert_F \le \xi \lVert G \rVert_F`; moments are carried to the new
-    subspace, with LDAdam's rule for second moments (the paper's ``C V`` can be negative). A
-    subspace is left when its gradient has converged: see `refresh.when_converged`, the default with
-    an int, which is then its longest stay. Between steps, ``lowrank_optax.compact`` gives back the
-    memory of directions no longer used.
+    A refresh takes the least rank for which
+    :math:`\lVert G - P P^\top G \rVert_F \le \xi \lVert G \rVert_F`, and rotates the moments,
+    second ones by LDAdam's rule (the paper's ``C V`` can be negative). A basis is refreshed when
+    its gradient has converged: see `refresh.when_converged`. Between steps, ``compact`` frees the
+    memory of unused directions. Arguments not listed here are those of `galore`.
 
     Args:
       learning_rate: Float or optax schedule; GaLore's values.
-      rank: The largest rank, 128 if None: see `galore`.
-      refresh_every: Longest stay in a subspace; or one of ``lowrank_optax.refresh``.
+      rank: Largest rank, 128 if None: see `galore`.
+      refresh_every: Largest number of steps in a subspace; or one of ``lowrank_optax.refresh``.
       scale: GaLore's :math:`\alpha`.
-      b1: Decay of the first moment.
-      b2: Decay of the second moment. New directions start without one: their first steps are up to
-        ``(1 - b1) / sqrt(1 - b2)`` times as large, 3.2 for these defaults, 1.0 for 0.99.
-      eps: Added to the root of the second moment.
-      weight_decay: Decoupled decay of the full weights.
-      min_rank: The least rank.
+      b2: Decay of the second moment, which new directions start without: their first steps are up
+        to ``(1 - b1) / sqrt(1 - b2)`` times as large, 3.2 for these defaults, 1.0 for 0.99.
+      min_rank: Least rank.
       rank_step: Distance from one rank considered to the next.
-      threshold: The share :math:`\xi` of a gradient's norm that may be lost.
-      monotone: Let ranks only fall.
-      inner: Optimizer in the subspace instead of Adam; leave `b1`, `b2` and `eps` out then.
-      eps_placement: See `galore`.
-      decay_placement: See `galore`.
-      weight_decay_mask: See ``mask`` of ``optax.adamw``.
-      subspace: Subspace rule instead of ``subspaces.randomized_svd(rank)``.
-      on_refresh: See `scale_by_projection`.
-      side: See `scale_by_projection`.
-      accumulate_steps: See `scale_by_projection`.
-      state_bits: Bits of the moments between steps, 8 or 4 (see `low_bit`); None for float32.
-      seed: Seed of the randomized range finder.
-      weight_dimension_numbers: See `scale_by_projection`.
+      threshold: Share :math:`\xi` of a gradient's norm that may be lost.
+      monotone: Whether ranks may only fall.
 
     Raises:
       ValueError: If an argument is out of range.

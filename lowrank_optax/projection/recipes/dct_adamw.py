@@ -41,36 +41,24 @@ def dct_adamw(
     seed: int = 0,
     weight_dimension_numbers: DimensionNumbersRule = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""DCT-AdamW: the basis is ``rank`` columns of one cosine matrix, chosen anew at every step.
+    r"""DCT-AdamW: the basis is ``rank`` columns of one cosine matrix, chosen at every step.
 
     With the indices :math:`I` of the largest rows of :math:`B^\top G`, :math:`P = B_{:, I}`, and
-    the update is :math:`P \, \mathrm{Adam}(P^\top G)`. Moments of indices that stay are kept, those
-    of new ones start at zero (``"rotate_moments"``, here a permutation). For a weight ``[m, n]``
+    the update is :math:`P \, \mathrm{Adam}(P^\top G)`. Indices that stay keep their moments,
+    new ones start with zeros (``"rotate_moments"``, here a permutation). For a weight ``[m, n]``
     the state is ``r`` integers and ``2·r·n`` floats (``m <= n``); error feedback adds ``m·n``
-    floats, or bytes. Other leaves get plain AdamW.
+    floats, or bytes. Other leaves get plain AdamW. Arguments not listed here are those of `galore`.
 
     Args:
-      learning_rate: Float or optax schedule.
-      rank: Number of columns: see `galore`.
       refresh_every: Steps from one choice to the next: see `galore`.
-      b1: Decay of the first moment.
-      b2: Decay of the second moment. New indices start without one: their first steps are up to
+      b2: Decay of the second moment, which new indices start without: their first steps are up to
         ``(1 - b1) / sqrt(1 - b2)`` times as large, 3.2 for these defaults (the code's), 1.0 for
         0.99.
-      eps: Added to the root of the second moment.
-      weight_decay: Decoupled decay of the full weights, before the update (as AdamW).
-      error_feedback: Keep what was not projected and add it to the next gradient, in 32 or 8 bits.
+      error_feedback: Bits of the residual that is added to the next gradient, 32 or 8; or None.
       order: Norm of the scores, 1 (the code) or 2.
-      transform: How coefficients are found: see `subspaces.dct`.
-      inner: Optimizer in the subspace instead of Adam; leave `b1`, `b2` and `eps` out then.
-      eps_placement: See `galore`.
-      decay_placement: See `galore`.
-      weight_decay_mask: See ``mask`` of ``optax.adamw``.
-      on_refresh: What becomes of the moments when the choice changes: see `scale_by_projection`.
-        ``"keep"`` is the code's default, in which indices inherit moments of others.
-      side: See `scale_by_projection`.
-      seed: Not used by this rule.
-      weight_dimension_numbers: See `scale_by_projection`.
+      transform: ``"products"`` or ``"fft"``, to compute coefficients: see `subspaces.dct`.
+      on_refresh: See `scale_by_projection`. ``"keep"`` is the code's default, by which indices
+        inherit moments of others.
 
     Raises:
       ValueError: If an argument is out of range.

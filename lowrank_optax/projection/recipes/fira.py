@@ -1,4 +1,4 @@
-"""Fira: GaLore, and the rest of the gradient scaled column by column."""
+"""Fira: GaLore, and the residual of the gradient scaled column by column."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -42,7 +42,7 @@ def fira(
     seed: int = 0,
     weight_dimension_numbers: DimensionNumbersRule = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Fira: GaLore's state, and the part of the gradient outside the subspace applied as well.
+    r"""Fira: GaLore, and the residual of the gradient, each column scaled as Adam scaled it.
 
     With :math:`R = P^\top G`, :math:`N = \mathrm{Adam}(R)` and
     :math:`\phi_j = \lVert N_j \rVert / \lVert R_j \rVert` for each column, the update is (official
@@ -51,32 +51,16 @@ def fira(
     .. math::
       \alpha P N + (G - \alpha P R) \, \mathrm{diag}(\phi),
 
-    the growth of the second term's norm being limited to ``gamma`` a step. The paper's form has
-    :math:`\alpha` before both terms and :math:`G - P R`. The state is GaLore's and one float for
-    each matrix. Other leaves get plain Adam.
+    and the growth of the second term's norm is limited to ``gamma`` per step. The paper's form has
+    :math:`\alpha` before both terms and :math:`G - P R`. The state is GaLore's and one float per
+    matrix. Other leaves get plain Adam. Arguments not listed here are those of `galore`.
 
     Args:
       learning_rate: Float or optax schedule; 0.01 in the paper's pre-training.
-      rank: Number of directions kept, 128 if None: see `galore`.
-      refresh_every: Steps from one basis to the next: see `galore`.
-      scale: :math:`\alpha`: 0.25 below 1B parameters, 0.0625 from there on.
-      b1: Decay of the first moment.
-      b2: Decay of the second moment.
-      eps: Added to the root of the second moment.
-      weight_decay: Decoupled decay of the full weights.
+      scale: Factor :math:`\alpha`: 0.25 below 1B parameters, 0.0625 from there on.
       gamma: Largest growth of the residual's norm from step to step.
       residual_form: ``"code"``, which made the paper's numbers, or ``"paper"``.
-      inner: Optimizer in the subspace instead of Adam; leave `b1`, `b2` and `eps` out then.
-        The limiter sees the norms that are applied.
-      eps_placement: See `galore`.
-      decay_placement: See `galore`.
-      weight_decay_mask: See ``mask`` of ``optax.adamw``.
-      subspace: Subspace rule instead of ``subspaces.randomized_svd(rank)``.
-      on_refresh: See `scale_by_projection`.
-      side: See `scale_by_projection`.
-      state_bits: Bits of the moments between steps, 8 or 4 (see `low_bit`); None for float32.
-      seed: Seed of the randomized range finder.
-      weight_dimension_numbers: See `scale_by_projection`.
+      inner: See `galore`; the limiter then sees the norms that are applied.
 
     Raises:
       ValueError: If an argument is out of range.

@@ -40,7 +40,7 @@ def ldadam(
     seed: int = 0,
     weight_dimension_numbers: DimensionNumbersRule = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""LDAdam: one warm power iteration a step, moments rotated along, errors fed back.
+    r"""LDAdam: one warm power iteration per step, rotated moments, and error feedback.
 
     With :math:`A = G + E` and :math:`B = \rho P_{t-1} \hat M + (1 - \rho) A`,
 
@@ -49,31 +49,20 @@ def ldadam(
       E \leftarrow A - P_t R + \tfrac{b_1}{1 - b_1} (P_{t-1} M - P_t C M),
 
     with :math:`C = P_t^\top P_{t-1}`, and the update is :math:`P_t \, \mathrm{Adam}(R)` with
-    moments rotated from the last subspace. The error has the size of the weight, so with 32 bits
-    the state is no smaller than Adam's (the official code keeps it in the gradient's buffer);
-    8 bits or None make it so. Other leaves get plain AdamW.
+    moments rotated from the last subspace. The error has the size of the weight: with 32 bits the
+    state is no smaller than Adam's (the official code saves it in the gradient's buffer); with 8
+    bits or None it is. Other leaves get plain AdamW. Arguments not listed here are those of
+    `galore`.
 
     Args:
-      learning_rate: Float or optax schedule.
-      rank: Number of directions, 128 if None: see `galore`.
       refresh_every: Steps from one power iteration to the next: see `galore`.
-      b1: Decay of the first moment.
-      b2: Decay of the second moment.
-      eps: Added to the root of the second moment.
-      weight_decay: Decoupled decay of the full weights.
       rho: Weight :math:`\rho` of the momentum in what the subspace follows.
       error_feedback: Bits of the error, 32 or 8; None for no feedback.
-      inner: Optimizer in the subspace instead of Adam; leave `b1`, `b2` and `eps` out then.
-        Its first moment must be a moving average of gradients; :math:`b_1` is read from it.
-      eps_placement: See `galore`.
-      decay_placement: See `galore`.
-      weight_decay_mask: See ``mask`` of ``optax.adamw``.
-      subspace: The subspace rule, if not ``subspaces.power_iteration(rank, rho)``; leave ``rank``
-        and ``rho`` out then.
-      side: See `scale_by_projection`.
-      state_bits: Bits of the moments between steps, 8 or 4 (see `low_bit`); None for float32.
+      inner: See `galore`; its first moment must be a moving average of gradients, whose
+        :math:`b_1` is read from it.
+      subspace: Subspace rule instead of ``subspaces.power_iteration(rank, rho)``; leave `rank` and
+        `rho` out then.
       seed: Seed of the first basis, by a randomized range finder (in the code, an SVD).
-      weight_dimension_numbers: See `scale_by_projection`.
 
     Raises:
       ValueError: If an argument is out of range.

@@ -29,7 +29,7 @@ class Fault:
 
 PROJECTION = (
     Fault(
-        "moments turned by the transposed matrix",
+        "moments rotated by the transposed matrix",
         "lowrank_optax/projection/subspaces/base.py",
         'product("...ds,...dr->...sr", new, old, view.small_partition)',
         'product("...ds,...dr->...sr", old, new, view.small_partition)',
@@ -46,7 +46,7 @@ PROJECTION = (
         "one array twice in a state, which can't be donated then",
         "lowrank_optax/projection/refresh.py",
         "zeros = lambda: zeros_per_matrix(view, view.dtype)  # no buffer twice, for donation",
-        "zeros = lambda kept=zeros_per_matrix(view, view.dtype): kept",
+        "zeros = lambda shared=zeros_per_matrix(view, view.dtype): shared",
         ("tests/projection/test_refresh.py",),
     ),
     Fault(
@@ -59,13 +59,13 @@ PROJECTION = (
     Fault(
         "gradient projected in the basis of the last step",
         "lowrank_optax/projection/leaf.py",
-        "projected = parts.subspace.project(state.basis, matrix, view)",
-        "projected = parts.subspace.project(last.basis, matrix, view)",
+        "projected = parts.subspace.project(state.basis, leaf.matrix, leaf.view)",
+        "projected = parts.subspace.project(leaf.state.basis, leaf.matrix, leaf.view)",
         ("tests/projection/test_transform.py",),
     ),
     Fault(
         "momentum before a refresh lifted in the basis after it",
-        "lowrank_optax/projection/residuals/error_feedback.py",
+        "lowrank_optax/projection/residuals/base.py",
         "step.subspace.lift(step.last_basis, step.moments.before, step.view)",
         "step.subspace.lift(step.basis, step.moments.before, step.view)",
         ("tests/projection/test_error_feedback.py",),
@@ -93,9 +93,9 @@ PROJECTION = (
     ),
     Fault(
         "first moment corrected by beta2 at a refresh",
-        "lowrank_optax/projection/transfer.py",
-        "mean = moments.at_path(state, beside[0]) / unbias",
-        "mean = moments.at_path(state, beside[0]) / correction",
+        "lowrank_optax/projection/inner_moments.py",
+        "mean = leaves[first] / unbias",
+        "mean = leaves[first] / correction",
         ("tests/projection/test_transfer.py",),
     ),
     Fault(
@@ -114,14 +114,14 @@ PROJECTION = (
     ),
     Fault(
         "directions beyond the active rank kept",
-        "lowrank_optax/projection/subspaces/adaptive_rank.py",
+        "lowrank_optax/projection/subspaces/wrappers.py",
         "AdaptiveBasis(jnp.where(active[..., None, :], basis, 0), rank)",
         "AdaptiveBasis(basis, rank)",
         ("tests/projection/test_adaptive_rank.py",),
     ),
     Fault(
         "zero gradient enters the basis",
-        "lowrank_optax/projection/refreshing.py",
+        "lowrank_optax/projection/leaf.py",
         "all_finite(matrix, matrix.ndim - 2) & jnp.any(matrix != 0, axis=(-2, -1))",
         "all_finite(matrix, matrix.ndim - 2)",
         ("tests/projection/test_transform.py",),

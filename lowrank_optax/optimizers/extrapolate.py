@@ -8,11 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.matrices import DimensionNumbersRule
-from lowrank_optax.optimizers.lookahead import (
-    Direction,
-    Lookahead,
-    check_inner_learning_rate,
-)
+from lowrank_optax.optimizers.lookahead import Direction, check_direction, direction_of
 from lowrank_optax.states.arguments import refuse_unused, transformation
 from lowrank_optax.states.precision import widened
 
@@ -63,8 +59,8 @@ def extrapolate(
         number of steps. Where it is 0, the steps are the optimizer's.
       direction: What stands for the last gradient in :math:`h`: see `extrapolated_value_and_grad`.
       max_norm: Largest norm of that direction; None for no bound.
-      weight_dimension_numbers: Which leaves are stacked matrices, for ``direction="normalized"``:
-        see `scale_by_projection`.
+      weight_dimension_numbers: Which leaves are matrices, for ``direction="normalized"``: see
+        `scale_by_projection`.
 
     Returns:
       A transformation with the state `ExtrapolateState`: ``inner``'s, and one array of each
@@ -91,14 +87,13 @@ def extrapolate(
       Lin et al., Extrapolation for Large-batch Training in Deep Learning, 2020,
       https://arxiv.org/abs/2006.05720; extrapolation from the past: Popov, 1980.
     """
-    check_inner_learning_rate(inner_learning_rate)
+    check_direction(direction, max_norm, inner_learning_rate)
     if direction != "normalized":
         refuse_unused(
             extrapolate,
             f"direction={direction!r}",
             weight_dimension_numbers=weight_dimension_numbers,
         )
-    look = Lookahead.checked(direction, max_norm, weight_dimension_numbers)
     inner = transformation("inner", inner)
 
     def init_fn(params: optax.Params) -> ExtrapolateState:
@@ -110,7 +105,9 @@ def extrapolate(
     ) -> tuple[optax.Updates, ExtrapolateState]:
         count = optax.safe_increment(state.count)
         rate = inner_learning_rate(count) if callable(inner_learning_rate) else inner_learning_rate
-        ahead = look(jax.tree.map(_finite_part, updates))
+        # Number by number: to ask a whole array would cost a pass over it before any other.
+        finite = jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, jnp.zeros_like(g)), updates)
+        ahead = direction_of(finite, direction, max_norm, weight_dimension_numbers)
         scale = lambda zeta, old: (rate * zeta).astype(old.dtype)
         displacement = jax.tree.map(scale, ahead, state.displacement)
         previous, stored = _both(state.count, state.displacement, displacement)
@@ -192,11 +189,6 @@ def _leaf_by_leaf(count: jax.Array, previous: Any, new: Any) -> tuple[Any, Any]:
 
 def _zeros(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(jnp.zeros_like(x) for x in arrays)
-
-
-def _finite_part(g: jax.Array) -> jax.Array:
-    """Number by number: to ask a whole array would cost a pass over it before any other."""
-    return jnp.where(jnp.isfinite(g), g, jnp.zeros_like(g))
 
 
 def _added(params: Any, displacement: Any) -> Any:

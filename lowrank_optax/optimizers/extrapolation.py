@@ -1,26 +1,225 @@
 """Extrapolation: gradients taken at a point ahead of the weights, for training with large batches.
 
-The update is applied to the weights themselves. Whatever the optimizer, it gets these gradients in
-the place of those of the loss at the weights.
+The update is applied to the weights themselves. Any optimizer gets these gradients instead of those
+of the loss at the weights.
 """
 
 from collections.abc import Callable
-from typing import Any, get_args
+import dataclasses
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 import optax
 
 from lowrank_optax.matrices import DimensionNumbersRule
-from lowrank_optax.optimizers.extrapolated import ExtrapolatedValueAndGrad, Variant
 from lowrank_optax.optimizers.lookahead import (
     Direction,
     Distribution,
-    Lookahead,
-    Noise,
-    check_inner_learning_rate,
+    check_direction,
+    direction_of,
+    noise_like,
+    step_back,
+    zero_unless_finite,
 )
-from lowrank_optax.optimizers.workers import AxisName
+from lowrank_optax.optimizers.workers import (
+    AxisName,
+    mean,
+    number_of_workers,
+    over_groups,
+    own_gradients,
+    own_weights,
+    refuse_sharded,
+    worker_keys,
+)
 from lowrank_optax.states.arguments import refuse_unused
+
+Variant = Literal["past_local", "past_global", "fresh", "same", "noise", "none"]
+
+
+class ExtrapolationState(NamedTuple):
+    """State of `extrapolated_value_and_grad`.
+
+    Attributes:
+      count: Number of gradients so far, int32.
+      previous_gradient: The last gradient, in the parameters' shapes and dtypes; for
+        ``"past_local"`` with several workers, one for each, ``[workers, ...]``. ``()`` for variants
+        without. Zeros at the start, and after a gradient that was not finite.
+      key: Typed key of ``"noise"``, the same at all steps and on all workers; otherwise ``()``.
+    """
+
+    count: Any
+    previous_gradient: Any
+    key: Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ExtrapolatedValueAndGrad:
+    """What `extrapolated_value_and_grad` returns: pure functions, and what they were made with.
+
+    Attributes:
+      loss_fn: The loss; like all attributes but two as given to `extrapolated_value_and_grad`.
+      variant: Where to look.
+      inner_learning_rate: How far.
+      axis_name: The mesh axis of the workers.
+      local_groups: Number of workers on each device.
+      has_aux: Whether the loss returns more.
+      look: From a gradient to the direction of the step.
+      noise: From a key and the parameters to a random direction.
+      seed: Seed of the noise.
+    """
+
+    loss_fn: Callable[..., Any]
+    variant: Variant
+    inner_learning_rate: optax.ScalarOrSchedule
+    axis_name: AxisName | None
+    local_groups: int | None
+    has_aux: bool
+    look: Callable[[Any], Any]
+    noise: Callable[[jax.Array, Any], Any]
+    seed: int
+
+    def init(self, params: Any, workers: int | None = None) -> ExtrapolationState:
+        """The state before the first step.
+
+        Args:
+          params: The parameters.
+          workers: Number of workers of ``"past_local"`` on all devices: the size of the mesh axis
+            times ``local_groups``. Needed with ``axis_name``; None for ``local_groups``. Other
+            variants do not use it.
+
+        Returns:
+          The state. On several devices make it by
+          ``jax.jit(init, static_argnums=1, out_shardings=...)``, with the partitions that
+          `state_specs` gives: no device then holds the gradients of all workers.
+
+        Raises:
+          ValueError: If ``workers`` is missing or does not fit ``local_groups``, or parameters are
+            sharded over the axis of the workers.
+        """
+        refuse_sharded(params, self.axis_name)
+        previous: Any = ()
+        if self.variant == "past_local" and (self._has_workers or workers is not None):
+            count = number_of_workers(workers, self.axis_name, self.local_groups)
+            previous = jax.tree.map(lambda w: jnp.zeros((count, *w.shape), w.dtype), params)
+        elif self.variant in ("past_local", "past_global"):
+            previous = optax.tree.zeros_like(params)
+        key = jax.random.key(self.seed) if self.variant == "noise" else ()
+        return ExtrapolationState(jnp.zeros([], jnp.int32), previous, key)
+
+    def state_specs(self, param_specs: Any = None) -> ExtrapolationState:
+        """The partitions of the state, for ``shard_map`` and, on a mesh, ``out_shardings``.
+
+        Args:
+          param_specs: Partitions of the parameters, which may be sharded over other axes than the
+            workers'; a prefix of their tree, None if they are replicated.
+
+        Returns:
+          A state with a ``PartitionSpec`` for each array, or for a whole tree of them.
+        """
+        param_specs = PartitionSpec() if param_specs is None else param_specs
+        previous: Any = ()
+        if self.variant == "past_global":
+            previous = param_specs
+        elif self.variant == "past_local":
+            leading = (self.axis_name,) if self._has_workers else ()
+            is_spec = lambda x: isinstance(x, PartitionSpec)
+            local = lambda spec: PartitionSpec(*leading, *spec)
+            previous = jax.tree.map(local, param_specs, is_leaf=is_spec)
+        key = PartitionSpec() if self.variant == "noise" else ()
+        return ExtrapolationState(PartitionSpec(), previous, key)
+
+    def __call__(
+        self,
+        params: Any,
+        state: ExtrapolationState,
+        *args: Any,
+        independent: tuple[Any, ...] | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, Any, ExtrapolationState]:
+        """The loss ahead of ``params``, its gradient there, and the new state.
+
+        Args:
+          params: The weights, not extrapolated.
+          state: The state; inside ``shard_map`` the worker's part of it.
+          *args: What the loss takes after ``params``: the batch, keys of dropout. With
+            ``local_groups``, arrays ``[local_groups, ...]``.
+          independent: Arguments like ``args`` for the first pass of ``"fresh"``, with a batch and
+            keys of their own.
+          **kwargs: Further arguments of the loss, shared by all groups and both passes.
+
+        Returns:
+          The value (with ``has_aux`` a pair), the gradient in the parameters' dtypes, and the new
+          state; the loss and the gradient are means over all workers.
+
+        Raises:
+          ValueError: If ``independent`` is missing or of no use, the state is that of other
+            workers, or parameters are sharded over the axis of the workers.
+        """
+        if (independent is None) == (self.variant == "fresh"):
+            raise ValueError(
+                f"variant={self.variant!r} with independent={independent!r}: 'fresh', and no other "
+                "variant, takes independent=(batch, ...), the loss's arguments in the first pass."
+            )
+        if independent is not None and not isinstance(independent, tuple):
+            raise ValueError(
+                "independent must be a tuple of the loss's arguments after params, such as "
+                f"(batch,), not a {type(independent).__name__}."
+            )
+        own, groups = own_weights(params, self.axis_name), self.local_groups
+        rate = self.inner_learning_rate
+        rate = rate(state.count) if callable(rate) else rate
+        local = self.variant == "past_local"
+        keys: Any = ()
+        if self.variant == "noise":
+            key = jax.random.fold_in(state.key, state.count)
+            keys = worker_keys(key, self.axis_name, groups or 1)
+            keys = keys[0] if groups is None else keys
+
+        def point(previous: Any, key: Any, first: Any) -> Any:
+            """Where a worker takes its gradient."""
+            if self.variant == "none" or (isinstance(rate, int | float) and rate == 0):
+                return own
+            if self.variant in ("past_local", "past_global"):
+                return step_back(own, rate, self.look(previous))
+
+            def ahead(weights: Any) -> Any:
+                if self.variant == "noise":
+                    return step_back(weights, rate, self.noise(key, weights))
+                gradient = jax.grad(self.loss_fn, has_aux=self.has_aux)(weights, *first, **kwargs)
+                gradient = gradient[0] if self.has_aux else gradient
+                return step_back(weights, rate, self.look(zero_unless_finite(gradient)))
+
+            return jax.lax.cond(jnp.not_equal(rate, 0), ahead, lambda weights: weights, own)
+
+        def worker(previous: Any, key: Any, args: Any, first: Any) -> tuple[Any, Any, Any]:
+            at = point(previous if local else state.previous_gradient, key, first)
+            value_and_grad = jax.value_and_grad(self.loss_fn, has_aux=self.has_aux)
+            value, gradient = value_and_grad(at, *args, **kwargs)
+            return value, gradient, zero_unless_finite(gradient) if local else ()
+
+        own_last = own_gradients(state.previous_gradient, params, groups) if local else ()
+        inputs = own_last, keys, args, args if independent is None else independent
+        if groups is None:
+            value, gradient, kept = worker(*inputs)
+        else:
+            value, gradient, kept = over_groups(worker, own, groups, inputs)
+        gradient = mean(gradient, self.axis_name)
+        loss, *aux = value if self.has_aux else (value,)
+        loss = mean(jnp.mean(loss), self.axis_name)
+        previous = state.previous_gradient
+        if self.variant == "past_global":
+            previous = zero_unless_finite(gradient)
+        elif local:
+            previous = jax.tree.map(lambda g, old: g.reshape(old.shape), kept, previous)
+        state = ExtrapolationState(optax.safe_increment(state.count), previous, state.key)
+        value = (loss, *aux) if self.has_aux else loss
+        return value, gradient, state
+
+    @property
+    def _has_workers(self) -> bool:
+        return self.axis_name is not None or self.local_groups is not None
 
 
 def extrapolated_value_and_grad(
@@ -76,8 +275,8 @@ def extrapolated_value_and_grad(
         with the memory of one: the positional arguments then have a first axis of this size, and
         micro-batches are workers. (An optimizer in ``optax.MultiSteps`` would instead look ahead
         along the gradient of another part of the same batch.)
-      has_aux: Whether the loss returns more: of the pass at :math:`h` alone, so that running
-        statistics are updated once. It is the worker's own; stacked if there are ``local_groups``.
+      has_aux: Whether the loss returns more, taken from the pass at :math:`h` alone, so that
+        running statistics are updated once. It is the worker's own; stacked with ``local_groups``.
       direction: What is made of a gradient before it is :math:`\zeta`: ``"gradient"``, itself;
         ``"normalized"``, that of each weight divided by the root of its mean square, so that
         :math:`\hat\gamma` has the scale of Adam's learning rates; or a function of the tree of
@@ -90,7 +289,7 @@ def extrapolated_value_and_grad(
       weight_dimension_numbers: Which leaves are matrices, and how: see `scale_by_projection`.
         ``"normalized"`` takes layers that are stacked in a leaf one by one; ``filter_normalized``
         takes columns, which of other leaves the last axis counts.
-      seed: Of the noise; the step and the number of the worker are folded in.
+      seed: Seed of the noise; the step and the number of the worker are folded in.
 
     Returns:
       ``f`` with ``state = f.init(params)`` and ``value, gradients, state = f(params, state,
@@ -122,7 +321,9 @@ def extrapolated_value_and_grad(
         raise ValueError(f"variant={variant!r} must be one of {', '.join(get_args(Variant))}.")
     if local_groups is not None and local_groups < 1:
         raise ValueError(f"local_groups={local_groups} must be at least 1, or None.")
-    check_inner_learning_rate(inner_learning_rate)
+    check_direction(direction, max_norm, inner_learning_rate)
+    if noise not in get_args(Distribution):
+        raise ValueError(f"noise={noise!r} must be 'normal' or 'uniform'.")
     unused: dict[str, Any] = {}
     if variant != "noise":
         unused |= {"noise": noise, "filter_normalized": filter_normalized}
@@ -138,7 +339,7 @@ def extrapolated_value_and_grad(
         axis_name,
         local_groups,
         has_aux,
-        Lookahead.checked(direction, max_norm, weight_dimension_numbers),
-        Noise.checked(noise, filter_normalized, weight_dimension_numbers),
+        lambda gradient: direction_of(gradient, direction, max_norm, weight_dimension_numbers),
+        lambda key, w: noise_like(w, key, noise, filter_normalized, weight_dimension_numbers),
         seed,
     )

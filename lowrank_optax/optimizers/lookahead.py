@@ -1,8 +1,8 @@
-"""Where an extrapolation looks: the direction made of a gradient, or noise, and a step along it."""
+"""Where an extrapolation takes its gradients: a step along the last gradient, or along noise."""
 
 from collections.abc import Callable
 import functools
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,84 +22,73 @@ Direction: TypeAlias = NamedDirection | Callable[[Any], Any]
 Distribution = Literal["normal", "uniform"]
 
 
-class Lookahead(NamedTuple):
-    """How a gradient becomes a direction.
+def check_direction(
+    direction: Direction, max_norm: jax.typing.ArrayLike | None, rate: optax.ScalarOrSchedule
+) -> None:
+    """Raises ValueError where an argument is out of range."""
+    if isinstance(rate, int | float) and not rate >= 0:
+        raise ValueError(
+            f"inner_learning_rate={rate} must be 0 or positive: the step back to the point where "
+            "gradients are taken."
+        )
+    if not callable(direction) and direction not in get_args(NamedDirection):
+        raise ValueError(
+            f"direction={direction!r} must be 'gradient', 'normalized' or a function of the "
+            "gradients."
+        )
+    if isinstance(max_norm, int | float) and not max_norm > 0:
+        raise ValueError(f"max_norm={max_norm} must be positive, or None for no bound.")
 
-    Attributes:
+
+def direction_of(
+    gradient: Any,
+    direction: Direction,
+    max_norm: jax.typing.ArrayLike | None,
+    rule: DimensionNumbersRule,
+) -> Any:
+    """The direction that is made of a gradient, in float32 at least.
+
+    Args:
+      gradient: Tree of gradients.
       direction: The gradient itself, that of each weight scaled to a root mean square of 1, or a
         function of the tree of gradients.
       max_norm: Largest norm of the direction, over all leaves; None for no bound.
-      weight_dimension_numbers: Which leaves are stacked weights: see
-        `extrapolated_value_and_grad`.
+      rule: Which leaves are stacked weights.
     """
-
-    direction: Direction
-    max_norm: jax.typing.ArrayLike | None
-    weight_dimension_numbers: DimensionNumbersRule
-
-    @classmethod
-    def checked(
-        cls,
-        direction: Direction,
-        max_norm: jax.typing.ArrayLike | None,
-        rule: DimensionNumbersRule,
-    ) -> "Lookahead":
-        """Raises ValueError where an argument is out of range."""
-        if not callable(direction) and direction not in get_args(NamedDirection):
-            raise ValueError(
-                f"direction={direction!r} must be 'gradient', 'normalized' or a function of the "
-                "gradients."
-            )
-        if isinstance(max_norm, int | float) and not max_norm > 0:
-            raise ValueError(f"max_norm={max_norm} must be positive, or None for no bound.")
-        return cls(direction, max_norm, rule)
-
-    def __call__(self, gradient: Any) -> Any:
-        """The direction, with narrow floats in float32."""
-        found = widened(gradient)
-        if callable(self.direction):
-            found = self.direction(found)
-        elif self.direction == "normalized":
-            found = _each(_with_unit_mean_square, found, self.weight_dimension_numbers)
-        if self.max_norm is None:
-            return found
-        clip = optax.clip_by_global_norm(self.max_norm)
-        return clip.update(found, optax.EmptyState())[0]
+    found = widened(gradient)
+    if callable(direction):
+        found = direction(found)
+    elif direction == "normalized":
+        found = _each(_with_unit_mean_square, found, rule)
+    if max_norm is None:
+        return found
+    return optax.clip_by_global_norm(max_norm).update(found, optax.EmptyState())[0]
 
 
-class Noise(NamedTuple):
-    """Random directions, of mean 0 and variance 1 before they are scaled.
+def noise_like(
+    params: Any,
+    key: jax.Array,
+    distribution: Distribution,
+    filter_normalized: bool,
+    rule: DimensionNumbersRule,
+) -> Any:
+    """Noise of mean 0 and variance 1 in the parameters' shapes, in float32 at least.
 
-    Attributes:
-      distribution: Of each number.
-      filter_normalized: Whether each column of a weight has noise in proportion to its norm.
-      weight_dimension_numbers: Which axes are the columns: see `extrapolated_value_and_grad`.
+    Args:
+      params: The parameters.
+      key: PRNG key.
+      distribution: Distribution of each number.
+      filter_normalized: Whether to multiply it by the norm of its column of the weight.
+      rule: Which axes are the columns.
     """
-
-    distribution: Distribution
-    filter_normalized: bool
-    weight_dimension_numbers: DimensionNumbersRule
-
-    @classmethod
-    def checked(
-        cls, distribution: Distribution, filter_normalized: bool, rule: DimensionNumbersRule
-    ) -> "Noise":
-        """Raises ValueError if the distribution is unknown."""
-        if distribution not in get_args(Distribution):
-            raise ValueError(f"noise={distribution!r} must be 'normal' or 'uniform'.")
-        return cls(distribution, filter_normalized, rule)
-
-    def __call__(self, key: jax.Array, params: Any) -> Any:
-        """Noise in the parameters' shapes, with narrow floats in float32."""
-        half = 3.0**0.5  # of an interval of variance 1
-        uniform = functools.partial(jax.random.uniform, minval=-half, maxval=half)
-        sampler = jax.random.normal if self.distribution == "normal" else uniform
-        wide = widened(params)
-        drawn = optax.tree.random_like(key, wide, sampler)
-        if not self.filter_normalized:
-            return drawn
-        norms = _each(_column_norms, wide, self.weight_dimension_numbers)
-        return jax.tree.map(jnp.multiply, drawn, norms)
+    half = 3.0**0.5  # of an interval of variance 1
+    uniform = functools.partial(jax.random.uniform, minval=-half, maxval=half)
+    sampler = jax.random.normal if distribution == "normal" else uniform
+    wide = widened(params)
+    drawn = optax.tree.random_like(key, wide, sampler)
+    if not filter_normalized:
+        return drawn
+    return jax.tree.map(jnp.multiply, drawn, _each(_column_norms, wide, rule))
 
 
 def step_back(params: Any, rate: jax.typing.ArrayLike, direction: Any) -> Any:
@@ -109,18 +98,9 @@ def step_back(params: Any, rate: jax.typing.ArrayLike, direction: Any) -> Any:
 
 
 def zero_unless_finite(gradient: Any) -> Any:
-    """The tree, or zeros in its place if its norm, and so any of its numbers, is not finite."""
+    """The tree, or zeros if its norm, and so any of its numbers, is not finite."""
     keep = jnp.isfinite(optax.tree.norm(widened(gradient)))
     return jax.tree.map(lambda g: jnp.where(keep, g, jnp.zeros_like(g)), gradient)
-
-
-def check_inner_learning_rate(rate: optax.ScalarOrSchedule) -> None:
-    """Raises ValueError where a rate that is a number is negative."""
-    if isinstance(rate, int | float) and not rate >= 0:
-        raise ValueError(
-            f"inner_learning_rate={rate} must be 0 or positive: the step back to the point where "
-            "gradients are taken."
-        )
 
 
 def _each(
@@ -139,13 +119,13 @@ def _each(
 
 
 def _with_unit_mean_square(g: jax.Array, is_matrix: bool) -> jax.Array:
-    """Layers that are stacked are each scaled by itself."""
+    """Scales each of stacked layers by itself."""
     axes = (-2, -1) if is_matrix else None
     size = jnp.sqrt(jnp.mean(jnp.square(g), axes, keepdims=True))
     return jnp.where(size > 0, g / jnp.where(size > 0, size, 1), 0)
 
 
 def _column_norms(w: jax.Array, is_matrix: bool) -> jax.Array:
-    """The norm of each number's column. The last axis of what is no matrix counts columns too."""
+    """The norm of each number's column; the last axis of other leaves counts columns, too."""
     axes = -2 if is_matrix else tuple(range(w.ndim - 1))
     return jnp.broadcast_to(jnp.sqrt(jnp.sum(w**2, axes, keepdims=True)), w.shape)

@@ -145,7 +145,7 @@ OPTIMIZERS = (
     ),
     Fault(
         "look-ahead along a gradient that is not finite",
-        "lowrank_optax/optimizers/extrapolated.py",
+        "lowrank_optax/optimizers/extrapolation.py",
         "previous = zero_unless_finite(gradient)",
         "previous = gradient",
         ("tests/optimizers/test_extrapolation.py",),

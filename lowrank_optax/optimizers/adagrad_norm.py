@@ -1,8 +1,4 @@
-"""AdaGrad-Norm: gradient descent divided by the root of all squared norms so far.
-
-Ward, Wu and Bottou, 2019, https://arxiv.org/abs/1806.01811. One number where AdaGrad keeps one for
-each parameter; `optax.adagrad` is AdaGrad itself.
-"""
+"""AdaGrad-Norm: gradient descent divided by the root of the sum of squared norms so far."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,9 +17,8 @@ class ScaleByAdagradNormState(NamedTuple):
     """State of `scale_by_adagrad_norm`.
 
     Attributes:
-      sum_of_squares: Of all gradients so far: a float32 scalar (float64 if a parameter is); with
-        ``axis``, an array for each parameter, with 1 in the place of every axis that is summed
-        over.
+      sum_of_squares: Sum over all gradients so far: a float32 scalar (float64 if a parameter is);
+        with ``axis``, an array for each parameter, of size 1 along each axis that is summed over.
     """
 
     sum_of_squares: Any
@@ -55,7 +50,7 @@ def scale_by_adagrad_norm(
       A transformation with the state `ScaleByAdagradNormState`.
 
     Raises:
-      TypeError: If ``axis`` is no int, tuple or None.
+      TypeError: If ``axis`` is not an int, a tuple or None.
       ValueError: If ``initial_accumulator_value`` or ``eps`` is negative.
 
     Example:
@@ -85,22 +80,22 @@ def scale_by_adagrad_norm(
             return ScaleByAdagradNormState(first(params))
         # Made from the parameter, so that it has its sharding on an explicit mesh.
         zeros = lambda p: jnp.zeros_like(p, scalar_dtype(p))
-        start = lambda p: first(p) + _sum_of_squares(zeros(p), _kept_shape(p.shape, axis))
+        start = lambda p: first(p) + _sum_of_squares(zeros(p), _shape_of_sums(p.shape, axis))
         return ScaleByAdagradNormState(jax.tree.map(start, params))
 
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, ScaleByAdagradNormState]:
         del params, extra_args
-        wide = widened(updates)
+        converted = widened(updates)
         if axis is None:
-            sums = state.sum_of_squares + optax.tree.norm(wide, squared=True)
+            sums = state.sum_of_squares + optax.tree.norm(converted, squared=True)
             sums = sums.astype(state.sum_of_squares.dtype)
-            scaled = jax.tree.map(lambda g: g * _inverse_root(sums, eps), wide)
+            scaled = jax.tree.map(lambda g: g * _inverse_root(sums, eps), converted)
         else:
             add = lambda s, g: (s + _sum_of_squares(g, s.shape)).astype(s.dtype)
-            sums = jax.tree.map(add, state.sum_of_squares, wide)
-            scaled = jax.tree.map(lambda g, s: g * _inverse_root(s, eps), wide, sums)
+            sums = jax.tree.map(add, state.sum_of_squares, converted)
+            scaled = jax.tree.map(lambda g, s: g * _inverse_root(s, eps), converted, sums)
         return optax.tree.cast_like(scaled, updates), ScaleByAdagradNormState(sums)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -126,12 +121,11 @@ def adagrad_norm(
     It converges for any :math:`\eta`; ``optax.adagrad`` has a sum for each parameter instead.
 
     Args:
-      learning_rate: A float or an optax schedule; the distance that may be gone, rather than a
-        rate.
-      initial_accumulator_value: :math:`s_0`: see `scale_by_adagrad_norm`.
-      eps: Added to the sum under the root.
+      learning_rate: A float or an optax schedule; a distance rather than a rate.
+      initial_accumulator_value: As in `scale_by_adagrad_norm`.
+      eps: As in `scale_by_adagrad_norm`.
       weight_decay: Decoupled decay :math:`\lambda`.
-      axis: Axes whose slices have sums of their own: see `scale_by_adagrad_norm`.
+      axis: As in `scale_by_adagrad_norm`.
       weight_decay_mask: Which leaves decay: as ``mask`` of ``optax.adamw``.
       state_bits: Bits of the sums between steps, 8 or 4: see `low_bit`; None for float32.
 
@@ -139,8 +133,8 @@ def adagrad_norm(
       The optimizer.
 
     Raises:
-      TypeError: If ``axis`` is no int, tuple or None.
-      ValueError: If ``initial_accumulator_value`` or ``eps`` is negative.
+      TypeError: As `scale_by_adagrad_norm`.
+      ValueError: As `scale_by_adagrad_norm`.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro, optax
@@ -161,11 +155,11 @@ def adagrad_norm(
     return optimizer(scaled, learning_rate, weight_decay, weight_decay_mask, state_bits=state_bits)
 
 
-def _kept_shape(shape: tuple[int, ...], axis: int | tuple[int, ...]) -> tuple[int, ...]:
-    """The shape with 1 in the place of all axes but these."""
+def _shape_of_sums(shape: tuple[int, ...], axis: int | tuple[int, ...]) -> tuple[int, ...]:
+    """The shape with size 1 along all axes but these."""
     axes = (axis,) if isinstance(axis, int) else axis
-    kept = {a % len(shape) for a in axes if -len(shape) <= a < len(shape)}
-    return tuple(d if i in kept else 1 for i, d in enumerate(shape))
+    named = {a % len(shape) for a in axes if -len(shape) <= a < len(shape)}
+    return tuple(d if i in named else 1 for i, d in enumerate(shape))
 
 
 def _sum_of_squares(gradient: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -131,7 +131,7 @@ def extrapolation_eval_params(params: optax.Params, state: optax.OptState) -> op
         ``optax.masked``, or several times under ``optax.partition``.
 
     Returns:
-      A tree like ``params``, of the same dtypes.
+      A tree with the structure, shapes and dtypes of ``params``.
 
     Raises:
       ValueError: If there is no state of `extrapolate`.

@@ -202,9 +202,9 @@ class ExtrapolatedValueAndGrad:
         own_last = own_gradients(state.previous_gradient, params, groups) if local else ()
         inputs = own_last, keys, args, args if independent is None else independent
         if groups is None:
-            value, gradient, kept = worker(*inputs)
+            value, gradient, last = worker(*inputs)
         else:
-            value, gradient, kept = over_groups(worker, own, groups, inputs)
+            value, gradient, last = over_groups(worker, own, groups, inputs)
         gradient = mean(gradient, self.axis_name)
         loss, *aux = value if self.has_aux else (value,)
         loss = mean(jnp.mean(loss), self.axis_name)
@@ -212,7 +212,7 @@ class ExtrapolatedValueAndGrad:
         if self.variant == "past_global":
             previous = zero_unless_finite(gradient)
         elif local:
-            previous = jax.tree.map(lambda g, old: g.reshape(old.shape), kept, previous)
+            previous = jax.tree.map(lambda g, old: g.reshape(old.shape), last, previous)
         state = ExtrapolationState(optax.safe_increment(state.count), previous, state.key)
         value = (loss, *aux) if self.has_aux else loss
         return value, gradient, state
@@ -277,7 +277,7 @@ def extrapolated_value_and_grad(
         along the gradient of another part of the same batch.)
       has_aux: Whether the loss returns more, taken from the pass at :math:`h` alone, so that
         running statistics are updated once. It is the worker's own; stacked with ``local_groups``.
-      direction: What is made of a gradient before it is :math:`\zeta`: ``"gradient"``, itself;
+      direction: How a gradient becomes :math:`\zeta`: ``"gradient"``, as it is;
         ``"normalized"``, that of each weight divided by the root of its mean square, so that
         :math:`\hat\gamma` has the scale of Adam's learning rates; or a function of the tree of
         gradients (in float32), such as Adam's preconditioner.

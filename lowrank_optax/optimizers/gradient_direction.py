@@ -1,6 +1,6 @@
 """Direction rules: updates of any optimizer, made to agree with the sign of the current gradient.
 
-Momentum remembers directions that the loss has since turned away from. Grams (Gradient descent with
+Momentum remembers directions that the current gradient disagrees with. Grams (Gradient descent with
 adaptive momentum scaling) takes only the size of an update from the optimizer, and its sign from
 the gradient; a cautious optimizer leaves out the elements that disagree with the gradient.
 """
@@ -62,13 +62,13 @@ def with_gradient_direction(
     Args:
       inner: Any optax transformation that answers a gradient with an update of its shape.
       mode: ``"grams"`` or ``"cautious"``.
-      scale: What the updates kept by ``"cautious"`` are multiplied by; Grams has none.
+      scale: Factor of the elements that ``"cautious"`` leaves in; Grams has none.
       along_gradient: Whether ``inner`` is a ``scale_by_...`` transformation, whose updates point
-        along the gradient until ``optax.scale_by_learning_rate`` turns them round. False for whole
+        along the gradient until ``optax.scale_by_learning_rate`` negates them. False for whole
         optimizers such as ``optax.adam(1e-3)``, whose updates are added to the parameters.
       weight_dimension_numbers: Which leaves are matrices, and how, for the means of ``"cautious"``:
         see ``lowrank_optax.matrices.resolve_dimension_numbers``. Axes it does not name are those of
-        stacked layers; a leaf that is no matrix has the leading ones that everything in its subtree
+        stacked layers; a leaf that is not a matrix has the leading ones that its whole subtree
         shares. In projected space, where leaves are ``[*batch, r, n]``, leave it None or give
         ``WeightDimensionNumbers(-2, -1)``.
 
@@ -111,11 +111,10 @@ def direct(
     weight_dimension_numbers: DimensionNumbersRule,
     signs: Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """`with_gradient_direction`, which may be told where in ``inner``'s state its signs are.
+    """`with_gradient_direction` with ``signs(state)``: arrays with the signs of the updates.
 
-    Cautious scales wait for a sum over a whole weight. From ``signs(state)``, a tree of arrays with
-    the signs of ``inner``'s updates such as Adam's first moment, that sum needs no updates; from
-    the updates themselves, a compiler may keep them in memory until it is known.
+    Cautious scales need a sum over a whole weight. With the signs of Adam's first moment that sum
+    needs no updates, which a compiler may otherwise hold in memory until it is known.
     """
     if mode not in get_args(Mode):
         raise ValueError(f"mode={mode!r} must be 'grams' or 'cautious'.")
@@ -171,9 +170,9 @@ def direct(
 def weight_axes(rule: DimensionNumbersRule, tree: Any) -> list[_Axes]:
     """The axes that make up one weight, for each leaf: all but those of stacked layers.
 
-    A matrix has the axes its dimension numbers name. Another leaf has all of its own, but for
-    leading ones that it shares with every leaf of a subtree in which they are batch axes of every
-    matrix: the scale ``[layers, d]`` of a norm beside kernels ``[layers, d, d]``.
+    A matrix has the axes its dimension numbers name. Another leaf has all axes but leading ones
+    that it shares with a subtree in which they are batch axes of every matrix: the scale
+    ``[layers, d]`` of a norm beside kernels ``[layers, d, d]``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -220,8 +219,7 @@ def _leading_batch_axes(shapes: list[tuple[int, ...]], matrices: list[_Axes]) ->
 
 
 def _mask_scales(scale: MaskScale, signs: Any, directions: Any, axes: list[_Axes]) -> Any:
-    """What makes up, in each weight, for the elements whose sign is not the direction's: in float32
-    at least, since it may be as large as a weight has elements."""
+    """Factors that make up for the elements left out of each weight, in float32 at least."""
     leaves, treedef = jax.tree.flatten(directions)
     scales = []
     for direction, sign, own in zip(leaves, treedef.flatten_up_to(signs), axes, strict=True):

@@ -53,15 +53,13 @@ def grams(
       b2: Decay of the second moment.
       eps: Added to the root of the second moment.
       weight_decay: Decoupled decay :math:`\lambda`.
-      eps_placement: Whether ``eps`` is added before the second moment is corrected for its start at
-        zero, as in the official code and the formula above, or after, as in the paper and in
-        ``optax.adam``: before, it acts as :math:`\epsilon / \sqrt{1 - \beta_2^t}` would after, 32
-        times as much at the first step.
-      bias_correction: False leaves out the factor of both square root and :math:`1 - \beta_1^t`.
-      decay_placement: Whether the weights decay as they are before the step, or after it: see
-        `galore`.
+      eps_placement: Whether ``eps`` is added before bias correction, as in the official code and
+        the formula above, or after it, as in the paper and in ``optax.adam``. Before, it acts as
+        :math:`\epsilon / \sqrt{1 - \beta_2^t}` would after: 32 times as much at the first step.
+      bias_correction: False leaves out the factor of square root and :math:`1 - \beta_1^t`.
+      decay_placement: Whether weights decay before the step or after it: see `galore`.
       weight_decay_mask: Which leaves decay: as ``mask`` of ``optax.adamw``.
-      mu_dtype: Of the first moment; float32 if None.
+      mu_dtype: Dtype of the first moment; None for float32.
       state_bits: Bits of the moments between steps, 8 or 4: see `low_bit`; None for float32.
 
     Returns:
@@ -133,17 +131,15 @@ def cautious_adamw(
       b2: Decay of the second moment.
       eps: Added to the root of the second moment.
       weight_decay: Decoupled decay :math:`\lambda`, which is not masked.
-      scale: What the kept elements of a weight are multiplied by: ``"mean_clamped"``,
-        ``"count_plus_one"`` (the paper) or ``"none"``: see `with_gradient_direction`.
-      eps_placement: Before or after bias correction: see `grams`; the official code's is before.
-      bias_correction: See `grams`.
-      decay_placement: Whether the weights decay as they are before the step, or after it: see
-        `galore`.
-      weight_decay_mask: Which leaves decay: as ``mask`` of ``optax.adamw``.
-      mu_dtype: Of the first moment; float32 if None.
-      state_bits: Bits of the moments between steps, 8 or 4: see `low_bit`; None for float32.
-      weight_dimension_numbers: Which axes are those of stacked layers, each with a scale of its
-        own: see `with_gradient_direction`.
+      scale: Factor of the elements left in a weight: see `with_gradient_direction`.
+      eps_placement: As in `grams`; the official code adds ``eps`` before bias correction.
+      bias_correction: As in `grams`.
+      decay_placement: As in `grams`.
+      weight_decay_mask: As in `grams`.
+      mu_dtype: As in `grams`.
+      state_bits: As in `grams`.
+      weight_dimension_numbers: Which axes are those of stacked layers, each with its own scale: see
+        `with_gradient_direction`.
 
     Returns:
       The optimizer. It needs ``params`` only to decay them.

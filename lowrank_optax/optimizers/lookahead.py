@@ -46,7 +46,7 @@ def direction_of(
     max_norm: jax.typing.ArrayLike | None,
     rule: DimensionNumbersRule,
 ) -> Any:
-    """The direction that is made of a gradient, in float32 at least.
+    """The direction of the step for a gradient, in float32 at least.
 
     Args:
       gradient: Tree of gradients.
@@ -84,11 +84,11 @@ def noise_like(
     half = 3.0**0.5  # of an interval of variance 1
     uniform = functools.partial(jax.random.uniform, minval=-half, maxval=half)
     sampler = jax.random.normal if distribution == "normal" else uniform
-    wide = widened(params)
-    drawn = optax.tree.random_like(key, wide, sampler)
+    params = widened(params)
+    drawn = optax.tree.random_like(key, params, sampler)
     if not filter_normalized:
         return drawn
-    return jax.tree.map(jnp.multiply, drawn, _each(_column_norms, wide, rule))
+    return jax.tree.map(jnp.multiply, drawn, _each(_column_norms, params, rule))
 
 
 def step_back(params: Any, rate: jax.typing.ArrayLike, direction: Any) -> Any:

@@ -1,7 +1,7 @@
 """NAG-GS: momentum as a semi-implicit Gauss-Seidel step of an accelerated gradient flow.
 
-The paper's x and v are the parameters and a point that they are drawn to. Kept is v - x alone: in
-the gradients' own scale, it may be stored in few bits, and needs no parameters.
+The paper's x and v are the parameters and a point that attracts them. The state is v - x alone: it
+has the gradients' scale, so that 8 or 4 bits may hold it, and it needs no parameters.
 """
 
 import math
@@ -154,8 +154,8 @@ def nag_gs(
       \gamma \leftarrow \frac{\gamma + \alpha\mu}{1 + \alpha}, \qquad
       x \leftarrow \frac{x + \alpha v}{1 + \alpha}.
 
-    Kept is v - x: one tensor for each parameter. The method is gradient descent with momentum in
-    other coordinates, with a rate and a momentum that `to_heavy_ball` tells: compare at those.
+    The state is v - x: one tensor for each parameter. The method is gradient descent with momentum
+    in other coordinates, with the rate and momentum of `to_heavy_ball`: compare at those.
 
     Args:
       learning_rate: The step :math:`\alpha`, a float or an optax schedule. The official code takes
@@ -164,8 +164,8 @@ def nag_gs(
       gamma: As in `scale_by_nag_gs`; the official code takes 1.5 (JAX) or 1.0 (PyTorch).
       constant_gamma: As in `scale_by_nag_gs`.
       paper_start: As in `scale_by_nag_gs`.
-      weight_decay: Decoupled decay: each update takes off so much of the weights, times the
-        learning rate of the heavy ball that the update is, as in SGD with that rate.
+      weight_decay: Decoupled decay, times the learning rate of `to_heavy_ball`, as in SGD with that
+        rate.
       weight_decay_mask: Which leaves decay: as ``mask`` of ``optax.adamw``.
       state_dtype: As in `scale_by_nag_gs`.
       state_bits: Bits of the momentum between steps, 8 or 4: see `low_bit`; None for
@@ -217,8 +217,8 @@ def nag_gs(
 
 
 def _with_decay(tx: Any, decay_of: Any, mask: Any) -> optax.GradientTransformationExtraArgs:
-    """``tx``, and the weights made smaller by a share that depends on its state before it."""
-    wide = in_float32(tx)  # one rounding of the sum
+    """``tx``, and decay of the weights by a share that depends on its state before the update."""
+    tx = in_float32(tx)  # one rounding of the sum
 
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
@@ -227,29 +227,26 @@ def _with_decay(tx: Any, decay_of: Any, mask: Any) -> optax.GradientTransformati
             raise ValueError(
                 "nag_gs with weight_decay needs params: call tx.update(grads, state, params)."
             )
-        new, after = wide.update(updates, state, params, **extra_args)
+        new, after = tx.update(updates, state, params, **extra_args)
         own = state.inner if isinstance(state, LowBitState) else state
         decay = optax.add_decayed_weights(-decay_of(own, scalar_dtype(updates)), mask)
         params = widened(params)
         return decay.update(new, decay.init(params), params)[0], after
 
-    return keep_dtypes(optax.GradientTransformationExtraArgs(wide.init, update_fn))
+    return keep_dtypes(optax.GradientTransformationExtraArgs(tx.init, update_fn))
 
 
 def _check(learning_rate: Any, mu: Any, gamma: Any, constant_gamma: bool) -> None:
-    """Refuses numbers out of range; what is traced is left alone."""
-    if _is_number(learning_rate) and not 0 <= learning_rate < math.inf:
+    """Refuses numbers out of range, but does not look at traced ones."""
+    is_number = lambda x: isinstance(x, int | float)
+    if is_number(learning_rate) and not 0 <= learning_rate < math.inf:
         raise ValueError(f"learning_rate={learning_rate!r} must be a number of at least 0.")
-    if _is_number(gamma) and not 0 < gamma < math.inf:
+    if is_number(gamma) and not 0 < gamma < math.inf:
         raise ValueError(f"gamma={gamma!r} must be a number above 0.")
-    if _is_number(mu) and constant_gamma and not 0 <= mu < math.inf:
+    if is_number(mu) and constant_gamma and not 0 <= mu < math.inf:
         raise ValueError(f"mu={mu!r} must be a number of at least 0.")
-    if _is_number(mu) and not constant_gamma and not 0 < mu < math.inf:
+    if is_number(mu) and not constant_gamma and not 0 < mu < math.inf:
         raise ValueError(
             f"mu={mu!r} must be a number above 0, since gamma tends to it; with "
             "constant_gamma=True it may be 0."
         )
-
-
-def _is_number(x: Any) -> bool:
-    return isinstance(x, int | float)

@@ -1,4 +1,4 @@
-"""What NAG-GS does on a quadratic, in closed form; and the heavy ball that it is."""
+"""NAG-GS as heavy-ball momentum, and its convergence on a quadratic in closed form."""
 
 import math
 from typing import Any, NamedTuple
@@ -24,8 +24,7 @@ class NagGsQuadratic(NamedTuple):
     Attributes:
       learning_rate: The step with the fastest convergence.
       critical_learning_rate: The step from which on it diverges; infinite if none does.
-      spectral_radius: What the error is multiplied by in a step, in the long run, at
-        ``learning_rate``.
+      spectral_radius: Factor of the error per step, in the long run, at ``learning_rate``.
     """
 
     learning_rate: float
@@ -34,7 +33,7 @@ class NagGsQuadratic(NamedTuple):
 
 
 def to_heavy_ball(learning_rate: Any, mu: Any, gamma: Any) -> HeavyBall:
-    r"""The learning rate and momentum of the gradient descent that NAG-GS is.
+    r"""The learning rate and momentum of gradient descent with the iterates of NAG-GS.
 
     With the step :math:`\alpha` and a constant :math:`\gamma`, the iterates are exactly those of
     ``optax.sgd(learning_rate, momentum)`` with
@@ -121,7 +120,7 @@ def nag_gs_quadratic(mu: float, L: float, gamma: float) -> NagGsQuadratic:
 def nag_gs_stationary_variance(
     learning_rate: Any, mu: Any, gamma: Any, curvature: Any, noise: Any
 ) -> Any:
-    r"""The variance of an iterate of NAG-GS that a noisy gradient keeps from coming to rest.
+    r"""The stationary variance of an iterate of NAG-GS under gradient noise.
 
     Along an eigenvector of a quadratic with eigenvalue :math:`\lambda`, with a constant gamma and
     gradient noise of the standard deviation :math:`\sigma_g`, independent from step to step,

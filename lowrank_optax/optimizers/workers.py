@@ -114,16 +114,16 @@ def own_gradients(previous: Any, params: Any, groups: int | None) -> Any:
 def over_groups(
     worker: Callable[..., tuple[Any, Any, Any]], params: Any, groups: int, inputs: Any
 ) -> tuple[Any, Any, Any]:
-    """Runs ``worker(*inputs) -> (value, gradient, kept)`` for groups in turn.
+    """Runs ``worker(*inputs) -> (value, gradient, last)`` for groups in turn.
 
     Args:
-      worker: What a group does.
+      worker: Function of one group's inputs.
       params: The weights, for the shapes of gradients.
       groups: Number of groups.
       inputs: Trees of arrays ``[groups, ...]``.
 
     Returns:
-      The values, stacked; the mean of the gradients; and what is kept, stacked.
+      The values, stacked; the mean of the gradients; and the third results, stacked.
     """
     for path, leaf in jax.tree_util.tree_leaves_with_path(inputs):
         if jnp.shape(leaf)[:1] != (groups,):
@@ -134,11 +134,11 @@ def over_groups(
             )
 
     def body(total: Any, group: Any) -> tuple[Any, Any]:
-        value, gradient, kept = worker(*group)
+        value, gradient, last = worker(*group)
         total = jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, gradient)
-        return total, (value, kept)
+        return total, (value, last)
 
     zeros = optax.tree.zeros_like(widened(params))
-    total, (values, kept) = jax.lax.scan(body, zeros, inputs, length=groups)
+    total, (values, last) = jax.lax.scan(body, zeros, inputs, length=groups)
     average = jax.tree.map(lambda t, w: (t / groups).astype(w.dtype), total, params)
-    return values, average, kept
+    return values, average, last

@@ -55,8 +55,8 @@ def load_huggingface(
 
     Args:
         folder: holds config.json and model.safetensors, or its shards and their index.
-        dtype: of the activations; None means that of the weights.
-        param_dtype: of the weights; None means that of the file's embedding.
+        dtype: dtype of the activations; None means that of the weights.
+        param_dtype: dtype of the weights; None means that of the file's embedding.
         scan_layers: as in `Decoder`.
         remat: as in `Decoder`.
         activation_bits: as in `Decoder`.
@@ -121,9 +121,9 @@ def save_huggingface(
 ) -> None:
     """Saves config.json and safetensors, which transformers loads.
 
-    Everything is written to a hidden folder beside `folder`, which takes its place at the end;
-    a save that fails leaves an earlier one as it was. Other files in an earlier folder (a
-    tokenizer, say) are kept.
+    Everything is written to a hidden folder beside `folder`, which replaces it at the end; a save
+    that fails leaves an earlier one as it was. Other files in an earlier folder (a tokenizer, say)
+    stay.
 
     Args:
         model: the decoder, without adapters (merge or detach them first).

@@ -93,8 +93,8 @@ def read_json(source: str | os.PathLike) -> Mapping[str, Any]:
     """The object in a config.json.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no JSON object.
+        FileNotFoundError: the file does not exist.
+        ValueError: it is not a JSON object.
     """
     path = config_file(source)
     if not path.is_file():
@@ -117,8 +117,8 @@ def fields_from_huggingface(
 
     Args:
         source: the parsed config.json.
-        names: of the fields.
-        kinds: what they may be.
+        names: names of the fields.
+        kinds: kinds of the fields.
 
     Raises:
         ValueError: a field is of another kind, or asks for something that is not done.

@@ -11,7 +11,7 @@ import optax
 
 from lowrank_optax.matrices import explicit_sharding
 from lowrank_optax.matrices.paths import leaves_by_path
-from lowrank_optax.states.moments import FIRST_MOMENTS, SECOND_MOMENTS, field
+from lowrank_optax.states.moment_names import FIRST_MOMENTS, SECOND_MOMENTS, field
 
 # Names of arrays that a basis has no part in: the coefficients of Muon's iteration.
 CONSTANTS = ("ns_coeffs",)

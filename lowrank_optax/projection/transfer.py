@@ -10,7 +10,7 @@ import optax
 from lowrank_optax.projection import moments
 from lowrank_optax.projection.subspaces import base
 from lowrank_optax.projection.view import View
-from lowrank_optax.states.moments import FIRST_MOMENTS, field
+from lowrank_optax.states.moment_names import FIRST_MOMENTS, field
 
 OnRefresh: TypeAlias = Literal["keep", "reset", "rotate", "rotate_moments"]
 CHOICES = ("keep", "reset", "rotate", "rotate_moments")

@@ -10,7 +10,7 @@ from lowrank_optax.layers.powerpropagation.power import Alpha, power, root, slop
 from lowrank_optax.layers.powerpropagation.reparameterisation import check_alpha, refuse_zeros
 from lowrank_optax.layers.powerpropagation.where import Where, map_selected
 from lowrank_optax.states.arguments import transformation
-from lowrank_optax.states.moments import moment_kinds
+from lowrank_optax.states.moment_names import moment_kinds
 from lowrank_optax.states.precision import in_float32, keep_dtypes
 
 Mode: TypeAlias = Literal["plain", "weight_space"]

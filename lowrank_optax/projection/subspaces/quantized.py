@@ -7,9 +7,11 @@ import jax.numpy as jnp
 
 from lowrank_optax.projection.subspaces import base
 from lowrank_optax.projection.view import View
-from lowrank_optax.quantization import Affine, affine_dequantize, affine_quantize
+from lowrank_optax.quantization import Affine, BlockFormat, code_map, dequantize, quantize
 
 BasisBits = Literal[16, 8, 4]
+
+BLOCK_SIZE = 256
 
 
 def quantized(rule: base.Subspace, bits: BasisBits = 16) -> base.Subspace:
@@ -87,11 +89,13 @@ def _widened(basis: Any, view: View) -> Any:
 
 
 def _coder(bits: Any) -> Any:
+    fmt = BlockFormat(code_map("affine", bits), BLOCK_SIZE)
+
     def encode(basis: jax.Array, view: View) -> Affine:
         _check_floats(basis)
 
         def one(matrix: jax.Array) -> Affine:
-            codes = affine_quantize(matrix, bits)
+            codes = quantize(matrix, fmt)
             # Codes can not tell that a basis is no good; scales can.
             bad = jnp.where(jnp.all(jnp.isfinite(matrix)), 0.0, jnp.nan)
             return codes._replace(scales=codes.scales + bad)
@@ -102,9 +106,11 @@ def _coder(bits: Any) -> Any:
 
 
 def _decoder(bits: Any) -> Any:
+    fmt = BlockFormat(code_map("affine", bits), BLOCK_SIZE)
+
     def decode(basis: Affine, view: View) -> jax.Array:
         shape = (view.length, view.rank)
-        one = lambda codes: affine_dequantize(codes, shape, bits)
+        one = lambda codes: dequantize(codes, fmt, shape)
         return _for_each(one, view)(basis).astype(view.dtype)
 
     return decode

@@ -13,7 +13,7 @@ import optax
 from lowrank_optax.matrices import explicit_sharding
 from lowrank_optax.matrices.paths import leaves_by_path
 from lowrank_optax.projection.view import View
-from lowrank_optax.states.moments import FIRST_MOMENTS, SECOND_MOMENTS, field
+from lowrank_optax.states.moment_names import FIRST_MOMENTS, SECOND_MOMENTS, field
 
 OnRefresh: TypeAlias = Literal["keep", "reset", "rotate", "rotate_moments"]
 

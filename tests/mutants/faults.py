@@ -343,7 +343,7 @@ ACTIVATIONS = (
     ),
     Fault(
         "NaN takes its whole block along",
-        "lowrank_optax/activations/block_codes.py",
+        "lowrank_optax/quantization/blocks.py",
         "jnp.where(jnp.isfinite(blocks), blocks, 0)",
         "blocks",
         ("tests/activations/test_gated.py",),
@@ -357,7 +357,7 @@ ACTIVATIONS = (
     ),
     Fault(
         "number on a boundary coded as above it",
-        "lowrank_optax/activations/coding.py",
+        "lowrank_optax/quantization/maps.py",
         "code += jnp.where(x > boundary, above - below, 0)",
         "code += jnp.where(x >= boundary, above - below, 0)",
         ("tests/activations/test_coding.py",),
@@ -465,8 +465,8 @@ BELOW = (
     Fault(
         "second moments in few bits may be zero",
         "lowrank_optax/states/low_bit.py",
-        "BlockFormat(code_map(map, bits, signed=False), size, positive=True)",
-        "BlockFormat(code_map(map, bits, signed=False), size)",
+        "BlockFormat(unsigned, size, positive=True)",
+        "BlockFormat(unsigned, size)",
         ("tests/states/test_low_bit.py",),
     ),
     Fault(

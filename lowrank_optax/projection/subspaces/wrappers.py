@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from lowrank_optax.matrices import explicit_sharding
 from lowrank_optax.projection.subspaces import base
 from lowrank_optax.projection.view import View
-from lowrank_optax.quantization import Affine, affine_dequantize, affine_quantize
+from lowrank_optax.quantization import Affine, BlockFormat, code_map, dequantize, quantize
 
 BasisBits = Literal[16, 8, 4]
 
@@ -296,6 +296,7 @@ def _from_bfloat16(basis: Any, view: View) -> Any:
 
 def _affine_coder(bits: Any) -> tuple[Any, Any]:
     """How a basis is encoded and decoded, each matrix of the batch by itself."""
+    fmt = BlockFormat(code_map("affine", bits), 256)
 
     def over_batch(function: Any, view: View) -> Any:
         for _ in view.batch:
@@ -303,7 +304,7 @@ def _affine_coder(bits: Any) -> tuple[Any, Any]:
         return function
 
     def encode_one(matrix: jax.Array) -> Affine:
-        codes = affine_quantize(matrix, bits)
+        codes = quantize(matrix, fmt)
         # Codes can not tell that a basis is not finite; scales can.
         bad = jnp.where(jnp.all(jnp.isfinite(matrix)), 0.0, jnp.nan)
         return codes._replace(scales=codes.scales + bad)
@@ -313,7 +314,7 @@ def _affine_coder(bits: Any) -> tuple[Any, Any]:
         return over_batch(encode_one, view)(basis)
 
     def decode(basis: Affine, view: View) -> jax.Array:
-        one = lambda codes: affine_dequantize(codes, (view.length, view.rank), bits)
+        one = lambda codes: dequantize(codes, fmt, (view.length, view.rank))
         return over_batch(one, view)(basis).astype(view.dtype)
 
     return encode, decode

@@ -27,7 +27,7 @@ def moment_kinds(state: Any) -> list[Kind | None]:
 
     Example:
       >>> import jax.numpy as jnp, optax
-      >>> from lowrank_optax.states.moments import moment_kinds
+      >>> from lowrank_optax.states.moment_names import moment_kinds
       >>> moment_kinds(optax.adam(1e-3).init({"v": jnp.ones(2)}))
       [None, 'signed', 'unsigned']
     """

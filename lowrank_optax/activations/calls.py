@@ -22,9 +22,9 @@ from lowrank_optax.activations.finding import (
     check_functions,
     values_of,
 )
-from lowrank_optax.activations.packing import PackingName
 from lowrank_optax.activations.rewriting import Rewriter, Site
 from lowrank_optax.matrices.paths import compiled_pattern
+from lowrank_optax.quantization.packing import PackingName
 
 P = ParamSpec("P")
 R = TypeVar("R")

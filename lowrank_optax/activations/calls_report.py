@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from lowrank_optax.activations.finding import Var
 from lowrank_optax.activations.rewriting import Site
 from lowrank_optax.modules.report import Report, Table
-from lowrank_optax.slices.programs import scan_operands
+from lowrank_optax.compat.jax import scan_operands
 
 
 class CallsRow(NamedTuple):

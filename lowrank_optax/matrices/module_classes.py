@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 import functools
 from typing import Any, NamedTuple, TypeAlias
 
+from lowrank_optax.compat.flax import set_class
+
 Wrapper: TypeAlias = Callable[[type], Mapping[str, Callable[..., Any]]]
 """From a class to the methods that its subclass gets. Hashable: equal ones give the same class."""
 
@@ -26,8 +28,7 @@ def set_wrapper(module: Any, name: str, wrapper: Wrapper | None) -> None:
     if wrapper is not None:
         wrappers[name] = wrapper
     made = _wrapped(vars(cls).get("_class_without_wrappers", cls), tuple(sorted(wrappers.items())))
-    # NNX's own setattr would take note of the class as of an attribute.
-    object.__setattr__(module, "__class__", made)
+    set_class(module, made)
 
 
 def wrapper_of(module: Any, name: str) -> Wrapper | None:

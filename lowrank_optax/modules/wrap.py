@@ -10,6 +10,7 @@ import functools
 import types
 from typing import Any, NamedTuple, TypeAlias
 
+from lowrank_optax.compat.flax import set_class
 from lowrank_optax.matrices.selection import Path
 
 Around: TypeAlias = Callable[..., Any]
@@ -49,18 +50,27 @@ def wrap(
       module: A ``flax.nnx.Module``. A wrap of the same name is replaced.
       name: Name of the wrap. The last name in the alphabet is the outermost wrap, whatever came
         first, so that the same wraps make the same class.
-      around: What runs instead of the methods.
+      around: What runs instead of the methods; or a class, a mixin whose methods and properties
+        come before the module's own (``methods`` are then not used).
       methods: Names of methods of the module's class.
       innermost: Whether the wrap is inside all others: it computes the layer's own product.
     """
-    cls = type(module)
     wraps = {each.name: each for each in _wraps(module)}
     wraps.pop(name, None)
     if around is not None:
         wraps[name] = _Wrap(name, around, tuple(methods), innermost)
-    own = vars(cls).get("_class_without_wraps", cls)
-    made = _wrapped(own, tuple(sorted(wraps.values(), key=lambda each: each.order)))
-    set_class(module, made)
+    ordered = tuple(sorted(wraps.values(), key=lambda each: each.order))
+    set_class(module, _wrapped(own_class(module), ordered))
+
+
+def own_class(module: Any) -> type:
+    """The class of a module without its wraps."""
+    return vars(type(module)).get("_class_without_wraps", type(module))
+
+
+def set_own_class(module: Any, cls: type) -> None:
+    """Changes the class of a module below its wraps, which stay."""
+    set_class(module, _wrapped(cls, _wraps(module)))
 
 
 def unwrap(model: Any, name: str) -> list[Path]:
@@ -92,11 +102,14 @@ def _wraps(module: Any) -> tuple[_Wrap, ...]:
 def _wrapped(cls: type, wraps: tuple[_Wrap, ...]) -> type:
     made = cls
     for count, each in enumerate(wraps, 1):
-        body: dict[str, Any] = {n: _method(getattr(made, n), each.around) for n in each.methods}
+        is_mixin = isinstance(each.around, type)
+        bases = (each.around, made) if is_mixin else (made,)
+        methods = () if is_mixin else each.methods
+        body: dict[str, Any] = {n: _method(getattr(made, n), each.around) for n in methods}
         body |= {n: getattr(cls, n) for n in ("__module__", "__qualname__", "__doc__")}
         body |= {"_class_without_wraps": cls, "_wraps": wraps[:count]}
         body |= made_by(_wrapped, cls, wraps[:count])
-        made = type(cls)(cls.__name__, (made,), body)
+        made = type(cls)(cls.__name__, bases, body)
     return made
 
 
@@ -106,12 +119,6 @@ def _method(inner: Callable[..., Any], around: Around) -> Callable[..., Any]:
         return around(types.MethodType(inner, self), self, *args, **kwargs)
 
     return method
-
-
-def set_class(x: Any, cls: type) -> None:
-    """Changes the class of a module or variable of Flax NNX."""
-    # Their own setattr would take note of the class as of an attribute, or refuse it.
-    object.__setattr__(x, "__class__", cls)
 
 
 class _Recipe(NamedTuple):

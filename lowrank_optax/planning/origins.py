@@ -8,7 +8,7 @@ from jax.extend import core
 import jax.numpy as jnp
 
 from lowrank_optax.activations.rewriting import name_stack, source_frame
-from lowrank_optax.slices.programs import scan_operands
+from lowrank_optax.compat.jax import scan_operands
 
 # The same numbers in another shape, or the same array.
 _VIEWS = (

@@ -63,9 +63,10 @@ def fit_steps(samples: Samples, bits: int, coding: Coding, *, parity: bool = Tru
     mirrored = -at[::-1]
     if at.size and np.abs(at - mirrored).max() < 1e-8:
         at = (at + mirrored) / 2  # 0 is then a boundary exactly, or it is not one
-    # Rounding does not show in a slope of 1.
-    levels = tuple(float(f"{level:.12g}") for level in levels)
-    book = Codebook(tuple(map(float, at)), tuple(map(int, codes)), levels, bits)
+    # To 11 digits of the largest, so that rounding does not show in slopes of 0 and 1.
+    scale = np.abs(levels).max() or 1.0
+    levels = np.round(levels / scale, 11) * scale if scale != 1 else np.round(levels, 11)
+    book = Codebook(*(tuple(x.tolist()) for x in (at, codes, levels)), bits)
     return dataclasses.replace(book, error=squared_error(book, samples))
 
 
@@ -120,7 +121,7 @@ def _values(samples: Samples, most: int) -> tuple[np.ndarray, ...]:
         total = np.zeros((3, values.size))
         for branch, (start, stop) in enumerate(itertools.pairwise(turns)):
             here = samples.integrals(samples.crossing(branch, values))
-            rising = slope[stop] > slope[start]
+            rising = slope[stop] >= slope[start]
             total += here - ends[:, [branch]] if rising else ends[:, [branch + 1]] - here
         return total
 

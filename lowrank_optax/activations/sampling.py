@@ -19,7 +19,8 @@ Masses: TypeAlias = Callable[[np.ndarray], np.ndarray]
 """From increasing points to the integrals of a density between them."""
 
 _SAMPLES = 2**20
-_FLAT = 1e-6  # what a derivative may move up and down by, of its largest size, and be monotone
+# What a derivative may move up and down by, of its largest size, and be monotone.
+_FLAT = (1e-6, 1e-5, 1e-4, 1.0)
 
 
 def outside_of_traces(work: Callable[[], Any]) -> Any:
@@ -180,14 +181,19 @@ def sample(slopes_at: Slopes, domain: float, density: Any) -> Samples:
         )
     scale = max(1.0, np.abs(slope).max())
     steep = np.flatnonzero(np.abs(np.diff(slope)) > 1e-4 * scale)
-    low, high, below, above = _bisected(slopes_at, x, slope, steep)
+    low, high = _bisected(slopes_at, x, slope, steep)
+    # Beside the jump: in it, the derivative may be a mean.
+    outside = low - 1e-9 * step, high + 1e-9 * step
+    below, above = (slopes_at(at) if at.size else at for at in outside)
     is_jump = np.abs(above - below) > np.abs(np.diff(slope)[steep]) / 2
     at = np.repeat(steep[is_jump] + 1, 2)
     x = np.insert(x, at, np.stack([low, high], 1)[is_jump].ravel())
     slope = np.insert(slope, at, np.stack([below, above], 1)[is_jump].ravel())
     jumps = steep[is_jump] + 1 + 2 * np.arange(is_jump.sum())
     moments = np.stack(_moments(masses(x), slope[:-1], slope[1:]))
-    return Samples(x, slope, _running_sums(moments), jumps, _turns(slope, _FLAT * scale))
+    # A function that rounds to float32 on its way turns at every rounding.
+    turns = next(t for flat in _FLAT if (t := _turns(slope, flat * scale)).size < 1000)
+    return Samples(x, slope, _running_sums(moments), jumps, turns)
 
 
 def _running_sums(parts: np.ndarray) -> np.ndarray:
@@ -204,7 +210,7 @@ def _running_sums(parts: np.ndarray) -> np.ndarray:
 def _bisected(
     slopes_at: Slopes, x: np.ndarray, slope: np.ndarray, cells: np.ndarray
 ) -> tuple[np.ndarray, ...]:
-    """The points next to the steepest place in each cell, and ``f'`` there."""
+    """The points next to the steepest place in each cell."""
     low, high, below, above = x[cells], x[cells + 1], slope[cells], slope[cells + 1]
     for _ in range(60 if cells.size else 0):
         middle = (low + high) / 2
@@ -212,7 +218,7 @@ def _bisected(
         left = np.abs(here - below) > np.abs(above - here)
         low, below = np.where(left, low, middle), np.where(left, below, here)
         high, above = np.where(left, middle, high), np.where(left, here, above)
-    return low, high, below, above
+    return low, high
 
 
 def _turns(slope: np.ndarray, tolerance: float) -> np.ndarray:

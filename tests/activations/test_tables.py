@@ -68,7 +68,7 @@ def test_all_shipped_rows_are_what_the_generator_makes(name):
 
 def test_file_holds_exactly_the_functions_and_is_small():
     file = Path(codebooks.__file__).parent / TABLES
-    assert file.stat().st_size < 700_000
+    assert file.stat().st_size < 300_000
     assert list(json.loads(gzip.decompress(file.read_bytes()))) == sorted(FUNCTIONS)
 
 

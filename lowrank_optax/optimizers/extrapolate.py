@@ -44,14 +44,13 @@ def extrapolate(
     .. math::
       h_t = w_t - \hat\gamma_t g_{t-1}, \qquad g_t = \nabla f(h_t), \qquad w_{t+1} = w_t + u_t(g_t).
 
-    The parameters that a training loop holds are :math:`h`, which moves by
-    :math:`u_t + \hat\gamma_t g_{t-1} - \hat\gamma_{t+1} g_t`. So the loop is that of any optimizer;
-    but evaluate, average and export ``extrapolation_eval_params(params, state)``, which is
-    :math:`w`. The same steps as `extrapolated_value_and_grad` with ``"past_global"``, which leaves
-    :math:`w` in the loop's hands (in bfloat16 prefer that: this form rounds :math:`h`). With
-    ``optax.sgd`` it is optimistic gradient descent; the first step is plain, as if :math:`g_{-1}`
-    were 0. (``optax.optimistic_gradient_descent`` takes :math:`g_{-1} = g_0`: its first step is
-    :math:`\gamma g_0`, where :math:`h` here moves by :math:`(\gamma + \hat\gamma) g_0`.)
+    The parameters of the training loop are :math:`h`, which moves by
+    :math:`u_t + \hat\gamma_t g_{t-1} - \hat\gamma_{t+1} g_t`; evaluate, average and export
+    ``extrapolation_eval_params(params, state)``, which is :math:`w`. The steps are those of
+    `extrapolated_value_and_grad` with ``"past_global"``, where the loop holds :math:`w` (in
+    bfloat16 prefer that: this form rounds :math:`h`). With ``optax.sgd`` it is optimistic gradient
+    descent; the first step is plain, as if :math:`g_{-1}` were 0
+    (``optax.optimistic_gradient_descent`` takes :math:`g_{-1} = g_0`).
 
     Args:
       inner: The optimizer; it sees :math:`w` as ``params``, and decays it.
@@ -171,10 +170,9 @@ def _both(count: jax.Array, previous: Any, new: Any) -> tuple[Any, Any]:
 def _leaf_by_leaf(count: jax.Array, previous: Any, new: Any) -> tuple[Any, Any]:
     """Return both trees unchanged, for a CPU: each new leaf is written after the old one is copied.
 
-    The update of the weights reads the previous displacement, and the new one is stored in its
-    memory. XLA for CPU does not order the two: it copies all previous leaves first, and writes the
-    new ones elsewhere. Here each copy waits for the one before, so that all copies share the memory
-    of one leaf. `one` is 1 and the predicates are true, which the compiler cannot infer.
+    The new displacement is stored in the memory of the previous one, which the weights' update
+    reads. XLA for CPU copies all previous leaves first. Here each copy waits for the one before, so
+    that all share the memory of one leaf. `one` is 1, which the compiler cannot infer.
     """
     one = (count >= 0).astype(jnp.int32)
     leaves, treedef = jax.tree.flatten(previous)

@@ -59,15 +59,9 @@ class ExtrapolatedValueAndGrad:
     """What `extrapolated_value_and_grad` returns: pure functions, and what they were made with.
 
     Attributes:
-      loss_fn: The loss; like all attributes but two as given to `extrapolated_value_and_grad`.
-      variant: Where to look.
-      inner_learning_rate: How far.
-      axis_name: The mesh axis of the workers.
-      local_groups: Number of workers on each device.
-      has_aux: Whether the loss returns more.
-      look: From a gradient to the direction of the step.
-      noise: From a key and the parameters to a random direction.
-      seed: Seed of the noise.
+      look: Function from a gradient to the direction of the step.
+      noise: Function from a key and the parameters to a random direction. All other attributes are
+        those given to `extrapolated_value_and_grad`.
     """
 
     loss_fn: Callable[..., Any]
@@ -256,10 +250,9 @@ def extrapolated_value_and_grad(
     - ``"noise"``: random numbers of mean 0 and variance 1;
     - ``"none"``: 0.
 
-    Any optimizer takes :math:`g_t` as the gradient and applies its update to :math:`w_t`, which is
-    what goes in and what stays with the caller: :math:`h` exists only inside. The first step of the
-    past variants is plain, as if :math:`g_{-1}` were 0, and so is one after a gradient that was not
-    finite. ``init`` again starts a new phase.
+    Any optimizer takes :math:`g_t` as the gradient and applies its update to :math:`w_t`:
+    :math:`h` exists only inside. The first step of the past variants is plain, as if :math:`g_{-1}`
+    were 0, and so is one after a gradient that was not finite. ``init`` again starts a new phase.
 
     Args:
       loss_fn: ``loss_fn(params, *args, **kwargs)``, which returns a scalar, or with ``has_aux`` a

@@ -59,10 +59,10 @@ def scale_by_nag_gs(
     Arithmetic is float32 at least; updates have the gradients' dtype. Parameters are not needed.
 
     Args:
-      learning_rate: The step :math:`\alpha` of the integrator, a float or an optax schedule. It is
-        no rate of gradient descent: see `to_heavy_ball`.
-      mu: The strong convexity assumed, above 0, and what gamma tends to. With ``constant_gamma``
-        it may be 0.
+      learning_rate: The step :math:`\alpha` of the integrator, a float or an optax schedule;
+        `to_heavy_ball` gives the rate of gradient descent.
+      mu: The assumed strong convexity, above 0, which gamma tends to; 0 only with
+        ``constant_gamma``.
       gamma: The first :math:`\gamma`, above 0: the inertia of the flow.
       constant_gamma: Keep gamma as it is (NAG4, and what the official PyTorch code does): the
         method is then gradient descent with the learning rate and momentum of `to_heavy_ball`.
@@ -75,8 +75,7 @@ def scale_by_nag_gs(
       A transformation with the state `ScaleByNagGsState`.
 
     Raises:
-      ValueError: If ``learning_rate`` is negative, ``gamma`` not positive, or ``mu`` not positive
-        (with ``constant_gamma``: negative).
+      ValueError: If ``learning_rate``, ``gamma`` or ``mu`` is out of range.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
@@ -175,7 +174,7 @@ def nag_gs(
       The optimizer. Parameters are needed for weight decay only.
 
     Raises:
-      ValueError: As `scale_by_nag_gs`, and if ``state_bits`` is none of 8, 4, 32 and None.
+      ValueError: As `scale_by_nag_gs`, and if ``state_bits`` is not 8, 4, 32 or None.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro, optax

@@ -43,13 +43,13 @@ def to_heavy_ball(learning_rate: Any, mu: Any, gamma: Any) -> HeavyBall:
       \beta = \frac{\gamma}{(1 + \alpha)(\gamma + \alpha\mu)}, \qquad
       \frac{\eta}{1 - \beta} = \frac{\alpha}{\mu + \gamma + \alpha\mu}.
 
-    The last is how far a constant gradient moves the weights in a step, in the long run. Where
-    gamma moves, these are the values of the step that begins with it.
+    The last is how far a constant gradient moves the weights per step, in the long run. For a
+    moving gamma these are the values of the step that begins with it.
 
     Args:
       learning_rate: The step :math:`\alpha`. All three may be numbers or arrays.
       mu: As in `nag_gs`.
-      gamma: As in `nag_gs`; with ``gamma=mu``, where the moving one tends to.
+      gamma: As in `nag_gs`; ``mu`` for the limit of a moving gamma.
 
     Returns:
       A `HeavyBall`, of the arguments' broadcast shape.

@@ -107,8 +107,8 @@ def mirror_sinkhorn(
     temperatures at which kernels would underflow, are fine. A gradient with a NaN or an infinity in
     an allowed cell leaves the state as it was, ``count`` too, which shows it.
 
-    The functions are pure and work under ``jit``, ``scan``, ``vmap`` (of all of it, over
-    marginals), donation and with arrays sharded by rows or columns.
+    The functions work under ``jit``, ``scan``, ``vmap`` (also over marginals), donation and with
+    arrays sharded by rows or columns.
 
     Args:
       row_marginal: Row sums :math:`\mu`, ``[n]``. Rows of no mass are left out: so shorter problems
@@ -122,9 +122,8 @@ def mirror_sinkhorn(
         :math:`\eta_t`, as in the bound; "suffix", that of the last half to three quarters (from the
         last power of two below half); "last", the last iterate.
       first: Which sums the first step makes right.
-      mask: Where mass may be, ``[n, m]`` of bools; None for everywhere. Whether every row and
-        column with mass has an allowed cell is checked, whether a coupling fits into the mask is
-        not: where none does, the sums of ``plan`` stay wrong.
+      mask: Where mass may be, ``[n, m]`` of bools; None for everywhere. Every row and column with
+        mass needs an allowed cell. If no coupling fits the mask, the sums of ``plan`` stay wrong.
 
     Returns:
       The solver, a `MirrorSinkhorn`.

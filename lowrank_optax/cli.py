@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _convert(options: argparse.Namespace) -> str:
     from lowrank_optax.adapters.peft import conversion
+    from lowrank_optax.adapters.peft.tensors import read_adapter, write_adapter
 
     if options.plain_lora and options.base:
         with _open_base(options.base) as base:
@@ -88,10 +89,10 @@ def _convert(options: argparse.Namespace) -> str:
     elif options.plain_lora:
         adapter = conversion.to_plain_lora(options.source, None)
     else:
-        adapter = conversion.rename_bone(conversion.read_adapter(options.source))
+        adapter = conversion.rename_bone(read_adapter(options.source))
     if options.dtype:
         adapter = conversion.cast(adapter, options.dtype)
-    conversion.write_adapter(options.target, adapter)
+    write_adapter(options.target, adapter)
     return f"{options.target}: {adapter.content['peft_type']}, {len(adapter.tensors)} tensors"
 
 

@@ -1,4 +1,4 @@
-"""Where an extrapolation takes its gradients: a step along the last gradient, or along noise."""
+"""Directions of an extrapolation, made from a gradient or at random."""
 
 from collections.abc import Callable
 import functools
@@ -22,15 +22,10 @@ Direction: TypeAlias = NamedDirection | Callable[[Any], Any]
 Distribution = Literal["normal", "uniform"]
 
 
-def check_direction(
-    direction: Direction, max_norm: jax.typing.ArrayLike | None, rate: optax.ScalarOrSchedule
-) -> None:
-    """Raises ValueError where an argument is out of range."""
-    if isinstance(rate, int | float) and not rate >= 0:
-        raise ValueError(
-            f"inner_learning_rate={rate} must be 0 or positive: the step back to the point where "
-            "gradients are taken."
-        )
+def direction_from(
+    direction: Direction, max_norm: jax.typing.ArrayLike | None, rule: DimensionNumbersRule
+) -> Callable[[Any], Any]:
+    """The function from a gradient to its direction, in float32 at least."""
     if not callable(direction) and direction not in get_args(NamedDirection):
         raise ValueError(
             f"direction={direction!r} must be 'gradient', 'normalized' or a function of the "
@@ -39,93 +34,73 @@ def check_direction(
     if isinstance(max_norm, int | float) and not max_norm > 0:
         raise ValueError(f"max_norm={max_norm} must be positive, or None for no bound.")
 
+    def of_gradient(gradient: Any) -> Any:
+        found = widened(gradient)
+        if callable(direction):
+            found = direction(found)
+        elif direction == "normalized":
+            found = _each(_with_unit_mean_square, found, rule)
+        if max_norm is None:
+            return found
+        return optax.clip_by_global_norm(max_norm).update(found, optax.EmptyState())[0]
 
-def direction_of(
-    gradient: Any,
-    direction: Direction,
-    max_norm: jax.typing.ArrayLike | None,
-    rule: DimensionNumbersRule,
-) -> Any:
-    """The direction of the step for a gradient, in float32 at least.
+    return of_gradient
 
-    Args:
-      gradient: Tree of gradients.
-      direction: The gradient itself, that of each weight scaled to a root mean square of 1, or a
-        function of the tree of gradients.
-      max_norm: Largest norm of the direction, over all leaves; None for no bound.
-      rule: Which leaves are stacked weights.
+
+def noise_from(
+    distribution: Distribution, filter_normalized: bool, rule: DimensionNumbersRule
+) -> Callable[[jax.Array, Any], Any]:
+    """The function from a key and parameters to noise in their shapes, in float32 at least.
+
+    Its mean is 0 and its variance 1, before columns are scaled by their norms.
     """
-    found = widened(gradient)
-    if callable(direction):
-        found = direction(found)
-    elif direction == "normalized":
-        found = _each(_with_unit_mean_square, found, rule)
-    if max_norm is None:
-        return found
-    return optax.clip_by_global_norm(max_norm).update(found, optax.EmptyState())[0]
-
-
-def noise_like(
-    params: Any,
-    key: jax.Array,
-    distribution: Distribution,
-    filter_normalized: bool,
-    rule: DimensionNumbersRule,
-) -> Any:
-    """Noise of mean 0 and variance 1 in the parameters' shapes, in float32 at least.
-
-    Args:
-      params: The parameters.
-      key: PRNG key.
-      distribution: Distribution of each number.
-      filter_normalized: Whether to multiply it by the norm of its column of the weight.
-      rule: Which axes are the columns.
-    """
+    if distribution not in get_args(Distribution):
+        raise ValueError(f"noise={distribution!r} must be 'normal' or 'uniform'.")
     half = 3.0**0.5  # of an interval of variance 1
     uniform = functools.partial(jax.random.uniform, minval=-half, maxval=half)
     sampler = jax.random.normal if distribution == "normal" else uniform
-    params = widened(params)
-    drawn = optax.tree.random_like(key, params, sampler)
-    if not filter_normalized:
-        return drawn
-    return jax.tree.map(jnp.multiply, drawn, _each(_column_norms, params, rule))
+
+    def draw(key: jax.Array, params: Any) -> Any:
+        params = widened(params)
+        drawn = optax.tree.random_like(key, params, sampler)
+        if not filter_normalized:
+            return drawn
+        return jax.tree.map(jnp.multiply, drawn, _each(_column_norms, params, rule))
+
+    return draw
 
 
-def step_back(params: Any, rate: jax.typing.ArrayLike, direction: Any) -> Any:
-    """``params - rate * direction``, rounded once to the parameters' dtype."""
-    point = lambda w, zeta: (widened(w) - rate * zeta).astype(w.dtype)
-    return jax.tree.map(point, params, direction)
-
-
-def zero_unless_finite(gradient: Any) -> Any:
-    """The tree, or zeros if its norm, and so any of its numbers, is not finite."""
-    keep = jnp.isfinite(optax.tree.norm(widened(gradient)))
-    return jax.tree.map(lambda g: jnp.where(keep, g, jnp.zeros_like(g)), gradient)
+def check_inner_learning_rate(rate: optax.ScalarOrSchedule) -> None:
+    """Refuses a negative number."""
+    if isinstance(rate, int | float) and not rate >= 0:
+        raise ValueError(
+            f"inner_learning_rate={rate} must be 0 or positive: the step back to the point where "
+            "gradients are taken."
+        )
 
 
 def _each(
     function: Callable[[jax.Array, bool], jax.Array], tree: Any, rule: DimensionNumbersRule
 ) -> Any:
-    """``function(x, is_matrix)`` of every leaf; matrices are ``[*batch, rows, columns]`` for it."""
+    """``function(x, is_matrix)`` of every leaf, with matrices as ``[*batch, rows, columns]``."""
     leaves, treedef = jax.tree.flatten(tree)
-    specs = resolve_dimension_numbers(rule, tree)
 
     def one(x: jax.Array, spec: WeightDimensionNumbers | None) -> jax.Array:
         if spec is None:
             return function(x, False)
         return from_matrix(function(to_matrix(x, spec), True), spec, x)
 
-    return treedef.unflatten([one(x, spec) for x, spec in zip(leaves, specs, strict=True)])
+    return treedef.unflatten(map(one, leaves, resolve_dimension_numbers(rule, tree)))
 
 
 def _with_unit_mean_square(g: jax.Array, is_matrix: bool) -> jax.Array:
-    """Scales each of stacked layers by itself."""
+    """Stacked layers are scaled one by one."""
     axes = (-2, -1) if is_matrix else None
     size = jnp.sqrt(jnp.mean(jnp.square(g), axes, keepdims=True))
     return jnp.where(size > 0, g / jnp.where(size > 0, size, 1), 0)
 
 
 def _column_norms(w: jax.Array, is_matrix: bool) -> jax.Array:
-    """The norm of each number's column; the last axis of other leaves counts columns, too."""
+    """The norm of each number's column; the last axis counts the columns of other leaves."""
     axes = -2 if is_matrix else tuple(range(w.ndim - 1))
     return jnp.broadcast_to(jnp.sqrt(jnp.sum(w**2, axes, keepdims=True)), w.shape)

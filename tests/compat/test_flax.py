@@ -5,8 +5,10 @@ from typing import Any
 from flax import linen, nnx
 import jax
 import jax.numpy as jnp
+import pytest
 
 from lowrank_optax.compat.flax import is_lifted_call, is_nnx_state, linen_children, set_class
+from lowrank_optax.compat.nnx_context import ContextModule
 
 
 class Doubled(nnx.Linear):
@@ -72,3 +74,37 @@ def test_linen_modules_of_setup_are_attributes_of_a_bound_module_without_its_par
     x = jnp.ones((1, 4))
     bound = Pair().bind(Pair().init(jax.random.key(0), x))
     assert sorted(child.name for child in linen_children(bound)) == ["first", "rest_0", "rest_1"]
+
+
+class InContext(ContextModule):
+    """Adds a number that is not its own."""
+
+    added = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nnx.Param(jnp.ones(2))
+
+    def context(self) -> float:
+        return InContext.added
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.weight[...] * x + InContext.added
+
+
+@pytest.mark.parametrize("graph", [True, False], ids=["graph", "tree"])
+def test_nnx_compiles_again_where_a_static_attribute_differs_when_a_module_is_flattened(
+    graph: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, x, traced = InContext(), jnp.ones(2), []
+
+    def call(module: InContext, x: jax.Array) -> jax.Array:
+        traced.append(InContext.added)
+        return module(x)
+
+    compiled = nnx.jit(call) if graph else jax.jit(call)
+    for added in (1.0, 5.0, 1.0):
+        monkeypatch.setattr(InContext, "added", added)
+        assert (compiled(module, x) == 1 + added).all()
+        assert nnx.graphdef(module) == nnx.graphdef(InContext())
+    assert traced == [1.0, 5.0]

@@ -1,6 +1,6 @@
 """Memory-efficient training for JAX, as optax transformations and Flax modules."""
 
-from lowrank_optax import activations, adapters, layers, schedules, sharding
+from lowrank_optax import activations, adapters, layers, schedules, sharding, training
 from lowrank_optax.matrices import WeightDimensionNumbers, weight_dimension_numbers
 from lowrank_optax.modules import selection_table
 from lowrank_optax.optimizers import (
@@ -107,6 +107,7 @@ __all__ = [
     "layers",
     # From step to step
     "schedules",
+    "training",
     # State on many devices
     "sharding",
 ]

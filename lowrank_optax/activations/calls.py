@@ -21,12 +21,12 @@ from lowrank_optax.activations.known import (
     check_functions,
     values_of,
 )
-from lowrank_optax.activations.packing import PackingName
 from lowrank_optax.activations.rewriting import Rewriter, Site
 from lowrank_optax.activations.step_function import Codebook
 from lowrank_optax.activations.tracing import traced_call
 from lowrank_optax.activations.users import Users
 from lowrank_optax.matrices.paths import compiled_pattern
+from lowrank_optax.quantization.packing import PackingName
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 
 from lowrank_optax.activations.coded_backward import apply_few_bit
-from lowrank_optax.activations.packing import PackingName
 from lowrank_optax.activations.rewriting import Site
 from lowrank_optax.activations.users import Users
 from lowrank_optax.matrices.printing import printed
+from lowrank_optax.quantization.packing import PackingName
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from lowrank_optax.activations import codebooks
-from lowrank_optax.activations.packing import PackingName, pack, packed_bytes, unpack
 from lowrank_optax.activations.step_function import Codebook
+from lowrank_optax.quantization.packing import PackingName, pack, packed_bytes, unpack
 
 CODES = "few_bit_codes"
 """The name of what is kept, for ``jax.checkpoint_policies.save_only_these_names``."""

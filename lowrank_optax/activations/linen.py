@@ -10,7 +10,7 @@ from lowrank_optax.activations.calls import CallsWhere, Replacement, report_of, 
 from lowrank_optax.activations.calls_report import CallsReport
 from lowrank_optax.activations.density import DensityName
 from lowrank_optax.activations.known import DEFAULT_NAMES, Functions
-from lowrank_optax.activations.packing import PackingName
+from lowrank_optax.quantization.packing import PackingName
 
 __all__ = ["FewBit"]
 

@@ -15,10 +15,10 @@ from lowrank_optax.activations.calls import Replacement, report_of, run_few_bit
 from lowrank_optax.activations.calls_report import CallsReport
 from lowrank_optax.activations.density import DensityName
 from lowrank_optax.activations.known import DEFAULT_NAMES, Functions
-from lowrank_optax.activations.packing import PackingName
 from lowrank_optax.activations.quantize_report import QuantizedRow, QuantizeReport
 from lowrank_optax.matrices.module_classes import set_wrapper, wrapper_of
 from lowrank_optax.matrices.selection import Path, Where, matching, path_string
+from lowrank_optax.quantization.packing import PackingName
 
 _WRAPPER, _COUNTER = "few_bit", "few_bit_model"
 

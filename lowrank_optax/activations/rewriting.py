@@ -15,9 +15,9 @@ from lowrank_optax.activations import places
 from lowrank_optax.activations.coded_backward import apply_few_bit
 from lowrank_optax.activations.elementwise import Pieces, Var
 from lowrank_optax.activations.known import Known
-from lowrank_optax.activations.packing import PackingName
 from lowrank_optax.activations.regions import Region, found_region
 from lowrank_optax.activations.step_function import Codebook
+from lowrank_optax.quantization.packing import PackingName
 
 # Where the bodies of an equation are. Not those of a `while`: a loop that has no backward pass
 # keeps nothing for it.

@@ -14,6 +14,7 @@ from lowrank_optax.adapters.methods.lotr import LoTR
 from lowrank_optax.adapters.methods.pissa import PiSSA, reduction_ratio
 from lowrank_optax.adapters.methods.svfit import SVFit, energy_rank
 from lowrank_optax.adapters.methods.tucker import TuckerFactors, lotr_from_lora, lotr_from_updates
+from lowrank_optax.adapters.methods.vera import VeRA
 from lowrank_optax.adapters.training.aflora_freezing import (
     AfloraFreezingState,
     aflora_freezing,
@@ -39,10 +40,10 @@ if TYPE_CHECKING:
     )
     from lowrank_optax.adapters.attaching import attach, detach
     from lowrank_optax.adapters.merging import MergeReport, merge, unmerge
+    from lowrank_optax.adapters.own_values import also_train, freeze_arrays
     from lowrank_optax.adapters.peft.config import UnsupportedConfigError
     from lowrank_optax.adapters.peft.loading import load_peft
     from lowrank_optax.adapters.peft.saving import save_peft
-    from lowrank_optax.adapters.retyping import also_train, freeze_arrays
     from lowrank_optax.adapters.summaries import AdapterSummary, summary
     from lowrank_optax.adapters.switching import activate, deactivate, disabled
 
@@ -55,12 +56,12 @@ _FLAX = {
     "MergeReport": "merging",
     "UnsupportedConfigError": "peft.config",
     "activate": "switching",
-    "also_train": "retyping",
+    "also_train": "own_values",
     "attach": "attaching",
     "deactivate": "switching",
     "detach": "attaching",
     "disabled": "switching",
-    "freeze_arrays": "retyping",
+    "freeze_arrays": "own_values",
     "load_peft": "peft.loading",
     "merge": "merging",
     "save_peft": "peft.saving",
@@ -84,6 +85,7 @@ __all__ = [
     "LoTR",
     "PiSSA",
     "SVFit",
+    "VeRA",
     "energy_rank",
     "reduction_ratio",
     # Updates of LoRA-FA's and LoRA's second factor

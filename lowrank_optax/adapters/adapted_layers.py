@@ -6,7 +6,7 @@ code that reads ``layer.kernel`` goes on working, and `detach` has only to remov
 Arrays that layers share belong to the model `attach` was given, as ``model.adapter_groups``.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 import contextlib
 import dataclasses
 from typing import Any, ClassVar
@@ -15,9 +15,9 @@ from flax import nnx
 import jax
 
 from lowrank_optax.adapters.base import Adapter
-from lowrank_optax.adapters.calls import view_call
 from lowrank_optax.adapters.derivatives import refuse_derivative, warn_of_derivative
 from lowrank_optax.adapters.groups import KIND
+from lowrank_optax.adapters.layer_calls import view_call
 from lowrank_optax.adapters.outputs import Part, adapted_output
 from lowrank_optax.adapters.tied_tables import check_can_attend
 from lowrank_optax.matrices.selection import Where
@@ -183,7 +183,7 @@ def sharing(model: Any) -> Iterator[None]:
     if is_sharing(model) or not hasattr(model, "adapter_groups"):
         yield
         return
-    arrays = {
+    arrays: dict[Hashable, dict[str, jax.Array]] = {
         (name, group): {k: v[...] for k, v in arrays.items()}
         for name, groups in model.adapter_groups.items()
         for group, arrays in groups.items()
@@ -277,7 +277,8 @@ def weight_shape(layer: Any) -> tuple[int, ...]:
 def chosen_layers(model: nnx.Module, where: Where) -> dict[tuple[str, ...], Any]:
     """The layers that ``where`` means, as for `attach`, by path; raises what `select` raises."""
     layers = modules_by_path(model, lambda module: usable_weight(module) is not None)
-    default = [path for path, layer in layers.items() if usable_weight(layer).by_default]
+    weights = {path: usable_weight(layer) for path, layer in layers.items()}
+    default = [path for path, weight in weights.items() if weight and weight.by_default]
     return select(layers, where, KIND, default=default)
 
 

@@ -251,7 +251,7 @@ def detach(model: Any, name: str | None = None) -> nnx.Module:
 
     Args:
       model: The model that `attach` was given.
-      name: Of the adapter; None for all.
+      name: Name of the adapter; None for all.
 
     Returns:
       The model itself.

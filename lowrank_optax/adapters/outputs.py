@@ -14,10 +14,10 @@ class Part(NamedTuple):
     """One adapter in one call of a layer.
 
     Attributes:
-      method: What it is.
+      method: The adapter's method.
       p: Its arrays.
-      strength: What its change is multiplied by; None if it is switched off.
-      key: For dropout.
+      strength: Factor of its change; None if it is switched off.
+      key: PRNG key for dropout.
     """
 
     method: Adapter
@@ -34,9 +34,9 @@ def adapted_output(
     weight: jax.Array,
     bias: jax.Array | None = None,
 ) -> jax.Array:
-    r"""The output with all adapters: :math:`y + \sum_i s_i (y_i - y)`.
+    r"""The output :math:`y + \sum_i s_i \, \mathrm{branch}_i + (1 - s_i) \, \mathrm{removed}_i`.
 
-    :math:`y` is the output without any, which a method that changed the weights gives back.
+    It is summed in float32, except where one adapter alone is active, at strength 1.
 
     Args:
       parts: The adapters.
@@ -45,18 +45,24 @@ def adapted_output(
       weight: Its weight ``[d_in, d_out]``.
       bias: Its bias ``[d_out]``.
     """
+    active = [part.strength for part in parts if part.strength is not None]
+    dtype = y.dtype if active == [1] else jnp.float32
+
+    def plus(total: jax.Array, strength: float, change: jax.Array | None) -> jax.Array:
+        if change is None:
+            return total
+        change = change.astype(dtype)
+        return total + (change if strength == 1 else strength * change)
+
+    own = y.astype(dtype)
     for part in parts:
         if part.strength is None:
-            y = part.method.before(part.p, x, y)
-    active = [part for part in parts if part.strength is not None]
-    apply = lambda part, y: part.method.apply(part.p, x, y, weight=weight, bias=bias, key=part.key)
-    if len(active) == 1 and active[0].strength == 1:
-        return apply(active[0], y)
-    # Each changes the layer's own output; in float32 their differences lose nothing.
-    exact = y.astype(jnp.float32)
-    changes = []
-    for part in active:
-        before = part.method.before(part.p, x, exact)
-        changes.append(part.strength * (apply(part, exact) - before))
-        y = part.method.before(part.p, x, y)
-    return sum(changes, y.astype(jnp.float32)).astype(y.dtype)
+            own = plus(own, 1, part.method.removed(part.p, x))
+    total = own
+    for method, p, strength, key in parts:
+        if strength is not None:
+            branch = method.branch(p, x, y=own, weight=weight, bias=bias, key=key)
+            total = plus(total, strength, branch)
+            if strength != 1:
+                total = plus(total, 1 - strength, method.removed(p, x))
+    return total.astype(y.dtype)

@@ -101,7 +101,7 @@ def variables(
     Args:
       params: The arrays.
       axes: What the method says of them.
-      sharding: Of the weight.
+      sharding: Sharding of the weight.
       batch: How many leading axes of the arrays are batch axes of the weight.
     """
     kinds = ((AdapterParam, params.trainable), (AdapterConstant, params.frozen))

@@ -34,21 +34,21 @@ def truncated_svd(
     oversample: int = 8,
     key: jax.Array | None = None,
 ) -> Spectrum:
-    r"""The ``rank`` leading singular triplets, or as many as there are.
+    r"""The ``rank`` leading singular triplets, or all if there are fewer.
 
-    Of a stack, one matrix is decomposed after the other: no more is held than what is returned and
-    the workspace of one. Vectors of equal singular values are any basis of their space, those of
-    zero any of what is left; all are orthonormal.
+    The matrices of a stack are decomposed one after the other: no more is held than what is
+    returned and the workspace of one. Vectors of equal singular values are any basis of their
+    space, those of zero any of what is left; all are orthonormal.
 
     Args:
       weights: ``[..., m, n]``; computed in float32.
-      rank: How many.
-      power_iterations: None for LAPACK's SVD; a number for a randomized one with so many, whose
+      rank: Number of triplets.
+      power_iterations: None for LAPACK's SVD; the number of iterations of a randomized one, whose
         cost is products of ``O(m n r)`` and small QRs. With singular values
         :math:`\sigma_j = j^{-1/2}` and rank 16, the relative error of :math:`U S V^\top` is 0.3
         after one, 0.05 after four and 3e-4 after sixteen.
       oversample: Further directions of the random sketch, dropped at the end.
-      key: Of the random sketch; each matrix of a stack gets its own.
+      key: PRNG key of the random sketch; each matrix of a stack gets its own.
 
     Raises:
       ValueError: If an argument is out of range; ``key`` is missing.
@@ -78,9 +78,12 @@ def truncated_svd(
     return _truncated(weights, key, min(rank, *weights.shape[-2:]), power_iterations, oversample)
 
 
+@jax.jit
 def singular_values(weights: jax.Array) -> jax.Array:
     """All singular values ``[..., min(m, n)]`` of ``[..., m, n]``, descending, float32."""
-    return _singular_values(weights)
+    one = lambda w: in_turn(lambda w: jnp.linalg.svd(w, compute_uv=False), w.astype(jnp.float32))
+    values = jax.lax.map(one, weights.reshape(-1, *weights.shape[-2:]))
+    return values.reshape(*weights.shape[:-2], -1)
 
 
 def nonzero(s: jax.Array) -> jax.Array:
@@ -117,7 +120,11 @@ def _truncated(
             u, s, vt = _svd(w)
         else:
             u, s, vt = _randomized(w, min(rank + oversample, *w.shape), power_iterations, key)
-        return _with_signs(u[:, :rank], s[:rank], vt.mT[:, :rank])
+        u, s, v = u[:, :rank], s[:rank], vt.mT[:, :rank]
+        # The largest entry of each left vector is positive.
+        largest = jnp.take_along_axis(u, jnp.argmax(jnp.abs(u), axis=0, keepdims=True), axis=0)
+        sign = jnp.where(largest < 0, -1.0, 1.0)
+        return Spectrum(u * sign, s, v * sign)
 
     if weights.ndim == 2:
         return one((weights, key))
@@ -125,13 +132,6 @@ def _truncated(
     keys = None if key is None else jax.random.split(key, stack.shape[0])
     found = jax.lax.map(one, (stack, keys))
     return jax.tree.map(lambda x: x.reshape(*weights.shape[:-2], *x.shape[1:]), found)
-
-
-@jax.jit
-def _singular_values(weights: jax.Array) -> jax.Array:
-    one = lambda w: in_turn(lambda w: jnp.linalg.svd(w, compute_uv=False), w.astype(jnp.float32))
-    values = jax.lax.map(one, weights.reshape(-1, *weights.shape[-2:]))
-    return values.reshape(*weights.shape[:-2], -1)
 
 
 def _randomized(
@@ -150,10 +150,3 @@ def _randomized(
 
 def _svd(w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return in_turn(lambda w: tuple(jnp.linalg.svd(w, full_matrices=False)), w)
-
-
-def _with_signs(u: jax.Array, s: jax.Array, v: jax.Array) -> Spectrum:
-    """The same triplets with the largest entry of each left vector positive."""
-    largest = jnp.argmax(jnp.abs(u), axis=-2, keepdims=True)
-    sign = jnp.where(jnp.take_along_axis(u, largest, axis=-2) < 0, -1.0, 1.0)
-    return Spectrum(u * sign, s, v * sign)

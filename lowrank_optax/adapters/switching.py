@@ -18,7 +18,7 @@ def activate(model: Any, *names: str, strengths: Mapping[str, float] | None = No
 
     Args:
       model: A model with adapters.
-      names: Of the adapters; none for all.
+      names: Names of the adapters; without any, all.
       strengths: By name, what the change of an adapter is multiplied by; 1 for the others. Values
         of parameters that `also_train` trains are taken as they are.
 
@@ -59,7 +59,7 @@ def deactivate(model: Any, *names: str) -> None:
 
     Args:
       model: A model with adapters.
-      names: Of the adapters; none for all, which leaves the model as it was before `attach`.
+      names: Names of the adapters; without any, all: the model is then as before `attach`.
 
     Raises:
       ValueError: If the model has no adapter of a name, or one is merged.
@@ -76,7 +76,7 @@ def disabled(model: Any, *names: str) -> Iterator[Any]:
 
     Args:
       model: A model with adapters.
-      names: Of the adapters; none for all.
+      names: Names of the adapters; without any, all.
 
     Yields:
       The model.

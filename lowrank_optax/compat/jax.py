@@ -4,8 +4,9 @@ Code elsewhere asks these functions instead of matching primitives and their par
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
 import itertools
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax.experimental.layout import Layout, with_layout_constraint
@@ -24,6 +25,8 @@ from jax.interpreters import batching, mlir
 
 # What is passed on; the functions below are this module's own.
 __all__ = ["ClosedJaxpr", "Jaxpr", "JaxprEqn", "Literal", "Primitive", "Var", "jaxpr_as_fun"]
+
+T = TypeVar("T")
 
 REMAT = ("checkpoint", "remat", "remat2")
 # Operations that run one program, once, on their own operands.
@@ -66,9 +69,19 @@ def parameters(equation: JaxprEqn) -> Mapping[str, Any]:
     return equation.params
 
 
+def shape_of(x: Var | Literal) -> tuple[int, ...]:
+    """The shape of an operand or result."""
+    return getattr(x.aval, "shape", ())
+
+
 def jaxpr_of(program: Jaxpr | ClosedJaxpr) -> Jaxpr:
     """The program without its constants."""
     return program.jaxpr if isinstance(program, ClosedJaxpr) else program
+
+
+def is_program(x: Any) -> bool:
+    """Whether a parameter of an operation is a program."""
+    return isinstance(x, Jaxpr | ClosedJaxpr)
 
 
 def new_jaxpr(
@@ -85,7 +98,7 @@ def sub_jaxprs(equation: JaxprEqn) -> Iterator[Jaxpr | ClosedJaxpr]:
     """All programs among the parameters of an operation, such as the bodies of a loop."""
     for value in equation.params.values():
         for x in value if isinstance(value, tuple | list) else [value]:
-            if isinstance(x, Jaxpr | ClosedJaxpr):
+            if is_program(x):
                 yield x
 
 
@@ -136,6 +149,46 @@ def called_jaxpr(equation: JaxprEqn) -> Jaxpr | ClosedJaxpr | None:
 def branches(equation: JaxprEqn) -> Sequence[ClosedJaxpr]:
     """The branches of a ``cond``, whose first operand is the index; of other operations, none."""
     return parameter(equation, "branches") if primitive_name(equation) == "cond" else ()
+
+
+def interpret(
+    program: Jaxpr | ClosedJaxpr,
+    inputs: Sequence[T],
+    *,
+    rule: Callable[[JaxprEqn, list[T]], Sequence[T]],
+    constant: Callable[[Any], T],
+    join: Callable[[T, Sequence[T]], T],
+) -> list[T]:
+    """Runs a program on values of another kind than arrays, such as what is known of arrays.
+
+    Goes into called programs and branches, and passes on operands of optimization barriers.
+
+    Args:
+      program: The program.
+      inputs: Values of its arguments.
+      rule: From an operation and its operands' values to those of its results.
+      constant: From an array in the program to its value.
+      join: From the values of a ``cond``'s index, and of one result in each branch, to its value.
+    """
+    jaxpr = jaxpr_of(program)
+    consts = program.consts if isinstance(program, ClosedJaxpr) else ()
+    found = dict(zip(jaxpr.constvars, map(constant, consts), strict=True))
+    found |= zip(jaxpr.invars, inputs, strict=True)
+    look = lambda x: constant(x.val) if isinstance(x, Literal) else found[x]
+    inside = functools.partial(interpret, rule=rule, constant=constant, join=join)
+    for equation in jaxpr.eqns:
+        operands = [look(x) for x in equation.invars]
+        if branched := branches(equation):
+            each = [inside(branch, operands[1:]) for branch in branched]
+            results = [join(operands[0], of_result) for of_result in zip(*each, strict=True)]
+        elif (called := called_jaxpr(equation)) is not None:
+            results = inside(called, operands)
+        elif primitive_name(equation) == "optimization_barrier":
+            results = operands
+        else:
+            results = rule(equation, operands)
+        found |= zip(equation.outvars, results, strict=True)
+    return [look(x) for x in jaxpr.outvars]
 
 
 def scan_operands(equation: JaxprEqn) -> tuple[int, int]:

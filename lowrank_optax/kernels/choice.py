@@ -1,12 +1,11 @@
-"""A primitive that is lowered as one of several equivalent programs, by what is known only then.
+"""A primitive that chooses between a kernel and its reference when the program is lowered.
 
 A custom kernel runs on one kind of device and cannot be partitioned by the compiler. Neither the
-platform nor the number of devices is known while a function is traced: it may be traced on a host
-for a chip that is not there, exported for several platforms at once, or called with arrays that
-`jax.jit` finds to be sharded. `jax.lax.platform_dependent` chooses when lowering, but lowers every
-branch for every platform of a multi-platform export, which kernels refuse, and does not look at
-devices. So this primitive keeps the programs side by side until lowering, and takes a kernel where
-there is one platform, which it is for, and nothing left to partition; otherwise the fallback.
+platform nor the number of devices is known while a function is traced: it may be exported for other
+platforms, or called with arrays that `jax.jit` finds to be sharded.
+`jax.lax.platform_dependent` lowers every branch for every platform of an export, which kernels
+refuse, and does not look at devices. This primitive keeps the programs side by side until lowering,
+and lowers a kernel if there is one platform, its own, and nothing to partition.
 """
 
 from collections.abc import Callable, Hashable, Sequence

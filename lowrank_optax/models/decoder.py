@@ -17,7 +17,7 @@ from lowrank_optax.activations.block_codes import check_bits
 from lowrank_optax.activations.gating import swiglu
 from lowrank_optax.models.attention import Attention, KeyValueCache, RMSNorm
 from lowrank_optax.models.config import DecoderConfig
-from lowrank_optax.models.huggingface_names import MODULE_NAMES
+from lowrank_optax.models.huggingface_config import MODULE_NAMES
 from lowrank_optax.models.rotary import inverse_frequencies, rotary_angles
 
 # The attributes of jax.checkpoint_policies that are policies; the others make one from arguments.
@@ -104,18 +104,18 @@ class Decoder(nnx.Module):
     Args:
         config: the shape.
         rngs: source of the initial weights: normal with `config.initializer_range`, norms one.
-        dtype: of the activations. Norms, softmax, rotation and logits are computed in float32.
-        param_dtype: of the weights.
-        scan_layers: run one stacked block by a scan (compiles L times faster), or L blocks in
-            turn (somewhat faster on CPU).
-        remat: what backward keeps of a block: None keeps what it needs, `"full"` keeps the
-            block's input alone and recomputes the rest; otherwise the name of a policy in
-            `jax.checkpoint_policies`, or a policy.
-        activation_bits: 1 to 8, that backward keeps of each element of an MLP's gate, and of its
-            up (see `lowrank_optax.activations.swiglu`); None keeps what it needs.
+        dtype: dtype of the activations. Norms, softmax, rotation and logits are in float32.
+        param_dtype: dtype of the weights.
+        scan_layers: run one stacked block by a scan (compiles L times faster), or L blocks one
+            after the other (somewhat faster on CPU).
+        remat: what of a block is saved for the backward pass: None saves what it needs, `"full"`
+            saves the block's input alone and recomputes everything else; otherwise the name of a
+            policy in `jax.checkpoint_policies`, or a policy.
+        activation_bits: bits per element, 1 to 8, that are saved of an MLP's gate and of its up
+            (see `lowrank_optax.activations.swiglu`); None saves them as they are.
 
     Raises:
-        ValueError: `remat` is no policy's name, or `activation_bits` is none of these.
+        ValueError: `remat` is not the name of a policy, or `activation_bits` is out of range.
 
     Example:
         >>> from flax import nnx
@@ -179,7 +179,7 @@ class Decoder(nnx.Module):
             float32 [batch, length, vocab_size].
 
         Raises:
-            ValueError: `tokens` is no two-dimensional array of integers.
+            ValueError: `tokens` is not a two-dimensional array of integers.
         """
         return self.decode(tokens, None, 0)[0]
 
@@ -190,7 +190,7 @@ class Decoder(nnx.Module):
 
         Args:
             tokens: integers [batch, length], the positions `position` to `position + length - 1`.
-            cache: from `init_cache` or the call before; None for none.
+            cache: from `init_cache` or the call before; None to start without.
             position: where the tokens start; a scalar, which may be traced.
 
         Returns:

@@ -1,4 +1,4 @@
-"""Between Hugging Face's config.json (transformers 4 and 5) and the fields of `DecoderConfig`."""
+"""What Hugging Face (transformers 4 and 5) calls a decoder's fields and modules."""
 
 from collections.abc import Iterable, Mapping
 import json
@@ -25,6 +25,28 @@ ARCHITECTURES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+}
+
+# Modules of the decoder.
+OUTER_MODULES = {"embed": "model.embed_tokens", "norm": "model.norm", "lm_head": "lm_head"}
+BLOCK_MODULES = {
+    "attention_norm": "input_layernorm",
+    "attention.query": "self_attn.q_proj",
+    "attention.key": "self_attn.k_proj",
+    "attention.value": "self_attn.v_proj",
+    "attention.output": "self_attn.o_proj",
+    "attention.query_norm": "self_attn.q_norm",
+    "attention.key_norm": "self_attn.k_norm",
+    "mlp_norm": "post_attention_layernorm",
+    "mlp.gate": "mlp.gate_proj",
+    "mlp.up": "mlp.up_proj",
+    "mlp.down": "mlp.down_proj",
+}
+
+# The same by path, `{}` for the number of a layer: what `adapters.save_peft` reads.
+MODULE_NAMES = OUTER_MODULES | {
+    f"blocks/{{}}/{ours.replace('.', '/')}": f"model.layers.{{}}.{theirs}"
+    for ours, theirs in BLOCK_MODULES.items()
 }
 
 # What Hugging Face assumes where a config.json leaves a field out, if it is not our own default.
@@ -71,8 +93,8 @@ def read_json(source: str | os.PathLike) -> Mapping[str, Any]:
     """The object in a config.json.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no JSON object.
+        FileNotFoundError: the file does not exist.
+        ValueError: it is not a JSON object.
     """
     path = config_file(source)
     if not path.is_file():
@@ -95,8 +117,8 @@ def fields_from_huggingface(
 
     Args:
         source: the parsed config.json.
-        names: of the fields.
-        kinds: what they may be.
+        names: names of the fields.
+        kinds: kinds of the fields.
 
     Raises:
         ValueError: a field is of another kind, or asks for something that is not done.

@@ -46,6 +46,14 @@ class LayerSpec:
         return tuple(shape[: len(shape) - self.ndim])
 
 
+def kernel_spec(kernel: Kernel, kind: Kind) -> LayerSpec:
+    """The spec of one layer whose weight is not stacked, or stacked along leading axes."""
+    ndim = len(kernel.shape)
+    from_end = lambda axes: tuple(axis - ndim for axis in axes)
+    axes = WeightDimensionNumbers(from_end(kernel.reduction), from_end(kernel.output))
+    return LayerSpec(kernel.path[0], axes, ndim, kind, kernel.by_default)
+
+
 def kind_of(module: Any) -> Kind | None:
     """The kind of one of Flax's own layers, or of a subclass; None for other modules."""
     names = (t.__name__ for t in type(module).__mro__ if t.__module__.startswith("flax."))

@@ -10,8 +10,11 @@ from lowrank_optax.optimizers.extrapolate import (
     extrapolate,
     extrapolation_eval_params,
 )
-from lowrank_optax.optimizers.extrapolated import ExtrapolatedValueAndGrad, ExtrapolationState
-from lowrank_optax.optimizers.extrapolation import extrapolated_value_and_grad
+from lowrank_optax.optimizers.extrapolation import (
+    ExtrapolatedValueAndGrad,
+    ExtrapolationState,
+    extrapolated_value_and_grad,
+)
 from lowrank_optax.optimizers.gradient_direction import with_gradient_direction
 from lowrank_optax.optimizers.grams import cautious_adamw, grams
 from lowrank_optax.optimizers.mirror_sinkhorn import (

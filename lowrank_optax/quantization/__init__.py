@@ -1,7 +1,7 @@
-"""Arrays in codes of 8 or 4 bits, with a scale for each block: what low-bit states are made of."""
+"""Arrays in codes of 1 to 8 bits, with a scale for each block: moments, weights and residuals."""
 
-from lowrank_optax.quantization.affine import Affine, affine_dequantize, affine_quantize
 from lowrank_optax.quantization.blocks import (
+    Affine,
     BlockFormat,
     Layout,
     Quantized,
@@ -14,7 +14,14 @@ from lowrank_optax.quantization.blocks import (
 )
 from lowrank_optax.quantization.maps import Bits, CodeMap, MapName, code_map
 from lowrank_optax.quantization.nf4 import nf4_dequantize, nf4_quantize, nf4_round
-from lowrank_optax.quantization.packing import Packing, pack, packing_of, unpack
+from lowrank_optax.quantization.packing import (
+    Packing,
+    PackingName,
+    pack,
+    packed_bytes,
+    packing_of,
+    unpack,
+)
 
 __all__ = [
     "Affine",
@@ -24,9 +31,8 @@ __all__ = [
     "Layout",
     "MapName",
     "Packing",
+    "PackingName",
     "Quantized",
-    "affine_dequantize",
-    "affine_quantize",
     "code_map",
     "decode_blocks",
     "dequantize",
@@ -37,6 +43,7 @@ __all__ = [
     "nf4_round",
     "over_blocks",
     "pack",
+    "packed_bytes",
     "packing_of",
     "quantize",
     "unpack",

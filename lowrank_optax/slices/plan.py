@@ -10,9 +10,15 @@ import optax
 
 from lowrank_optax.matrices import explicit_sharding
 from lowrank_optax.matrices.paths import leaves_by_path
-from lowrank_optax.slices.agreement import InTree, emitted_by_slice, in_tree
-from lowrank_optax.slices.call import Call, Path, grown
-from lowrank_optax.slices.independence import check_parts, is_known, rows_are_independent
+from lowrank_optax.slices.call import Call, Path
+from lowrank_optax.slices.independence import (
+    WholeUpdate,
+    check_parts,
+    emitted_by_slice,
+    rows_are_independent,
+    whole_update,
+)
+from lowrank_optax.slices.known import is_known
 from lowrank_optax.slices.loop import Cut
 
 Slices: TypeAlias = int | Literal["off"] | None
@@ -29,9 +35,9 @@ class Budget(NamedTuple):
     """How much memory temporaries may take.
 
     Attributes:
-      slices: So many slices of every leaf that can be cut; ``"off"`` for none; None for as few as
-        fit into ``bytes``, and whole leaves where they do.
-      bytes: None for a 64th of the gradients, and at least 16 MiB.
+      slices: Number of slices of every leaf that can be cut; ``"off"`` for none; None for as few
+        as fit into ``bytes``, and whole leaves where they do.
+      bytes: Size of temporaries; None for a 64th of the gradients, and at least 16 MiB.
     """
 
     slices: Slices = None
@@ -42,13 +48,13 @@ class SlicedLeaf(NamedTuple):
     """A leaf that is cut.
 
     Attributes:
-      place: Its place in the tree.
+      index: Its index among the leaves.
       cut: Where slices begin and end.
       own: Paths of the arrays of the state that belong to it.
       emitted: The type of a slice's update, an array or a tree of arrays.
     """
 
-    place: int
+    index: int
     cut: Cut
     own: tuple[Path, ...]
     emitted: Any
@@ -65,7 +71,7 @@ def sliced_leaves(
     Args:
       call: What ``update`` is called with.
       budget: How large temporaries may be.
-      chosen: For each leaf of a call whether slices are worth the while.
+      chosen: For each leaf of a call whether slices save memory.
       parts: What the call's transformation was given: see `update_in_slices`.
 
     Raises:
@@ -73,15 +79,15 @@ def sliced_leaves(
     """
     if budget.slices == "off" or not _none_is_projected(call):
         return []
-    if budget.slices is None and not call.is_traced():
-        return []  # outside of jit nothing is in place, and each loop would be compiled anew
-    rows_of = enumerate(zip(call.gradients, call.likes, strict=True))
+    arrays = jax.tree.leaves((call.gradients, call.params, list(call.state.values())))
+    if budget.slices is None and not any(isinstance(x, jax.core.Tracer) for x in arrays):
+        return []  # outside of jit nothing is in place, and each loop would be compiled again
     budget_bytes = _bytes_of(call, budget)
-    every = {
-        i: cut_of([gradient, *jax.tree.leaves(like)], budget_bytes, budget.slices)
-        for i, (gradient, like) in rows_of
-    }
-    cuts = {i: cut for i, cut in every.items() if cut is not None}
+    cuts: dict[int, Cut] = {}
+    for i, (gradient, param) in enumerate(zip(call.gradients, call.params, strict=True)):
+        cut = cut_of([gradient, *jax.tree.leaves(param)], budget_bytes, budget.slices)
+        if cut is not None:
+            cuts[i] = cut
     if not cuts:
         return []
     try:
@@ -98,7 +104,7 @@ def sliced_leaves(
     check_parts(call, parts)
     unknown = [part for part in parts if not is_known(part)]
     try:
-        whole = in_tree(call)
+        whole = whole_update(call)
     except Exception:
         return []
     leaves = [_sliced_leaf(call, *each, whole, unknown) for each in owned]
@@ -110,7 +116,7 @@ def _runs_without(call: Call, leaves: Sequence[SlicedLeaf]) -> bool:
     """Whether what is left can be run: rules that must find something may find nothing there."""
     found = {path for leaf in leaves for path in leaf.own}
     try:
-        jax.eval_shape(lambda: found.update(call.without({leaf.place for leaf in leaves})[1]))
+        jax.eval_shape(lambda: found.update(call.without({leaf.index for leaf in leaves})[1]))
     except Exception:
         return False
     return found == call.state.keys()
@@ -119,8 +125,8 @@ def _runs_without(call: Call, leaves: Sequence[SlicedLeaf]) -> bool:
 def _none_is_projected(call: Call) -> bool:
     """Whether no gradient arrives in another shape than its parameter's, as one projected does."""
     return all(
-        not isinstance(like, jax.Array) or like.shape == gradient.shape
-        for gradient, like in zip(call.gradients, call.likes, strict=True)
+        not isinstance(param, jax.Array) or param.shape == gradient.shape
+        for gradient, param in zip(call.gradients, call.params, strict=True)
     )
 
 
@@ -173,12 +179,13 @@ def _shards(arrays: Sequence[jax.Array]) -> int:
     return math.gcd(arrays[0].shape[0], max(1, *(mesh.size for mesh in meshes)))
 
 
-def _own_state(call: Call, place: int, cut: Cut, shared: set[Path]) -> tuple[Path, ...] | None:
+def _own_state(call: Call, index: int, cut: Cut, shared: set[Path]) -> tuple[Path, ...] | None:
     """Paths of the leaf's own state, if all of that has the leaf's rows."""
-    like = call.likes[place]
+    double = lambda x: jax.ShapeDtypeStruct((2 * x.shape[0], *x.shape[1:]), x.dtype)
     try:
-        once = leaves_by_path(call.init_shapes([place], [like]))
-        twice = leaves_by_path(call.init_shapes([place], [grown(like)]))
+        once = leaves_by_path(call.state_shapes([index]))
+        doubled = [jax.tree.map(double, call.params[index])]
+        twice = leaves_by_path(call.state_shapes([index], doubled))
     except Exception:  # what cannot be asked about a part of a tree
         return None
     own = tuple(path for path in once if path not in shared)
@@ -188,18 +195,18 @@ def _own_state(call: Call, place: int, cut: Cut, shared: set[Path]) -> tuple[Pat
 
 def _sliced_leaf(
     call: Call,
-    place: int,
+    index: int,
     cut: Cut,
     own: tuple[Path, ...],
-    whole: InTree,
+    whole: WholeUpdate,
     unknown: Sequence[optax.GradientTransformation],
 ) -> SlicedLeaf | None:
     """The leaf, if what a slice of it gets is what the leaf gets in the tree, cut."""
     try:
-        if not rows_are_independent(call, place, unknown):
+        if not rows_are_independent(call, index, unknown):
             return None
-        emitted = emitted_by_slice(call, place, cut, own, whole)
-        return None if emitted is None else SlicedLeaf(place, cut, own, emitted)
+        emitted = emitted_by_slice(call, index, cut, own, whole)
+        return None if emitted is None else SlicedLeaf(index, cut, own, emitted)
     except Exception:  # what cannot be run on a part of a tree
         return None
 

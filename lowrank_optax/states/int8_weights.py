@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.matrices.paths import is_whole, leaves_by_path, path_string
-from lowrank_optax.quantization import Affine, affine_dequantize, affine_quantize
+from lowrank_optax.quantization import Affine, BlockFormat, code_map, dequantize, quantize
+from lowrank_optax.slices.call import Whole, keys_of_rows, whole_of
 from lowrank_optax.slices.update import update_in_slices
-from lowrank_optax.slices.whole import Whole, keys_of_rows, whole_of
 from lowrank_optax.states.precision import in_float32
+
+INT8 = BlockFormat(code_map("affine", 8), 256)
 
 
 class Int8Weight(NamedTuple):
@@ -79,7 +81,7 @@ def to_int8_weights(
             f"{min_size}; which={which!r}."
         )
     return jax.tree_util.tree_map_with_path(
-        lambda path, x: Int8Weight(*affine_quantize(x)) if chosen(path, x) else x, params
+        lambda path, x: Int8Weight(*quantize(x, INT8)) if chosen(path, x) else x, params
     )
 
 
@@ -94,7 +96,7 @@ def from_int8_weights(params: Any, dtype: Any = jnp.float32) -> optax.Params:
     def whole(x: Any) -> Any:
         if not isinstance(x, Int8Weight):
             return x
-        return affine_dequantize(Affine(*x), x.codes.shape).astype(dtype)
+        return dequantize(Affine(*x), INT8, x.codes.shape).astype(dtype)
 
     return jax.tree.map(whole, params, is_leaf=_is_int8)
 
@@ -181,13 +183,13 @@ def update_int8_weights(
         )
 
     core = optax.GradientTransformationExtraArgs(init_fn, update_fn)
-    in_codes = lambda call: list(map(_is_int8, call.likes))
+    in_codes = lambda call: list(map(_is_int8, call.params))
     return core._replace(update=update_in_slices(core, in_codes, [inner]))
 
 
 def _change(old: Int8Weight, weight: jax.Array, key: jax.Array) -> Int8Weight:
     """What makes of the old codes those of the weight, by additions."""
-    new = affine_quantize(weight, key=key)
+    new = quantize(weight, INT8, key)
     return Int8Weight(*(after - before for after, before in zip(new, old, strict=True)))
 
 

@@ -13,8 +13,9 @@ import jax
 import numpy as np
 
 from lowrank_optax.adapters.operands import Lookup, Rows
+from lowrank_optax.adapters.outputs import Part, adapted_output
 
-OF_OPERANDS = {"apply", "before", "branch"}
+OF_OPERANDS = {"layer_output", "removed", "times"}
 FUNCTIONS = OF_OPERANDS | {
     "delta",
     "deltas",
@@ -23,6 +24,7 @@ FUNCTIONS = OF_OPERANDS | {
     "init_shared",
     "merged",
     "original",
+    "removed_weight",
     "stack_arrays",
     "to_lora",
     "unmerged",
@@ -43,6 +45,13 @@ class Compiled:
 def compiled(kind: type) -> Callable[..., Any]:
     """The class of a method, whose instances are `Compiled`."""
     return lambda **options: Compiled(kind(**options))
+
+
+def layer_output(method: Any, p: Any, x: Any, y: Any, *, key: Any = None, **layer: Any) -> Any:
+    """A layer's output with this adapter alone, as a model computes it."""
+    if isinstance(method, Compiled):
+        return _called(method.method, "layer_output", p, x, y, key=key, **layer)
+    return adapted_output([Part(method, p, key=key)], x, y, **layer)
 
 
 def on_host(tree: Any) -> Any:
@@ -80,4 +89,6 @@ def _run(method: Any, name: str, operand: Any, fixed: Any, arrays: dict[str, Any
     if operand is not None:
         kind, *rest = operand
         args[1] = kind(args[1], *rest)
+    if name == "layer_output":
+        return layer_output(method, *args, **given)
     return getattr(method, name)(*args, **given)

@@ -1,5 +1,6 @@
 """What the library assumes of JAX beyond its documented interface."""
 
+import types
 from typing import Any
 
 import jax
@@ -68,14 +69,19 @@ def test_a_while_has_condition_and_body() -> None:
 
 
 def test_a_scan_says_how_many_operands_are_constants_and_carried_and_its_length() -> None:
+    def turn(carry: Any, x: jax.Array) -> Any:
+        return {"a": carry["a"] + x, "b": carry["b"] * x * weight}, carry["a"]
+
     weight = jnp.ones(3)
-    turn = lambda carry, row: (carry + row * weight, carry)
-    scan = last(lambda x: jax.lax.scan(turn, jnp.zeros(3), x), X)
-    consts, carried = compat.scan_operands(scan)
-    assert carried == 1
-    assert consts + carried == len(scan.invars) - 1
+    carry = {"a": jnp.zeros(3), "b": jnp.ones(3)}
+    (scan,) = equations(lambda *args: jax.lax.scan(turn, *args), carry, X)
+    assert sum(compat.scan_operands(scan)) == len(scan.invars) - 1
+    assert compat.scan_operands(scan)[1] == 2
     assert compat.scan_length(scan) == 4
     assert compat.scan_length(last(jnp.sin, X)) == 1
+    unknown: Any = types.SimpleNamespace(params={"new": 1}, invars=[])
+    with pytest.raises(NotImplementedError, match="what a scan carries; its parameters are new"):
+        compat.scan_operands(unknown)
 
 
 def test_a_parameter_that_jax_has_no_more_is_an_error_that_names_the_operation() -> None:

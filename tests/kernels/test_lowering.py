@@ -10,8 +10,8 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from kernels.steps import SCALARS, formats_of
 import pytest
 
-from lowrank_optax.kernels import low_bit_adam, projected_adam
-from lowrank_optax.kernels.moments import coded_shapes
+from lowrank_optax.kernels import low_bit_adam
+from lowrank_optax.kernels.adam import coded_shapes
 from lowrank_optax.quantization import Quantized
 
 TRITON = export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
@@ -27,29 +27,14 @@ def coded(shape: tuple[int, ...], formats: Any) -> list[Quantized]:
     return [Quantized(struct(codes, jnp.uint8), struct(scales)) for codes, scales in shapes]
 
 
-def low_bit(
-    shape: tuple[int, ...], bits: int, implementation: Any, second: str = ""
-) -> tuple[Callable, Any]:
-    formats = formats_of(bits, 256, second=second)
+def low_bit(shape: tuple[int, ...], bits: int, implementation: Any) -> tuple[Callable, Any]:
+    formats = formats_of(bits, 256)
 
     def step(g, m, v, p):
         options = {"formats": formats, "implementation": implementation}
         return low_bit_adam(g, m, v, p, SCALARS, **options)
 
     return step, (struct(shape), *coded(shape, formats), struct(shape))
-
-
-def projected(axis: int, bits: int, implementation: Any) -> tuple[Callable, Any]:
-    formats = None if bits == 32 else formats_of(bits, 128)
-    shape = (2, 128, 384) if axis == -2 else (2, 384, 128)
-    moment = (2, 128, 384) if axis == -2 else (2, 384, 128)
-    moments = [struct(moment)] * 2 if formats is None else coded(moment, formats)
-
-    def step(g, basis, m, v, p):
-        options = {"axis": axis, "formats": formats, "implementation": implementation}
-        return projected_adam(g, basis, m, v, p, SCALARS, **options)
-
-    return step, (struct(shape, jnp.bfloat16), struct((2, 128, 128)), *moments, struct(shape))
 
 
 def has_kernel(exported: export.Exported) -> bool:
@@ -73,19 +58,11 @@ def test_low_bit_adam_lowers_for_tpus(shape: Any, bits: int, implementation: Any
 
 
 @pytest.mark.combinations(1)
-@pytest.mark.parametrize("bits", [32, 8, 4])
-@pytest.mark.parametrize("axis", [-2, -1])
-def test_projected_adam_lowers_for_tpus(axis: int, bits: int) -> None:
-    step, arguments = projected(axis, bits, None)
-    assert has_kernel(export.export(jax.jit(step), platforms=["tpu"])(*arguments))
-
-
-@pytest.mark.combinations(1)
 @pytest.mark.parametrize("shape", [(300, 512), (2, 24, 7, 256), (128, 256)])
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("implementation", ["triton", None], ids=str)
 def test_low_bit_adam_lowers_for_gpus(shape: Any, bits: int, implementation: Any) -> None:
-    step, arguments = low_bit(shape, bits, implementation, "linear" if bits == 4 else "log")
+    step, arguments = low_bit(shape, bits, implementation)
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=H100)):
         exporter = export.export(jax.jit(step), platforms=["cuda"], disabled_checks=[TRITON])
         assert has_kernel(exporter(*arguments))

@@ -1,15 +1,13 @@
 """AFLoRA: LoRA with two vectors between and behind its factors, which are frozen on the way."""
 
-from collections.abc import Mapping
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.adapters.base import AdapterParams, Arrays, Side, Weights
-from lowrank_optax.adapters.low_rank import LowRank, for_each, kaiming_uniform
-
-_START_OF_D = 0.1
+from lowrank_optax.adapters.base import AdapterParams, Arrays, Axes, Weights
+from lowrank_optax.adapters.low_rank import LowRank, for_each, kaiming_uniform, to_float32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,17 +23,12 @@ class AFLoRA(LowRank):
     factors one by one. With all of them frozen this is VeRA, with factors of each layer's own.
 
     Args:
-      rank: The rank ``r``, or one for each layer of a stack.
       alpha: ``c = alpha / rank``, as in the paper's GSM8K code; None for ``c = 1``, as in its GLUE
         code.
-      dropout: The fraction of inputs dropped before ``A``, in training.
       freeze_square_from_start: Whether ``A`` and ``B`` of square weights are never trained: the
         GLUE code's rule for the projections of attention.
-      param_dtype: Of the arrays.
 
-    Raises:
-      TypeError: If ``rank`` is no int or tuple of them.
-      ValueError: If an option is out of its range.
+    Other options, and errors, are those of `LowRank`.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro
@@ -54,13 +47,10 @@ class AFLoRA(LowRank):
       https://github.com/zeyuliu1037/AFLoRA.
     """
 
+    axes: ClassVar[Axes] = {"A": ("in", None), "B": (None, "out"), "b": ("out",)}
+
     rank: int | tuple[int, ...] = 4
     freeze_square_from_start: bool = True
-
-    @property
-    def axes(self) -> Mapping[str, tuple[Side, ...]]:
-        """Those of the factors and ``b``; see `Adapter.axes`."""
-        return {"A": ("in", None), "B": (None, "out"), "b": ("out",)}
 
     def init_layers(
         self, key: jax.Array, weights: Weights, shared: Arrays, *, embedding: bool = False
@@ -68,27 +58,27 @@ class AFLoRA(LowRank):
         """``A`` and ``B`` by He's uniform rule, ``d`` 0.1 and ``b`` zero."""
         del shared, embedding
         layers, d_in, d_out = weights.shape
-        constants = self.rank_scales(layers)
         of_first, of_second = jax.random.split(key)
         draw = lambda key, *shape: for_each(kaiming_uniform(2.0), key, shape, self.param_dtype)
         a = draw(of_first, layers, d_in, self.max_rank)
         b = draw(of_second, layers, self.max_rank, d_out)
-        # What B's columns are drawn for is the layer's own rank.
-        ranks, within = self.layer_ranks(), self.within_ranks()
-        wider = jnp.sqrt(self.max_rank / ranks).astype(b.dtype)[:, None, None]
+        # B's columns are drawn for the layer's own rank.
+        wider = jnp.sqrt(self.max_rank / self.ranks(layers)).astype(b.dtype)[:, None, None]
+        within = self.within_ranks(layers)
         factors = {
-            "A": jnp.where(within[:, None, :], a, 0),
-            "B": jnp.where(within[:, :, None], b * wider, 0),
+            "A": jnp.where(within[:, None], a, 0),
+            "B": jnp.where(within[..., None], b * wider, 0),
         }
         vectors = {
-            "d": jnp.full((layers, self.max_rank), _START_OF_D, self.param_dtype),
+            "d": jnp.full((layers, self.max_rank), 0.1, self.param_dtype),
             "b": jnp.zeros((layers, d_out), self.param_dtype),
         }
+        constants = self.rank_scales(layers)
         if self.freeze_square_from_start and d_in == d_out:
             return AdapterParams(vectors, constants | factors)
         return AdapterParams(factors | vectors, constants)
 
     def factors(self, p: Arrays) -> tuple[jax.Array, jax.Array]:
         """``A`` and ``c diag(d) B diag(b)``."""
-        d, b = p["d"].astype(jnp.float32), p["b"].astype(jnp.float32)
+        d, b = to_float32(p, "d", "b")
         return p["A"], self.scaled(p, d[..., :, None] * p["B"] * b[..., None, :])

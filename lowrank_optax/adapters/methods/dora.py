@@ -1,17 +1,15 @@
-"""DoRA: a weight's columns have a length of their own, and LoRA turns their directions."""
+"""DoRA: trained lengths for the columns of a weight, whose directions LoRA rotates."""
 
-from collections.abc import Mapping
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.adapters.base import AdapterParams, Arrays, Side, Weights, product
-from lowrank_optax.adapters.low_rank import thin_product
+from lowrank_optax.adapters.base import AdapterParams, Arrays, Axes, Weights, product
+from lowrank_optax.adapters.low_rank import thin_product, to_float32
 from lowrank_optax.adapters.methods.lora import LoRA
 from lowrank_optax.adapters.operands import Operand
-
-_EXACT = jax.lax.Precision.HIGHEST
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,15 +50,12 @@ class DoRA(LoRA):
       https://arxiv.org/abs/2402.09353, equations 5 and 11.
     """
 
+    axes: ClassVar[Axes] = {**LoRA.axes, "magnitude": ("out",), "norm_squared": ("out",)}
+
     @property
     def reads_weights(self) -> bool:
         """Lengths start at those of the weight's columns."""
         return True
-
-    @property
-    def axes(self) -> Mapping[str, tuple[Side, ...]]:
-        """LoRA's, and those of the columns' lengths; see `Adapter.axes`."""
-        return {**super().axes, "magnitude": ("out",), "norm_squared": ("out",)}
 
     def init_layers(
         self, key: jax.Array, weights: Weights, shared: Arrays, *, embedding: bool = False
@@ -75,17 +70,17 @@ class DoRA(LoRA):
             lora.trainable | {"magnitude": magnitude}, lora.frozen | {"norm_squared": squared}
         )
 
-    def apply(
+    def branch(
         self,
         p: Arrays,
         x: Operand,
-        y: jax.Array,
         *,
+        y: jax.Array,
         weight: jax.Array,
         bias: jax.Array | None = None,
         key: jax.Array | None = None,
     ) -> jax.Array:
-        """``y + (g - 1) (y - b) + (x A) (g s B)`` with ``g = m / n``; see `Adapter.apply`."""
+        """``(g - 1) (y - b) + (x A) (g s B)`` with ``g = m / n``; see `Adapter.branch`."""
         first, second = self.factors(p)
         gain = self._gain(p, weight)
         if key is not None and self.dropout > 0:
@@ -94,8 +89,8 @@ class DoRA(LoRA):
         else:
             base = y if bias is None else y - _per_column(bias, gain.shape).astype(y.dtype)
         rescaled = _per_column(gain - 1, gain.shape).astype(y.dtype) * base.astype(y.dtype)
-        turned = thin_product(x, first, gain[..., None, :] * second)
-        return y + rescaled + turned.astype(y.dtype)
+        rotated = thin_product(x, first, gain[..., None, :] * second)
+        return rescaled + rotated.astype(y.dtype)
 
     def delta(self, p: Arrays, weight: jax.Array) -> jax.Array:
         """``V diag(m / n) - W``; see `Adapter.delta`."""
@@ -107,20 +102,19 @@ class DoRA(LoRA):
         """The weight before `merged`: of its columns, direction and former length are known.
 
         With ``u`` the direction of the merged column, ``W = n u - s A B``, whose length is kept,
-        gives ``n`` by a quadratic equation; its larger root is right unless the adapter has turned
+        gives ``n`` by a quadratic equation; its larger root is right unless the adapter has rotated
         the column by more than a right angle. A column of magnitude zero is lost: NaN.
         """
-        turn = product(*self.factors(p))
-        magnitude = p["magnitude"].astype(jnp.float32)[..., None, :]
-        squared = p["norm_squared"][..., None, :]
-        direction = merged.astype(jnp.float32) / magnitude
+        change = product(*self.factors(p))
+        (magnitude,), squared = to_float32(p, "magnitude"), p["norm_squared"][..., None, :]
+        direction = merged.astype(jnp.float32) / magnitude[..., None, :]
         dot = lambda a, b: jnp.sum(a * b, axis=-2, keepdims=True)
-        along = dot(direction, turn)
+        along = dot(direction, change)
         # The direction of a rounded weight is not quite of length one.
         length = dot(direction, direction)
-        inside = jnp.square(along) - length * (dot(turn, turn) - squared)
+        inside = jnp.square(along) - length * (dot(change, change) - squared)
         norm = (along + jnp.sqrt(jnp.maximum(inside, 0))) / jnp.where(length == 0, 1, length)
-        return jnp.where(squared == 0, 0, norm * direction - turn).astype(merged.dtype)
+        return jnp.where(squared == 0, 0, norm * direction - change).astype(merged.dtype)
 
     def to_lora(self, p: Arrays) -> tuple[jax.Array, jax.Array]:
         """Refused: rescaling the columns of a weight is a change of full rank."""
@@ -132,25 +126,22 @@ class DoRA(LoRA):
 
     def _gain(self, p: Arrays, weight: jax.Array) -> jax.Array:
         """``m / n`` ``[..., d_out]``, float32; ``n`` is a constant."""
-        norm = jnp.sqrt(jax.lax.stop_gradient(self._norm_squared(p, weight)))
-        magnitude = p["magnitude"].astype(jnp.float32)
-        return jnp.where(norm > 0, magnitude / jnp.where(norm > 0, norm, 1), 1.0)
-
-    def _norm_squared(self, p: Arrays, weight: jax.Array) -> jax.Array:
+        (magnitude,) = to_float32(p, "magnitude")
         first, second = (jax.lax.stop_gradient(f.astype(jnp.float32)) for f in self.factors(p))
         # In the weight's dtype, lest a copy of it in float32 be made; products are summed in that.
         cross = jnp.matmul(
             first.mT.astype(weight.dtype),
             jax.lax.stop_gradient(weight),
-            precision=_EXACT,
+            precision=jax.lax.Precision.HIGHEST,
             preferred_element_type=jnp.float32,
         )
-        gram = jnp.matmul(first.mT, first, precision=_EXACT)
-        turned = jnp.matmul(gram, second, precision=_EXACT)
-        kept, square = p["norm_squared"], jnp.sum(second * turned, axis=-2)
-        # Of a column that the change has all but cancelled, what is left is rounding.
-        floor = jnp.finfo(jnp.float32).eps * (kept + square)
-        return jnp.maximum(kept + 2 * jnp.sum(second * cross, axis=-2) + square, floor)
+        square = jnp.sum(second * product(product(first.mT, first), second), axis=-2)
+        start = p["norm_squared"]
+        # Of a column that the change has all but cancelled, only rounding errors are left.
+        floor = jnp.finfo(jnp.float32).eps * (start + square)
+        squared = jnp.maximum(start + 2 * jnp.sum(second * cross, axis=-2) + square, floor)
+        norm = jnp.sqrt(jax.lax.stop_gradient(squared))
+        return jnp.where(norm > 0, magnitude / jnp.where(norm > 0, norm, 1), 1.0)
 
 
 @jax.jit

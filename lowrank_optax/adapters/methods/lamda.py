@@ -1,14 +1,13 @@
 """LaMDA: a small square core between two factors from the weight's singular vectors."""
 
-from collections.abc import Mapping
 import dataclasses
-from typing import Literal, Self, get_args
+from typing import ClassVar, Literal, Self, get_args
 
 import jax
 from jax.nn import initializers
 import jax.numpy as jnp
 
-from lowrank_optax.adapters.base import AdapterParams, Arrays, Side, Weights, product
+from lowrank_optax.adapters.base import AdapterParams, Arrays, Axes, Weights, product
 from lowrank_optax.adapters.low_rank import LowRank, for_each, kaiming_uniform, thin_product
 from lowrank_optax.adapters.operands import Operand, Rows
 from lowrank_optax.adapters.spectra import check_power_iterations, truncated_svd
@@ -30,27 +29,23 @@ class LaMDA(LowRank):
 
     .. warning::
       With ``"sigma"`` and ``"eye"`` a part of the weight is in ``S`` and ``B``, and weight decay
-      shrinks it: leave them out, ``mask=lro.schedules.decay_mask(exclude=r"(^|/)[SB]$")``, or let
+      shrinks it: leave them out, ``mask=lro.training.decay_mask(exclude=r"(^|/)[SB]$")``, or let
       them decay towards where they started, `add_weight_decay` with ``anchor="initial"``.
 
     Args:
       rank: The rank ``r``, or one for each layer of a stack (LaMDA++: see `allocate_ranks`).
-      alpha: ``c = alpha / rank``; None for ``c = 1``.
       core_init: How the singular values are spread; the function at the start is the same.
         ``"sigma"``: ``A = U_r``, ``S = diag(sigma_r) / c``, ``B = V_rᵀ``, and
         ``W_main = W - U_r diag(sigma_r) V_rᵀ``. ``"eye"``: ``A = U_r sqrt(sigma_r)``,
         ``S = I / c``, ``B = sqrt(sigma_r) V_rᵀ``, the same ``W_main``. ``"zero"``: ``A`` and ``B``
         as the first, ``S = 0``, and the weight stays as it is. ``"code"``: what the official code
         does, which has no SVD: ``A`` uniform as LoRA's, ``S`` in ``U(±1/sqrt(r))``, ``B = 0``.
-      power_iterations: None for an exact SVD; a number for a randomized one with so many, whose
+      power_iterations: None for an exact SVD; the number of iterations of a randomized one, whose
         error ``W_main`` makes up for.
-      dropout: The fraction of inputs dropped before ``A``, in training; with ``"sigma"`` and
-        ``"eye"`` that drops a part of the weight too.
-      param_dtype: Of ``A`` and ``B``; ``S`` is float32.
+      dropout: As for `LowRank`; with ``"sigma"`` and ``"eye"`` that drops a part of the weight too.
+      param_dtype: Dtype of ``A`` and ``B``; ``S`` is float32.
 
-    Raises:
-      TypeError: If ``rank`` is no int or tuple of them.
-      ValueError: If an option is out of its range.
+    Other options, and errors, are those of `LowRank`.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro
@@ -64,11 +59,13 @@ class LaMDA(LowRank):
       https://github.com/ArminAzizi98/LaMDA.
     """
 
+    axes: ClassVar[Axes] = {"A": ("in", None), "B": (None, "out"), "principal": (None, "out")}
+
     core_init: CoreInit = "sigma"
     power_iterations: int | None = None
 
     def __post_init__(self) -> None:
-        """Checks the options; raises TypeError or ValueError."""
+        """Checks the options."""
         super().__post_init__()
         if self.core_init not in get_args(CoreInit):
             raise ValueError(f"core_init={self.core_init!r} must be one of {get_args(CoreInit)}.")
@@ -84,11 +81,6 @@ class LaMDA(LowRank):
         """Whether there is an SVD."""
         return self.core_init != "code"
 
-    @property
-    def axes(self) -> Mapping[str, tuple[Side, ...]]:
-        """Those of the outer factors; see `Adapter.axes`."""
-        return {"A": ("in", None), "B": (None, "out"), "principal": (None, "out")}
-
     def init_layers(
         self, key: jax.Array, weights: Weights, shared: Arrays, *, embedding: bool = False
     ) -> AdapterParams:
@@ -96,14 +88,14 @@ class LaMDA(LowRank):
         del shared, embedding
         layers, d_in, d_out = weights.shape
         method = self._capped(min(d_in, d_out))
-        constants = method.rank_scales(layers)
+        within = method.within_ranks(layers)
+        rows, columns = within[:, :, None], within[:, None, :]
         start = method._random if self.core_init == "code" else method._spectral
         a, s, b = start(key, weights)
-        inside = method.within_ranks()
-        a = jnp.where(inside[:, None, :], a, 0).astype(self.param_dtype)
-        s = jnp.where(inside[:, :, None] & inside[:, None, :], s, 0)
-        b = jnp.where(inside[:, :, None], b, 0).astype(self.param_dtype)
-        trained, constants = {"S": s, "B": b}, constants | {"A": a}
+        a = jnp.where(columns, a, 0).astype(self.param_dtype)
+        b = jnp.where(rows, b, 0).astype(self.param_dtype)
+        trained = {"S": jnp.where(rows & columns, s, 0), "B": b}
+        constants = method.rank_scales(layers) | {"A": a}
         if not self.changes_base:
             return AdapterParams(trained, constants)
         # From the factors as they are stored, so that the sum is the weight whatever they lack.
@@ -115,13 +107,12 @@ class LaMDA(LowRank):
         """``A`` and ``c S B``."""
         return p["A"], product(self._core(p), p["B"])
 
-    def branch(self, p: Arrays, x: Operand, key: jax.Array | None = None) -> jax.Array:
-        """``((drop(x) A) c S) B``, in this order: once ``B`` is frozen, it has no backward."""
-        inside = self.dropped(x, key) @ p["A"]
-        return thin_product(Rows(inside), self._core(p), p["B"])
+    def times(self, p: Arrays, x: Operand) -> jax.Array:
+        """``((x A) c S) B``, in this order: once ``B`` is frozen, it has no backward."""
+        return thin_product(Rows(x @ p["A"]), self._core(p), p["B"])
 
-    def taken(self, p: Arrays) -> tuple[jax.Array, jax.Array] | None:
-        """``A`` and ``c S B`` at the start, if they were taken from the weight."""
+    def removed_factors(self, p: Arrays) -> tuple[jax.Array, jax.Array] | None:
+        """``A`` and ``c S B`` at the start, if they were removed from the weight."""
         return (p["A"], p["principal"]) if "principal" in p else None
 
     def to_lora(self, p: Arrays) -> tuple[jax.Array, jax.Array]:
@@ -135,23 +126,22 @@ class LaMDA(LowRank):
 
     def _capped(self, limit: int) -> Self:
         """The same method with no rank above ``limit``."""
-        ranks = self.rank
-        capped = (
-            tuple(min(r, limit) for r in ranks) if isinstance(ranks, tuple) else min(ranks, limit)
-        )
-        return self if capped == ranks else dataclasses.replace(self, rank=capped)
+        if isinstance(self.rank, tuple):
+            return dataclasses.replace(self, rank=tuple(min(r, limit) for r in self.rank))
+        return dataclasses.replace(self, rank=min(self.rank, limit))
 
     def _spectral(self, key: jax.Array, weights: Weights) -> tuple[jax.Array, jax.Array, jax.Array]:
-        matrices, steps = jnp.asarray(weights), self.power_iterations
-        u, sigma, v = truncated_svd(matrices, self.max_rank, power_iterations=steps, key=key)
+        steps = self.power_iterations
+        u, sigma, v = truncated_svd(
+            jnp.asarray(weights), self.max_rank, power_iterations=steps, key=key
+        )
         vt = v.mT
         if self.core_init == "eye":
             root = jnp.sqrt(sigma)
             u, vt, sigma = u * root[..., None, :], root[..., :, None] * vt, jnp.ones_like(sigma)
         elif self.core_init == "zero":
             sigma = jnp.zeros_like(sigma)
-        ranks = self.rank if isinstance(self.rank, tuple) else (self.rank,)
-        scales = jnp.array([self.scale_of(r) for r in ranks], jnp.float32)[:, None]
+        scales = self.scales(weights.shape[0])[:, None]
         return u, (sigma / scales)[..., None] * jnp.eye(self.max_rank), vt
 
     def _random(self, key: jax.Array, weights: Weights) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -161,5 +151,5 @@ class LaMDA(LowRank):
         # PyTorch's start of a linear layer, of as many inputs as the layer's rank.
         core = (layers, self.max_rank, self.max_rank)
         s = for_each(initializers.uniform(2.0), of_core, core, jnp.float32) - 1.0
-        s = s / jnp.sqrt(self.layer_ranks())[:, None, None]
+        s = s / jnp.sqrt(self.ranks(layers))[:, None, None]
         return a, s, jnp.zeros((layers, self.max_rank, d_out))

@@ -1,14 +1,13 @@
 """LoRA, with rsLoRA's scale: two thin matrices beside a frozen weight."""
 
-from collections.abc import Mapping
 import dataclasses
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import jax
 from jax.nn import initializers
 import jax.numpy as jnp
 
-from lowrank_optax.adapters.base import AdapterParams, Arrays, Side, Weights
+from lowrank_optax.adapters.base import AdapterParams, Arrays, Axes, Weights
 from lowrank_optax.adapters.low_rank import LowRank, for_each, kaiming_uniform
 
 Initial = Literal["kaiming_uniform", "he_uniform", "gaussian", "random"]
@@ -22,21 +21,16 @@ class LoRA(LowRank):
     writes PyTorch's ``[out, in]``: ``A`` here is ``lora_A.weight.T`` there.
 
     Args:
-      rank: The rank ``r``, or one for each layer of a stack.
-      alpha: The scale is ``alpha / rank``; None for ``alpha = rank``.
-      rank_stabilized: Scale by ``alpha / sqrt(rank)`` instead (rsLoRA), for ranks from about 32.
-      dropout: The fraction of inputs dropped before ``A``, in training.
-      initial: Of ``A``, while ``B`` is zero: ``"kaiming_uniform"``, ``U(±1/sqrt(d_in))``, as in
-        the official code and PEFT; ``"he_uniform"``, ``U(±sqrt(6/d_in))``, 2.4 times as large, as
-        in Flax, Keras and Gemma; ``"gaussian"``, of deviation ``1/r``. ``"random"`` draws both as
-        the first, for tests: the output then differs from the start. Of an embedding, ``A`` is
-        zero and ``B`` standard normal (with ``"random"`` both).
-      param_dtype: Of ``A`` and ``B``: float32 also on a bfloat16 model, where small updates are
-        lost to rounding otherwise.
+      rank_stabilized: Whether to scale by ``alpha / sqrt(rank)`` instead (rsLoRA), for ranks from
+        about 32.
+      initial: Initial values of ``A``, while ``B`` is zero: ``"kaiming_uniform"``,
+        ``U(±1/sqrt(d_in))``, as in the official code and PEFT; ``"he_uniform"``,
+        ``U(±sqrt(6/d_in))``, 2.4 times as large, as in Flax, Keras and Gemma; ``"gaussian"``, of
+        deviation ``1/r``. ``"random"`` draws both as the first, for tests: the output then differs
+        from the start. For an embedding, ``A`` is zero and ``B`` standard normal (with
+        ``"random"`` both).
 
-    Raises:
-      TypeError: If ``rank`` is no int or tuple of them.
-      ValueError: If an option is out of its range.
+    Other options, and errors, are those of `LowRank`.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro
@@ -54,11 +48,13 @@ class LoRA(LowRank):
       Kalajdzievski, rsLoRA, 2023, https://arxiv.org/abs/2312.03732.
     """
 
+    axes: ClassVar[Axes] = {"A": ("in", None), "B": (None, "out")}
+
     rank_stabilized: bool = False
     initial: Initial = "kaiming_uniform"
 
     def __post_init__(self) -> None:
-        """Checks the options; raises TypeError or ValueError."""
+        """Checks the options."""
         super().__post_init__()
         if self.initial not in get_args(Initial):
             raise ValueError(f"initial={self.initial!r} must be one of {get_args(Initial)}.")
@@ -68,11 +64,6 @@ class LoRA(LowRank):
         alpha = rank if self.alpha is None else self.alpha
         return alpha / (rank**0.5 if self.rank_stabilized else rank)
 
-    @property
-    def axes(self) -> Mapping[str, tuple[Side, ...]]:
-        """Those of ``A`` and ``B``; see `Adapter.axes`."""
-        return {"A": ("in", None), "B": (None, "out")}
-
     def init_layers(
         self, key: jax.Array, weights: Weights, shared: Arrays, *, embedding: bool = False
     ) -> AdapterParams:
@@ -80,14 +71,11 @@ class LoRA(LowRank):
         del shared
         layers, d_in, d_out = weights.shape
         of_first, of_second = jax.random.split(key)
-        scales = self.rank_scales(layers)
-        b = self._second(of_second, (layers, self.max_rank, d_out), embedding)
+        within = self.within_ranks(layers)
         a = self._first(of_first, (layers, d_in, self.max_rank), embedding)
-        within = self.within_ranks()
-        return AdapterParams(
-            {"A": jnp.where(within[:, None, :], a, 0), "B": jnp.where(within[:, :, None], b, 0)},
-            scales,
-        )
+        b = self._second(of_second, (layers, self.max_rank, d_out), embedding)
+        trained = {"A": jnp.where(within[:, None], a, 0), "B": jnp.where(within[..., None], b, 0)}
+        return AdapterParams(trained, self.rank_scales(layers))
 
     def factors(self, p: Arrays) -> tuple[jax.Array, jax.Array]:
         """``A`` and ``s B``."""
@@ -100,7 +88,7 @@ class LoRA(LowRank):
             return for_each(initializers.normal(1.0), key, shape, self.param_dtype)
         if self.initial == "gaussian":
             a = for_each(initializers.normal(1.0), key, shape, self.param_dtype)
-            return a / self.layer_ranks()[:, None, None].astype(a.dtype)
+            return a / self.ranks(shape[0])[:, None, None].astype(a.dtype)
         uniform = kaiming_uniform(2.0 if self.initial == "he_uniform" else 1 / 3)
         return for_each(uniform, key, shape, self.param_dtype)
 

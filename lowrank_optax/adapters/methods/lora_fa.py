@@ -27,12 +27,10 @@ class LoRAFA(LoRA):
       orthonormal: Whether the columns of ``A`` are made orthonormal; the projection is then a
         factor ``1/s²``.
 
-    Other options are those of `LoRA`. Of an embedding ``A`` is standard normal and ``B`` zero.
+    Other options are those of `LoRA`. For an embedding ``A`` is standard normal and ``B`` zero.
 
     Raises:
-      TypeError: If ``rank`` is no int or tuple of them.
-      ValueError: If an option is out of its range; in ``init``, if more orthonormal columns are
-        asked for than ``A`` has rows.
+      ValueError: In ``init``, if ``A`` cannot have so many orthonormal columns.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro

@@ -1,16 +1,16 @@
 """LoTR: two factors for all layers of a group, and a small core for each."""
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 import dataclasses
 import re
-from typing import Literal, TypeAlias, get_args
+from typing import ClassVar, Literal, TypeAlias, get_args
 
 import jax
 from jax.nn import initializers
 import jax.numpy as jnp
 
-from lowrank_optax.adapters.base import AdapterParams, Arrays, Side, Weights, product
-from lowrank_optax.adapters.low_rank import LowRank
+from lowrank_optax.adapters.base import AdapterParams, Arrays, Axes, Weights, product
+from lowrank_optax.adapters.low_rank import LowRank, difference
 from lowrank_optax.adapters.methods.tucker import unfolding_vectors
 from lowrank_optax.adapters.spectra import check_power_iterations, values_of
 
@@ -21,6 +21,7 @@ Share = Literal["both", "input", "output"]
 Initial = Literal["scaled", "orthonormal", "normal1", "tucker", "tucker_residual"]
 Zero = Literal["core", "A", "B"]
 _GROUPS = ("shape", "kind", "kind_and_block")
+_OWN = {"both": "core", "input": "B", "output": "A"}  # what each layer has of its own
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,24 +46,20 @@ class LoTR(LowRank):
         the model (encoder and decoder are two), in blocks of ``block_size`` consecutive layers; or
         a function of path and shape, whose equal answers make a group. Layers whose shared sides
         differ in size are always apart.
-      block_size: Of ``"kind_and_block"``: between LoRA's one and all layers.
+      block_size: Layers per block of ``"kind_and_block"``: between LoRA's one and all layers.
       share: ``"both"`` sides, ``"input"`` for ``A`` alone, or ``"output"`` for ``B`` alone: layers
         of one group may then differ along the other side, as queries and keys of grouped heads.
-      initial: Of ``A`` and ``B``. ``"scaled"``: normal of deviation ``1/sqrt(d)``.
+      initial: Initial values of ``A`` and ``B``. ``"scaled"``: normal of deviation ``1/sqrt(d)``.
         ``"orthonormal"``: random orthonormal columns. ``"normal1"``: standard normal, the paper's,
         which wants a learning rate some ``sqrt(d_in d_out)`` times smaller. ``"tucker"``: the
         leading singular vectors of the group's weights side by side. ``"tucker_residual"``: these,
         with cores ``Aᵀ W_s B``, while the weights become ``W_s - s A G_s Bᵀ``.
       zero: What is zero at the start, so that the model is unchanged: the ``"core"``, or the factor
         ``"A"`` or ``"B"`` with cores of identity.
-      power_iterations: Of the randomized decomposition of ``"tucker"``, the official code's two;
-        None for an exact one.
-      dropout: The fraction of inputs dropped before ``A``, in training.
-      param_dtype: Of all arrays: float32 also on a bfloat16 model.
+      power_iterations: Power iterations of the randomized decomposition of ``"tucker"``, the
+        official code's two; None for an exact one.
 
-    Raises:
-      TypeError: If ``rank`` is no int or tuple of them.
-      ValueError: If an option is out of its range, or two do not go together.
+    Other options, and errors, are those of `LowRank`.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro
@@ -80,6 +77,13 @@ class LoTR(LowRank):
       https://arxiv.org/abs/2402.01376.
     """
 
+    axes: ClassVar[Axes] = {
+        "A": ("in", None),
+        "B": ("out", None),
+        "A_0": ("in", None),
+        "B_0": ("out", None),
+    }
+
     group_by: GroupBy = "shape"
     block_size: int = 4
     share: Share = "both"
@@ -88,19 +92,17 @@ class LoTR(LowRank):
     power_iterations: int | None = 2
 
     def __post_init__(self) -> None:
-        """Checks the options; raises TypeError or ValueError."""
+        """Checks the options."""
         super().__post_init__()
         if not callable(self.group_by) and self.group_by not in _GROUPS:
             raise ValueError(
                 f"group_by={self.group_by!r} must be one of {_GROUPS}, or a function of path and "
                 "shape."
             )
-        options = {"share": Share, "initial": Initial, "zero": Zero}
-        for name, kinds in options.items():
-            if getattr(self, name) not in get_args(kinds):
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} must be one of {get_args(kinds)}."
-                )
+        for name, kinds in {"share": Share, "initial": Initial, "zero": Zero}.items():
+            value = getattr(self, name)
+            if value not in get_args(kinds):
+                raise ValueError(f"{name}={value!r} must be one of {get_args(kinds)}.")
         if self.block_size < 1:
             raise ValueError(f"block_size={self.block_size} must be at least 1.")
         check_power_iterations(self.power_iterations)
@@ -119,14 +121,7 @@ class LoTR(LowRank):
     @property
     def shared(self) -> frozenset[str]:
         """``A`` and ``B``, or one of them."""
-        sides = {"both": ("A", "B"), "input": ("A",), "output": ("B",)}[self.share]
-        return frozenset(name + end for name in sides for end in ("", "_0"))
-
-    @property
-    def axes(self) -> Mapping[str, tuple[Side, ...]]:
-        """Those of the outer factors, also as they were at the start; see `Adapter.axes`."""
-        first, second = ("in", None), ("out", None)
-        return {"A": first, "B": second, "A_0": first, "B_0": second}
+        return frozenset({"A", "B", "A_0", "B_0"} - {self._own, f"{self._own}_0"})
 
     @property
     def changes_base(self) -> bool:
@@ -135,8 +130,7 @@ class LoTR(LowRank):
 
     @property
     def _own(self) -> str:
-        """What each layer has of its own."""
-        return {"both": "core", "input": "B", "output": "A"}[self.share]
+        return _OWN[self.share]
 
     @property
     def reads_weights(self) -> bool:
@@ -146,7 +140,15 @@ class LoTR(LowRank):
     def group(self, path: str, shape: tuple[int, int]) -> Hashable:
         """By ``group_by``; layers of other ranks or sizes of what is shared are apart."""
         sizes = {"both": shape, "input": shape[:1], "output": shape[1:]}[self.share]
-        return group_of(self.group_by, self.block_size, path, shape), sizes, self.max_rank
+        name, index = layer_of(path)
+        by = None
+        if callable(self.group_by):
+            by = self.group_by(path, shape)
+        elif self.group_by == "kind":
+            by = name.rsplit("/", 1)[-1]
+        elif self.group_by == "kind_and_block":
+            by = name, None if index is None else index // self.block_size
+        return by, sizes, self.max_rank
 
     def init_shared(self, key: jax.Array, members: Sequence[Weights]) -> AdapterParams:
         """``A`` and ``B``, or one of them; with a leading axis where stacks are cut into blocks."""
@@ -164,7 +166,10 @@ class LoTR(LowRank):
         """The cores, or each layer's own factor; zero, unless ``initial`` or ``zero`` says else."""
         del key, embedding
         layers, d_in, d_out = weights.shape
-        frozen = self._blocks(layers, shared) | self.rank_scales(layers)
+        frozen, one = self.rank_scales(layers), next(iter(shared.values()))
+        if one.ndim == 3:  # a one where a layer's block is, if the shared factors have blocks
+            block = jnp.arange(layers) // self.block_size
+            frozen["block"] = jax.nn.one_hot(block, one.shape[0])
         if not self.changes_base:
             rows = {"core": self.max_rank, "A": d_in, "B": d_out}[self._own]
             start = jnp.zeros((rows, self.max_rank), self.param_dtype)
@@ -177,19 +182,14 @@ class LoTR(LowRank):
         """``A`` and ``s G Bᵀ``."""
         return self._factors(p, "")
 
-    def taken(self, p: Arrays) -> tuple[jax.Array, jax.Array] | None:
+    def removed_factors(self, p: Arrays) -> tuple[jax.Array, jax.Array] | None:
         """The factors at the start, where the weights became residuals."""
         return self._factors(p, "_0") if self.changes_base else None
 
     def to_lora(self, p: Arrays) -> tuple[jax.Array, jax.Array]:
         """``A`` and ``s G Bᵀ``; of twice the rank where the weights became residuals."""
-        first, second = self.factors(p)
-        if not self.changes_base:
-            return first, second
-        # Of F S - F_0 S_0, without the difference of large products.
-        first_0, second_0 = self._factors(p, "_0")
-        together = jnp.concatenate([first - first_0, first_0], axis=-1)
-        return together, jnp.concatenate([second, second - second_0], axis=-2)
+        start = self.removed_factors(p)
+        return self.factors(p) if start is None else difference(self.factors(p), start)
 
     def with_layers(self, params: AdapterParams, count: int = 1) -> AdapterParams:
         """Room for ``count`` layers more at the end of the stack, of the last one's block.
@@ -241,52 +241,38 @@ class LoTR(LowRank):
         shape = (sizes.pop(), self.max_rank)
         length = max(m.shape[0] for m in members)
         step = self.block_size if self.group_by == "kind_and_block" else length
-        sides = []
-        for first in range(0, length, step):
-            key, k = jax.random.split(key)
-            sides.append(self._start(k, name, shape, members, slice(first, first + step)))
-        side = jnp.stack(sides) if len(sides) > 1 else sides[0]
-        return side.astype(self.param_dtype)
+        random = initializers.normal(shape[0] ** -0.5 if self.initial == "scaled" else 1.0)
+        random = initializers.orthogonal() if self.initial == "orthonormal" else random
 
-    def _start(
-        self,
-        key: jax.Array,
-        name: str,
-        shape: tuple[int, int],
-        members: Sequence[Weights],
-        layers: slice,
-    ) -> jax.Array:
-        """A factor ``[d, r]`` of these layers at the start, float32."""
-        if self.zero == name:
-            return jnp.zeros(shape)
-        if self.reads_weights:
+        def start(key: jax.Array, layers: slice) -> jax.Array:
+            if self.zero == name:
+                return jnp.zeros(shape)
+            if not self.reads_weights:
+                return random(key, shape, jnp.float32)
             stacks = [values_of(m)[layers] for m in members]
             stacks = [x if name == "A" else x.mT for x in stacks if x.shape[0]]
             times = self.power_iterations
             return unfolding_vectors(stacks, shape[1], power_iterations=times, key=key)[0]
-        random = initializers.normal(shape[0] ** -0.5 if self.initial == "scaled" else 1.0)
-        random = initializers.orthogonal() if self.initial == "orthonormal" else random
-        return random(key, shape, jnp.float32)
 
-    def _blocks(self, layers: int, shared: Arrays) -> dict[str, jax.Array]:
-        """``block [L, n]``, a one where a layer's block is, if the shared factors have blocks."""
-        one = next(iter(shared.values()))
-        if one.ndim == 2:
-            return {}
-        return {"block": jax.nn.one_hot(jnp.arange(layers) // self.block_size, one.shape[0])}
+        sides = []
+        for first in range(0, length, step):
+            key, k = jax.random.split(key)
+            sides.append(start(k, slice(first, first + step)))
+        side = jnp.stack(sides) if len(sides) > 1 else sides[0]
+        return side.astype(self.param_dtype)
 
     def _residual(
         self, weights: jax.Array, shared: Arrays, frozen: dict[str, jax.Array]
     ) -> AdapterParams:
-        """What the shared factors take of the weights, and what that leaves, a layer at a time."""
+        """The cores of the weights in the shared factors, and the residuals, a layer at a time."""
 
         def of_layer(inputs: tuple[jax.Array, Arrays]) -> tuple[jax.Array, jax.Array]:
             w, p = inputs[0], {**shared, **inputs[1]}
             x = product(w, self._of_block(p, "B")) if "B" in self.shared else w
             x = product(self._of_block(p, "A").T, x) if "A" in self.shared else x
             x = (x.T if self.share == "input" else x).astype(self.param_dtype)
-            taken = product(*self.factors({**p, self._own: x}))
-            return x, (w.astype(jnp.float32) - taken).astype(w.dtype)
+            removed = product(*self.factors({**p, self._own: x}))
+            return x, (w.astype(jnp.float32) - removed).astype(w.dtype)
 
         x, base = jax.lax.map(of_layer, (weights, frozen))
         return AdapterParams({self._own: x}, {**frozen, f"{self._own}_0": jnp.copy(x)}, base)
@@ -315,22 +301,3 @@ def layer_of(path: str) -> tuple[str, int | None]:
         if found[1]:
             names.append(found[1])
     return "/".join(names), index
-
-
-def group_of(by: GroupBy, block_size: int, path: str, shape: tuple[int, int]) -> Hashable:
-    """Equal for layers that share factors, as far as shapes allow.
-
-    Args:
-      by: As for `LoTR`.
-      block_size: Layers in a block.
-      path: Of the layer.
-      shape: ``(d_in, d_out)``.
-    """
-    if callable(by):
-        return by(path, shape)
-    name, index = layer_of(path)
-    if by == "kind":
-        return name.rsplit("/", 1)[-1]
-    if by == "kind_and_block":
-        return name, None if index is None else index // block_size
-    return None

@@ -1,14 +1,14 @@
 """PiSSA: the principal part of a weight is trained, as a LoRA, and the rest frozen."""
 
-from collections.abc import Mapping
 import dataclasses
 import functools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.adapters.base import AdapterParams, Arrays, Side, Weights, product
-from lowrank_optax.adapters.low_rank import LowRank
+from lowrank_optax.adapters.base import AdapterParams, Arrays, Axes, Weights, product
+from lowrank_optax.adapters.low_rank import LowRank, difference
 from lowrank_optax.adapters.operands import Operand
 from lowrank_optax.adapters.spectra import (
     check_power_iterations,
@@ -40,27 +40,23 @@ class PiSSA(LowRank):
     LoRA's learning rate: its gradients are larger at the start.
 
     Args:
-      rank: The rank ``r``, or one for each layer of a stack.
       alpha: The scale is ``alpha / rank``; None for ``alpha = rank``. It moves size between ``A``
         and ``B`` and the product, not the start function.
-      rank_stabilized: Scale by ``alpha / sqrt(rank)`` instead.
+      rank_stabilized: Whether to scale by ``alpha / sqrt(rank)`` instead.
       dropout: Must be 0: it would drop a part of the pretrained weight.
-      param_dtype: Of the arrays; ``W_res`` is computed from them as they are stored.
-      power_iterations: None for the exact decomposition; a number for a randomized one with so
-        many, which takes seconds instead of minutes on a large model. The start function is exact
+      power_iterations: None for the exact decomposition; the number of iterations of a randomized
+        one, which takes seconds instead of minutes on a large model. The start function is exact
         either way, since ``W_res`` absorbs the error; 4 to 16 serve.
       residual: Whether the layer's weight becomes ``W_res``. If not, it stays, and the layer
         computes :math:`x W + s [(x (A - A_0)) B + (x A_0) (B - B_0)]`, which is the same function:
         the start is bit for bit the model's in any dtype, adapters can be switched and combined,
         and the branch costs twice as much.
       nf4_rounds: 0, or rounds ``T`` of QPiSSA: ``W_res`` is rounded to NF4 (see
-        `quantization.nf4_quantize`), and of the ``T`` rounds each decomposes what the NF4 weights
+        `quantization.nf4_quantize`), and each of the ``T`` rounds decomposes what the NF4 weights
         of the round before leave over. 1 is plain QPiSSA, the paper's tables have 5. The original
         weight cannot be restored then, nor the change expressed as a LoRA of it.
 
-    Raises:
-      TypeError: If ``rank`` is no int or tuple of them.
-      ValueError: If an option is out of its range, or two exclude each other.
+    Other options, and errors, are those of `LowRank`.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro
@@ -76,13 +72,20 @@ class PiSSA(LowRank):
       Algorithm 1, whose factors belong to the same round as the base, as in the official code.
     """
 
+    axes: ClassVar[Axes] = {
+        "A": ("in", None),
+        "B": (None, "out"),
+        "A_0": ("in", None),
+        "B_0": (None, "out"),
+    }
+
     rank_stabilized: bool = False
     power_iterations: int | None = None
     residual: bool = True
     nf4_rounds: int = 0
 
     def __post_init__(self) -> None:
-        """Checks the options; raises TypeError or ValueError."""
+        """Checks the options."""
         super().__post_init__()
         if self.dropout:
             raise ValueError(
@@ -114,19 +117,13 @@ class PiSSA(LowRank):
         """``alpha / rank``, or ``alpha / sqrt(rank)``."""
         return super().scale_of(rank) * (rank**0.5 if self.rank_stabilized else 1)
 
-    @property
-    def axes(self) -> Mapping[str, tuple[Side, ...]]:
-        """Those of the factors, also as they were at the start; see `Adapter.axes`."""
-        first, second = ("in", None), (None, "out")
-        return {"A": first, "B": second, "A_0": first, "B_0": second}
-
     def init_layers(
         self, key: jax.Array, weights: Weights, shared: Arrays, *, embedding: bool = False
     ) -> AdapterParams:
         """The factors of the principal part, and what is left of the weights."""
         del shared, embedding
-        scales = self.rank_scales(weights.shape[0])
         a, b, base = _decomposed(self, key, values_of(weights))
+        scales = self.rank_scales(weights.shape[0])
         scales = {name: x[:, : a.shape[-1]] for name, x in scales.items()}
         # Copies: the trained ones may be donated to a training step.
         frozen = {"A_0": jnp.copy(a), "B_0": jnp.copy(b)} | scales
@@ -139,41 +136,35 @@ class PiSSA(LowRank):
     def to_lora(self, p: Arrays) -> tuple[jax.Array, jax.Array]:
         """``[A - A_0 | A_0]`` and ``s [B; B - B_0]``, of rank ``2r``, beside the original weight.
 
-        Their product is that of ``[A | A_0]`` and ``s [B; -B_0]``, without the difference of large
-        products: zero before training, and small after a little of it, in any dtype.
-
         Raises:
           TypeError: If the base was quantized: it is not the original weight less ``s A_0 B_0``.
         """
         self._check_original("has no change of low rank")
         return self._change(p)
 
-    def taken(self, p: Arrays) -> tuple[jax.Array, jax.Array] | None:
+    def removed_factors(self, p: Arrays) -> tuple[jax.Array, jax.Array] | None:
         """``A_0`` and ``s B_0``; nothing without a residual."""
         return (p["A_0"], self.scaled(p, p["B_0"])) if self.residual else None
 
-    def before(self, p: Arrays, x: Operand, y: jax.Array) -> jax.Array:
-        """``y + s (x A_0) B_0``; raises TypeError if the base was quantized."""
+    def removed(self, p: Arrays, x: Operand) -> jax.Array | None:
+        """``s (x A_0) B_0``; raises TypeError if the base was quantized."""
         self._check_original("cannot be switched off")
-        return super().before(p, x, y)
+        return super().removed(p, x)
 
-    def original(self, p: Arrays, base: jax.Array) -> jax.Array:
-        """``W_res + s A_0 B_0``; raises TypeError if the base was quantized."""
+    def removed_weight(self, p: Arrays) -> jax.Array | None:
+        """``s A_0 B_0``; raises TypeError if the base was quantized."""
         self._check_original("cannot give the weight back")
-        return super().original(p, base)
+        return super().removed_weight(p)
 
     def _change(self, p: Arrays) -> tuple[jax.Array, jax.Array]:
-        wide = {name: p[name].astype(jnp.float32) for name in ("A", "A_0", "B", "B_0")}
-        first = jnp.concatenate([wide["A"] - wide["A_0"], wide["A_0"]], axis=-1)
-        halves = wide["B"], wide["B"] - wide["B_0"]
-        return first, jnp.concatenate([self.scaled(p, half) for half in halves], axis=-2)
+        return difference((p["A"], self.scaled(p, p["B"])), (p["A_0"], self.scaled(p, p["B_0"])))
 
     def _check_original(self, consequence: str) -> None:
         if self.nf4_rounds:
             raise TypeError(
                 f"PiSSA(nf4_rounds={self.nf4_rounds}) {consequence}: the weights were quantized "
                 "when it was attached, and the original ones are not kept. Keep or merge it, or "
-                "load the model anew."
+                "load the model again."
             )
 
 
@@ -183,21 +174,18 @@ def _decomposed(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """``A [L, d_in, r]``, ``B [L, r, d_out]`` and the residual, one layer after the other."""
     layers, *sides = weights.shape
-    columns = min(method.max_rank, *sides)
-    ranks = method.rank if isinstance(method.rank, tuple) else (method.rank,) * layers
-    scales = jnp.array([method.scale_of(r) for r in ranks], jnp.float32)
-    within = jnp.arange(columns) < jnp.array(ranks)[:, None]
-    exact = method.power_iterations is None
-    keys = None if exact else jax.random.split(key, layers)
+    scales = jnp.asarray(method.scales(layers))
+    within = jnp.asarray(method.within_ranks(layers)[:, : min(sides)])
+    keys = None if method.power_iterations is None else jax.random.split(key, layers)
 
     def one(layer: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        w, scale, kept, key = layer
+        w, scale, within, key = layer
         whole = w.astype(jnp.float32)
 
         def split(target: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-            a, b = _principal(method, target, scale, kept, key)
-            rest = whole - scale * product(a, b)
-            return a, b, nf4_round(rest) if method.nf4_rounds else rest
+            a, b = _principal(method, target, scale, within, key)
+            residual = whole - scale * product(a, b)
+            return a, b, nf4_round(residual) if method.nf4_rounds else residual
 
         a, b, base = split(whole)
         for _ in range(1, method.nf4_rounds):
@@ -208,19 +196,18 @@ def _decomposed(
 
 
 def _principal(
-    method: PiSSA, w: jax.Array, scale: jax.Array, kept: jax.Array, key: jax.Array
+    method: PiSSA, w: jax.Array, scale: jax.Array, within: jax.Array, key: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Balanced factors of the kept leading components of ``w / scale``.
+    """Balanced factors of the leading components of ``w / scale`` that are within the rank.
 
     Where a singular value is zero, both factors would be, and stay so for want of a gradient: the
     column of ``A`` is then a unit vector, with a row of zeros in ``B``, as LoRA starts.
     """
     iterations = method.power_iterations
-    u, s, v = truncated_svd(w, kept.shape[0], power_iterations=iterations, key=key)
-    root = jnp.sqrt(s / scale)
-    live = nonzero(s)
-    a = u * jnp.where(kept, jnp.where(live, root, 1.0), 0.0)
-    b = v.mT * jnp.where(kept & live, root, 0.0)[:, None]
+    u, s, v = truncated_svd(w, within.shape[0], power_iterations=iterations, key=key)
+    root, live = jnp.sqrt(s / scale), nonzero(s)
+    a = u * jnp.where(within, jnp.where(live, root, 1.0), 0.0)
+    b = v.mT * jnp.where(within & live, root, 0.0)[:, None]
     return a.astype(method.param_dtype), b.astype(method.param_dtype)
 
 
@@ -234,8 +221,8 @@ def reduction_ratio(
 
     Args:
       weights: ``[..., d_in, d_out]``.
-      approximation: Likewise: of QPiSSA, the base and the product of the factors.
-      block_size: Weights to a scale of the quantization compared with.
+      approximation: ``[..., d_in, d_out]``; for QPiSSA, the base plus the product of the factors.
+      block_size: Weights per scale of the quantization compared with.
 
     Returns:
       float32 ``[...]``, one for each matrix.
@@ -259,7 +246,7 @@ def reduction_ratio(
         raise ValueError(
             f"approximation of shape {approximation.shape} must have weights' {weights.shape}."
         )
-    wide = weights.astype(jnp.float32)
+    exact = weights.astype(jnp.float32)
     norm = lambda difference: jnp.sum(singular_values(difference), axis=-1)
-    left = norm(wide - approximation.astype(jnp.float32))
-    return 100 * (1 - left / norm(wide - nf4_round(wide, block_size)))
+    left = norm(exact - approximation.astype(jnp.float32))
+    return 100 * (1 - left / norm(exact - nf4_round(exact, block_size)))

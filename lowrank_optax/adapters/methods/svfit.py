@@ -1,13 +1,13 @@
 """SVFit: the singular vectors of a weight stay, its largest singular values are trained."""
 
-from collections.abc import Mapping
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.adapters.base import AdapterParams, Arrays, Side, Weights
-from lowrank_optax.adapters.low_rank import LowRank
+from lowrank_optax.adapters.base import AdapterParams, Arrays, Axes, Weights
+from lowrank_optax.adapters.low_rank import LowRank, to_float32
 from lowrank_optax.adapters.spectra import (
     check_power_iterations,
     nonzero,
@@ -41,18 +41,14 @@ class SVFit(LowRank):
       rank: The number of singular values ``r``, or one for each layer of a stack; at most
         ``min(d_in, d_out)``.
       alpha: Must be None: there is no scale.
-      dropout: The fraction of the branch's inputs dropped, in training.
-      param_dtype: Of the arrays.
-      energy: If given, each weight has a rank of its own instead of ``rank``: as many singular
-        values as it takes for this fraction of the sum of their squares (`energy_rank`). The
+      energy: If given, each weight has a rank of its own instead of ``rank``: the number of
+        singular values that hold this fraction of the sum of their squares (`energy_rank`). The
         paper's "over 99% of the information" is 0.99. Under ``jax.jit``, where shapes cannot
         depend on values, arrays then have ``min(d_in, d_out)`` columns, and zeros in the others.
-      power_iterations: None for the exact decomposition; a number for a randomized one with so
-        many, for ranks far below ``min(d_in, d_out)``.
+      power_iterations: None for the exact decomposition; the number of iterations of a randomized
+        one, for ranks far below ``min(d_in, d_out)``.
 
-    Raises:
-      TypeError: If ``rank`` is no int or tuple of them.
-      ValueError: If an option is out of its range.
+    Other options, and errors, are those of `LowRank`.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro
@@ -72,11 +68,13 @@ class SVFit(LowRank):
       plain form of Lingam et al., SVFT, 2024, https://arxiv.org/abs/2405.19597.
     """
 
+    axes: ClassVar[Axes] = {"U": ("in", None), "V": ("out", None)}
+
     energy: float | None = None
     power_iterations: int | None = None
 
     def __post_init__(self) -> None:
-        """Checks the options; raises TypeError or ValueError."""
+        """Checks the options."""
         super().__post_init__()
         if self.alpha is not None:
             raise ValueError(f"alpha={self.alpha!r} must be None: SVFit has no scale.")
@@ -88,18 +86,18 @@ class SVFit(LowRank):
         """True: they are decomposed."""
         return True
 
-    @property
-    def axes(self) -> Mapping[str, tuple[Side, ...]]:
-        """Those of the singular vectors; see `Adapter.axes`."""
-        return {"U": ("in", None), "V": ("out", None)}
-
     def init_layers(
         self, key: jax.Array, weights: Weights, shared: Arrays, *, embedding: bool = False
     ) -> AdapterParams:
         """The singular vectors, and zeros."""
         del shared, embedding
         weights = values_of(weights)
-        ranks, columns = self._ranks(weights)
+        if self.energy is None:
+            ranks, columns = self.ranks(weights.shape[0]), self.max_rank
+        else:
+            ranks = energy_rank(singular_values(weights), self.energy)
+            traced = isinstance(ranks, jax.core.Tracer)
+            columns = min(weights.shape[1:]) if traced else int(jnp.max(ranks))
         iterations = self.power_iterations
         u, s, v = truncated_svd(weights, columns, power_iterations=iterations, key=key)
         kept = nonzero(s) & (jnp.arange(s.shape[-1]) < ranks[:, None])
@@ -109,18 +107,8 @@ class SVFit(LowRank):
 
     def factors(self, p: Arrays) -> tuple[jax.Array, jax.Array]:
         """``U`` and ``diag(t) Vᵀ``."""
-        return p["U"], p["t"].astype(jnp.float32)[..., :, None] * p["V"].mT.astype(jnp.float32)
-
-    def _ranks(self, weights: jax.Array) -> tuple[jax.Array, int]:
-        """The rank of each layer, and the largest."""
-        if self.energy is None:
-            layers = weights.shape[0]
-            self.rank_scales(layers)  # checks how many ranks there are
-            each = self.rank if isinstance(self.rank, tuple) else (self.rank,) * layers
-            return jnp.array(each), self.max_rank
-        ranks = energy_rank(singular_values(weights), self.energy)
-        traced = isinstance(ranks, jax.core.Tracer)
-        return ranks, min(weights.shape[1:]) if traced else int(jnp.max(ranks))
+        t, v = to_float32(p, "t", "V")
+        return p["U"], t[..., :, None] * v.mT
 
 
 def energy_rank(singular_values: jax.Array, energy: float) -> jax.Array:

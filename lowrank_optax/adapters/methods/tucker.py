@@ -22,12 +22,12 @@ class TuckerFactors(NamedTuple):
     """Matrices as ``A core[s] Bᵀ``, float32: the arrays of a `LoTR` with ``alpha=None``.
 
     Attributes:
-      A: ``[d_in, r]``, of orthonormal columns; zero ones beyond ``d_in``.
+      A: ``[d_in, r]``, with orthonormal columns; zero ones beyond ``d_in``.
       core: ``[L, r, r]``.
       B: ``[d_out, r]``, as ``A``.
-      error: Frobenius norm of what is lost of all matrices together, a scalar.
-      bound: What it was bound to stay below: the root of the squared singular values that were
-        left out of both unfoldings.
+      error: Frobenius norm of the error of all matrices together, a scalar.
+      bound: Upper bound of the error: the root of the squared singular values that were left out of
+        both unfoldings.
     """
 
     A: jax.Array
@@ -51,7 +51,7 @@ def lotr_from_updates(
       updates: ``[L, d_in, d_out]``, or a sequence of matrices or such stacks. Read one matrix at
         a time.
       rank: Columns of ``A`` and ``B``.
-      sweeps: How many; two are nearly always enough.
+      sweeps: Number of sweeps; two are nearly always enough.
 
     Returns:
       The factors, with their error and its bound. For a `LoTR` with an ``alpha``, divide the core
@@ -120,6 +120,7 @@ def lotr_from_lora(
     return TuckerFactors(product(q_in, a), core, product(q_out, b), error, bound)
 
 
+@functools.partial(jax.jit, static_argnames=("rank", "power_iterations"))
 def unfolding_vectors(
     stacks: Sequence[jax.Array],
     rank: int,
@@ -131,54 +132,48 @@ def unfolding_vectors(
 
     Args:
       stacks: ``[L, d, n]``; ``d`` is common to all.
-      rank: How many vectors.
-      power_iterations: None for exact ones, by a QR of ``[d + n, d]`` for each layer; a number for
-        a random start followed by so many steps of subspace iteration and one more, which needs
-        products with ``rank + 8`` columns alone.
-      key: Of the random start.
+      rank: Number of vectors.
+      power_iterations: None for exact ones, by a QR of ``[d + n, d]`` for each layer; the number of
+        steps (and one more) of subspace iteration from a random start, which needs products with
+        ``rank + 8`` columns alone.
+      key: PRNG key of the random start.
 
     Returns:
       ``[d, rank]`` float32, columns beyond ``d`` zero, and singular values in descending order:
       all ``[d]`` if exact, else the leading ones.
     """
-    if power_iterations is not None and key is None:
-        raise ValueError("key=None: a random start needs a key of jax.random.")
-    return _unfolding_vectors(stacks, key, rank, power_iterations)
-
-
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _unfolding_vectors(
-    stacks: Sequence[jax.Array], key: jax.Array | None, rank: int, power_iterations: int | None
-) -> tuple[jax.Array, jax.Array]:
     d = stacks[0].shape[-2]
-    if power_iterations is None or key is None:
+    if power_iterations is None:
         stacked = _scan(_append_rows, jnp.zeros((d, d)), stacks)
         _, values, vectors = in_turn(lambda x: tuple(jnp.linalg.svd(x)), stacked)
-        vectors = vectors.T
-    else:
-        q = jax.random.normal(key, (d, min(d, rank + _OVERSAMPLE)))
-        for _ in range(power_iterations + 1):
-            q = _scan(lambda sum_, w, q=q: sum_ + product(w, product(w.T, q)), 0 * q, stacks)
-            q = orthonormalize(q)
-        zero = jnp.zeros((q.shape[1], q.shape[1]))
-        gram = _scan(lambda sum_, w: sum_ + _inner(product(w.T, q)), zero, stacks)
-        values = jnp.sqrt(jnp.maximum(in_turn(jnp.linalg.eigvalsh, gram)[::-1], 0))
-        vectors = leading_directions(q, gram, min(rank, q.shape[1]))
-    return _columns(vectors, rank), values
+        return _columns(vectors.T, rank), values
+    if key is None:
+        raise ValueError("key=None: a random start needs a key of jax.random.")
+    q = jax.random.normal(key, (d, min(d, rank + _OVERSAMPLE)))
+    for _ in range(power_iterations + 1):
+        q = _scan(lambda sum_, w, q=q: sum_ + product(w, product(w.T, q)), 0 * q, stacks)
+        q = orthonormalize(q)
+    zero = jnp.zeros((q.shape[1], q.shape[1]))
+    inner = lambda x: product(x.T, x)
+    gram = _scan(lambda sum_, w: sum_ + inner(product(w.T, q)), zero, stacks)
+    values = jnp.sqrt(jnp.maximum(in_turn(jnp.linalg.eigvalsh, gram)[::-1], 0))
+    return _columns(leading_directions(q, gram, min(rank, q.shape[1])), rank), values
 
 
 @functools.partial(jax.jit, static_argnums=2)
 def _decomposed(stacks: Sequence[jax.Array], sweeps: jax.Array | int, rank: int) -> TuckerFactors:
     """HOSVD and sweeps of alternating least squares."""
-    turned = [x.mT for x in stacks]
-    (a, values_a), (b, values_b) = (
-        _unfolding_vectors(x, None, rank, None) for x in (stacks, turned)
-    )
+    transposed = [x.mT for x in stacks]
+    (a, values_a), (b, values_b) = (unfolding_vectors(x, rank) for x in (stacks, transposed))
     bound = jnp.sqrt(jnp.sum(values_a[rank:] ** 2) + jnp.sum(values_b[rank:] ** 2))
 
+    def best_side(stacks: Sequence[jax.Array], other: jax.Array) -> jax.Array:
+        inside = [jax.lax.map(lambda w: product(w, other), stack) for stack in stacks]
+        return _columns(truncated_svd(_side_by_side(inside), rank).u, rank)
+
     def sweep(_: jax.Array, sides: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        a = _best_side(stacks, sides[1], rank)
-        return a, _best_side(turned, a, rank)
+        a = best_side(stacks, sides[1])
+        return a, best_side(transposed, a)
 
     a, b = jax.lax.fori_loop(0, sweeps, sweep, (a, b))
 
@@ -206,12 +201,6 @@ def _in_few_directions(
     return q_in, small, q_out
 
 
-def _best_side(stacks: Sequence[jax.Array], other: jax.Array, rank: int) -> jax.Array:
-    """The best basis of the first axis, where that of the second is given."""
-    inside = lambda stack: jax.lax.map(lambda w: product(w, other), stack)
-    return _columns(truncated_svd(_side_by_side([inside(x) for x in stacks]), rank).u, rank)
-
-
 def _append_rows(r: jax.Array, w: jax.Array) -> jax.Array:
     # R of a QR: RᵀR is the Gram matrix of all unfoldings so far, without squaring its condition.
     rows = jnp.concatenate([r, w.T.astype(r.dtype)])
@@ -227,10 +216,6 @@ def _scan(
     for stack in stacks:
         start, _ = jax.lax.scan(lambda carry, w: (step(carry, w), None), start, stack)
     return start
-
-
-def _inner(x: jax.Array) -> jax.Array:
-    return product(x.T, x)
 
 
 def _side_by_side(stacks: Sequence[jax.Array]) -> jax.Array:

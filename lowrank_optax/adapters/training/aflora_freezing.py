@@ -1,4 +1,4 @@
-"""AFLoRA's freezing: factors stop for good, one by one, those with the smallest scores first."""
+"""AFLoRA's freezing: factors are frozen one by one, those with the smallest scores first."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
@@ -14,7 +14,7 @@ from lowrank_optax.adapters.training.aflora_scores import (
     observe,
     over,
 )
-from lowrank_optax.matrices import explicit_sharding
+from lowrank_optax.matrices.explicit_sharding import partition_of, partition_of_batch, zeros
 from lowrank_optax.matrices.paths import normalised_path, owner_of
 from lowrank_optax.states.arguments import transformation
 
@@ -26,13 +26,13 @@ class AfloraFreezingState(NamedTuple):
 
     Attributes:
       count: Number of updates so far, int32.
-      size: How many numbers the matrices had when it was made, int32.
-      frozen: Which matrices are frozen, bool: a scalar, or ``[L]`` of a stack; ``MaskedNode`` for
-        leaves that are none of them. Likewise the next three.
-      window_mean: Running mean of ``|g|`` in the present window, float32 like the leaf.
-      sensitivity: Exponential average of the windows' means, float32.
-      uncertainty: Exponential average of how far they were from that, float32.
-      inner_state: Of the inner transformation.
+      size: Number of elements of the matrices when it was made, int32.
+      frozen: Which matrices are frozen, bool: a scalar, or ``[L]`` for a stack; ``MaskedNode`` for
+        other leaves. Likewise the next three, float32 in the leaf's shape.
+      window_mean: Running mean of ``|g|`` in the present window.
+      sensitivity: Exponential average of the windows' means.
+      uncertainty: Exponential average of their distance from it.
+      inner_state: State of the inner transformation.
     """
 
     count: Any
@@ -62,7 +62,7 @@ def aflora_freezing(
     A matrix has a score, the mean over its elements of sensitivity times uncertainty: averages
     :math:`I \leftarrow \beta_1 I + (1 - \beta_1) w` and
     :math:`U \leftarrow \beta_2 U + (1 - \beta_2) |w - I|` of the mean :math:`w` of :math:`|g|` over
-    windows of ten steps. What is still to be trained at step :math:`t` is
+    windows of ten steps. The fraction that is still trained at step :math:`t` is
 
     .. math::
       \rho(t) = \Bigl(1 - \frac{t - t_i}{T - t_i - t_f}\Bigr)^3
@@ -78,7 +78,7 @@ def aflora_freezing(
     by one. Put gradient clipping inside ``inner``: scores are of raw gradients. Gradients that are
     not finite do not get into them.
 
-    That saves no time and no memory as such: `frozen_leaves` says what to take out of the trained
+    Freezing alone saves no time and no memory: `frozen_leaves` says what to take out of the trained
     parameters, and `carry_state` takes the optimizer's state along.
 
     Args:
@@ -87,7 +87,7 @@ def aflora_freezing(
       warmup_steps: Those before the first decision, :math:`t_i`: one epoch in the GLUE code, 0.3 T
         in the GSM8K code.
       final_steps: Those at the end with all frozen, :math:`t_f`: 0.7 T and 0.3 T there.
-      exponent: Of the schedule: 3, in the GSM8K code 2.
+      exponent: Exponent of the schedule: 3, in the GSM8K code 2.
       beta1: Decay of the sensitivity.
       beta2: Decay of the uncertainty.
       window: Steps of a window.
@@ -122,36 +122,31 @@ def aflora_freezing(
     if isinstance(names, str):
         raise ValueError(f"names={names!r} must be a sequence of names, for example ('A', 'B').")
     inner = transformation("inner", inner)
-    stops = below_quantile if mode == "quantile" else lowest_ranked
 
-    def decide(
-        scores: Scores, frozen: list[jax.Array], count: jax.Array, size: jax.Array
-    ) -> list[jax.Array]:
+    def decide(scores: Scores, frozen: list[jax.Array], state: Any) -> list[jax.Array]:
         """What is frozen after the decision of this step, if there is one."""
-        rho = remaining(count)
+        rho, count = remaining(state.count), state.count
 
         def decision(frozen: list[jax.Array]) -> list[jax.Array]:
-            found = stops(scores, frozen, rho, size)
+            if mode == "quantile":
+                found = below_quantile(scores, frozen, rho)
+            else:
+                found = lowest_ranked(scores, frozen, rho, state.size)
             # At the end all are, also those whose scores tie, which are below no quantile.
             return [was | now | (rho <= 0) for was, now in zip(frozen, found, strict=True)]
 
         last = count > total_steps - final_steps
-        due = (count > warmup_steps) & ((count % window == 0) | last)
+        decides = (count > warmup_steps) & ((count % window == 0) | last)
         left = jnp.any(jnp.stack([jnp.any(~x) for x in frozen]))
-        return jax.lax.cond(due & left, decision, lambda frozen: frozen, frozen)
+        return jax.lax.cond(decides & left, decision, lambda frozen: frozen, frozen)
 
     def init_fn(params: optax.Params) -> AfloraFreezingState:
         leaves, put = _chosen(params, names)
-        zeros = lambda: put([_zeros_like(x) for x in leaves])
-        return AfloraFreezingState(
-            count=jnp.zeros([], jnp.int32),
-            size=jnp.asarray(sum(x.size for x in leaves), jnp.int32),
-            frozen=put([_flags_of(x) for x in leaves]),
-            window_mean=zeros(),
-            sensitivity=zeros(),
-            uncertainty=zeros(),
-            inner_state=inner.init(params),
-        )
+        flags = [zeros(x.shape[:-2], bool, partition_of_batch(x)) for x in leaves]
+        start = lambda: put([zeros(x.shape, jnp.float32, partition_of(x)) for x in leaves])
+        size = jnp.asarray(sum(x.size for x in leaves), jnp.int32)
+        scores, count = (start(), start(), start()), jnp.zeros([], jnp.int32)
+        return AfloraFreezingState(count, size, put(flags), *scores, inner_state=inner.init(params))
 
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
@@ -162,7 +157,7 @@ def aflora_freezing(
         scores = Scores(*map(jax.tree.leaves, remembered))
         if gradients:
             scores = observe(gradients, scores, frozen, state.count % window, beta1, beta2)
-            frozen = decide(scores, frozen, state.count, state.size)
+            frozen = decide(scores, frozen, state)
         flags = put(frozen)
         new, inner_state = inner.update(
             _stopped(updates, flags), state.inner_state, params, **extra_args
@@ -172,7 +167,7 @@ def aflora_freezing(
             state.size,
             flags,
             *map(put, scores),
-            inner_state=_kept(state.inner_state, inner_state, updates, flags),
+            inner_state=_frozen_state(state.inner_state, inner_state, updates, flags),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -181,7 +176,7 @@ def aflora_freezing(
 def aflora_schedule(
     total_steps: int, warmup_steps: int, final_steps: int, exponent: float = 3.0
 ) -> Callable[[Any], jax.Array]:
-    r"""The fraction of AFLoRA's factors that is still to be trained at a step.
+    r"""The fraction of AFLoRA's factors that is still trained at a step.
 
     .. math::
       \rho(t) = \begin{cases}
@@ -212,11 +207,10 @@ def aflora_schedule(
     Reference:
       Liu et al., AFLoRA, 2024, https://arxiv.org/abs/2403.13269.
     """
-    steps = {"warmup_steps": warmup_steps, "final_steps": final_steps}
-    for name, value in steps.items():
-        _check_number(name, value, 0)
+    _check_number("warmup_steps", warmup_steps, 0)
+    _check_number("final_steps", final_steps, 0)
     _check_number("total_steps", total_steps, 1)
-    known = all(isinstance(x, int | float) for x in (total_steps, *steps.values()))
+    known = all(isinstance(x, int | float) for x in (total_steps, warmup_steps, final_steps))
     if known and warmup_steps + final_steps > total_steps:
         raise ValueError(
             f"warmup_steps={warmup_steps} and final_steps={final_steps} are more than "
@@ -240,36 +234,26 @@ def _check_number(name: str, value: Any, least: int) -> None:
 def _chosen(
     tree: Any, names: Sequence[str]
 ) -> tuple[list[jax.Array], Callable[[list[jax.Array]], Any]]:
-    """The leaves that are matrices of these names, and what puts others in their places."""
+    """The leaves that are matrices of these names, and a function that puts others there."""
     paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    is_one = lambda path, x: x.ndim > 1 and normalised_path(path)[-1:] in {(n,) for n in names}
-    at = [i for i, (path, x) in enumerate(paths) if is_one(path, x)]
+    last = lambda path: normalised_path(path)[-1:]
+    chosen = [x.ndim > 1 and last(path) in {(name,) for name in names} for path, x in paths]
 
     def put(found: list[jax.Array]) -> Any:
-        places: list[Any] = [optax.MaskedNode()] * len(paths)
-        for i, x in zip(at, found, strict=True):
-            places[i] = x
-        return treedef.unflatten(places)
+        new = iter(found)
+        return treedef.unflatten([next(new) if there else optax.MaskedNode() for there in chosen])
 
-    return [paths[i][1] for i in at], put
-
-
-def _flags_of(x: jax.Array) -> jax.Array:
-    return explicit_sharding.zeros(x.shape[:-2], bool, explicit_sharding.partition_of_batch(x))
-
-
-def _zeros_like(x: jax.Array) -> jax.Array:
-    return explicit_sharding.zeros(x.shape, jnp.float32, explicit_sharding.partition_of(x))
+    return [x for (_, x), there in zip(paths, chosen, strict=True) if there], put
 
 
 def _stopped(tree: Any, flags: Any) -> Any:
     """A tree with zeros where flags are set."""
-    leaves, treedef = jax.tree.flatten(tree)
-    stop = lambda x, flag: x if _is_masked(flag) else jnp.where(over(flag, x), 0, x)
-    return treedef.unflatten(list(map(stop, leaves, treedef.flatten_up_to(flags))))
+    is_masked = lambda x: isinstance(x, optax.MaskedNode)
+    stop = lambda flag, x: x if is_masked(flag) else jnp.where(over(flag, x), 0, x)
+    return jax.tree.map(stop, flags, tree, is_leaf=is_masked)
 
 
-def _kept(old: Any, new: Any, params: Any, flags: Any) -> Any:
+def _frozen_state(old: Any, new: Any, params: Any, flags: Any) -> Any:
     """The new state, with the old one's arrays of what is frozen."""
     owners: dict[tuple[str, ...], Any] = {
         normalised_path(path): None for path, _ in jax.tree_util.tree_leaves_with_path(params)
@@ -282,7 +266,3 @@ def _kept(old: Any, new: Any, params: Any, flags: Any) -> Any:
         return now if flag is None else jnp.where(over(flag, now), was, now)
 
     return jax.tree_util.tree_map_with_path(keep, new, old)
-
-
-def _is_masked(x: Any) -> bool:
-    return isinstance(x, optax.MaskedNode)

@@ -13,14 +13,14 @@ from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 import numpy as np
 
-from lowrank_optax.matrices import explicit_sharding
+from lowrank_optax.matrices.explicit_sharding import constrain, partition_of
 
 _MATRIX = (-2, -1)
 _LARGEST = np.iinfo(np.int32).max
 
 
 class Scores(NamedTuple):
-    """What is remembered of gradients, float32 in their shapes; see `AfloraFreezingState`."""
+    """Averages of gradients, float32 in their shapes; see `AfloraFreezingState`."""
 
     window_mean: list[jax.Array]
     sensitivity: list[jax.Array]
@@ -60,11 +60,8 @@ def observe(
     )
 
 
-def below_quantile(
-    scores: Scores, frozen: list[jax.Array], rho: jax.Array, size: jax.Array
-) -> list[jax.Array]:
+def below_quantile(scores: Scores, frozen: list[jax.Array], rho: jax.Array) -> list[jax.Array]:
     """The matrices whose mean score is below the ``1 - rho`` quantile of elements not frozen."""
-    del size
     elements = scores.elements()
     left = [
         jnp.sum(~flag) * math.prod(x.shape[-2:]) for flag, x in zip(frozen, elements, strict=True)
@@ -77,12 +74,13 @@ def below_quantile(
 def lowest_ranked(
     scores: Scores, frozen: list[jax.Array], rho: jax.Array, size: jax.Array
 ) -> list[jax.Array]:
-    """The matrices of the lowest scores, as many as leave ``rho`` of ``size`` numbers.
+    """The matrices of the lowest scores, such that ``rho`` of ``size`` numbers are left.
 
-    Those that were frozen come first; numbers that are there no longer count as frozen.
+    Those that were frozen come first; numbers that are no longer there count as frozen.
     """
     means = [matrix_scores(x) for x in scores.elements()]
-    flat = lambda arrays: jnp.concatenate([_everywhere(x).reshape(-1) for x in arrays])
+    everywhere = lambda x: constrain(x, partition_of(x) and PartitionSpec(*[None] * x.ndim))
+    flat = lambda arrays: jnp.concatenate([everywhere(x).reshape(-1) for x in arrays])
     sizes = np.concatenate(
         [np.full(m.size, math.prod(x.shape[-2:])) for m, x in zip(means, scores[0], strict=True)]
     ).astype(np.int32)
@@ -92,7 +90,7 @@ def lowest_ranked(
     ends = np.cumsum([m.size for m in means])
     parts = jnp.split(stops, ends[:-1])
     return [
-        explicit_sharding.constrain(part.reshape(m.shape), explicit_sharding.partition_of(m))
+        constrain(part.reshape(m.shape), partition_of(m))
         for part, m in zip(parts, means, strict=True)
     ]
 
@@ -138,14 +136,7 @@ def over(flag: jax.Array, x: jax.Array) -> jax.Array:
     """
     if x.shape[: flag.ndim] != flag.shape:
         flag = jnp.all(flag)
-    partition = explicit_sharding.partition_of(x)
+    partition = partition_of(x)
     if partition is not None:
-        flag = explicit_sharding.constrain(flag, PartitionSpec(*partition[: flag.ndim]))
+        flag = constrain(flag, PartitionSpec(*partition[: flag.ndim]))
     return jnp.expand_dims(flag, tuple(range(flag.ndim, x.ndim)))
-
-
-def _everywhere(x: jax.Array) -> jax.Array:
-    partition = explicit_sharding.partition_of(x)
-    return (
-        x if partition is None else explicit_sharding.constrain(x, PartitionSpec(*[None] * x.ndim))
-    )

@@ -1,4 +1,4 @@
-"""LaMDA's freezing: rows of the last factor stop for good, one after the other."""
+"""LaMDA's freezing: rows of the last factor are frozen one after the other."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ class LamdaFreezingState(NamedTuple):
 
     Attributes:
       count: Number of updates so far, int32.
-      inner_state: Of the inner transformation.
+      inner_state: State of the inner transformation.
     """
 
     count: Any
@@ -42,11 +42,11 @@ def lamda_freezing(
       k(t) = \min\bigl(r, \lfloor r \, t / (\eta T) \rfloor\bigr)
 
     of ``r`` rows do not move: neither by gradient, momentum nor decay, since it is what ``inner``
-    returns that is masked. From step :math:`\eta T` on none does. The rows of `LaMDA` are in the
+    returns that is masked. From step :math:`\eta T` on no row moves. The rows of `LaMDA` are in the
     order of their singular values, the largest first.
 
-    That saves no time and no memory as such: from then on take ``B`` out of the trained parameters,
-    and the optimizer's state along by `carry_state`.
+    Freezing alone saves no time and no memory: from then on take ``B`` out of the trained
+    parameters, and carry the optimizer's state over with `carry_state`.
 
     Args:
       inner: Any optax transformation, with its learning rate and weight decay.
@@ -107,12 +107,7 @@ def lamda_freezing(
 def last_steps(ranks: np.ndarray, rows: int, freezing_steps: ArrayLike) -> ArrayLike:
     """The first steps ``[*batch, rows]`` at which rows are frozen; 0 beyond a matrix's own rank.
 
-    Row ``j`` is, once ``r t / freezing_steps`` has reached ``j + 1``.
-
-    Args:
-      ranks: ``[*batch]``.
-      rows: What ranks are padded to.
-      freezing_steps: Until all rows are frozen.
+    Row ``j`` of ``ranks [*batch]`` is frozen once ``r t / freezing_steps`` has reached ``j + 1``.
     """
     share = np.minimum((np.arange(rows) + 1) / ranks[..., None], 1)
     # A product that is a whole number but for its rounding is that number.

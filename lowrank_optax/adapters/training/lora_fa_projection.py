@@ -22,8 +22,8 @@ class LoRAFAProjectionState(NamedTuple):
     """State of `lora_fa_projection`.
 
     Attributes:
-      inverse: For each ``B`` of the factors ``(s² AᵀA)⁻¹ [*batch, r, r]``, float32; ``MaskedNode``
-        for other leaves.
+      inverse: ``(s² AᵀA)⁻¹ [*batch, r, r]``, float32, for each ``B`` of the factors;
+        ``MaskedNode`` for other leaves.
     """
 
     inverse: optax.Params
@@ -43,18 +43,17 @@ def lora_fa_projection(
 
     Chain it before an optimizer: with ``optax.sgd`` the weight changes by
     :math:`-\eta P_A D`, :math:`P_A` projecting on the columns of ``A``, whatever ``s`` and the
-    scale of ``A``. Adam's updates do not depend on the scale of gradients, so what stays there is
-    how the inverse mixes the rows. Leaves that are no ``B`` of the factors pass unchanged.
+    scale of ``A``. Adam's updates do not depend on the scale of gradients: only the mixing of rows
+    by the inverse is left. Other leaves than ``B`` of the factors pass unchanged.
 
-    ``A`` being constant, the inverse is computed once, into the state (``r²`` floats for each):
-    directions that ``A`` lacks (a rank above ``d_in``, columns of zeros) get no gradient, and none
-    is asked for.
+    ``A`` is constant, so the inverse is computed once, into the state (``r²`` floats for each).
+    Directions that ``A`` lacks (a rank above ``d_in``, columns of zeros) get no gradient.
 
     Args:
-      factors: By the path of a ``B``, less its last name, the ``A [*batch, d_in, r]`` beside it and
-        its scale ``s``: a number, or one for each row, ``[*batch, r]``; `lora_fa_factors` collects
-        them. An ending of the path will do.
-      damping: Tikhonov's, relative to the mean of the diagonal of :math:`A^\top A`.
+      factors: The ``A [*batch, d_in, r]`` of each ``B`` and its scale ``s`` (a number, or one for
+        each row, ``[*batch, r]``), by the path of the ``B`` without its last name, or the end of
+        that path; `lora_fa_factors` collects them.
+      damping: Tikhonov damping, relative to the mean of the diagonal of :math:`A^\top A`.
 
     Returns:
       A transformation with the state `LoRAFAProjectionState`. It computes in float32; gradients
@@ -62,7 +61,7 @@ def lora_fa_projection(
 
     Raises:
       ValueError: If ``damping`` is negative; in ``init``, if no leaf is a ``B`` of the factors, or
-        the shapes do not fit.
+        shapes do not fit.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
@@ -88,7 +87,11 @@ def lora_fa_projection(
                 return optax.MaskedNode()
             found.append(key)
             a, scale = factors[key]
-            _check_shapes(key, a, b)
+            if a.ndim != b.ndim or a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-2]:
+                raise ValueError(
+                    f"factors[{key!r}] has A of shape {a.shape} for a B of shape {b.shape}: "
+                    "[*batch, d_in, r] and [*batch, r, d_out] must agree."
+                )
             return _inverse(a, scale, damping)
 
         state = LoRAFAProjectionState(jax.tree_util.tree_map_with_path(inverse, params))
@@ -119,17 +122,17 @@ def lora_fa_factors(source: Any, method: LoRAFA | None = None) -> dict[str, tupl
     """The frozen ``A`` and the scales of all LoRA-FA adapters, for `lora_fa_projection`.
 
     Args:
-      source: A Flax NNX model with adapters attached; or a tree of their frozen arrays, where each
-        is called ``A`` and stands where ``B`` does in the tree that is trained: in Linen
+      source: A Flax NNX model with adapters attached; or a tree of their frozen arrays, with the
+        paths of the trained tree and ``A`` instead of ``B``: in Linen
         ``variables["adapter_constants"]["default"]``.
-      method: Of a tree, the adapter that it belongs to; other ranks than its own are seen, other
-        values of ``alpha`` are not: collect those apart, dictionaries can be joined.
+      method: The adapter that a tree belongs to. Ranks are read from the arrays, values of
+        ``alpha`` are not: collect layers of another ``alpha`` apart and join the dictionaries.
 
     Returns:
       ``{path: (A [*batch, d_in, r], s [*batch, r])}``.
 
     Raises:
-      ValueError: If there is none, or ``method`` is missing.
+      ValueError: If there is no such adapter, or ``method`` is missing.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
@@ -139,46 +142,34 @@ def lora_fa_factors(source: Any, method: LoRAFA | None = None) -> dict[str, tupl
       [3. 3.]
     """
     if is_nnx_module(source):
-        found = _of_model(source)
+        from lowrank_optax.adapters.adapted_layers import adapted_layers
+
+        found = {
+            "/".join((*path, "adapters", name, "arrays")): _scaled(adapter.method, adapter.p())
+            for path, layer in adapted_layers(source).items()
+            for name, adapter in layer.adapters.items()
+            if isinstance(adapter.method, LoRAFA)
+        }
     elif method is None:
-        raise ValueError("method=None: of a tree of arrays, say of which LoRAFA they are.")
+        raise ValueError("method=None: say to which LoRAFA the tree of arrays belongs.")
     else:
         leaves = {path_string(p): x for p, x in jax.tree.leaves_with_path(source)}
-        found = {
-            owner: _scaled(
+        found = {}
+        for path, a in leaves.items():
+            owner, name = _split(path)
+            if name == "A":
+                arrays = {_split(k)[1]: x for k, x in leaves.items() if _split(k)[0] == owner}
                 # Patterns may have given a layer another rank.
-                dataclasses.replace(method, rank=a.shape[-1]),
-                {"A": a} | _rank_scale(leaves, owner),
-            )
-            for path, a in leaves.items()
-            for owner, name in [_split(path)]
-            if name == "A"
-        }
+                found[owner] = _scaled(dataclasses.replace(method, rank=a.shape[-1]), arrays)
     if not found:
-        raise ValueError("there is no LoRA-FA adapter: attach LoRAFA(...) before.")
+        raise ValueError("there is no LoRA-FA adapter: attach LoRAFA(...) first.")
     return found
-
-
-def _of_model(model: Any) -> dict[str, tuple[jax.Array, Any]]:
-    from lowrank_optax.adapters.adapted_layers import adapted_layers
-
-    return {
-        "/".join((*path, "adapters", name, "arrays")): _scaled(adapter.method, adapter.p())
-        for path, layer in adapted_layers(model).items()
-        for name, adapter in layer.adapters.items()
-        if isinstance(adapter.method, LoRAFA)
-    }
 
 
 def _scaled(method: LoRAFA, p: Arrays) -> tuple[jax.Array, Any]:
     """``A`` and the scale of each of its columns."""
     a = p["A"]
     return a, method.scaled(p, jnp.ones((*a.shape[:-2], a.shape[-1], 1)))[..., 0]
-
-
-def _rank_scale(leaves: Mapping[str, jax.Array], owner: str) -> dict[str, jax.Array]:
-    name = f"{owner}/rank_scale" if owner else "rank_scale"
-    return {"rank_scale": leaves[name]} if name in leaves else {}
 
 
 def _split(path: str) -> tuple[str, str]:
@@ -194,14 +185,6 @@ def _key(path: str, factors: Factors) -> str | None:
     names = owner.split("/") if owner else []
     endings = ("/".join(names[start:]) for start in range(len(names) + 1))
     return next((ending for ending in endings if ending in factors), None)
-
-
-def _check_shapes(key: str, a: jax.Array, b: jax.Array) -> None:
-    if a.ndim != b.ndim or a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-2]:
-        raise ValueError(
-            f"factors[{key!r}] has A of shape {a.shape} for a B of shape {b.shape}: "
-            "[*batch, d_in, r] and [*batch, r, d_out] must agree."
-        )
 
 
 def _inverse(a: jax.Array, scale: Any, damping: float) -> jax.Array:

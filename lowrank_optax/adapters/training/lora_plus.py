@@ -10,7 +10,7 @@ from lowrank_optax.quantization import Bits
 from lowrank_optax.states.assemble import has_no_decay, optimizer
 from lowrank_optax.states.precision import in_float32
 
-# Of adapters, and what is one-dimensional in a single layer (in a stack it has an axis more).
+# Arrays of adapters, and names of what is one-dimensional in a single layer.
 _FACTORS = ("A", "B", "magnitude")
 _FAST = ("B", "magnitude", "bias", "scale")
 _NO_DECAY = ("bias", "scale")
@@ -19,27 +19,27 @@ _NO_DECAY = ("bias", "scale")
 def scale_lora_plus(
     ratio: Any = 16.0, embedding_ratio: Any = 1.0, *, embeddings: str = "embed"
 ) -> optax.GradientTransformationExtraArgs:
-    r"""The last part of a chain: ``B`` moves ``ratio`` times as far as ``A``.
+    r"""LoRA+ as the last part of a chain: ``B`` moves ``ratio`` times as far as ``A``.
 
     .. math::
       \Delta B \leftarrow \lambda \, \Delta B, \qquad \Delta A \leftarrow \Delta A.
 
     It multiplies whole updates, weight decay with them, as a learning rate of their own would. As
-    in the official code, what has one axis (biases, scales of norms, `DoRA`'s magnitudes) moves
+    in the official code, leaves of one axis (biases, scales of norms, `DoRA`'s magnitudes) move
     like ``B``, and adapters of embeddings have a rate of their own. Leaves are known by the last
     name of their path: ``B``, ``magnitude``, ``bias``, ``scale``.
 
     Args:
       ratio: The paper's :math:`\lambda`: 16 is its rule of thumb, with a learning rate about half
         of LoRA's; 1 leaves LoRA as it is.
-      embedding_ratio: What adapters of embeddings are multiplied by.
-      embeddings: Regular expression, found in the paths of embeddings (not minding case).
+      embedding_ratio: Factor of the updates of adapters of embeddings.
+      embeddings: Regular expression found in the paths of embeddings, in any case.
 
     Returns:
       A transformation without state. Updates keep their dtypes.
 
     Raises:
-      ValueError: If a ratio is not positive, or ``embeddings`` is no regular expression.
+      ValueError: If a ratio is not positive, or ``embeddings`` is not a regular expression.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro, optax
@@ -99,15 +99,15 @@ def lora_plus_adamw(
       b2: Decay of the second moment.
       eps: Added to the root of the second moment.
       weight_decay: Decoupled decay :math:`w`.
-      embedding_learning_rate: Of adapters of embeddings; the official default.
-      embeddings: Regular expression, found in the paths of embeddings (not minding case).
+      embedding_learning_rate: Learning rate of adapters of embeddings; the official default.
+      embeddings: As for `scale_lora_plus`.
       state_bits: Bits of the moments between steps, 8 or 4: see `low_bit`; None for float32.
 
     Returns:
       An optimizer that needs ``params`` if there is weight decay. Moments are float32.
 
     Raises:
-      ValueError: If ``ratio`` is not positive, or ``embeddings`` is no regular expression.
+      ValueError: If ``ratio`` is not positive, or ``embeddings`` is not a regular expression.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
@@ -129,23 +129,15 @@ def lora_plus_adamw(
     )
     # One optimizer for each rate: a schedule that starts at zero has no ratio to another.
     mask = None if has_no_decay(weight_decay) else decays
-    adamw = lambda rate: optimizer(
-        in_float32(optax.scale_by_adam(b1, b2, eps)),
-        rate,
-        weight_decay,
-        mask,
-        state_bits=state_bits,
-    )
-    return optax.with_extra_args_support(
-        optax.partition(
-            {
-                "A": adamw(learning_rate),
-                "B": adamw(faster(learning_rate)),
-                "embedding": adamw(embedding_learning_rate),
-            },
-            lambda tree: jax.tree_util.tree_map_with_path(group_of, tree),
-        )
-    )
+    adam = in_float32(optax.scale_by_adam(b1, b2, eps))
+    adamw = lambda rate: optimizer(adam, rate, weight_decay, mask, state_bits=state_bits)
+    parts: dict[Any, Any] = {
+        "A": adamw(learning_rate),
+        "B": adamw(faster(learning_rate)),
+        "embedding": adamw(embedding_learning_rate),
+    }
+    groups = lambda tree: jax.tree_util.tree_map_with_path(group_of, tree)
+    return optax.with_extra_args_support(optax.partition(parts, groups))
 
 
 def _grouping(embeddings: str) -> Any:

@@ -1,8 +1,8 @@
-"""From one phase of training to the next: what is frozen leaves the optimizer, the rest goes on.
+"""From one phase of training to the next: frozen parameters leave the optimizer.
 
-Freezing inside an optimizer saves updates; the gradient of what is frozen is still computed, and
-its moments are still kept. Both go when it is no longer among the trained parameters, which changes
-the compiled step.
+Freezing inside an optimizer saves updates; the gradient of a frozen parameter is still computed,
+and its moments still take memory. Both go when it is no longer among the trained parameters, which
+changes the compiled step.
 """
 
 from typing import Any
@@ -13,17 +13,16 @@ from lowrank_optax.matrices.paths import normalised_path
 
 
 def carry_state(new_state: Any, old_state: Any) -> Any:
-    """A state of an optimizer for fewer parameters, with the old one's numbers.
+    """The state of an optimizer for fewer parameters, with the values of the old state.
 
-    Arrays are matched by their paths, so both states must be of the same transformation; what the
-    new one has no place for is dropped. For the next phase of a run in which some parameters are
-    frozen:
+    Arrays are matched by their paths, so both states must be of the same transformation; arrays
+    that the new one lacks are dropped. For the next phase of a run, with some parameters frozen:
 
     .. code-block:: python
 
       opt_state = lro.adapters.carry_state(tx.init(fewer_params), opt_state)
 
-    and of ``nnx.Optimizer``
+    and for ``nnx.Optimizer``
 
     .. code-block:: python
 
@@ -39,7 +38,7 @@ def carry_state(new_state: Any, old_state: Any) -> Any:
       ``old_state``'s arrays in the structure of ``new_state``.
 
     Raises:
-      ValueError: If an array of the new state is not in the old one, or of another shape or dtype.
+      ValueError: If an array of the new state is not in the old one, or has another shape or dtype.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro, optax

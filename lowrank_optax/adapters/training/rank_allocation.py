@@ -19,7 +19,7 @@ RankPattern: TypeAlias = Mapping[str, int | tuple[int, ...]]
 
 
 def energy(singular_values: ArrayLike) -> np.ndarray:
-    r"""How much of a matrix its ``r`` leading singular triplets hold, for every ``r``.
+    r"""The fraction of a matrix that its ``r`` leading singular triplets hold, for every ``r``.
 
     .. math::
       E(r) = \sum_{j \le r} \sigma_j^2 \, \Big/ \, \sum_j \sigma_j^2
@@ -28,7 +28,7 @@ def energy(singular_values: ArrayLike) -> np.ndarray:
       singular_values: ``[..., k]``, in any order.
 
     Returns:
-      ``[..., k]`` float64, of ``r = 1, ..., k``: it rises to 1. Of a matrix of zeros, 1.
+      ``[..., k]`` float64, for ``r = 1, ..., k``: it rises to 1. For a matrix of zeros, 1.
 
     Example:
       >>> from lowrank_optax.adapters import energy
@@ -50,24 +50,24 @@ def allocate_ranks(
 ) -> dict[str, int | tuple[int, ...]]:
     r"""Ranks of layers, out of a set, whose average keeps to a budget.
 
-    All layers start at the smallest rank. The next one in the set goes to the layer whose energy
-    (`energy`) it raises most for each further rank,
-    :math:`(E(r') - E(r)) / (r' - r)`, as long as there is a gain and the sum of ranks keeps within
-    the budget. Of equal ones, the layer of the smaller rank comes first, then that of the flatter
-    spectrum (by :math:`E(r_{\max}) - E(r_{\min})`), then the first.
+    All layers start at the smallest rank. The layer whose energy (`energy`) rises most per further
+    rank, :math:`(E(r') - E(r)) / (r' - r)`, gets the next rank in the set, as long as there is a
+    gain and the sum of ranks keeps within the budget. Among equal ones, the layer of the smaller
+    rank comes first, then that of the flatter spectrum (by
+    :math:`E(r_{\max}) - E(r_{\min})`), then the first.
 
     Args:
       spectra: Singular values by pattern or path (`weight_spectra`): ``[k]``, or ``[L, k]`` of a
         stack.
-      ranks: The ranks allowed.
-      average: The largest average of all layers' ranks.
+      ranks: Allowed ranks.
+      average: Largest average of all layers' ranks.
 
     Returns:
-      For each key the rank, or a tuple of one for each layer of a stack (one number if they are
+      The rank for each key, or a tuple of one for each layer of a stack (one number if they are
       equal): ``rank_pattern`` of `attach`, or ``rank`` of a method.
 
     Raises:
-      ValueError: If there is no layer or no rank, a rank is below 1, or ``average`` below the
+      ValueError: If there is no layer or no rank, a rank is below 1, or ``average`` is below the
         smallest.
 
     Example:
@@ -146,7 +146,7 @@ def weight_spectra(model: Any, where: Any = None) -> dict[str, jax.Array]:
     """
     from lowrank_optax.adapters.adapted_layers import chosen_layers, weight_matrix
 
-    spectra = {}
+    spectra: dict[str, jax.Array] = {}
     for path, layer in chosen_layers(model, where).items():
         sigma = singular_values(weight_matrix(layer))
         shape = (-1, sigma.shape[-1]) if sigma.ndim > 1 else (-1,)
@@ -157,16 +157,10 @@ def weight_spectra(model: Any, where: Any = None) -> dict[str, jax.Array]:
 def ranks_at(
     path: Any, batch: tuple[int, ...], largest: int, rank_pattern: RankPattern | None
 ) -> np.ndarray:
-    """The ranks ``[*batch]`` of the matrices of an adapter's leaf.
-
-    Args:
-      path: The leaf's key path.
-      batch: Its batch axes.
-      largest: What ranks are padded to.
-      rank_pattern: As it was given to `attach`, or None.
+    """The ranks ``[*batch]`` of the matrices of an adapter's leaf, padded to ``largest``.
 
     Raises:
-      ValueError: If there is a tuple of another length than the stack.
+      ValueError: If ``rank_pattern`` has a tuple of another length than the stack.
     """
     layer = _ARRAYS.sub("", "/".join(normalised_path(path)[:-1]))
     pattern = next((p for p in rank_pattern or {} if re.search(p, layer)), None)

@@ -17,7 +17,7 @@ from lowrank_optax.layers.powerpropagation.reparameterisation import (
     slope,
 )
 from lowrank_optax.states.arguments import transformation
-from lowrank_optax.states.moments import moment_kinds
+from lowrank_optax.states.moment_names import moment_kinds
 from lowrank_optax.states.precision import in_float32, keep_dtypes
 
 Mode: TypeAlias = Literal["plain", "weight_space"]

@@ -5,15 +5,19 @@ from lowrank_optax.optimizers.mirror_sinkhorn.logits import (
     coupling_from_logits,
     mirror_sinkhorn_updates,
 )
-from lowrank_optax.optimizers.mirror_sinkhorn.rounding import round_to_polytope
-from lowrank_optax.optimizers.mirror_sinkhorn.slack import SlackProblem, with_slack
+from lowrank_optax.optimizers.mirror_sinkhorn.polytope import round_to_polytope
 from lowrank_optax.optimizers.mirror_sinkhorn.solver import (
     MirrorSinkhorn,
     MirrorSinkhornState,
     minimize_over_couplings,
     mirror_sinkhorn,
 )
-from lowrank_optax.optimizers.mirror_sinkhorn.transport import Transport, optimal_transport
+from lowrank_optax.optimizers.mirror_sinkhorn.transport import (
+    SlackProblem,
+    Transport,
+    optimal_transport,
+    with_slack,
+)
 
 __all__ = [
     "MirrorSinkhorn",

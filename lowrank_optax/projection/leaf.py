@@ -191,14 +191,14 @@ def _refresh(parts: Parts, leaf: Leaf, when: When, able: jax.Array) -> tuple[Lea
     """The states with a new basis, for those of the batch that are ``able`` to find a good one."""
     view, state, inner, subspace = leaf.view, leaf.state, leaf.inner, parts.subspace
     if subspace.shared:
-        new, taken = subspace.refresh(when.key, None, state.basis, None, None), able
+        new, chosen = subspace.refresh(when.key, None, state.basis, None, None), able
     else:
         momentum = None
         if subspace.follow_momentum:
             momentum = corrected_first_moment(inner, view, parts.averages, when.count)
         new = subspace.refresh(when.key, leaf.matrix, state.basis, momentum, view)
-        taken = able & all_finite(new, len(view.batch))
-    basis = select(taken, new, state.basis)
+        chosen = able & all_finite(new, len(view.batch))
+    basis = select(chosen, new, state.basis)
     overlap = None
     if parts.refresh.compares:  # the mean squared cosine of the principal angles
         eye = jnp.eye(view.rank, dtype=view.dtype)
@@ -217,11 +217,11 @@ def _refresh(parts: Parts, leaf: Leaf, when: When, able: jax.Array) -> tuple[Lea
             rotate = lambda x, squared=False: subspace.rotate(state.basis, basis, x, view, squared)
             averages = parts.averages if parts.on_refresh == "rotate_moments" else None
             moved = rotated(inner, rotate, view, averages)
-        inner = select(jnp.broadcast_to(taken, view.batch), moved, inner)
+        inner = select(jnp.broadcast_to(chosen, view.batch), moved, inner)
     new_state = LeafState(
         basis,
-        jnp.where(taken, following, state.next_refresh).astype(state.next_refresh.dtype),
-        select(taken, statistics, state.statistics),
+        jnp.where(chosen, following, state.next_refresh).astype(state.next_refresh.dtype),
+        select(chosen, statistics, state.statistics),
         state.residual,
     )
     return new_state, inner

@@ -38,8 +38,8 @@ PROJECTION = (
     Fault(
         "basis refreshed one step late",
         "lowrank_optax/projection/refresh.py",
-        "return due + ((count - due) // interval + 1) * interval",
-        "return due + ((count - due) // interval + 1) * interval + 1",
+        "return planned + ((count - planned) // interval + 1) * interval",
+        "return planned + ((count - planned) // interval + 1) * interval + 1",
         ("tests/projection/test_refresh.py",),
     ),
     Fault(

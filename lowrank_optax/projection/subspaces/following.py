@@ -85,7 +85,7 @@ def _iterated(
     back = base.times(matrix, basis, view, across=True)
     if moment is None:
         return base.times(matrix, base.scaled(back), view)
-    moment = moment.mT if view.axis == -2 else moment  # [*batch, kept, r]
+    moment = moment.mT if view.axis == -2 else moment  # [*batch, k, r]
     # Scaled, or squares of tiny gradients would underflow.
     back = (weight * moment + (1 - weight) * back) / base.largest_entry(back)
     inside = base.product("...kr,...ks->...rs", moment, back, small)
@@ -204,7 +204,7 @@ def pca_gradient(
     squares = jnp.square(matrix.astype(basis.dtype))
     norm = jnp.sqrt(jnp.sum(squares, axis=(-2, -1), keepdims=True))
     norm = jnp.where(norm == 0, 1, norm)
-    right = (projected.mT if view.axis == -2 else projected) / norm  # [*batch, kept, r]
+    right = (projected.mT if view.axis == -2 else projected) / norm  # [*batch, k, r]
     y = base.times(matrix, right, view) / norm
     c = base.product("...kr,...ks->...rs", right, right, small)
     k = base.product("...dr,...ds->...rs", basis, basis, small)

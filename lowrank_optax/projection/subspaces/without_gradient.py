@@ -88,8 +88,8 @@ def _rademacher(key: jax.Array, length: int, rank: int, dtype: Any) -> jax.Array
 
 def _sparse(key: jax.Array, length: int, rank: int, dtype: Any) -> jax.Array:
     chosen, signs = jax.random.split(key)
-    kept = jax.random.bernoulli(chosen, 1 / 3, (length, rank))
-    return jnp.where(kept, _signs(signs, (length, rank), dtype), 0) * math.sqrt(3 / rank)
+    nonzero = jax.random.bernoulli(chosen, 1 / 3, (length, rank))
+    return jnp.where(nonzero, _signs(signs, (length, rank), dtype), 0) * math.sqrt(3 / rank)
 
 
 def _orthonormal(key: jax.Array, length: int, rank: int, dtype: Any) -> jax.Array:

@@ -8,10 +8,10 @@ import optax
 
 from lowrank_optax.matrices.branching import branch
 from lowrank_optax.matrices.orthonormal import orthonormalize
-from lowrank_optax.projection.inner_moments import init_one, update_one
+from lowrank_optax.projection.inner_moments import init_one
 from lowrank_optax.projection.subspaces import base
 from lowrank_optax.projection.subspaces.singular_vectors import randomized_svd
-from lowrank_optax.projection.view import RankSpec, View
+from lowrank_optax.projection.view import RankSpec, View, over_batch
 from lowrank_optax.states.arguments import transformation
 
 
@@ -173,9 +173,8 @@ def online_pca(
         last: TrackedBasis, matrix: jax.Array, projected: jax.Array, view: View
     ) -> TrackedBasis:
         gradient = pca_gradient(last.basis, matrix, projected, penalty, view)
-        updates, state = update_one(
-            basis_optimizer, gradient, last.optimizer, last.basis, len(view.batch), {}
-        )
+        update = over_batch(basis_optimizer.update, len(view.batch))
+        updates, state = update(gradient, last.optimizer, last.basis)
         moved = TrackedBasis(optax.apply_updates(last.basis, updates), state)
         known = jnp.any(last.basis != 0, axis=(-2, -1)) & jnp.any(projected != 0, axis=(-2, -1))
         return base.select(known & base.all_finite(moved, len(view.batch)), moved, last)

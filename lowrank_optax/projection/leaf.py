@@ -116,9 +116,9 @@ def prepare(parts: Parts, leaf: Leaf) -> Leaf:
     pass. Its basis then waits for a refresh until the next whole gradient.
     """
     gradient, view = leaf.gradient, leaf.view
-    projected = gradient.astype(compute_dtype(gradient.dtype))
+    to_compute_dtype = lambda: gradient.astype(compute_dtype(gradient.dtype))
     if view is None:
-        return leaf._replace(state=None, projected=projected)
+        return leaf._replace(state=None, projected=to_compute_dtype())
     if gradient.shape == leaf.param.shape:
         matrix = to_matrix(gradient, view.spec)
         if parts.residual.before is not None:
@@ -134,7 +134,7 @@ def prepare(parts: Parts, leaf: Leaf) -> Leaf:
             f"the gradient of {view.path!r} arrived projected, as {gradient.shape}, but the "
             "residual rule needs it whole; take residual='drop'."
         )
-    return leaf._replace(projected=projected)
+    return leaf._replace(projected=to_compute_dtype())
 
 
 def project_all(parts: Parts, leaves: Sequence[Leaf], when: When) -> list[Leaf]:

@@ -1,4 +1,4 @@
-"""Mirror Sinkhorn (arXiv 2211.10420): gradient steps and half-scalings of a coupling, in one loop.
+"""Mirror Sinkhorn: gradient steps and half-scalings of a coupling, in one loop.
 
 A coupling of two distributions is a matrix of given row and column sums. To minimise a convex
 function of it, each step multiplies it by the exponential of a gradient and makes the sums of its
@@ -111,8 +111,8 @@ def mirror_sinkhorn(
     arrays sharded by rows or columns.
 
     Args:
-      row_marginal: Row sums :math:`\mu`, ``[n]``. Rows of no mass are left out: so shorter problems
-        are padded.
+      row_marginal: Row sums :math:`\mu`, ``[n]``. Rows without mass stay empty, so that shorter
+        problems can be padded.
       column_marginal: Column sums :math:`\nu`, ``[m]``, of the same total, which need not be 1.
       bound: :math:`B`, the largest gradient entry to expect; a gradient beyond it is not clipped.
         None takes the largest so far, which never falls.
@@ -174,9 +174,6 @@ def mirror_sinkhorn(
         largest = state.bound if bound is not None else jnp.maximum(state.bound, largest_finite(g))
         rate = rate_at(state.count, learning_rate, largest, problem.delta)
 
-        def stay() -> MirrorSinkhornState:
-            return state
-
         def move(log_marginal: jax.Array, axis: int) -> MirrorSinkhornState:
             new = scaled(old - rate * g, log_marginal, axis)
             count = jnp.asarray(optax.safe_increment(state.count))
@@ -187,6 +184,7 @@ def mirror_sinkhorn(
             )
             return MirrorSinkhornState(count, new, *averages, largest, rates)
 
+        stay = lambda: state
         scale_columns = lambda: move(problem.log_columns, 0)
         scale_rows = lambda: move(problem.log_rows, 1)
         next_scaled = jnp.where(columns_next(state.count, first), 1, 2)
@@ -197,9 +195,8 @@ def mirror_sinkhorn(
         return problem.total * jnp.exp(state.log_coupling)
 
     def plan(state: MirrorSinkhornState, rounded: bool = True) -> jax.Array:
-        averages = state.average, state.earlier
-        mean = read_average(average, averages, jnp.exp(state.log_coupling), state.count)
-        mean = problem.total * mean
+        averages, last = (state.average, state.earlier), jnp.exp(state.log_coupling)
+        mean = problem.total * read_average(average, averages, last, state.count)
         if not rounded:
             return mean
         return round_to_polytope(mean, problem.rows, problem.columns, problem.mask)

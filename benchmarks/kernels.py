@@ -55,7 +55,7 @@ def nbytes(tree: Any) -> int:
 def formats_of(bits: int) -> tuple[BlockFormat, BlockFormat]:
     """Dynamic codes; of 4 bits the second moment's are linear."""
     block = 256 if bits == 8 else 128
-    second = code_map("dynamic" if bits == 8 else "linear", bits, signed=False)
+    second = code_map("dynamic", bits, signed=False)
     return BlockFormat(code_map("dynamic", bits), block), BlockFormat(second, block, True)
 
 

@@ -10,15 +10,11 @@ from lowrank_optax.quantization import CodeMap, code_map
 MAPS = {
     "dynamic, 8 bits, first moment": code_map("dynamic", 8),
     "dynamic, 8 bits, second moment": code_map("dynamic", 8, signed=False),
-    "log, 8 bits": code_map("log", 8),
-    "fp8": code_map("fp8", 8),
     "linear, 8 bits": code_map("linear", 8),
     "dynamic, 4 bits, first moment": code_map("dynamic", 4),
     "dynamic, 4 bits, second moment": code_map("dynamic", 4, signed=False),
-    "linear, 4 bits, second moment": code_map("linear", 4, signed=False),
 }
-DRAWN = ("dynamic, 8 bits, first moment", "log, 8 bits", "fp8", "linear, 8 bits")
-DRAWN += ("dynamic, 4 bits, second moment",)
+DRAWN = ("dynamic, 8 bits, first moment", "linear, 8 bits", "dynamic, 4 bits, second moment")
 
 
 def low_bit(figure: Any) -> None:

@@ -1,4 +1,4 @@
-"""The command ``lowrank-optax``: what is done to files, without a program of one's own."""
+"""The command ``lowrank-optax``: conversions of files."""
 
 import argparse
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ _CONVERT = """\
 Convert an adapter of Hugging Face PEFT, or fold it into its base model.
 
 SOURCE is an adapter's folder (adapter_config.json and adapter_model.safetensors). TARGET is
-written beside itself and takes its place when it is complete.
+replaced when the result is complete.
 
   another dtype:        lowrank-optax convert SOURCE TARGET --dtype bfloat16
   scales folded in:     lowrank-optax convert SOURCE TARGET --plain-lora
@@ -34,13 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command.
 
     Args:
-      argv: Its arguments; None for those of the program.
+      argv: Arguments; None for those of the program.
 
     Returns:
-      The exit status: 0, or 1 if something was wrong with the files, which is said on stderr.
+      The exit status: 0, or 1 after an error about the files, which goes to stderr.
 
     Raises:
-      SystemExit: With 2, if something is wrong with the arguments; with 0 after ``--help``.
+      SystemExit: With 2 after an error about the arguments; with 0 after ``--help``.
     """
     options = _parser().parse_args(argv)
     if options.merge and not options.base:

@@ -24,11 +24,11 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, param_shardin
     on a mesh of automatic axes; for ``in_shardings`` and ``out_shardings`` of a training step; and
     for restoring a checkpoint onto a mesh. Of a parameter ``[*batch, m, n]`` that is projected
 
-    - moments in the projected shape are sharded as the batch axes and the kept matrix axis are; the
-      axis of the rank is not;
-    - a basis ``[*batch, d, r]`` and its optimizer as the batch axes alone, and so is what is kept
-      for each matrix, such as the count of its next refresh (the inner optimizer's own counts of
-      steps are replicated);
+    - moments in the projected shape are sharded as the batch axes and the matrix axis that is not
+      projected; the axis of the rank is not sharded;
+    - a basis ``[*batch, d, r]`` and its optimizer as the batch axes alone, and so is the state of
+      each matrix, such as the count of its next refresh (the inner optimizer's own counts of steps
+      are replicated);
     - an error of the parameter's own shape as the parameter; of one in 8 bits, the numbers for each
       row as the rows.
 
@@ -42,8 +42,8 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, param_shardin
         it: one ``NamedSharding`` for all of a subtree. All on one mesh, of any axis types.
 
     Returns:
-      The tree ``tx.init(params)`` with a ``NamedSharding`` on that mesh in the place of each array,
-      in the mesh's default memory.
+      The tree ``tx.init(params)`` with a ``NamedSharding`` on that mesh for each array, in the
+      mesh's default memory.
 
     Raises:
       TypeError: If ``tx`` has no ``init``, or a leaf of ``param_shardings`` is no
@@ -98,8 +98,8 @@ def _for_each_parameter(params: Any, param_shardings: Any) -> list[NamedSharding
         spread = jax.tree.broadcast(param_shardings, params, is_leaf=is_leaf)
     except ValueError as error:
         raise ValueError(
-            "param_shardings must be a tree like params, or a prefix of it, with a NamedSharding "
-            f"in the place of each array: {error}"
+            "param_shardings must have the structure of params, or be a prefix of it, with a "
+            f"NamedSharding for each array: {error}"
         ) from error
     shardings = jax.tree.leaves(spread, is_leaf=is_leaf)
     for (path, leaf), sharding in zip(

@@ -13,18 +13,14 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-from lowrank_optax.activations.block_codes import (
-    BlockCodes,
-    block_decode,
-    block_encode,
-    check_bits,
-)
+from lowrank_optax.activations.block_codes import block_decode, block_encode, check_bits
 from lowrank_optax.activations.coded_backward import CODES, Pointwise, name_of
+from lowrank_optax.quantization import Quantized
 
 FACTORS = "few_bit_factors"
 """The name of what is kept as it is, for ``jax.checkpoint_policies.save_only_these_names``."""
 
-_Kept: TypeAlias = tuple[Any, Any]  # of gate and up: `BlockCodes`, or the arrays as they are
+_Kept: TypeAlias = tuple[Any, Any]  # of gate and up: `Quantized`, or the arrays as they are
 
 _GELU: dict[bool, Pointwise] = {
     approximate: functools.partial(jax.nn.gelu, approximate=approximate)
@@ -175,9 +171,7 @@ _gated.defvjp(_forward, _backward)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _codes(
-    fn: Pointwise, bits: int, gate: jax.Array, up: jax.Array
-) -> tuple[BlockCodes, BlockCodes]:
+def _codes(fn: Pointwise, bits: int, gate: jax.Array, up: jax.Array) -> tuple[Quantized, Quantized]:
     """The codes of both, which refuse to be differentiated: integers would say 0, silently."""
     return block_encode(gate, bits), block_encode(up, bits)
 

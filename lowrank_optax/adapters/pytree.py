@@ -198,7 +198,7 @@ def apply(
       f: Any function of parameters and more.
       params: The tree `init` was given.
       adapter: The result of `init`.
-      args: Positional arguments of ``f``.
+      args: Further arguments of ``f``.
       kwargs: Keyword arguments of ``f``.
 
     Example:
@@ -230,11 +230,7 @@ def factored(params: Any, adapter: PytreeAdapter) -> Any:
     For functions that use the adapted leaves as ``x @ weight`` alone (or ``x @ weight.T``, for
     leaves whose dimension numbers say that outputs come first), also inside ``jax.lax.scan``. No
     matrix of the weight's size is made, forward or backward. Arrays shared by a group are repeated
-    along the stacks.
-
-    Args:
-      params: The tree `init` was given.
-      adapter: The result of `init`.
+    along the stacks. Arguments are those of `effective`.
 
     Raises:
       ValueError: If a leaf's inputs and outputs are not its last two axes.
@@ -255,22 +251,13 @@ def factored(params: Any, adapter: PytreeAdapter) -> Any:
 def merge(params: Any, adapter: PytreeAdapter) -> Any:
     """The parameters with the adapter folded in: summed in float32, rounded once to their dtype.
 
-    The numbers are those of `effective`, without its rematerialisation.
-
-    Args:
-      params: The tree `init` was given.
-      adapter: The result of `init`.
+    The numbers and the arguments are those of `effective`, without its rematerialisation.
     """
     return _replaced(params, adapter, _sum)
 
 
 def unmerge(merged: Any, adapter: PytreeAdapter) -> Any:
-    """The parameters before `merge`, to the rounding of their dtype.
-
-    Args:
-      merged: The result of `merge`.
-      adapter: The adapter that was merged, as it was then.
-    """
+    """The parameters before `merge` with this adapter, to the rounding of their dtype."""
 
     def one(leaf: Leaf, value: jax.Array, p: dict[str, jax.Array]) -> jax.Array:
         matrix, p = to_matrix(value, leaf.spec), leaf.repeated(p)
@@ -293,9 +280,7 @@ def to_lora(adapter: PytreeAdapter) -> dict[str, tuple[jax.Array, jax.Array]]:
 def summary(params: Any, adapter: PytreeAdapter) -> Any:
     """What is attached where, with counts and bytes: an `AdapterSummary`, to print or to read.
 
-    Args:
-      params: The tree `init` was given, or its shapes.
-      adapter: The result of `init`, or its shapes.
+    Arguments are those of `effective`, or their shapes.
     """
     from lowrank_optax.adapters.summaries import AdapterSummary, SummaryRow, row_of  # needs Flax
 

@@ -159,7 +159,7 @@ def interpret(
     constant: Callable[[Any], T],
     join: Callable[[T, Sequence[T]], T],
 ) -> list[T]:
-    """Runs a program on values that are no arrays, such as what is known of these.
+    """Runs a program on values of another kind than arrays, such as what is known of arrays.
 
     Goes into called programs and branches, and passes on operands of optimization barriers.
 

@@ -36,7 +36,7 @@ ONLY_SIZES = frozenset(("mesh", "name", "out_sharding", "shape", "sharding"))
 
 
 def is_elementwise(equation: JaxprEqn) -> bool:
-    """Whether each number of the result is computed from the numbers in its place alone."""
+    """Whether each number of the result is computed from those at the same index alone."""
     return primitive_name(equation) in ELEMENTWISE
 
 
@@ -90,7 +90,7 @@ def settings(equation: JaxprEqn) -> list[str]:
 def row_operands(equation: JaxprEqn) -> Sequence[int]:
     """The operands whose rows, along the first axis, become the same rows of the results.
 
-    Empty if rows are mixed, moved or not known to be kept. Rows of other operands are mixed.
+    Empty if rows are mixed or moved, or that is not known. Rows of other operands are mixed.
     """
     name, every = primitive_name(equation), range(len(equation.invars))
     if name in ELEMENTWISE:

@@ -62,9 +62,9 @@ def dispatch(
         try:
             module = importlib.import_module(modules[name])
         except ImportError as error:  # backends of Pallas come and go with versions of JAX
-            reason = f"jax {jax.__version__} does not have what compiles it ({error})"
-        else:
-            reason = reason_of_sharding(args) or module.supports(*args, **options)
+            reasons[name] = f"jax {jax.__version__} does not have what compiles it ({error})"
+            continue
+        reason = reason_of_sharding(args) or module.supports(*args, **options)
         if reason is None:
             run[name] = module.run
         else:

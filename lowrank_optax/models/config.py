@@ -130,8 +130,8 @@ class DecoderConfig:
             The configuration; fields that have no meaning here are left out.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: it is no JSON object, names another `model_type`, lacks a size, has a
+            FileNotFoundError: the file does not exist.
+            ValueError: it is not a JSON object, names another `model_type`, lacks a size, has a
                 field of a wrong type or value, or asks for something this decoder does not do.
 
         Example:
@@ -199,7 +199,7 @@ KINDS = {
     "bos_token_id": integer(0) | NULL,
     "eos_token_id": integer(0) | list_of(integer(0)) | NULL,
 }
-"""What the fields of a `DecoderConfig` may be, but for those that name one of a few things."""
+"""Kinds of the fields of a `DecoderConfig` with numbers and booleans."""
 
 
 def _check_kinds(config: DecoderConfig) -> None:
@@ -274,8 +274,8 @@ def decoder_config(name_or_path: str | os.PathLike, **overrides: Any) -> Decoder
         The configuration.
 
     Raises:
-        ValueError: no such name or path, an override that is no field, or a value that makes no
-            decoder.
+        ValueError: an unknown name or path, an override that is not a field, or a value out of
+            range.
 
     Example:
         >>> config = decoder_config("llama-tiny", vocab_size=257)

@@ -52,24 +52,10 @@ MODULE_NAMES = OUTER_MODULES | {
 # What Hugging Face assumes where a config.json leaves a field out, if it is not our own default.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {},
-    "mistral": {
-        "num_key_value_heads": 8,
-        "sliding_window": 4096,
-        "max_position_embeddings": 131072,
-    },
-    "qwen2": {
-        "num_key_value_heads": 32,
-        "sliding_window": 4096,
-        "max_position_embeddings": 32768,
-    },
-    "qwen3": {
-        "num_key_value_heads": 32,
-        "head_dim": 128,
-        "sliding_window": 4096,
-        "max_position_embeddings": 32768,
-    },
+    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072},
+    "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768},
+    "qwen3": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "head_dim": 128},
 }
-
 
 # Fields that are read and do not become fields of their own.
 _KINDS = {
@@ -93,8 +79,8 @@ def read_json(source: str | os.PathLike) -> Mapping[str, Any]:
     """The object in a config.json.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no JSON object.
+        FileNotFoundError: the file does not exist.
+        ValueError: it is not a JSON object.
     """
     path = config_file(source)
     if not path.is_file():
@@ -117,8 +103,8 @@ def fields_from_huggingface(
 
     Args:
         source: the parsed config.json.
-        names: of the fields.
-        kinds: what they may be.
+        names: names of the fields.
+        kinds: kinds of the fields.
 
     Raises:
         ValueError: a field is of another kind, or asks for something that is not done.
@@ -167,7 +153,7 @@ def takes_attention_bias(model_type: str) -> bool:
 
 def _sliding_window(source: Mapping[str, Any], model_type: str) -> int | None:
     """One window for all layers, or None; a mixture of layers is refused."""
-    window = source.get("sliding_window")
+    window = source.get("sliding_window", 4096)  # Hugging Face's default, but for llama
     if model_type == "llama" or window is None:
         return None
     if model_type == "mistral":

@@ -1,7 +1,7 @@
-"""Arrays in codes of 8 or 4 bits, with a scale for each block: what low-bit states are made of."""
+"""Arrays in codes of 1 to 8 bits, with a scale for each block: moments, weights and residuals."""
 
-from lowrank_optax.quantization.affine import Affine, affine_dequantize, affine_quantize
 from lowrank_optax.quantization.blocks import (
+    Affine,
     BlockFormat,
     Layout,
     Quantized,
@@ -33,8 +33,6 @@ __all__ = [
     "Packing",
     "PackingName",
     "Quantized",
-    "affine_dequantize",
-    "affine_quantize",
     "code_map",
     "decode_blocks",
     "dequantize",

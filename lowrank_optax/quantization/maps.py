@@ -1,26 +1,22 @@
-"""Code maps: the numbers in ``[-1, 1]`` that codes of 8 or 4 bits stand for.
+"""Code maps: the numbers that codes of 1 to 8 bits stand for, by a formula or a table.
 
-Both directions are closed forms of sums, products and comparisons, which run as they are in a
-Pallas kernel too: a table of 256 entries, indexed for each element, costs an accelerator thousands
-of times the traffic of the codes.
+Both directions are sums, products and comparisons, which run as they are in a Pallas kernel too: a
+table of 256 entries, indexed for each element, costs an accelerator thousands of times the traffic
+of the codes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 import itertools
-import math
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
-MapName = Literal["dynamic", "linear", "log", "fp8", "nf4"]
+MapName = Literal["dynamic", "linear", "affine", "normal", "nf4"]
 Bits = Literal[8, 4]
 Coder = Callable[[jax.Array], jax.Array]
-
-FLOAT8_MAX = 448.0  # the largest float8_e4m3fn
-LOG_DECADES = {8: 7.0, 4: 3.0}
 
 # Quantiles of a normal distribution, zero and both ends among them, over the largest.
 NF4_LEVELS = (
@@ -29,24 +25,34 @@ NF4_LEVELS = (
     *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941),
     *(0.7229568362236023, 1.0),
 )
+# By bits, the positive halves of the levels of least squared error for blocks of 64 numbers of a
+# normal distribution, each over the largest size in its block.
+NORMAL_LEVELS = {
+    1: (0.313271,),
+    2: (0.178326, 0.602461),
+    3: (0.094453, 0.29191, 0.52056, 0.832718),
+    4: (0.047389, 0.143184, 0.242185, 0.347086, 0.461575, 0.591395, 0.74686, 0.950611),
+}
+_BITS = {"dynamic": (8, 4), "linear": range(2, 9), "affine": (8, 4), "normal": range(1, 5)}
+_BITS |= {"nf4": (4,)}
 
 
 @dataclasses.dataclass(frozen=True)
 class CodeMap:
-    """A set of numbers and the codes that stand for them, in ascending order from zero on.
+    """A set of numbers and the codes that stand for them, in ascending order.
 
     Attributes:
-      name: Which of the maps.
-      bits: Bits of a code: 8 or 4.
+      name: Name of the map.
+      bits: Bits of a code, 1 to 8.
       signed: Whether the numbers lie in ``[-1, 1]``, or in ``[0, 1]``.
       encode: ``encode(x)``: int32 codes of the numbers nearest to float32 ``x`` of that range.
       decode: ``decode(codes)``: the float32 numbers of int32 codes.
       least_positive: Code of the smallest number above zero.
-      largest: Code of one.
+      largest: Largest code.
     """
 
     name: MapName
-    bits: Bits
+    bits: int
     signed: bool
     encode: Coder
     decode: Coder
@@ -55,20 +61,21 @@ class CodeMap:
 
 
 @functools.cache
-def code_map(name: MapName = "dynamic", bits: Bits = 8, signed: bool = True) -> CodeMap:
+def code_map(name: MapName = "dynamic", bits: int = 8, signed: bool = True) -> CodeMap:
     r"""A code map by its name.
 
-    - ``"dynamic"``: ``bits - 1`` decades, the ``i``-th from below with :math:`2^i` (signed) or
-      :math:`2^{i+1}` (unsigned) evenly spaced numbers; and zero and one. The smaller a number, the
-      larger its relative error.
-    - ``"linear"``: evenly spaced. Unsigned without zero, :math:`k / 2^b`.
-    - ``"log"``: evenly spaced logarithms over seven decades in 8 bits and three in 4, so that the
-      relative error is the same everywhere. Unsigned without zero.
-    - ``"fp8"``: the numbers of ``float8_e4m3fn`` over the largest of them. 8 bits only.
-    - ``"nf4"``: NormalFloat, quantiles of a normal distribution, for weights. 4 bits, signed only.
+    - ``"dynamic"``, for moments, 8 or 4 bits: ``bits - 1`` decades, the ``i``-th from below with
+      :math:`2^i` (signed) or :math:`2^{i+1}` (unsigned) evenly spaced numbers; and zero and one.
+      The smaller a number, the larger its relative error.
+    - ``"normal"``, for residuals, 1 to 4 bits: the levels of least squared error for blocks of 64
+      normally distributed numbers.
+    - ``"linear"``, for residuals, 2 to 8 bits: evenly spaced, zero among them.
+    - ``"nf4"``, for weights, 4 bits: NormalFloat, quantiles of a normal distribution.
+    - ``"affine"``, for weights and bases, 8 or 4 bits: whole numbers, counted from a block's own
+      code of zero; see `quantize`.
 
     Raises:
-      ValueError: If there is no such map, or none of so many bits.
+      ValueError: If there is no such map, or not with these bits or this sign.
 
     Example:
       >>> import jax.numpy as jnp, numpy as np
@@ -81,21 +88,59 @@ def code_map(name: MapName = "dynamic", bits: Bits = 8, signed: bool = True) -> 
 
     References:
       Dettmers et al., 8-bit Optimizers via Block-wise Quantization, 2021,
-      https://arxiv.org/abs/2110.02861, section 2. Li et al., Memory Efficient Optimizers with 4-bit
-      States, 2023, https://arxiv.org/abs/2309.01507, section 4. Dettmers et al., QLoRA, 2023,
-    https://arxiv.org/abs/2305.14314, section 3.
+      https://arxiv.org/abs/2110.02861, section 2. Dettmers et al., QLoRA, 2023,
+      https://arxiv.org/abs/2305.14314, section 3.
     """
     if name not in get_args(MapName):
         raise ValueError(f"map={name!r} must be one of {', '.join(get_args(MapName))}.")
-    if bits not in get_args(Bits):
-        raise ValueError(f"bits={bits!r} must be 8 or 4.")
-    if name == "fp8" and bits != 8:
-        raise ValueError("map='fp8' has 8 bits: for bits=4 take another map.")
-    if name == "nf4" and not (bits == 4 and signed):
-        raise ValueError("map='nf4' has 4 bits and numbers of either sign: take another map.")
-    makers = {"dynamic": _dynamic, "linear": _linear, "log": _log, "fp8": _float8, "nf4": _nf4}
-    make = makers[name]
-    return CodeMap(name, bits, signed, *make(bits, signed))
+    if bits not in _BITS[name]:
+        raise ValueError(
+            f"bits={bits!r} must be one of {', '.join(map(str, _BITS[name]))} for map={name!r}."
+        )
+    if not signed and name != "dynamic":
+        raise ValueError(f"map={name!r} has numbers of either sign: take map='dynamic'.")
+    half = 2 ** (bits - 1)
+    if name == "dynamic":
+        return CodeMap(name, bits, signed, *_dynamic(bits, signed))
+    if name == "linear":
+        encode = lambda x: jnp.clip(jnp.round(x * (half - 1)), 1 - half, half - 1) + (half - 1)
+        decode = lambda codes: codes.astype(jnp.float32) / (half - 1) - 1
+        return CodeMap(
+            name, bits, True, lambda x: encode(x).astype(jnp.int32), decode, half, 2 * half - 2
+        )
+    if name == "affine":
+        encode = lambda x: jnp.round(x).astype(jnp.int32)
+        return CodeMap(name, bits, True, encode, lambda c: c.astype(jnp.float32), 1, 2 * half - 1)
+    if name == "nf4":
+        levels = NF4_LEVELS
+    else:
+        positive = NORMAL_LEVELS[bits]
+        levels = (*(-level for level in reversed(positive)), *positive)
+    middles = [(low + high) / 2 for low, high in itertools.pairwise(levels)]
+    encode = functools.partial(count_steps, middles, range(len(levels)))
+    decode = functools.partial(select_levels, levels)
+    least = next(code for code, level in enumerate(levels) if level > 0)
+    return CodeMap(name, bits, True, encode, decode, least, len(levels) - 1)
+
+
+def count_steps(boundaries: Sequence[float], codes: Sequence[int], x: jax.Array) -> jax.Array:
+    """int32: ``codes[i]`` where i of the ascending boundaries are below ``x``."""
+    code = jnp.full(x.shape, codes[0], jnp.int32)
+    for boundary, (below, above) in zip(boundaries, itertools.pairwise(codes), strict=True):
+        code += jnp.where(x > boundary, above - below, 0)
+    return code
+
+
+def select_levels(levels: Sequence[float], codes: jax.Array) -> jax.Array:
+    """float32: ``levels[codes]`` of int32 codes, by selections."""
+    values = [jnp.float32(level) for level in levels]
+    bit = 1
+    while len(values) > 1:  # a binary tree: the lowest bit says which of each two
+        odd = (codes & bit) != 0
+        pairs = itertools.zip_longest(values[::2], values[1::2])
+        values = [low if high is None else jnp.where(odd, high, low) for low, high in pairs]
+        bit *= 2
+    return jnp.broadcast_to(values[0], codes.shape)
 
 
 def _dynamic(bits: int, signed: bool) -> tuple[Coder, Coder, int, int]:
@@ -120,8 +165,8 @@ def _dynamic(bits: int, signed: bool) -> tuple[Coder, Coder, int, int]:
             above = size >= borders[i]
             scaled = jnp.where(above, size * 10.0 ** (decades - 1 - i), scaled)
             bins = jnp.where(above, float(count(i)), bins)
-        place = jnp.clip(jnp.floor((scaled - 0.1) * (bins / 0.9)), 0, bins - 1)
-        a = jnp.where(size < borders[0], 0.0 if signed else 1.0, bins + place)
+        bin_ = jnp.clip(jnp.floor((scaled - 0.1) * (bins / 0.9)), 0, bins - 1)
+        a = jnp.where(size < borders[0], 0.0 if signed else 1.0, bins + bin_)
         a = jnp.where((x if signed else size) >= one, float(2 * count(decades - 1)), a)
         return jnp.where(x < 0, zero - a, offset + a).astype(jnp.int32)
 
@@ -141,74 +186,3 @@ def _dynamic(bits: int, signed: bool) -> tuple[Coder, Coder, int, int]:
         return jnp.where(d < 0, -size, size)
 
     return encode, decode, zero + 1, 2**bits - 1
-
-
-def _linear(bits: int, signed: bool) -> tuple[Coder, Coder, int, int]:
-    levels = 2 ** (bits - 1) - 1 if signed else 2**bits
-    zero = levels if signed else -1
-
-    def encode(x: jax.Array) -> jax.Array:
-        k = jnp.floor(x * levels + 0.5).astype(jnp.int32)  # a kernel may lack round
-        return zero + (k if signed else jnp.maximum(k, 1))
-
-    def decode(codes: jax.Array) -> jax.Array:
-        return (codes - zero).astype(jnp.float32) / levels
-
-    return encode, decode, zero + 1, zero + levels
-
-
-def _log(bits: int, signed: bool) -> tuple[Coder, Coder, int, int]:
-    levels = 2 ** (bits - 1) - 1 if signed else 2**bits
-    zero = levels if signed else -1
-    step = LOG_DECADES[bits] * math.log(10) / (levels - 1)  # between neighbours' logarithms
-    # In numbers, not in logarithms, the middle between neighbours is above their mean.
-    middle = math.log((1 + math.exp(step)) / 2) / step
-    least = math.exp(-step * (levels - 1))
-
-    def encode(x: jax.Array) -> jax.Array:
-        size = jnp.abs(x)
-        place = levels + jnp.log(jnp.maximum(size, least)) / step
-        k = jnp.clip(jnp.floor(place + 1 - middle), 1, levels)
-        if not signed:
-            return (zero + k).astype(jnp.int32)
-        k = jnp.where(size < least / 2, 0, k)
-        return (zero + jnp.where(x < 0, -k, k)).astype(jnp.int32)
-
-    def decode(codes: jax.Array) -> jax.Array:
-        d = (codes - zero).astype(jnp.float32)
-        size = jnp.exp((jnp.abs(d) - levels) * step)
-        return jnp.where(d == 0, 0.0, jnp.where(d < 0, -size, size))
-
-    return encode, decode, zero + 1, zero + levels
-
-
-def _float8(bits: int, signed: bool) -> tuple[Coder, Coder, int, int]:
-    del bits, signed
-
-    def encode(x: jax.Array) -> jax.Array:
-        narrow = (x * FLOAT8_MAX).astype(jnp.float8_e4m3fn)
-        return jax.lax.bitcast_convert_type(narrow, jnp.uint8).astype(jnp.int32)
-
-    def decode(codes: jax.Array) -> jax.Array:
-        narrow = jax.lax.bitcast_convert_type(codes.astype(jnp.uint8), jnp.float8_e4m3fn)
-        return narrow.astype(jnp.float32) / FLOAT8_MAX
-
-    return encode, decode, 1, 0x7E
-
-
-def _nf4(bits: int, signed: bool) -> tuple[Coder, Coder, int, int]:
-    del bits, signed
-
-    def encode(x: jax.Array) -> jax.Array:
-        codes = jnp.zeros(x.shape, jnp.int32)
-        for low, high in itertools.pairwise(NF4_LEVELS):
-            codes += (x > (low + high) / 2).astype(jnp.int32)
-        return codes
-
-    def decode(codes: jax.Array) -> jax.Array:
-        levels = jnp.full(codes.shape, NF4_LEVELS[0], jnp.float32)
-        for code, level in enumerate(NF4_LEVELS[1:], start=1):
-            levels = jnp.where(codes >= code, level, levels)
-        return levels
-
-    return encode, decode, NF4_LEVELS.index(0.0) + 1, len(NF4_LEVELS) - 1

@@ -48,11 +48,11 @@ def nf4_quantize(weights: jax.Array, block_size: int = NF4_BLOCK) -> Quantized:
         raise ValueError(f"weights of shape {weights.shape} must be matrices [..., d_in, d_out].")
     if block_size < 1:
         raise ValueError(f"block_size={block_size!r} must be at least 1.")
-    blocks, size = _blocks_of(weights.shape, block_size)
-    flat = weights.mT.reshape(*weights.shape[:-2], size)
-    spare = [(0, 0)] * (weights.ndim - 2) + [(0, blocks * block_size - size)]
-    rows = jnp.pad(flat, spare).reshape(*weights.shape[:-2], blocks, block_size)
-    return quantize(rows, _format(block_size))
+    batch, size = weights.shape[:-2], math.prod(weights.shape[-2:])
+    blocks = -(-size // block_size)
+    spare = [(0, 0)] * len(batch) + [(0, blocks * block_size - size)]
+    rows = jnp.pad(weights.mT.reshape(*batch, size), spare).reshape(*batch, blocks, block_size)
+    return quantize(rows, BlockFormat(code_map("nf4", 4), block_size))
 
 
 def nf4_dequantize(
@@ -60,21 +60,13 @@ def nf4_dequantize(
 ) -> jax.Array:
     """The float32 weights ``shape`` that codes and scales of `nf4_quantize` stand for."""
     *batch, d_in, d_out = shape
-    blocks, size = _blocks_of(shape, block_size)
-    rows = dequantize(quantized, _format(block_size), (*batch, blocks, block_size))
-    return rows.reshape(*batch, blocks * block_size)[..., :size].reshape(*batch, d_out, d_in).mT
+    blocks = -(-d_in * d_out // block_size)
+    fmt = BlockFormat(code_map("nf4", 4), block_size)
+    rows = dequantize(quantized, fmt, (*batch, blocks, block_size))
+    flat = rows.reshape(*batch, blocks * block_size)[..., : d_in * d_out]
+    return flat.reshape(*batch, d_out, d_in).mT
 
 
 def nf4_round(weights: jax.Array, block_size: int = NF4_BLOCK) -> jax.Array:
     """The float32 numbers that NF4 has for weights; for those again, it has the very same."""
     return nf4_dequantize(nf4_quantize(weights, block_size), weights.shape, block_size)
-
-
-def _blocks_of(shape: tuple[int, ...], block_size: int) -> tuple[int, int]:
-    """How many blocks a matrix has, and how many weights."""
-    size = math.prod(shape[-2:])
-    return -(-size // block_size), size
-
-
-def _format(block_size: int) -> BlockFormat:
-    return BlockFormat(code_map("nf4", 4), block_size)

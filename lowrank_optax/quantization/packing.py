@@ -196,8 +196,8 @@ def _pack_field(codes: jax.Array, bits: int, layout: str) -> list[jax.Array]:
         # Nibble i holds the quarters i, i + bits, ...; of 3 bits also bit i of the last quarter.
         quarters = jnp.split(codes, 4, axis)
         nibbles = [_join(quarters[i : 4 // bits * bits : bits], bits) for i in range(bits)]
-    if bits == 3:
-        nibbles = [part | (((quarters[3] >> i) & 1) << 3) for i, part in enumerate(nibbles)]
+        if bits == 3:
+            nibbles = [part | (((quarters[3] >> i) & 1) << 3) for i, part in enumerate(nibbles)]
     nibbles = [part.astype(jnp.uint4) for part in nibbles]
     if layout == "nibbles":
         return nibbles

@@ -65,9 +65,9 @@ def _rows(equation: JaxprEqn, states: Sequence[str]) -> list[str]:
     if ROWS not in states:
         alike = repeats_rows(equation)
         return [ALIKE if alike or not shape_of(x) else OTHER for x in equation.outvars]
-    kept = row_operands(equation)
-    apart = len(kept) > 0 and all(
-        state in (ROWS, ALIKE) if i in kept else state != ROWS for i, state in enumerate(states)
+    by_row = row_operands(equation)
+    apart = len(by_row) > 0 and all(
+        state in (ROWS, ALIKE) if i in by_row else state != ROWS for i, state in enumerate(states)
     )
     return [ROWS if apart else MIXED] * len(equation.outvars)
 

@@ -10,12 +10,12 @@ import optax
 from lowrank_optax.kernels import AdamScalars, Implementation, low_bit_adam
 from lowrank_optax.kernels.adam import adam_direction, adam_moments, applied
 from lowrank_optax.matrices.argument_names import explains_names
-from lowrank_optax.quantization import Bits, BlockFormat, MapName, Quantized
+from lowrank_optax.quantization import Bits, Quantized
 from lowrank_optax.states.low_bit import LowBitState, Which, low_bit, moment_formats
 
 
 class FusedOptimizer(NamedTuple):
-    """An optimizer that moves parameters itself, where an optax transformation gives updates.
+    """An optimizer that changes parameters itself, where an optax transformation gives updates.
 
     Attributes:
       init: ``init(params) -> state``.
@@ -38,7 +38,6 @@ def fused_adamw(
     *,
     bits: Bits = 8,
     block_size: int | None = None,
-    map: MapName = "dynamic",
     min_size: int = 4096,
     which: Which | None = None,
     implementation: Implementation = None,
@@ -50,9 +49,8 @@ def fused_adamw(
     in jax.numpy. Arrays that a kernel does not take, or that are sharded over several devices, go
     that way everywhere; under `jax.shard_map` kernels run on each device.
 
-    Arithmetic is float32, of float64 parameters too. Its state is that of
-    ``low_bit(optax.scale_by_adam(...))``, so a checkpoint of one is one of the
-    other.
+    Arithmetic is float32, also for float64 parameters. The state is that of
+    ``low_bit(optax.scale_by_adam(...))``: their checkpoints are interchangeable.
 
     Args:
       learning_rate: A float or an optax schedule.
@@ -61,9 +59,8 @@ def fused_adamw(
       eps: Added to the root of the second moment, after bias correction.
       weight_decay: Decoupled decay, times the learning rate.
       mask: Which leaves decay: as ``mask`` of ``optax.adamw``.
-      bits: 8 or 4; this and the next four as of `low_bit`.
+      bits: 8 or 4; this and the next three as in `low_bit`.
       block_size: Elements to a scale.
-      map: The code map.
       min_size: Smaller arrays keep float32 moments.
       which: Which moments are in codes.
       implementation: None for the best there is, or ``"xla"``, ``"mosaic_tpu"``, ``"triton"``.
@@ -85,9 +82,9 @@ def fused_adamw(
       Dettmers et al., 8-bit Optimizers via Block-wise Quantization, 2021,
       https://arxiv.org/abs/2110.02861, section 2.
     """
-    formats = moment_formats(bits, block_size, map)
+    formats = moment_formats(bits, block_size)
     pair = formats["signed"], formats["unsigned"]
-    init = low_bit(optax.scale_by_adam(b1, b2, eps), bits, block_size, map, min_size, which).init
+    init = low_bit(optax.scale_by_adam(b1, b2, eps), bits, block_size, min_size, which).init
 
     def step(
         gradients: optax.Updates, state: LowBitState, params: optax.Params
@@ -98,20 +95,30 @@ def fused_adamw(
         rate = learning_rate(last.count) if callable(learning_rate) else learning_rate
         steps = count.astype(jnp.float32)
         scalars = AdamScalars(rate, b1, b2, eps, weight_decay, 1 - b1**steps, 1 - b2**steps)
-        leaves, treedef = jax.tree.flatten(params)
-        flat = treedef.flatten_up_to
-        decayed = flat(_mask(mask, params))
-        rows = zip(
-            leaves,
-            flat(gradients),
-            decayed,
-            *(flat(x) for x in (last.mu, last.nu, codes.mu, codes.nu, scales.mu, scales.nu)),
-            strict=True,
-        )
-        new = []
-        for param, gradient, decays, *moments in rows:
+
+        def one(
+            param: jax.Array, gradient: jax.Array, decays: bool, mu: Any, nu: Any, *coded: Any
+        ) -> tuple[Any, ...]:
+            """A leaf's new parameter and moments: as they are, or in codes and scales."""
             own = scalars if decays else scalars._replace(weight_decay=0.0)
-            new.append(_moved(param, gradient, moments, own, pair, implementation))
+            if mu is None and nu is None:
+                first, second = Quantized(*coded[::2]), Quantized(*coded[1::2])
+                param, first, second = low_bit_adam(
+                    gradient, first, second, param, own, formats=pair, implementation=implementation
+                )
+                return param, None, None, first.codes, second.codes, first.scales, second.scales
+            if mu is None or nu is None:
+                raise ValueError("which must choose both moments of a parameter, or neither.")
+            mu, nu = adam_moments(gradient.astype(jnp.float32), mu, nu, own)
+            param = applied(adam_direction(mu, nu, own), param, own)
+            return param, mu, nu, None, None, None, None
+
+        leaves, treedef = jax.tree.flatten(params)
+        decayed = mask(params) if callable(mask) else mask
+        if mask is None:
+            decayed = treedef.unflatten([True] * len(leaves))
+        trees = (gradients, decayed, last.mu, last.nu, codes.mu, codes.nu, scales.mu, scales.nu)
+        new = list(map(one, leaves, *map(treedef.flatten_up_to, trees)))
         columns = [treedef.unflatten(column) for column in zip(*new, strict=True)] or [params] * 7
         params, mu, nu, mu_codes, nu_codes, mu_scales, nu_scales = columns
         return params, LowBitState(
@@ -122,32 +129,3 @@ def fused_adamw(
         )
 
     return FusedOptimizer(init, step)
-
-
-def _moved(
-    param: jax.Array,
-    gradient: jax.Array,
-    moments: list[Any],
-    scalars: AdamScalars,
-    formats: tuple[BlockFormat, BlockFormat],
-    implementation: Implementation,
-) -> tuple[Any, ...]:
-    """A leaf's new parameter, and its moments as they are kept: whole, or in codes and scales."""
-    mu, nu, mu_codes, nu_codes, mu_scales, nu_scales = moments
-    if mu is None and nu is None:
-        first, second = Quantized(mu_codes, mu_scales), Quantized(nu_codes, nu_scales)
-        param, first, second = low_bit_adam(
-            gradient, first, second, param, scalars, formats=formats, implementation=implementation
-        )
-        return param, None, None, first.codes, second.codes, first.scales, second.scales
-    if mu is None or nu is None:
-        raise ValueError("which must choose both moments of a parameter, or neither.")
-    mu, nu = adam_moments(gradient.astype(jnp.float32), mu, nu, scalars)
-    param = applied(adam_direction(mu, nu, scalars), param, scalars)
-    return param, mu, nu, None, None, None, None
-
-
-def _mask(mask: Any, params: optax.Params) -> Any:
-    if mask is None:
-        return jax.tree.map(lambda _: True, params)
-    return mask(params) if callable(mask) else mask

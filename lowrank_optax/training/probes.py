@@ -154,8 +154,8 @@ def _times_hessian(loss: Callable[..., jax.Array], params: Any, inputs: Any, vec
 
 
 def _dot(a: Any, b: Any) -> jax.Array:
-    a, b = optax.tree.cast((a, b), jnp.float32)
-    return jnp.asarray(optax.tree.vdot(a, b), jnp.float32)
+    to_float32 = lambda tree: optax.tree.cast(tree, jnp.float32)
+    return jnp.asarray(optax.tree.vdot(to_float32(a), to_float32(b)), jnp.float32)
 
 
 def _mean(sample: Callable[[jax.Array], jax.Array], key: Any, samples: int) -> jax.Array:

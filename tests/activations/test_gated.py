@@ -11,13 +11,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import numpy as np
 import pytest
 
-from lowrank_optax.activations.block_codes import (
-    BLOCK_SIZE,
-    LEVELS,
-    block_decode,
-    block_encode,
-)
+from lowrank_optax.activations.block_codes import BLOCK_SIZE, block_decode, block_encode
 from lowrank_optax.activations.gating import gated, geglu, swiglu
+from lowrank_optax.quantization.maps import NORMAL_LEVELS
 
 SHAPE = (24, 130)
 PLAIN = {
@@ -110,7 +106,7 @@ def test_kept_are_the_bits_and_a_scale_for_each_block_and_nothing_else(bits, dty
 
 def test_one_gradient_computed_by_hand():
     gate, up = np.float32([0.5, -2.0]), np.float32([3.0, 1.0])
-    levels = np.array([-x for x in LEVELS[2][::-1]] + list(LEVELS[2]))
+    levels = np.array([-x for x in NORMAL_LEVELS[2][::-1]] + list(NORMAL_LEVELS[2]))
     nearest = lambda x: levels[np.argmin(np.abs(x[:, None] - levels), axis=1)]
     g, u = (np.abs(x).max() * nearest(x / np.abs(x).max()) for x in map(np.asarray, (gate, up)))
     sigmoid = 1 / (1 + np.exp(-g))
@@ -244,12 +240,12 @@ def test_bad_arguments_are_refused_with_what_is_right():
         gated(jax.nn.silu, jnp.arange(3), jnp.arange(3))
 
 
-@pytest.mark.parametrize("bits", LEVELS)
+@pytest.mark.parametrize("bits", NORMAL_LEVELS)
 def test_levels_are_means_of_what_they_stand_for_in_blocks_of_normal_numbers(bits):
     """Levels between thresholds halfway are the best exactly if they are such means."""
     blocks = np.random.default_rng(0).standard_normal((20_000, BLOCK_SIZE))
     sizes = (np.abs(blocks) / np.abs(blocks).max(axis=1, keepdims=True)).ravel()
-    levels = np.asarray(LEVELS[bits])
+    levels = np.asarray(NORMAL_LEVELS[bits])
     nearest = np.searchsorted((levels[1:] + levels[:-1]) / 2, sizes)
     means = np.bincount(nearest, sizes) / np.bincount(nearest)
     np.testing.assert_allclose(means, levels, atol=1e-3)
@@ -259,8 +255,8 @@ def test_levels_are_means_of_what_they_stand_for_in_blocks_of_normal_numbers(bit
 def test_every_element_becomes_the_level_nearest_to_it(bits):
     x = arrays((5, 150), count=1)[0]
     found = jax.jit(lambda x: block_decode(block_encode(x, bits), x.shape, bits))(x)
-    if bits in LEVELS:
-        levels = np.concatenate([-np.asarray(LEVELS[bits]), LEVELS[bits]])
+    if bits in NORMAL_LEVELS:
+        levels = np.concatenate([-np.asarray(NORMAL_LEVELS[bits]), NORMAL_LEVELS[bits]])
     else:
         levels = np.arange(1 - 2 ** (bits - 1), 2 ** (bits - 1)) / (2 ** (bits - 1) - 1)
     for start in range(0, 150, BLOCK_SIZE):

@@ -17,12 +17,11 @@ SCALARS = AdamScalars(0.1, 0.9, 0.99, 1e-8, 0.01, 1 - 0.9**3, 1 - 0.99**3, 0.5)
 Formats = tuple[BlockFormat, BlockFormat]
 
 
-def formats_of(bits: int, block: int, first: str = "dynamic", second: str = "") -> Formats:
+def formats_of(bits: int, block: int) -> Formats:
     """Signed for the first moment, unsigned and never zero for the second."""
-    second = second or ("dynamic" if bits == 8 else "linear")
     return (
-        BlockFormat(code_map(first, bits, True), block),
-        BlockFormat(code_map(second, bits, False), block, positive=True),
+        BlockFormat(code_map("dynamic", bits, True), block),
+        BlockFormat(code_map("dynamic", bits, False), block, positive=True),
     )
 
 

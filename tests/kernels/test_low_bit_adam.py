@@ -45,18 +45,16 @@ CASES = {
     "gpu: 4 bits by layers": ("triton", (2, 4, 21, 128), 4, 128),
     "gpu: 4 bits by layers of layers": ("triton", (3, 2, 5, 7, 256), 4, 256),
 }
-# Kernel, shape, bits, block, map, and why not.
+# Kernel, shape, bits, block, and why not.
 UNSUPPORTED = [
-    ("mosaic_tpu", (1000,), 8, 256, "dynamic", "no rows and columns"),
-    ("mosaic_tpu", (40, 8), 8, 256, "dynamic", "shorter than a block"),
-    ("mosaic_tpu", (4, 64), 8, 64, "dynamic", "no multiple of 128 lanes"),
-    ("mosaic_tpu", (3, 5, 256), 4, 128, "dynamic", "along an odd axis"),
-    ("mosaic_tpu", (6, 256), 4, 128, "dynamic", "no multiple of 64"),
-    ("mosaic_tpu", (4, 256), 8, 128, "fp8", "'fp8' cannot"),
-    ("triton", (4, 300), 8, 128, "dynamic", "no multiple of the block"),
-    ("triton", (4, 48), 8, 24, "dynamic", "no power of two"),
-    ("triton", (3, 5, 256), 4, 128, "log", "an odd one"),
-    ("triton", (4, 256), 8, 128, "fp8", "'fp8' cannot"),
+    ("mosaic_tpu", (1000,), 8, 256, "no rows and columns"),
+    ("mosaic_tpu", (40, 8), 8, 256, "shorter than a block"),
+    ("mosaic_tpu", (4, 64), 8, 64, "no multiple of 128 lanes"),
+    ("mosaic_tpu", (3, 5, 256), 4, 128, "along an odd axis"),
+    ("mosaic_tpu", (6, 256), 4, 128, "no multiple of 64"),
+    ("triton", (4, 300), 8, 128, "no multiple of the block"),
+    ("triton", (4, 48), 8, 24, "no power of two"),
+    ("triton", (3, 5, 256), 4, 128, "an odd one"),
 ]
 
 
@@ -98,16 +96,16 @@ IN_FULL = ("tpu: 4 bits by rows", "gpu: stacked")
 )
 def test_agrees_with_float64(name: str) -> None:
     implementation, shape, bits, block = CASES[name]
-    formats = formats_of(bits, block, second="log" if implementation == "triton" else "")
+    formats = formats_of(bits, block)
     step = step_of(shape, formats)
     assert_agrees(step, formats, run(implementation, step, formats))
 
 
-@pytest.mark.parametrize(("implementation", "shape", "bits", "block", "map", "why"), UNSUPPORTED)
+@pytest.mark.parametrize(("implementation", "shape", "bits", "block", "why"), UNSUPPORTED)
 def test_a_kernel_says_what_it_does_not_support_and_none_falls_back(
-    implementation: str, shape: tuple[int, ...], bits: int, block: int, map: str, why: str
+    implementation: str, shape: tuple[int, ...], bits: int, block: int, why: str
 ) -> None:
-    formats = formats_of(bits, block, *([map] * 2 if map != "dynamic" else []))
+    formats = formats_of(bits, block)
     step = step_of(shape, formats)
     with pytest.raises(NotImplementedError, match=f"{implementation}: .*{why}"):
         run(implementation, step, formats)
@@ -139,7 +137,7 @@ class TestEveryImplementation:
     def test_no_gradient_ever_moves_nothing(
         self, implementation: str, shape: tuple[int, ...], bits: int
     ) -> None:
-        formats = formats_of(bits, 128, second="log" if implementation == "triton" else "")
+        formats = formats_of(bits, 128)
         step = step_of(shape, formats)
         zeros = jax.tree.map(lambda x: jnp.asarray(np.zeros_like(x)), step)
         scalars = SCALARS._replace(weight_decay=0.0)
@@ -189,21 +187,6 @@ class TestEveryImplementation:
             alone = one(rates[i], step)
             for x, y in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
                 assert_close(np.asarray(x)[i], y)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("implementation", "maps"),
-    [
-        ("mosaic_tpu", ("linear", "log")),
-        ("mosaic_tpu", ("log", "linear")),
-        ("triton", ("log", "log")),
-    ],
-)
-def test_kernels_take_other_closed_forms(implementation: str, maps: tuple[str, str]) -> None:
-    formats = formats_of(8, 128, *maps)
-    step = step_of((32, 128), formats)
-    assert_agrees(step, formats, run(implementation, step, formats))
 
 
 @pytest.mark.slow

@@ -27,10 +27,8 @@ def coded(shape: tuple[int, ...], formats: Any) -> list[Quantized]:
     return [Quantized(struct(codes, jnp.uint8), struct(scales)) for codes, scales in shapes]
 
 
-def low_bit(
-    shape: tuple[int, ...], bits: int, implementation: Any, second: str = ""
-) -> tuple[Callable, Any]:
-    formats = formats_of(bits, 256, second=second)
+def low_bit(shape: tuple[int, ...], bits: int, implementation: Any) -> tuple[Callable, Any]:
+    formats = formats_of(bits, 256)
 
     def step(g, m, v, p):
         options = {"formats": formats, "implementation": implementation}
@@ -64,7 +62,7 @@ def test_low_bit_adam_lowers_for_tpus(shape: Any, bits: int, implementation: Any
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("implementation", ["triton", None], ids=str)
 def test_low_bit_adam_lowers_for_gpus(shape: Any, bits: int, implementation: Any) -> None:
-    step, arguments = low_bit(shape, bits, implementation, "linear" if bits == 4 else "log")
+    step, arguments = low_bit(shape, bits, implementation)
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=H100)):
         exporter = export.export(jax.jit(step), platforms=["cuda"], disabled_checks=[TRITON])
         assert has_kernel(exporter(*arguments))

@@ -342,7 +342,7 @@ def test_the_state_is_constant_under_cond_and_vmap() -> None:
 
 
 def test_the_stored_gradient_is_no_moment() -> None:
-    from lowrank_optax.states.moments import moment_kinds
+    from lowrank_optax.states.moment_names import moment_kinds
 
     state = ExtrapolationState(0, PARAMS, ())
     assert moment_kinds(state) == [None] * 3

@@ -10,13 +10,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank_optax.quantization import affine_dequantize, affine_quantize
+from lowrank_optax.quantization import Affine, BlockFormat, code_map, dequantize, quantize
 
 GROUP = 8
 SHAPES = [(5,), (3, 20), (6, 3), (2, 5, 16)]
 bits_of_codes = pytest.mark.parametrize("bits", [8, 4])
-there = jax.jit(affine_quantize, static_argnums=(1, 2))
-back = jax.jit(affine_dequantize, static_argnums=(1, 2, 3))
+
+
+def affine(bits: Any, block_size: int = GROUP) -> BlockFormat:
+    return BlockFormat(code_map("affine", bits), block_size)
+
+
+def there(x: Any, bits: Any) -> Affine:
+    return quantize(jnp.asarray(x), affine(bits))
+
+
+def back(q: Affine, shape: tuple[int, ...], bits: Any) -> jax.Array:
+    return dequantize(q, affine(bits), shape)
 
 
 @bits_of_codes
@@ -36,8 +46,8 @@ def test_errors_are_at_most_half_a_step_and_zero_is_exact(
         rng = np.random.default_rng(seed)
         x = ((rng.normal(size=shape) + offset) * scale).astype(np.float32)
         x[rng.random(shape) < 0.2] = 0
-        q = there(x, bits, GROUP)
-        error = np.abs(np.asarray(back(q, shape, bits, GROUP), np.float64) - x)
+        q = there(x, bits)
+        error = np.abs(np.asarray(back(q, shape, bits), np.float64) - x)
         assert not error[x == 0].any()
         for row, errors in zip(x.reshape(rows), error.reshape(rows), strict=True):
             for start in range(0, len(row), GROUP):
@@ -57,9 +67,8 @@ def test_rounding_at_random_keeps_the_expectation_even_of_the_extremes(bits: Any
     count = 4000
 
     def mean(keys: jax.Array) -> tuple[jax.Array, jax.Array]:
-        one = lambda key: affine_dequantize(
-            affine_quantize(x, bits, GROUP, key), x.shape, bits, GROUP
-        )
+        fmt = affine(bits)
+        one = lambda key: dequantize(quantize(x, fmt, key), fmt, x.shape)
         drawn = jax.vmap(one)(keys)
         return jnp.mean(drawn, 0), jnp.max(jnp.abs(drawn - x), 0)
 
@@ -74,25 +83,27 @@ def test_rounding_at_random_keeps_the_expectation_even_of_the_extremes(bits: Any
 @bits_of_codes
 def test_groups_of_one_number_are_exact(bits: Any) -> None:
     x = np.repeat(np.float32([0.3, -2.0, 0.0, 1e30, 3e38, -3e38]), GROUP)
-    found = back(there(x, bits, GROUP), x.shape, bits, GROUP)
+    found = back(there(x, bits), x.shape, bits)
     assert_close(found, x)
 
 
 def test_a_group_over_the_whole_range_of_float32_stays_finite() -> None:
     x = np.float32([-3e38, 0.0, 1e38, 3e38])
-    found = np.asarray(back(there(x, 8, GROUP), x.shape, 8, GROUP))
+    found = np.asarray(back(there(x, 8), x.shape, 8))
     np.testing.assert_allclose(found, x, rtol=0, atol=3e36)
 
 
 def test_what_is_not_finite_is_stored_as_zero_and_does_not_touch_its_group() -> None:
     x = np.float32([1, 2, np.nan, -4, np.inf, 0, -np.inf, 3])
-    found = np.asarray(back(there(x, 8, GROUP), x.shape, 8, GROUP))
+    found = np.asarray(back(there(x, 8), x.shape, 8))
     np.testing.assert_allclose(found, np.where(np.isfinite(x), x, 0), rtol=0, atol=0.5 * 7 / 255)
 
 
 @bits_of_codes
 def test_types_and_bytes(bits: Any) -> None:
-    q = jax.eval_shape(lambda x: affine_quantize(x, bits), jnp.zeros((512, 1000), jnp.bfloat16))
+    q = jax.eval_shape(
+        lambda x: quantize(x, affine(bits, 256)), jnp.zeros((512, 1000), jnp.bfloat16)
+    )
     assert q.codes.dtype == q.zeros.dtype == jnp.uint8
     assert (q.codes.size, q.scales.shape, q.zeros.shape) == (512 * 1000 * bits // 8,) + 2 * (
         (512, 4),

@@ -27,9 +27,8 @@ TINY = np.finfo(np.float32).tiny
 BLOCK = 16
 # Rows of whole blocks; of a block and a half; rows that share a block; layers.
 SHAPES = [(4, 32), (6, 24), (10, 5), (2, 3, 40)]
-FORMATS = [m for m in MAPS if m[0] != "log"] + [("log", 8, False)]
-IDS = [f"{name}-{'signed' if signed else 'unsigned'}-{bits}" for name, bits, signed in FORMATS]
-every_format = pytest.mark.parametrize(("name", "bits", "signed"), FORMATS, ids=IDS)
+IDS = [f"{name}-{'signed' if signed else 'unsigned'}-{bits}" for name, bits, signed in MAPS]
+every_format = pytest.mark.parametrize(("name", "bits", "signed"), MAPS, ids=IDS)
 
 
 def make(name: Any, bits: Any, signed: bool, block: int = BLOCK, **options: Any) -> BlockFormat:
@@ -107,8 +106,6 @@ def test_errors_are_within_half_a_gap_of_the_map(name: Any, bits: Any, signed: b
         assert np.isfinite(back).all()
         usable = np.maximum(scales, TINY)
         half = half_gap(values, np.clip(finite / usable, -1, 1))
-        # Maps without zero put what is below their least number there.
-        half = np.maximum(half, np.where(finite / usable < values[0], values[0], 0))
         np.testing.assert_array_less(np.abs(back - finite), scales * (half + 3e-6) + 2 * TINY)
 
     check()
@@ -195,7 +192,6 @@ def test_a_bad_number_touches_no_other_element(bad: float) -> None:
         ("dynamic", 4, True, 0.156),
         ("linear", 4, True, 0.126),
         ("dynamic", 8, False, 0.0064),
-        ("linear", 4, False, 0.21),
         ("dynamic", 4, False, 0.093),
     ],
 )
@@ -246,8 +242,7 @@ def test_codes_have_the_shape_of_the_array_and_scales_one_number_a_block() -> No
     assert unpack((four.codes,), x.shape, 4, "rows").shape == x.shape
 
 
-RANDOM = [("dynamic", 8, True), ("dynamic", 4, False), ("linear", 4, False), ("log", 8, False)]
-RANDOM += [("fp8", 8, True)]
+RANDOM = [("dynamic", 8, True), ("dynamic", 4, False), ("linear", 4, True)]
 
 
 @pytest.mark.slow

@@ -7,7 +7,6 @@ from close import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import jax
-import ml_dtypes
 import numpy as np
 import pytest
 
@@ -17,7 +16,6 @@ from tests.quantization.tables import MAPS, table
 COUNT = 4096
 NAMES = [f"{name}-{'signed' if signed else 'unsigned'}-{bits}" for name, bits, signed in MAPS]
 every_map = pytest.mark.parametrize(("name", "bits", "signed"), MAPS, ids=NAMES)
-in_order = pytest.mark.parametrize(("name", "bits", "signed"), MAPS[:-1], ids=NAMES[:-1])
 
 
 def decoded(coder: CodeMap, codes: Any) -> np.ndarray:
@@ -45,7 +43,7 @@ def _encode(coder: CodeMap) -> Any:
     return jax.jit(coder.encode)
 
 
-@in_order
+@every_map
 def test_codes_stand_for_the_numbers_of_the_definition(name: Any, bits: Any, signed: bool) -> None:
     coder, values = code_map(name, bits, signed), table(name, bits, signed)
     assert coder.largest == len(values) - 1
@@ -77,8 +75,6 @@ def test_every_code_decodes_to_a_number_that_encodes_to_it(
 ) -> None:
     coder = code_map(name, bits, signed)
     codes = list(range(coder.largest + 1))
-    if name == "fp8":  # negative ones have the highest bit; 0x7F and 0xFF are NaN
-        codes += range(0x80, 0xFF)
     assert encoded(coder, decoded(coder, codes)).tolist() == codes
 
 
@@ -110,36 +106,9 @@ def test_no_number_is_nearer_than_the_one_of_the_code(name: Any, bits: Any, sign
     check()
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("name", ["linear", "log"])
-def test_the_linear_and_log_maps_of_sizes_have_no_zero(name: Any, bits: Any) -> None:
-    coder = code_map(name, bits, signed=False)
-    assert decoded(coder, np.arange(coder.largest + 1)).min() > 0
-    assert decoded(coder, encoded(coder, [0.0])).min() > 0
-
-
-def test_steps_between_logarithms_are_even() -> None:
-    for bits, decades in ((8, 7), (4, 3)):
-        coder = code_map("log", bits, signed=False)
-        logs = np.log10(decoded(coder, np.arange(2**bits)))
-        np.testing.assert_allclose([logs[0], logs[-1]], [-decades, 0], atol=1e-6)
-        np.testing.assert_allclose(np.diff(logs), decades / (2**bits - 1), atol=2e-6)
-
-
-def test_fp8_is_a_cast() -> None:
-    coder = code_map("fp8")
-    x = np.random.default_rng(0).normal(size=COUNT).clip(-1, 1).astype(np.float32)
-    x[:4] = [0, 1, -1, 2e-6]
-    cast = (x * np.float32(448)).astype(ml_dtypes.float8_e4m3fn)
-    codes = encoded(coder, x)
-    np.testing.assert_array_equal(codes, cast.view(np.uint8))
-    expected = cast.astype(np.float64) / 448
-    assert_close(decoded(coder, codes), expected, 4, size=np.abs(expected), dtype=np.float32)
-
-
 @pytest.mark.parametrize(
     ("name", "bits", "message"),
-    [("tree", 8, "map='tree'"), ("dynamic", 3, "bits=3"), ("fp8", 4, "map='fp8' has 8 bits")],
+    [("tree", 8, "map='tree'"), ("dynamic", 3, "bits=3"), ("linear", 1, "bits=1")],
 )
 def test_unknown_maps_are_refused(name: Any, bits: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -1,6 +1,5 @@
 """Moments in 8 and 4 bits: the optimizer they are in is what it was."""
 
-import itertools
 from typing import Any
 
 from close import assert_close
@@ -106,23 +105,19 @@ def test_the_step_uses_moments_before_they_are_rounded(bits: Any) -> None:
     assert_close(found, wanted, 100)
 
 
-def decoded(
-    state: Any, name: str, kind: Any, bits: Any, map: Any = "dynamic", shape: Any = SHAPE
-) -> jax.Array:
+def decoded(state: Any, name: str, kind: Any, bits: Any, shape: Any = SHAPE) -> jax.Array:
     """A quantized moment of the kernel."""
     q = Quantized(getattr(state.codes, name)["kernel"], getattr(state.scales, name)["kernel"])
-    fmt = moment_formats(bits, None, map)[kind]
+    fmt = moment_formats(bits)[kind]
     return jax.jit(lambda q: dequantize(q, fmt, shape))(q)
 
 
-@pytest.mark.parametrize(
-    ("map", "bits"), [*itertools.product(["dynamic", "linear", "log"], [8, 4]), ("fp8", 8)]
-)
-def test_second_moments_have_no_zero_beside_others(map: Any, bits: Any) -> None:
+@bits_of_codes
+def test_second_moments_have_no_zero_beside_others(bits: Any) -> None:
     gradient = {"kernel": normal(SHAPE) * jnp.logspace(-12, 0, SHAPE[1])}
-    tx = low_bit(optax.scale_by_adam(), bits, map=map)
+    tx = low_bit(optax.scale_by_adam(), bits)
     _, state = jax.jit(lambda g: tx.update(g, tx.init(g)))(gradient)
-    assert np.all(decoded(state, "nu", "unsigned", bits, map) > 0)
+    assert np.all(decoded(state, "nu", "unsigned", bits) > 0)
 
 
 @pytest.mark.slow

@@ -117,8 +117,6 @@ def test_moments_that_are_all_small_are_refused_but_not_those_of_a_part() -> Non
         ({"block_size": 0}, "block_size=0"),
         ({"block_size": 2.0}, "block_size=2.0"),
         ({"min_size": -1}, "min_size=-1"),
-        ({"map": "cubic"}, "map='cubic'"),
-        ({"map": "fp8", "bits": 4}, "fp8"),
     ],
 )
 def test_bad_arguments_are_refused(options: Any, message: str) -> None:

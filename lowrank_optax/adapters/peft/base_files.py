@@ -55,14 +55,10 @@ class FileModule(NamedTuple):
 def modules_of_base(
     shapes: Shapes, adapter: Mapping[str, Shapes], config: Mapping[str, Any], fan_in_fan_out: bool
 ) -> dict[str, FileModule]:
-    """The modules of a base model by name.
+    """The modules of a base model by name, from the shapes of its tensors and of an adapter's.
 
-    Args:
-      shapes: Shapes of its tensors.
-      adapter: Shapes of an adapter's tensors, by module and what follows its name.
-      config: Fields of its config.json; the model_type decides how weights are stored.
-      fan_in_fan_out: The field of the adapter's configuration, used where there is no model_type
-        or it is that of a custom program (auto_map). PEFT ignores the field in a Linear.
+    The model_type in its config.json decides how weights are stored, and ``fan_in_fan_out`` where
+    there is none or it is that of a custom program (auto_map). PEFT ignores the field in a Linear.
     """
     own: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, shape in shapes.items():
@@ -106,11 +102,7 @@ def _may_be_conv1d(module: str, config: Mapping[str, Any], fan_in_fan_out: bool)
 
 
 def modules_of_adapter(adapter: Mapping[str, Shapes]) -> dict[str, FileModule]:
-    """The modules that an adapter's tensors require, where there is no base to compare with.
-
-    Raises:
-      ValueError: If one has tensors of an adapter, but not both of its factors.
-    """
+    """The modules that an adapter's tensors require, where there is no base to compare with."""
     modules = {}
     for module, shapes in adapter.items():
         if not any(name.startswith("lora_") for name in shapes):
@@ -138,13 +130,6 @@ def tied_in_files(config: Mapping[str, Any], reader: TensorReader) -> Tied | Non
     A configuration that leaves `tie_word_embeddings` out has its type's default, which for most is
     true. So only one that says false, or a head with values of its own, shows that they are not
     tied; another table with as many rows, such as GPT-2's of positions, does not.
-
-    Args:
-      config: Fields of its config.json.
-      reader: Its tensors.
-
-    Raises:
-      ValueError: If a field that says so has a value that it cannot have.
     """
     text = config.get("text_config")
     wrong = wrong_fields(config, _KINDS) or wrong_fields(text or {}, _KINDS)

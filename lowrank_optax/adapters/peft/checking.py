@@ -33,20 +33,15 @@ _HEADS_OF_TASKS = {
     "QUESTION_ANS": ("qa_outputs",),
 }
 
-
 Module = FileModule | Slot
+# By module and what follows its name.
+_Shapes = dict[tuple[str, str], tuple[int, ...]]
 
 
 def checked_tensors(
     reader: TensorReader, modules: Mapping[str, Module], config: PeftConfig, tied: Tied | None
 ) -> tuple[dict[str, Layout], dict[str, dict[str, np.ndarray]]]:
     """Reads the tensors of an adapter, after all have been compared with what a base requires.
-
-    Args:
-      reader: The adapter's tensors.
-      modules: Modules of the base, by PyTorch's names.
-      config: The adapter's configuration.
-      tied: The base's tied embedding and head.
 
     Returns:
       Layouts of the adapted layers by module, and tensors by module and what follows its name.
@@ -64,8 +59,28 @@ def checked_tensors(
     names = {".".join(split_name(name)): name for name in reader.shapes}
     _check_architecture(modules, list(dict.fromkeys(split_name(n)[0] for n in reader.shapes)))
     _check_names(modules, layers, config)
-    required: dict[tuple[str, str], tuple[int, ...]] = {}
-    optional: dict[tuple[str, str], tuple[int, ...]] = {}
+    required, optional = _expected_shapes(modules, layouts, config)
+    if tied and (tied.embedding, "weight") in required:
+        optional[tied.head, "weight"] = required[tied.embedding, "weight"]
+    found = {key: names[".".join(key)] for key in required | optional if ".".join(key) in names}
+    missing = {key: PREFIX + ".".join(key) for key in required if key not in found}
+    expected = {name: (required | optional)[key] for key, name in (found | missing).items()}
+    reader.check(expected, ignore=lambda _: False)
+    both = [found[m, "weight"] for m in tied or () if (m, "weight") in found]
+    if len(both) == 2 and not reader.equal(*both):
+        raise ValueError(f"{' and '.join(reversed(both))} are tied, but differ.")
+    tensors: dict[str, dict[str, np.ndarray]] = {}
+    for (module, tensor), name in found.items():
+        tensors.setdefault(module, {})[tensor] = reader.read(name)
+    return layouts, tensors
+
+
+def _expected_shapes(
+    modules: Mapping[str, Module], layouts: Mapping[str, Layout], config: PeftConfig
+) -> tuple[_Shapes, _Shapes]:
+    """_Shapes of the tensors that must be there, and of those that may."""
+    required: _Shapes = {}
+    optional: _Shapes = {}
     for module, layout in layouts.items():
         if config.use_dora and layout.kind == "embedding":
             raise UnsupportedConfigError(
@@ -85,20 +100,7 @@ def checked_tensors(
         elif config.bias != "none" and "bias" in module.shapes:
             key = "base_layer.bias" if name in layouts else "bias"
             optional[name, key] = module.shapes["bias"]
-    if tied and (tied.embedding, "weight") in required:
-        optional[tied.head, "weight"] = required[tied.embedding, "weight"]
-
-    found = {key: names[".".join(key)] for key in required | optional if ".".join(key) in names}
-    missing = {key: PREFIX + ".".join(key) for key in required if key not in found}
-    expected = {name: (required | optional)[key] for key, name in (found | missing).items()}
-    reader.check(expected, ignore=lambda _: False)
-    both = [found[m, "weight"] for m in tied or () if (m, "weight") in found]
-    if len(both) == 2 and not reader.equal(*both):
-        raise ValueError(f"{' and '.join(reversed(both))} are tied, but differ.")
-    tensors: dict[str, dict[str, np.ndarray]] = {}
-    for (module, tensor), name in found.items():
-        tensors.setdefault(module, {})[tensor] = reader.read(name)
-    return layouts, tensors
+    return required, optional
 
 
 def _check_architecture(modules: Mapping[str, Module], found: list[str]) -> None:

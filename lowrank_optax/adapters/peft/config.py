@@ -214,12 +214,7 @@ def _by_pattern(module: str, patterns: Mapping[str, T], default: T) -> T:
 
 
 def read_json(folder: Path) -> dict[str, Any]:
-    """The object in a folder's adapter_config.json.
-
-    Raises:
-      FileNotFoundError: If there is none; sub-folders that have one are listed.
-      ValueError: If it is no JSON object.
-    """
+    """The object in a folder's adapter_config.json."""
     file = folder / CONFIG_FILE
     if not file.exists():
         inside = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG_FILE}"))
@@ -235,19 +230,12 @@ def read_json(folder: Path) -> dict[str, Any]:
 
 
 def parse_config(content: Mapping[str, Any], source: str = CONFIG_FILE) -> PeftConfig:
-    """The configuration in an object of adapter_config.json.
-
-    Args:
-      content: The object.
-      source: Where it is from, for messages.
+    """The configuration in an object of adapter_config.json, which is from a file of that name.
 
     Raises:
       UnsupportedConfigError: If a field that changes what the adapter computes has a value that is
         not supported: each by name, with its value.
       ValueError: If a field has a value that it cannot have.
-
-    Warns:
-      UserWarning: If there are fields that are not known here and not off.
     """
     kind = content.get("peft_type")
     if kind is None:

@@ -22,7 +22,6 @@ from lowrank_optax.adapters.peft.config import CONFIG_FILE, parse_config, read_j
 from lowrank_optax.adapters.peft.tensors import (
     PREFIX,
     AdapterFolder,
-    Layout,
     open_tensors,
     shapes_by_module,
 )
@@ -65,9 +64,7 @@ def rename_bone(adapter: AdapterFolder) -> AdapterFolder:
 def to_plain_lora(path: str | os.PathLike, base: BaseModel | None) -> AdapterFolder:
     """The same change of the base as a LoRA whose alpha is its rank: scales are folded in.
 
-    Args:
-      path: The folder of a LoRA, rsLoRA or PiSSA.
-      base: The base model, which PiSSA needs, and with which others are compared if it is given.
+    PiSSA needs the base model; others are compared with it if it is given.
 
     Raises:
       TypeError: If it is DoRA, whose change is of full rank.
@@ -84,9 +81,9 @@ def to_plain_lora(path: str | os.PathLike, base: BaseModel | None) -> AdapterFol
         if "base_layer.weight" in of_module and not config.is_pissa:
             new["base_layer.weight"] = of_module["base_layer.weight"]
         if module in checked.layouts:
-            layer = checked.layer(module)
-            a, b = (np.asarray(x) for x in layer.method.to_lora(layer.p))
-            new |= layer.layout.pack(a, b)
+            method, p, _ = checked.layer(module)
+            a, b = (np.asarray(x) for x in method.to_lora(p))
+            new |= checked.layouts[module].pack(a, b)
         tensors |= {f"{PREFIX}{module}.{name}": x for name, x in new.items()}
     factor = 2 if config.is_pissa else 1
     pattern = {p: factor * rank for p, rank in config.rank_pattern.items()}
@@ -142,18 +139,10 @@ class Merging:
             return self._replaced[name].astype(old.dtype)
         if name not in self.names:
             return old
-        layer = self._checked.layer(name.removesuffix(".weight"))
-        merged = np.asarray(layer.method.merged(layer.p, layer.base).weight)
-        return layer.layout.pack_weight(merged).astype(old.dtype)
-
-
-class _Layer(NamedTuple):
-    """One layer's adapter: its layout, method and arrays, and the weight it is added to."""
-
-    layout: Layout
-    method: LoRA | PiSSA
-    p: dict[str, jax.Array]
-    base: Any = None
+        module = name.removesuffix(".weight")
+        method, p, base = self._checked.layer(module)
+        merged = np.asarray(method.merged(p, base).weight)
+        return self._checked.layouts[module].pack_weight(merged).astype(old.dtype)
 
 
 class _CheckedFolder:
@@ -180,14 +169,14 @@ class _CheckedFolder:
             if not name.startswith("lora_") and name != "base_layer.weight"
         }
 
-    def layer(self, module: str) -> _Layer:
-        """The adapter of a layer, with its base's weight if there is a base."""
+    def layer(self, module: str) -> tuple[LoRA | PiSSA, dict[str, jax.Array], Any]:
+        """The method of a layer, its arrays and, if there is a base, the weight they add to."""
         tensors, layout = self.tensors[module], self.layouts[module]
         method = self.config.method(module)
         a, b = layout.unpack(tensors)
         p = {"A": jnp.asarray(a), "B": jnp.asarray(b)}
         if self.base is None:
-            return _Layer(layout, method, p)
+            return method, p, None
         tensor = self.base.reader.read(f"{module}.weight")
         own = tensors.get("base_layer.weight", tensor).astype(tensor.dtype)
         weight, base = (jnp.asarray(layout.unpack_weight(x)) for x in (tensor, own))
@@ -200,4 +189,4 @@ class _CheckedFolder:
         if self.config.use_dora:
             magnitude = tensors["lora_magnitude_vector"].astype(np.float32)
             p["magnitude"] = jnp.asarray(magnitude.reshape(-1))
-        return _Layer(layout, method, p, base)
+        return method, p, base

@@ -62,11 +62,7 @@ class Slot(NamedTuple):
 
     @property
     def layout(self) -> Layout | None:
-        """How its weight is laid out; None if it is not a layer that adapters can be attached to.
-
-        Raises:
-          ValueError: If its name does not have as many ``{}`` as the weight has stack axes.
-        """
+        """How its weight is laid out; None if it is not a layer."""
         if not self.is_layer:
             return None
         *batch, d_in, d_out = weight_shape(self.module)
@@ -83,11 +79,7 @@ class Slot(NamedTuple):
 
     @property
     def parameters(self) -> dict[str, str]:
-        """The module's own parameters: PyTorch's name (``weight``, ``bias``) to Flax's.
-
-        Raises:
-          ValueError: If one has no such name.
-        """
+        """The module's own parameters: PyTorch's name (``weight``, ``bias``) to Flax's."""
         own = [
             name
             for name, x in vars(self.module).items()
@@ -144,10 +136,6 @@ def also_trained(module: Any) -> list[str]:
 
 def module_slots(model: Any, names: ModuleNames | None) -> dict[str, Slot]:
     """Every module of the model that PyTorch has, by its name there.
-
-    Args:
-      model: An NNX model.
-      names: What the modules are called; None for the model's own ``huggingface_names``.
 
     Raises:
       ValueError: If there are no names, two modules have one name, or a path of a mapping matches

@@ -139,15 +139,10 @@ def read_adapter(path: str | os.PathLike) -> AdapterFolder:
 
 
 def write_adapter(path: str | os.PathLike, adapter: AdapterFolder) -> None:
-    """Writes a folder that replaces an earlier one when it is complete.
-
-    Args:
-      path: A new or empty folder, or one that holds an adapter. Other files in it stay.
-      adapter: What it is to hold.
+    """Writes a folder that replaces an earlier one when it is complete; other files in it stay.
 
     Raises:
-      ImportError: safetensors is not installed.
-      FileExistsError: ``path`` is a file, or a folder with other things than an adapter.
+      FileExistsError: If ``path`` is a file, or a folder with other things than an adapter.
     """
     import_safetensors(_MISSING)
     from safetensors.numpy import save_file
@@ -162,14 +157,7 @@ def write_adapter(path: str | os.PathLike, adapter: AdapterFolder) -> None:
 
 @contextlib.contextmanager
 def open_tensors(folder: Path) -> Iterator[TensorReader]:
-    """The tensors of an adapter's folder, by the names they have in the file.
-
-    Raises:
-      ImportError: safetensors is not installed.
-      FileNotFoundError: There is no such file.
-      ValueError: There is only a pickled one, or names do not begin as PEFT's do.
-      CheckpointMismatchError: The file is damaged.
-    """
+    """The tensors of an adapter's folder, by the names they have in the file."""
     if not (folder / TENSOR_FILE).exists():
         if (folder / _PICKLED).exists():
             raise ValueError(

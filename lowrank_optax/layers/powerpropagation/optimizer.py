@@ -17,7 +17,7 @@ from lowrank_optax.layers.powerpropagation.reparameterisation import (
     slope,
 )
 from lowrank_optax.states.arguments import transformation
-from lowrank_optax.states.moments import moment_kinds
+from lowrank_optax.states.moment_names import moment_kinds
 from lowrank_optax.states.precision import in_float32, keep_dtypes
 
 Mode: TypeAlias = Literal["plain", "weight_space"]
@@ -47,9 +47,9 @@ def powerprop_updates(
     gradients, such as Adam, cancels one of the two factors; ``"weight_space"`` restores it:
     :math:`-\eta \alpha^2 |w|^{2 - 2/\alpha}` times Adam's direction.
 
-    There is nothing to export, evaluation and pruning see the weights, the loss does not change,
-    and ``alpha`` may change at any step. The state is that of ``inner``. Gradients leave a weight
-    of zero at zero; momentum may move it in mode ``"plain"``: use `mask_updates` for pruned ones.
+    Nothing has to be exported, and ``alpha`` may change at any step. The state is that of
+    ``inner``. Gradients leave a weight of zero at zero; momentum may move it in mode ``"plain"``:
+    use `mask_updates` for pruned ones.
 
     Weight decay in ``inner`` acts on :math:`\theta` in mode ``"plain"``: decoupled decay by a
     factor :math:`1 - \eta \lambda` multiplies ``w`` by :math:`(1 - \eta\lambda)^\alpha`. In mode

@@ -84,20 +84,12 @@ def powerprop_inverse(weights: Any, alpha: Alpha, where: Where = None) -> Any:
 
     .. math:: \theta = \mathrm{sign}(w) \, |w|^{1 / \alpha}
 
-    The model starts as the same function as without Powerpropagation.
-
-    Args:
-      weights: Tree of arrays.
-      alpha: Exponent, at least 1.
-      where: Leaves, as for `powerprop`.
-
-    Returns:
-      A tree like ``weights``, with the same dtypes.
+    The model starts as the same function as without Powerpropagation. Arguments other than
+    ``weights``, a tree of arrays, and dtypes are as for `powerprop`.
 
     Raises:
       ValueError: If a selected leaf is all zero and ``alpha`` is above 1, neither of them traced:
-        its gradient would always be zero. Otherwise as `powerprop`.
-      TypeError: As `powerprop`.
+        its gradient would always be zero. Other errors as for `powerprop`.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
@@ -128,14 +120,7 @@ def change_alpha(params: Any, old: Alpha, new: Alpha, where: Where = None) -> An
       params: Tree of arrays, trained with the exponent ``old``.
       old: Exponent so far, at least 1.
       new: Exponent from now on, at least 1.
-      where: Leaves, as for `powerprop`.
-
-    Returns:
-      A tree like ``params``, with the same dtypes.
-
-    Raises:
-      ValueError: If an exponent is below 1 (unless traced); otherwise as `powerprop`.
-      TypeError: As `powerprop`.
+      where: Leaves, as for `powerprop`, as are the dtypes and errors.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro

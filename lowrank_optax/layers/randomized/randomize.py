@@ -1,6 +1,7 @@
 """Randomized linears in Flax NNX: one layer, and the linear layers of a whole model."""
 
 from collections.abc import Mapping
+import dataclasses
 from typing import Any, NamedTuple, TypeAlias
 
 from flax import nnx
@@ -104,11 +105,7 @@ class RandomizedLinear(nnx.Linear):
         return call_sketched(nnx.Linear.__call__, self, inputs, out_sharding, **options)
 
     def set_view(self, deterministic: bool | None = None) -> None:
-        """Set what ``nnx.view`` sets.
-
-        Args:
-          deterministic: Whether the layer is the plain one.
-        """
+        """Set whether the layer is the plain one, for ``nnx.view``."""
         if deterministic is not None:
             self.deterministic = deterministic
 
@@ -211,13 +208,8 @@ def _check_layer(name: str, layer: Any) -> None:
 def restore_linears(model: Any) -> nnx.Module:
     """Turn all randomized layers of a model into plain ones again, in place: undoes `randomize`.
 
-    Weights and structure are then as they were before; the layers' random streams are removed.
-
-    Args:
-      model: Any NNX model.
-
-    Returns:
-      The model itself.
+    Returns the model itself. Weights and structure are as they were before; the layers' random
+    streams are removed.
 
     Raises:
       ValueError: If there is no randomized layer, or one of a subclass of `RandomizedLinear`.
@@ -254,6 +246,7 @@ class RandomizedLayer(NamedTuple):
     sketch: Sketch
 
 
+@dataclasses.dataclass(frozen=True, repr=False)
 class RandomizedSummary(Report):
     """The randomized layers of a model; prints as a table.
 
@@ -261,8 +254,7 @@ class RandomizedSummary(Report):
       rows: One `RandomizedLayer` per layer, or stack of layers.
     """
 
-    def __init__(self, rows: list[RandomizedLayer]) -> None:
-        self.rows = rows
+    rows: list[RandomizedLayer]
 
     def table(self) -> Table:
         """One row per layer."""

@@ -109,15 +109,12 @@ def minibatch_variance(x: jax.Array, y: jax.Array) -> jax.Array:
     """Estimate the variance of the exact gradient XᵀY, as a sum over a random sample of B rows.
 
     D²_SGD = (B·d - g)/(B - 1), with the d and g of `sketch_variance`: the unbiased estimate of the
-    variance of the summed gradient. A sketch that adds less than this costs little: with
-    ``kind="rows"`` it adds (B - p)/p times this.
+    variance of the summed gradient, a float32 scalar or wider. A sketch that adds less than this
+    costs little: with ``kind="rows"`` it adds (B - p)/p times this.
 
     Args:
       x: Input, [..., N], B rows in all, at least 2.
       y: Cotangent of the output, [..., M], with the same leading axes.
-
-    Returns:
-      A scalar, float32 at least.
 
     Raises:
       ValueError: If the rows of x and y differ in number, or there is only one.
@@ -138,15 +135,7 @@ def minibatch_variance(x: jax.Array, y: jax.Array) -> jax.Array:
 def alignment(x: jax.Array, y: jax.Array) -> jax.Array:
     """Compute α = ‖XᵀY‖² / (‖X‖²·‖Y‖²), from 0 to 1: how much the rows agree; 0 if X or Y is 0.
 
-    Args:
-      x: Input, [..., N].
-      y: Cotangent of the output, [..., M], with the same leading axes.
-
-    Returns:
-      A scalar, float32 at least.
-
-    Raises:
-      ValueError: If the rows of x and y differ in number.
+    Arguments, errors and dtype are those of `sketch_variance`.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro

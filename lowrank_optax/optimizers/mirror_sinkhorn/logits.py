@@ -94,14 +94,14 @@ def mirror_sinkhorn_updates(
     Args:
       row_marginal: :math:`\mu`, ``[n]``, for all matrices; scaled to unit mass. None is uniform,
         whatever the number of rows.
-      column_marginal: :math:`\nu`, ``[m]``, likewise.
+      column_marginal: :math:`\nu`, ``[m]``, in the same way.
       bound: As in `mirror_sinkhorn`.
       learning_rate: As in `mirror_sinkhorn`.
       first: As in `mirror_sinkhorn`.
 
     Returns:
       A transformation that needs ``params``, with the state `MirrorSinkhornUpdatesState`. Use
-      ``optax.partition`` for parameters that are no couplings, or have other marginals.
+      ``optax.partition`` for parameters that are not couplings, or have other marginals.
 
     Raises:
       ValueError: As `mirror_sinkhorn`; in ``init``, if a parameter has less than two axes or does

@@ -12,11 +12,11 @@ class Polytope(NamedTuple):
     """Couplings with given row and column sums, and with zeros where no mass may be.
 
     Attributes:
-      rows: Row sums ``[n]``, of any common total.
-      columns: Column sums ``[m]``, of the total of ``rows``.
-      total: That total, ``[]``.
+      rows: Row sums ``[n]``.
+      columns: Column sums ``[m]``, with the total of ``rows``.
+      total: Their total, ``[]``.
       log_rows: Logarithm of the row sums of unit mass; -inf without mass.
-      log_columns: That of the column sums.
+      log_columns: Logarithm of the column sums of unit mass.
       mask: Where mass may be, ``[n, m]``, or None for everywhere.
     """
 
@@ -60,12 +60,7 @@ def polytope(
 def check_marginals(
     row_marginal: ArrayLike, column_marginal: ArrayLike, mask: ArrayLike | None = None
 ) -> None:
-    """Raises where arguments make no polytope; values that are traced are not looked at.
-
-    Raises:
-      ValueError: If shapes do not fit, a marginal is negative or not finite, totals differ, or a
-        row or column with mass has no allowed cell.
-    """
+    """Raises ValueError where arguments make no polytope; traced values are not looked at."""
     marginals = {"row_marginal": row_marginal, "column_marginal": column_marginal}
     for name, x in marginals.items():
         if np.ndim(x) != 1:
@@ -148,10 +143,10 @@ def round_to_polytope(
     changes by at most twice its largest entry times the sum of what the marginals were off.
 
     The outer product would put mass into forbidden cells. With a ``mask``, ``sweeps`` iterations of
-    Sinkhorn balance the matrix on allowed cells alone, which is slow for one with few large
-    entries. What is missing then comes with a second matrix, mixed in with a weight of twice the
-    largest relative error: a smoother version of the first, balanced likewise. Marginals are as
-    good as the sweeps make those of the second, and never right where no coupling fits the mask.
+    Sinkhorn balance the matrix on allowed cells alone. What is missing then comes with a second
+    matrix, mixed in with a weight of twice the largest relative error: a smoother version of the
+    first, balanced as well. Marginals are as good as those of the second, and never right where no
+    coupling fits the mask.
 
     Args:
       plan: A matrix ``[n, m]``, not negative.

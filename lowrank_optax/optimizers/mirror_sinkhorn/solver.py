@@ -2,7 +2,7 @@
 
 A coupling of two distributions is a matrix of given row and column sums. To minimise a convex
 function of it, each step multiplies it by the exponential of a gradient and makes the sums of its
-rows or of its columns right, in turn. Sinkhorn's algorithm would make both right, many times over,
+rows or of its columns right, in turn. Sinkhorn's algorithm makes both right, many times over,
 between two gradients, and needs a temperature; here the step size is the only choice, and known.
 """
 
@@ -42,7 +42,7 @@ class MirrorSinkhornState(NamedTuple):
       log_coupling: Logarithm of the current iterate, of unit mass, ``[n, m]``; -inf where no mass
         may be.
       average: Average of the iterates, of unit mass, ``[n, m]``; ``()`` for "last".
-      earlier: Of "suffix": the average of the window before, ``[n, m]``; otherwise ``()``.
+      earlier: Average of the window before, ``[n, m]``, for "suffix"; otherwise ``()``.
       bound: The largest ``|gradient|`` so far, or the one that was given, ``[]``.
       rates: The sum of all step sizes, ``[]``: the inverse of the temperature at which Sinkhorn
         would give the current iterate, were it to converge there.
@@ -107,8 +107,8 @@ def mirror_sinkhorn(
     temperatures at which kernels would underflow, are fine. A gradient with a NaN or an infinity in
     an allowed cell leaves the state as it was, ``count`` too, which shows it.
 
-    The functions are pure and work under ``jit``, ``scan``, ``vmap`` (of all of it, over
-    marginals), donation and with arrays sharded by rows or columns.
+    The functions work under ``jit``, ``scan``, ``vmap`` (also over marginals), donation and with
+    arrays sharded by rows or columns.
 
     Args:
       row_marginal: Row sums :math:`\mu`, ``[n]``. Rows of no mass are left out: so shorter problems
@@ -118,19 +118,18 @@ def mirror_sinkhorn(
         None takes the largest so far, which never falls.
       learning_rate: :math:`\eta`, a float or a schedule of the number of steps before, instead of
         the rule above: a constant of size :math:`1/\sqrt T` if the number of steps is known.
-      average: Of which iterates: "uniform"; "weighted" by :math:`\eta_t`, as in the bound;
-        "suffix", the last half to three quarters of them (from the last power of two below half);
-        "last", none.
+      average: Average of the iterates that is the answer: "uniform"; "weighted" by
+        :math:`\eta_t`, as in the bound; "suffix", that of the last half to three quarters (from the
+        last power of two below half); "last", the last iterate.
       first: Which sums the first step makes right.
-      mask: Where mass may be, ``[n, m]`` of bools; None for everywhere. Whether every row and
-        column with mass has an allowed cell is checked, whether a coupling fits into the mask is
-        not: where none does, the sums of ``plan`` stay wrong.
+      mask: Where mass may be, ``[n, m]`` of bools; None for everywhere. Every row and column with
+        mass needs an allowed cell. If no coupling fits the mask, the sums of ``plan`` stay wrong.
 
     Returns:
       The solver, a `MirrorSinkhorn`.
 
     Raises:
-      ValueError: If marginals are no vectors, negative, not finite or of different totals, a mask
+      ValueError: If marginals are not vectors, negative, not finite or of different totals, a mask
         leaves a row or column with mass no cell, both ``bound`` and ``learning_rate`` are given,
         or an option is unknown. Traced values are not looked at: there, ``column_marginal`` is
         scaled to the total of ``row_marginal``.
@@ -190,8 +189,8 @@ def mirror_sinkhorn(
 
         scale_columns = lambda: move(problem.log_columns, 0)
         scale_rows = lambda: move(problem.log_rows, 1)
-        turn = jnp.where(columns_next(state.count, first), 1, 2)
-        choice = jnp.where(jnp.isfinite(g).all(), turn, 0)
+        next_scaled = jnp.where(columns_next(state.count, first), 1, 2)
+        choice = jnp.where(jnp.isfinite(g).all(), next_scaled, 0)
         return jax.lax.switch(choice, (stay, scale_columns, scale_rows))
 
     def coupling(state: MirrorSinkhornState) -> jax.Array:
@@ -222,10 +221,10 @@ def minimize_over_couplings(
       solver: What `mirror_sinkhorn` returns.
       gradient: ``gradient(coupling) -> [n, m]``; with a ``key``, ``gradient(coupling, key)``, an
         unbiased estimate of it, with a new key at every step.
-      steps: How many, a Python int.
-      key: Of the random numbers; None if the gradient needs none. The number of steps before is
-        folded in: a run that goes on sees other numbers than the steps before it.
-      state: Where to go on, if not from ``solver.init()``.
+      steps: Number of steps, a Python int.
+      key: PRNG key for ``gradient``; None if it needs none. The number of steps before is folded
+        in: a run that goes on sees other numbers than the steps before it.
+      state: State to go on from; None for ``solver.init()``.
 
     Returns:
       The state; ``solver.plan(state)`` is the minimiser.

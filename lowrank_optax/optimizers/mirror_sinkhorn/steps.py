@@ -25,7 +25,7 @@ def scaled(log_coupling: jax.Array, log_marginal: jax.Array, axis: int) -> jax.A
 
 
 def columns_next(count: jax.Array, first: First) -> jax.Array:
-    """Whether the step after ``count`` others scales columns."""
+    """Whether step ``count``, from 0, scales columns."""
     return (count % 2 == 0) == (first == "columns")
 
 
@@ -35,7 +35,7 @@ def rate_at(
     bound: jax.Array,
     delta: jax.Array,
 ) -> jax.Array:
-    """The step size after ``count`` others: of Theorem 3.1, unless another is given."""
+    """The size of step ``count``, from 0: that of Theorem 3.1 without ``learning_rate``."""
     if learning_rate is not None:
         rate = learning_rate(count) if callable(learning_rate) else learning_rate
         return jnp.asarray(rate, delta.dtype)
@@ -45,12 +45,7 @@ def rate_at(
 
 
 def check_steps(learning_rate: Any, bound: Any, first: Any) -> None:
-    """Raises where these arguments are no step sizes and no order.
-
-    Raises:
-      ValueError: If both rates are given, ``bound`` is negative or not finite, or ``first``
-        neither.
-    """
+    """Raises ValueError if both rates are given, or ``bound`` or ``first`` is out of range."""
     if learning_rate is not None and bound is not None:
         raise ValueError(
             "bound sets the default step size: give bound or learning_rate, not "
@@ -67,7 +62,7 @@ Average = Literal["uniform", "weighted", "suffix", "last"]
 
 
 def check_average(average: Any) -> None:
-    """Raises a ValueError if there is no such average."""
+    """Raises ValueError if the average is unknown."""
     if average not in get_args(Average):
         raise ValueError(f"average={average!r} must be one of {', '.join(get_args(Average))}.")
 
@@ -90,12 +85,12 @@ def next_average(
     """The averages with one iterate more.
 
     Args:
-      kind: Which.
-      averages: As they were.
+      kind: The average.
+      averages: The averages before.
       couplings: The iterates before and after the step.
-      count: Steps with this one: there is one iterate more.
-      rate: The step's size.
-      rates: The sum of all up to it.
+      count: Number of steps with this one; there is one iterate more.
+      rate: Size of the step.
+      rates: Sum of the sizes of all steps up to this one.
     """
     average, earlier = averages
     old, new = couplings
@@ -115,7 +110,7 @@ def next_average(
 def read_average(
     kind: Average, averages: tuple[Any, Any], coupling: jax.Array, count: jax.Array
 ) -> jax.Array:
-    """What the averages stand for after ``count`` steps; ``coupling`` is the last iterate."""
+    """The average after ``count`` steps; ``coupling`` is the last iterate."""
     average, earlier = averages
     if kind == "last":
         return coupling
@@ -127,6 +122,6 @@ def read_average(
 
 
 def _window(count: jax.Array) -> jax.Array:
-    """Iterates since the last whose number, counted from 1, was a power of two, with that one."""
+    """Number of iterates since the last with a power of two as its number, from 1, with that."""
     iterate = count + 1
     return iterate - (1 << (31 - jax.lax.clz(iterate))) + 1

@@ -41,7 +41,7 @@ class Transport(NamedTuple):
     Attributes:
       plan: The coupling ``[n, m]``, rounded: its marginals are exact.
       value: Its cost, ``[]``, at least the optimum. The only part with a gradient.
-      lower_bound: What the potentials prove about the optimum, ``[]``: it is no less.
+      lower_bound: Lower bound of the optimum, ``[]``, proved by the potentials.
       row_potential: ``f``, ``[n]``, with ``f_i + g_j <= cost_ij`` in allowed cells.
       column_potential: ``g``, ``[m]``.
     """
@@ -76,9 +76,8 @@ def optimal_transport(
       P^\top \mathbf 1 = \nu.
 
     For a cost that stays the same the iterate is :math:`\exp(F_i + H_j - S C_{ij})` with the sum
-    :math:`S` of the step sizes, so that ``n + m + 1`` numbers are kept from step to step, and
-    ``n·m`` more only for an average. The potentials, each the other's minimum over
-    :math:`C_{ij}` less it, also bound the optimum from below.
+    :math:`S` of the step sizes, so that the state is ``n + m + 1`` numbers, and ``n·m`` more only
+    for an average. The potentials also bound the optimum from below.
 
     ``value`` has the gradient of the optimum (the envelope theorem): the plan by the cost, the
     potentials by the marginals, up to a constant that changes of equal totals do not see. Nothing

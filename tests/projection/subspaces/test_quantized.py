@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import lowrank_optax as lro
-from lowrank_optax.quantization import Affine, affine_dequantize
+from lowrank_optax.quantization import Affine, BlockFormat, code_map, dequantize
 from tests.projection.runs import normal_gradients, run
 
 ALL_BITS = pytest.mark.parametrize("bits", [16, 8, 4])
@@ -40,7 +40,8 @@ def first_basis(bits: Any, gradient: Any) -> tuple[np.ndarray, Any]:
     stored = jax.tree.map(lambda x: x["kernel"], state.basis, is_leaf=lambda x: isinstance(x, dict))
     if bits == 16:
         return np.asarray(stored, np.float64), stored
-    found = affine_dequantize(Affine(*stored), (SHAPE[0], RANK), bits, 256)
+    fmt = BlockFormat(code_map("affine", bits), 256)
+    found = dequantize(Affine(*stored), fmt, (SHAPE[0], RANK))
     return np.asarray(found, np.float64), stored
 
 

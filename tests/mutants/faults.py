@@ -493,8 +493,8 @@ BELOW = (
     Fault(
         "state of a sharded parameter replicated",
         "lowrank_optax/sharding.py",
-        "return PartitionSpec() if x.sharding is None else x.sharding.spec",
-        "return PartitionSpec()",
+        "PartitionSpec() if x.sharding is None else x.sharding.spec",
+        "PartitionSpec()",
         ("tests/sharded/test_state_shardings.py",),
     ),
 )

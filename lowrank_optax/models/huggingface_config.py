@@ -52,24 +52,10 @@ MODULE_NAMES = OUTER_MODULES | {
 # What Hugging Face assumes where a config.json leaves a field out, if it is not our own default.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {},
-    "mistral": {
-        "num_key_value_heads": 8,
-        "sliding_window": 4096,
-        "max_position_embeddings": 131072,
-    },
-    "qwen2": {
-        "num_key_value_heads": 32,
-        "sliding_window": 4096,
-        "max_position_embeddings": 32768,
-    },
-    "qwen3": {
-        "num_key_value_heads": 32,
-        "head_dim": 128,
-        "sliding_window": 4096,
-        "max_position_embeddings": 32768,
-    },
+    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072},
+    "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768},
+    "qwen3": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "head_dim": 128},
 }
-
 
 # Fields that are read and do not become fields of their own.
 _KINDS = {
@@ -167,7 +153,7 @@ def takes_attention_bias(model_type: str) -> bool:
 
 def _sliding_window(source: Mapping[str, Any], model_type: str) -> int | None:
     """One window for all layers, or None; a mixture of layers is refused."""
-    window = source.get("sliding_window")
+    window = source.get("sliding_window", 4096)  # Hugging Face's default, but for llama
     if model_type == "llama" or window is None:
         return None
     if model_type == "mistral":

@@ -12,7 +12,7 @@ import optax
 
 from lowrank_optax.matrices import explicit_sharding
 from lowrank_optax.matrices.paths import leaves_by_path
-from lowrank_optax.projection.view import View
+from lowrank_optax.projection.view import View, over_batch
 from lowrank_optax.states.moment_names import FIRST_MOMENTS, SECOND_MOMENTS, field
 
 OnRefresh: TypeAlias = Literal["keep", "reset", "rotate", "rotate_moments"]
@@ -25,9 +25,7 @@ _SIZES, _LARGE = (2.0**-10, 2.0**-12), 2.0**10
 
 def init_one(inner: optax.GradientTransformation, leaf: jax.Array, batch_ndim: int) -> Any:
     """The inner state of one leaf: every array has the leaf's batch axes first."""
-    init = inner.init
-    for _ in range(batch_ndim):
-        init = jax.vmap(init)
+    init = over_batch(inner.init, batch_ndim)
     partition = explicit_sharding.partition_of(leaf)
     if partition is None or batch_ndim == 0:
         return init(leaf)
@@ -38,21 +36,6 @@ def init_one(inner: optax.GradientTransformation, leaf: jax.Array, batch_ndim: i
         return explicit_sharding.constrain(x, target)
 
     return jax.tree.map(sharded, init(leaf))
-
-
-def update_one(
-    inner: optax.GradientTransformationExtraArgs,
-    gradient: jax.Array,
-    state: Any,
-    param: jax.Array | None,
-    batch_ndim: int,
-    extra_args: dict[str, Any],
-) -> tuple[Any, Any]:
-    """The inner update of one leaf."""
-    update = lambda g, s, p: inner.update(g, s, p, **extra_args)
-    for _ in range(batch_ndim):
-        update = jax.vmap(update)
-    return update(gradient, state, param)
 
 
 class Average(NamedTuple):

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.projection.inner_moments import init_one, update_one
+from lowrank_optax.projection.inner_moments import init_one
 from lowrank_optax.projection.leaf import LeafState, Parts, init_leaf
-from lowrank_optax.projection.view import View
+from lowrank_optax.projection.view import View, over_batch
 
 _EXAMPLE = View((1, 1), -2, 1)
 
@@ -178,15 +178,15 @@ class InnerRunner(NamedTuple):
     ) -> tuple[list[Any], Any, Any]:
         """The answers to projected gradients (and those of other leaves), and the new states."""
         inner, flat = self.parts.inner, self.treedef.flatten_up_to
-        answers: list[Any] = [None] * len(self.views)
+        answers: list[Any]
         if self.parts.each_alone:
-            states: list[Any] = list(answers)
-            for i, (mine, gradient, ndim) in enumerate(self._each(gradients)):
-                if mine:
-                    param = None if params is None else params[i]
-                    answers[i], states[i] = update_one(
-                        inner, gradient, each[i], param, ndim, extra_args
-                    )
+            update = lambda g, s, p: inner.update(g, s, p, **extra_args)
+            rows = zip(self._each(gradients), each, params or [None] * len(each), strict=True)
+            pairs = [
+                over_batch(update, ndim)(gradient, own, param) if mine else (None, None)
+                for (mine, gradient, ndim), own, param in rows
+            ]
+            answers, states = ([pair[i] for pair in pairs] for i in (0, 1))
             state = self.join(states)
         else:
             given = None if params is None else self._tree(params)

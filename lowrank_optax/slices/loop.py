@@ -77,8 +77,8 @@ def run(step: Step, carried: Any, read: Any, cut: Cut) -> Any:
     return jax.lax.platform_dependent(
         carried,
         read,
-        cpu=lambda carried, read: _run(steps, carried, read, cut, _AS_BITS),
-        default=lambda carried, read: _run(steps, carried, read, cut, _AS_IS),
+        cpu=lambda carried, read: _run(steps, carried, read, cut, _in_loop_of_one, _bits),
+        default=lambda carried, read: _run(steps, carried, read, cut, _behind_barrier, lambda x: x),
     )
 
 
@@ -111,13 +111,6 @@ def _drawn_before(function: Callable[..., Any], *arguments: Any) -> Callable[...
         return jax.tree.unflatten(jax.tree.structure(result), results)
 
     return of_slice
-
-
-class _Way(NamedTuple):
-    """How slices are held apart, and how arrays are carried."""
-
-    apart: Callable[[Step], Step]
-    carry: Callable[[jax.Array], jax.Array]
 
 
 def _behind_barrier(step: Step) -> Step:
@@ -153,21 +146,25 @@ def _bits(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(x, jnp.uint16) if narrow else x
 
 
-_AS_IS = _Way(_behind_barrier, lambda x: x)
-_AS_BITS = _Way(_in_loop_of_one, _bits)
-
-
-def _run(steps: Mapping[int, Step], carried: Any, read: Any, cut: Cut, way: _Way) -> Any:
+def _run(
+    steps: Mapping[int, Step],
+    carried: Any,
+    read: Any,
+    cut: Cut,
+    apart: Callable[[Step], Step],
+    carry: Callable[[jax.Array], jax.Array],
+) -> Any:
+    """See `run`; ``apart`` keeps slices apart, and arrays are carried as ``carry`` makes them."""
     types = jax.tree.map(lambda x: x.dtype, (carried, read))
-    carried, read = jax.tree.map(way.carry, (carried, read))
+    carried, read = jax.tree.map(carry, (carried, read))
 
     def slices(carried: Any, first: Any, rows: int) -> tuple[Any, Any]:
         of_row = jax.tree.map(lambda x: rows_of(x, first, rows, cut), (carried, read))
         return jax.tree.map(_as, of_row, types)
 
     def after(carried: Any, first: Any, rows: int) -> Any:
-        new = way.apart(steps[rows])(*slices(carried, first, rows), first)
-        return jax.tree.map(lambda x, part: _put(x, way.carry(part), first, cut), carried, new)
+        new = apart(steps[rows])(*slices(carried, first, rows), first)
+        return jax.tree.map(lambda x, part: _put(x, carry(part), first, cut), carried, new)
 
     one = lambda i, carried: after(carried, (i * cut.rows).astype(jnp.int32), cut.rows)
     carried = jax.lax.fori_loop(0, cut.full_slices, one, carried)

@@ -77,14 +77,19 @@ def sliced_leaves(
     Raises:
       CannotCutError: If one of the parts does not work leaf by leaf.
     """
-    if budget.slices == "off" or not _none_is_projected(call):
+    pairs = list(zip(call.gradients, call.params, strict=True))
+    projected = any(isinstance(p, jax.Array) and p.shape != g.shape for g, p in pairs)
+    if budget.slices == "off" or projected:
         return []
     arrays = jax.tree.leaves((call.gradients, call.params, list(call.state.values())))
     if budget.slices is None and not any(isinstance(x, jax.core.Tracer) for x in arrays):
         return []  # outside of jit nothing is in place, and each loop would be compiled again
-    budget_bytes = _bytes_of(call, budget)
+    budget_bytes = budget.bytes
+    if budget_bytes is None:
+        total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(call.whole.tree))
+        budget_bytes = max(LEAST_BUDGET, total // SHARE_OF_TREE)
     cuts: dict[int, Cut] = {}
-    for i, (gradient, param) in enumerate(zip(call.gradients, call.params, strict=True)):
+    for i, (gradient, param) in enumerate(pairs):
         cut = cut_of([gradient, *jax.tree.leaves(param)], budget_bytes, budget.slices)
         if cut is not None:
             cuts[i] = cut
@@ -120,21 +125,6 @@ def _runs_without(call: Call, leaves: Sequence[SlicedLeaf]) -> bool:
     except Exception:
         return False
     return found == call.state.keys()
-
-
-def _none_is_projected(call: Call) -> bool:
-    """Whether no gradient arrives in another shape than its parameter's, as one projected does."""
-    return all(
-        not isinstance(param, jax.Array) or param.shape == gradient.shape
-        for gradient, param in zip(call.gradients, call.params, strict=True)
-    )
-
-
-def _bytes_of(call: Call, budget: Budget) -> int:
-    if budget.bytes is not None:
-        return budget.bytes
-    leaves = jax.tree.leaves(call.whole.tree)
-    return max(LEAST_BUDGET, sum(x.size * x.dtype.itemsize for x in leaves) // SHARE_OF_TREE)
 
 
 def cut_of(

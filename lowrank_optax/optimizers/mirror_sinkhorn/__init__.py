@@ -5,8 +5,11 @@ from lowrank_optax.optimizers.mirror_sinkhorn.logits import (
     coupling_from_logits,
     mirror_sinkhorn_updates,
 )
-from lowrank_optax.optimizers.mirror_sinkhorn.rounding import round_to_polytope
-from lowrank_optax.optimizers.mirror_sinkhorn.slack import SlackProblem, with_slack
+from lowrank_optax.optimizers.mirror_sinkhorn.polytope import (
+    SlackProblem,
+    round_to_polytope,
+    with_slack,
+)
 from lowrank_optax.optimizers.mirror_sinkhorn.solver import (
     MirrorSinkhorn,
     MirrorSinkhornState,

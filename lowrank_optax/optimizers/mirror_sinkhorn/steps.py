@@ -1,7 +1,4 @@
-"""One step of Mirror Sinkhorn on the logarithm of a coupling: its length, and averages of iterates.
-
-In averages, noise and the swing between rows and columns cancel.
-"""
+"""Steps of Mirror Sinkhorn, their size and order, and the averages of the iterates."""
 
 from typing import Any, Literal, get_args
 
@@ -13,7 +10,6 @@ import optax
 from lowrank_optax.optimizers.mirror_sinkhorn.polytope import concrete
 
 First = Literal["columns", "rows"]
-Average = Literal["uniform", "weighted", "suffix", "last"]
 # A bound below this counts as 0, and the step as one that moves nothing: rates stay finite.
 LEAST_BOUND = 1e-30
 
@@ -29,7 +25,7 @@ def scaled(log_coupling: jax.Array, log_marginal: jax.Array, axis: int) -> jax.A
 
 
 def columns_next(count: jax.Array, first: First) -> jax.Array:
-    """Whether the step after ``count`` others scales columns."""
+    """Whether step ``count``, from 0, scales columns."""
     return (count % 2 == 0) == (first == "columns")
 
 
@@ -39,7 +35,7 @@ def rate_at(
     bound: jax.Array,
     delta: jax.Array,
 ) -> jax.Array:
-    """The step size after ``count`` others: of Theorem 3.1, unless another is given."""
+    """The size of step ``count``, from 0: that of Theorem 3.1 without ``learning_rate``."""
     if learning_rate is not None:
         rate = learning_rate(count) if callable(learning_rate) else learning_rate
         return jnp.asarray(rate, delta.dtype)
@@ -48,8 +44,8 @@ def rate_at(
     return jnp.where(enough, step / jnp.where(enough, bound, 1), 0)
 
 
-def check_steps(learning_rate: Any, bound: Any, first: Any, average: Any = "last") -> None:
-    """Raise ValueError if both rates are given, or an argument is out of range."""
+def check_steps(learning_rate: Any, bound: Any, first: Any) -> None:
+    """Raises ValueError if both rates are given, or ``bound`` or ``first`` is out of range."""
     if learning_rate is not None and bound is not None:
         raise ValueError(
             "bound sets the default step size: give bound or learning_rate, not "
@@ -60,12 +56,19 @@ def check_steps(learning_rate: Any, bound: Any, first: Any, average: Any = "last
         raise ValueError(f"bound={bound} must be finite and not negative: the largest |gradient|.")
     if first not in get_args(First):
         raise ValueError(f"first={first!r} must be 'columns' or 'rows'.")
+
+
+Average = Literal["uniform", "weighted", "suffix", "last"]
+
+
+def check_average(average: Any) -> None:
+    """Raises ValueError if the average is unknown."""
     if average not in get_args(Average):
         raise ValueError(f"average={average!r} must be one of {', '.join(get_args(Average))}.")
 
 
 def start_average(kind: Average, coupling: jax.Array) -> tuple[Any, Any]:
-    """The average of the first iterate, and that of the window of iterates before: zero."""
+    """The average of the first iterate, and of the iterates before those averaged: none yet."""
     if kind == "last":
         return (), ()
     return coupling, jnp.zeros_like(coupling) if kind == "suffix" else ()
@@ -79,15 +82,15 @@ def next_average(
     rate: jax.Array,
     rates: jax.Array,
 ) -> tuple[Any, Any]:
-    """The averages with one more iterate.
+    """The averages with one iterate more.
 
     Args:
-      kind: Name of the average.
+      kind: The average.
       averages: The averages before.
       couplings: The iterates before and after the step.
-      count: Number of steps, this one included: there is one more iterate.
+      count: Number of steps with this one; there is one iterate more.
       rate: Size of the step.
-      rates: Sum of all step sizes, this one included.
+      rates: Sum of the sizes of all steps up to this one.
     """
     average, earlier = averages
     old, new = couplings
@@ -119,6 +122,6 @@ def read_average(
 
 
 def _window(count: jax.Array) -> jax.Array:
-    """Iterates since the last whose number, counted from 1, was a power of two, with that one."""
+    """Number of iterates since the last with a power of two as its number, from 1, with that."""
     iterate = count + 1
     return iterate - (1 << (31 - jax.lax.clz(iterate))) + 1

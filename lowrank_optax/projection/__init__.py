@@ -3,13 +3,16 @@
 from lowrank_optax.projection import refresh, residuals, subspaces
 from lowrank_optax.projection.compaction import compact
 from lowrank_optax.projection.limiter import LimitNormGrowthState, limit_norm_growth
-from lowrank_optax.projection.recipes.adarankgrad import adarankgrad
-from lowrank_optax.projection.recipes.apollo import apollo, apollo_mini
-from lowrank_optax.projection.recipes.dct_adamw import dct_adamw
-from lowrank_optax.projection.recipes.fira import fira
-from lowrank_optax.projection.recipes.galore import galore
-from lowrank_optax.projection.recipes.ldadam import ldadam
-from lowrank_optax.projection.recipes.online_subspace_descent import online_subspace_descent
+from lowrank_optax.projection.recipes import (
+    adarankgrad,
+    apollo,
+    apollo_mini,
+    dct_adamw,
+    fira,
+    galore,
+    ldadam,
+    online_subspace_descent,
+)
 from lowrank_optax.projection.refresh import RefreshRule
 from lowrank_optax.projection.residuals import Residual
 from lowrank_optax.projection.state import ScaleByProjectionState

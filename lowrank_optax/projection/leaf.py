@@ -60,16 +60,10 @@ class LeafState(NamedTuple):
 
 
 class When(NamedTuple):
-    """The step of an update.
-
-    Attributes:
-      count: Number of optimizer steps before this one.
-      may_refresh: Whether bases may change now: True, or a traced bool while gradients accumulate.
-      key: PRNG key of this step.
-    """
+    """The step of an update: the number of optimizer steps before it, and its PRNG key."""
 
     count: jax.Array
-    may_refresh: Any
+    may_refresh: Any  # True, or a traced bool while gradients accumulate
     key: jax.Array
 
 

@@ -150,12 +150,7 @@ def zeros_per_matrix(view: View, dtype: Any) -> jax.Array:
 
 
 def check_rank(rank: RankSpec) -> RankSpec:
-    """Returns the rank as it was given.
-
-    Raises:
-      TypeError: If it is an array, or of no type that is allowed.
-      ValueError: If a number is below 1, or a fraction not in (0, 1).
-    """
+    """Returns the rank as it was given, or raises `TypeError` or `ValueError`."""
     if isinstance(rank, Mapping):
         for pattern, value in rank.items():
             compiled_pattern("rank", pattern)

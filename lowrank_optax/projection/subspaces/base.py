@@ -129,12 +129,7 @@ def zero_basis(view: View) -> jax.Array:
 
 
 def zero_basis_before(initial: Subspace) -> Callable[[View], jax.Array]:
-    """`zero_basis` for a rule whose first basis another one finds, with `first_basis`.
-
-    Raises:
-      ValueError: If that rule does not store its basis as one array of floats; in the function that
-        is returned, if it has another rank.
-    """
+    """`zero_basis` for a rule whose first basis another one finds, with `first_basis`."""
     if initial.track is not None or not initial.stores_one_array:
         raise ValueError(
             "initial must store its basis as one array, as randomized_svd and fixed do."

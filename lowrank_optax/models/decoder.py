@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from lowrank_optax.activations.block_codes import check_bits
 from lowrank_optax.activations.gating import swiglu
 from lowrank_optax.models.attention import Attention, KeyValueCache, RMSNorm
-from lowrank_optax.models.config import DecoderConfig
+from lowrank_optax.models.decoder_config import DecoderConfig
 from lowrank_optax.models.huggingface_config import MODULE_NAMES
 from lowrank_optax.models.rotary import inverse_frequencies, rotary_angles
 

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 import numpy as np
 
-from lowrank_optax.models.config import DecoderConfig
 from lowrank_optax.models.decoder import Decoder, Remat
+from lowrank_optax.models.decoder_config import DecoderConfig
 from lowrank_optax.models.huggingface_config import BLOCK_MODULES, OUTER_MODULES
 from lowrank_optax.models.model_folders import (
     MODEL_FOLDER,

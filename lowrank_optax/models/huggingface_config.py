@@ -1,6 +1,7 @@
 """What Hugging Face (transformers 4 and 5) calls a decoder's fields and modules."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -97,17 +98,17 @@ def read_json(source: str | os.PathLike) -> Mapping[str, Any]:
 
 
 def fields_from_huggingface(
-    source: Mapping[str, Any], names: Iterable[str], kinds: Mapping[str, Kind]
+    source: Mapping[str, Any], wanted: Sequence[dataclasses.Field], kinds: Mapping[str, Kind]
 ) -> dict[str, Any]:
-    """The fields among `names` that a parsed config.json gives, defaults of its type filled in.
+    """The fields that a parsed config.json gives, defaults of its type filled in.
 
     Args:
         source: the parsed config.json.
-        names: names of the fields.
-        kinds: kinds of the fields.
+        wanted: the fields.
+        kinds: kinds of fields by name.
 
     Raises:
-        ValueError: a field is of another kind, or asks for something that is not done.
+        ValueError: a field is missing, of another kind, or asks for something that is not done.
     """
     model_type = source.get("model_type")
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
@@ -121,7 +122,10 @@ def fields_from_huggingface(
     length = source.get("max_sequence_length", 2048)
     defaults = {"max_position_embeddings": length} | _DEFAULTS[model_type]
     source = defaults | dict(source)
-    fields = {name: source[name] for name in names if name in source}
+    fields = {field.name: source[field.name] for field in wanted if field.name in source}
+    required = [field.name for field in wanted if field.default is dataclasses.MISSING]
+    if missing := [name for name in required if name not in fields]:
+        raise ValueError(f"the configuration lacks {', '.join(missing)}")
     # Fields that Hugging Face's models of the type do not read either.
     if not takes_attention_bias(model_type):
         fields.pop("attention_bias", None)
@@ -160,7 +164,7 @@ def _sliding_window(source: Mapping[str, Any], model_type: str) -> int | None:
         return window
     if not source.get("use_sliding_window", False):
         return None
-    layers = source.get("num_hidden_layers", 0)  # where it is missing, that is said later
+    layers = source["num_hidden_layers"]
     full = source.get("max_window_layers", 28)
     by_layer = source.get("layer_types")
     if by_layer is None:

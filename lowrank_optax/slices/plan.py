@@ -18,7 +18,7 @@ from lowrank_optax.slices.independence import (
     rows_are_independent,
     whole_update,
 )
-from lowrank_optax.slices.known import is_known
+from lowrank_optax.slices.known_transformations import is_known
 from lowrank_optax.slices.loop import Cut
 
 Slices: TypeAlias = int | Literal["off"] | None

@@ -15,7 +15,7 @@ import optax
 
 from lowrank_optax.matrices import explicit_sharding
 from lowrank_optax.slices.call import Call, CannotCutError, Whole
-from lowrank_optax.slices.known import check_leaves, is_elementwise
+from lowrank_optax.slices.known_transformations import check_leaves, is_elementwise
 from lowrank_optax.slices.loop import run
 from lowrank_optax.slices.plan import Budget, SlicedLeaf, Slices, sliced_leaves
 

@@ -173,7 +173,7 @@ OPTIMIZERS = (
     ),
     Fault(
         "uniform average of couplings without the first",
-        "lowrank_optax/optimizers/mirror_sinkhorn/steps.py",
+        "lowrank_optax/optimizers/mirror_sinkhorn/iterates.py",
         "average + (new - average) / (count + 1), earlier",
         "average + (new - average) / count, earlier",
         ("tests/optimizers/test_mirror_sinkhorn.py",),

@@ -8,18 +8,18 @@ from jax.typing import ArrayLike
 import numpy as np
 import optax
 
-from lowrank_optax.optimizers.mirror_sinkhorn.polytope import (
-    check_marginals,
-    in_float,
-    largest_finite,
-    nonzero,
-)
-from lowrank_optax.optimizers.mirror_sinkhorn.steps import (
+from lowrank_optax.optimizers.mirror_sinkhorn.iterates import (
     First,
     check_steps,
     columns_next,
     rate_at,
     scaled,
+)
+from lowrank_optax.optimizers.mirror_sinkhorn.polytope import (
+    check_marginals,
+    in_float,
+    largest_finite,
+    nonzero,
 )
 from lowrank_optax.states.precision import scalar_dtype
 

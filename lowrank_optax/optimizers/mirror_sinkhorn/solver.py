@@ -15,12 +15,7 @@ from jax.typing import ArrayLike
 import numpy as np
 import optax
 
-from lowrank_optax.optimizers.mirror_sinkhorn.polytope import (
-    largest_finite,
-    polytope,
-    round_to_polytope,
-)
-from lowrank_optax.optimizers.mirror_sinkhorn.steps import (
+from lowrank_optax.optimizers.mirror_sinkhorn.iterates import (
     Average,
     First,
     check_average,
@@ -31,6 +26,11 @@ from lowrank_optax.optimizers.mirror_sinkhorn.steps import (
     read_average,
     scaled,
     start_average,
+)
+from lowrank_optax.optimizers.mirror_sinkhorn.polytope import (
+    largest_finite,
+    polytope,
+    round_to_polytope,
 )
 
 

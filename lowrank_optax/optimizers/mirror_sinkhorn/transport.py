@@ -14,16 +14,7 @@ from jax.typing import ArrayLike
 import numpy as np
 import optax
 
-from lowrank_optax.optimizers.mirror_sinkhorn.polytope import (
-    Polytope,
-    concrete,
-    in_float,
-    largest_finite,
-    nonzero,
-    polytope,
-    round_to_polytope,
-)
-from lowrank_optax.optimizers.mirror_sinkhorn.steps import (
+from lowrank_optax.optimizers.mirror_sinkhorn.iterates import (
     Average,
     First,
     check_average,
@@ -32,6 +23,15 @@ from lowrank_optax.optimizers.mirror_sinkhorn.steps import (
     rate_at,
     read_average,
     start_average,
+)
+from lowrank_optax.optimizers.mirror_sinkhorn.polytope import (
+    Polytope,
+    concrete,
+    in_float,
+    largest_finite,
+    nonzero,
+    polytope,
+    round_to_polytope,
 )
 
 

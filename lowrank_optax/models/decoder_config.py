@@ -142,26 +142,14 @@ class DecoderConfig:
             >>> config.rope_theta, config.query_key_value_bias
             (1000000.0, True)
         """
-        if isinstance(source, Mapping):
-            return cls._from_content(source, overrides)
-        content = read_json(source)
+        content = source if isinstance(source, Mapping) else read_json(source)
         try:
-            return cls._from_content(content, overrides)
+            fields = fields_from_huggingface(content, dataclasses.fields(cls), KINDS)
+            return cls(**(fields | overrides))
         except ValueError as error:
+            if isinstance(source, Mapping):
+                raise
             raise ValueError(f"{config_file(source)}: {error}") from error
-
-    @classmethod
-    def _from_content(cls, content: Mapping[str, Any], overrides: Mapping[str, Any]) -> Self:
-        names = [field.name for field in dataclasses.fields(cls)]
-        fields = fields_from_huggingface(content, names, KINDS)
-        missing = [
-            field.name
-            for field in dataclasses.fields(cls)
-            if field.default is dataclasses.MISSING and field.name not in fields
-        ]
-        if missing:
-            raise ValueError(f"the configuration lacks {', '.join(missing)}")
-        return cls(**(fields | dict(overrides)))
 
     def to_huggingface(self) -> dict[str, Any]:
         """The configuration as the dict of a config.json, which transformers 4 and 5 both read.

@@ -13,7 +13,6 @@ import numpy as np
 from lowrank_optax.activations.calls_report import CallsReport, Users, calls_report
 from lowrank_optax.activations.codebooks import codebook
 from lowrank_optax.activations.coded_backward import FewBit, Pointwise, few_bit, name_of
-from lowrank_optax.activations.sampling import DensityName
 from lowrank_optax.activations.finding import (
     DEFAULT_NAMES,
     POINTS,
@@ -23,6 +22,7 @@ from lowrank_optax.activations.finding import (
     values_of,
 )
 from lowrank_optax.activations.rewriting import Rewriter, Site
+from lowrank_optax.activations.sampling import DensityName
 from lowrank_optax.matrices.paths import compiled_pattern
 from lowrank_optax.quantization.packing import PackingName
 

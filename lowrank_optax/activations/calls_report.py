@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from lowrank_optax.activations.finding import Var
 from lowrank_optax.activations.rewriting import Site
-from lowrank_optax.modules.report import Report, Table
 from lowrank_optax.compat.jax import scan_operands
+from lowrank_optax.modules.report import Report, Table
 
 
 class CallsRow(NamedTuple):

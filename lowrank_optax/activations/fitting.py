@@ -6,8 +6,6 @@
 from collections.abc import Callable
 import dataclasses
 import functools
-import json
-from pathlib import Path
 from typing import Any
 
 import jax

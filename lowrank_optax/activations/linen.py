@@ -8,8 +8,8 @@ import jax
 
 from lowrank_optax.activations.calls import CallsWhere, Replacement, report_of, run_few_bit
 from lowrank_optax.activations.calls_report import CallsReport
-from lowrank_optax.activations.sampling import DensityName
 from lowrank_optax.activations.finding import DEFAULT_NAMES, Functions
+from lowrank_optax.activations.sampling import DensityName
 from lowrank_optax.quantization.packing import PackingName
 
 __all__ = ["FewBit"]

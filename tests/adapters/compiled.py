@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from lowrank_optax.adapters.layer_calls import Part, adapted_output
 from lowrank_optax.adapters.operands import Lookup, Rows
-from lowrank_optax.adapters.outputs import Part, adapted_output
 
 OF_OPERANDS = {"layer_output", "removed", "times"}
 FUNCTIONS = OF_OPERANDS | {

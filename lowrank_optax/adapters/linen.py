@@ -785,7 +785,7 @@ def _with_matrices(
             node = node[name]
         boxed = node[layer.spec.weight]
         old = nn.meta.unbox(boxed)
-        new = from_matrix(matrix, layer.spec.axes, like=old).astype(old.dtype)
+        new = from_matrix(matrix, layer.spec.axes, param=old).astype(old.dtype)
         is_box = isinstance(boxed, nn.meta.AxisMetadata)
         node[layer.spec.weight] = boxed.replace_boxed(new) if is_box else new
     return {**variables, "params": params}

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 def summed_together(arrays: tuple[jax.Array, ...], axis: int) -> tuple[jax.Array, ...]:
     """The sums of arrays of one shape along an axis, each in its own dtype.
 
-    Of several sums that share what they are of, a compiler makes several passes; and XLA for CPU
-    writes to memory what a single one is of. Counts are best of int32, which it sums in vectors.
+    A compiler makes one pass for each of several sums, and XLA for CPU writes the operand of a
+    single one to memory. Counts are best in int32, which it sums in vectors.
 
     Example:
       >>> import jax.numpy as jnp

@@ -12,7 +12,7 @@ import optax
 
 from lowrank_optax.matrices import explicit_sharding
 from lowrank_optax.matrices.paths import leaves_by_path
-from lowrank_optax.projection.view import View
+from lowrank_optax.projection.view import View, over_batch
 from lowrank_optax.states.moment_names import FIRST_MOMENTS, SECOND_MOMENTS, field
 
 OnRefresh: TypeAlias = Literal["keep", "reset", "rotate", "rotate_moments"]
@@ -25,9 +25,7 @@ _SIZES, _LARGE = (2.0**-10, 2.0**-12), 2.0**10
 
 def init_one(inner: optax.GradientTransformation, leaf: jax.Array, batch_ndim: int) -> Any:
     """The inner state of one leaf: every array has the leaf's batch axes first."""
-    init = inner.init
-    for _ in range(batch_ndim):
-        init = jax.vmap(init)
+    init = over_batch(inner.init, batch_ndim)
     partition = explicit_sharding.partition_of(leaf)
     if partition is None or batch_ndim == 0:
         return init(leaf)
@@ -38,21 +36,6 @@ def init_one(inner: optax.GradientTransformation, leaf: jax.Array, batch_ndim: i
         return explicit_sharding.constrain(x, target)
 
     return jax.tree.map(sharded, init(leaf))
-
-
-def update_one(
-    inner: optax.GradientTransformationExtraArgs,
-    gradient: jax.Array,
-    state: Any,
-    param: jax.Array | None,
-    batch_ndim: int,
-    extra_args: dict[str, Any],
-) -> tuple[Any, Any]:
-    """The inner update of one leaf."""
-    update = lambda g, s, p: inner.update(g, s, p, **extra_args)
-    for _ in range(batch_ndim):
-        update = jax.vmap(update)
-    return update(gradient, state, param)
 
 
 class Average(NamedTuple):
@@ -113,14 +96,10 @@ def averages_of(
     no effect; further updates check that moments are averages of gradients and of their squares.
     All run on a small matrix, outside of the program unless hyperparameters are traced.
 
-    Args:
-      inner: The inner optimizer.
-      on_refresh: What becomes of its state.
-      follows: Whether the subspace rule follows the momentum.
-      feeds_back: Whether the residual rule needs the momentum.
-
     Raises:
-      ValueError: If moments are averages of another kind. (Not if decays are traced.)
+      ValueError: If the subspace rule ``follows`` the momentum, the residual rule ``feeds_back``,
+        or second moments are to be rotated, and moments are averages of another kind. (Not if
+        decays are traced.)
     """
     if on_refresh != "rotate_moments" and not follows and not feeds_back:
         return {}
@@ -280,7 +259,7 @@ class Moments(NamedTuple):
 def corrected_first_moment(
     state: Any, view: View, averages: Averages, steps: jax.Array
 ) -> jax.Array | None:
-    """A leaf's first moment as an average of its gradients; None if the inner one has none.
+    """A leaf's first moment as an average of its gradients; None if there is none.
 
     ``steps`` is the number of steps so far, for a moment without a count beside it.
     """
@@ -313,12 +292,7 @@ def rotated(
 
     on bias-corrected moments, which treats ``V - M²`` as a variance of independent coordinates:
     unlike ``C V`` it can not be negative, and signs and order of the vectors do not matter.
-
-    Args:
-      state: Inner state of one leaf.
-      rotate: ``rotate(x)`` is ``C x``, ``rotate(x, squared=True)`` is ``(C∘C) x``.
-      view: How the leaf is projected.
-      averages: How moments average; None to leave second ones as they are.
+    ``rotate(x)`` is ``C x``, and ``rotate(x, squared=True)`` is ``(C∘C) x``.
 
     Raises:
       ValueError: If the state holds an array that depends on the basis in an unknown way.

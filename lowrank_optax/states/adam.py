@@ -21,15 +21,8 @@ def scale_by_adam(
 
     The first is ``optax.scale_by_adam``. The second is
     :math:`m \sqrt{1 - b_2^t} / (1 - b_1^t) / (\sqrt v + \epsilon)`, as in Hugging Face's AdamW and
-    the official codes that follow it. Both keep the same state.
-
-    Args:
-      b1: Decay of the first moment.
-      b2: Decay of the second moment.
-      eps: Added to the root of the second moment.
-      eps_placement: Before or after bias correction.
-      bias_correction: False leaves out the factor of both square root and :math:`1 - b_1^t`.
-      mu_dtype: Dtype of the first moment; None for that of the parameters.
+    the official codes that follow it. ``bias_correction=False`` leaves out the factors of
+    :math:`b_1^t` and :math:`b_2^t`. The state is that of optax.
 
     Raises:
       ValueError: If ``eps_placement`` is unknown, or ``b1`` or ``b2`` not in [0, 1).

@@ -13,7 +13,7 @@ def transformation(name: str, value: Any) -> optax.GradientTransformationExtraAr
     """The argument of this name, as a transformation that takes extra arguments.
 
     Raises:
-      TypeError: If it is no transformation.
+      TypeError: If it is not a transformation.
 
     Example:
       >>> import optax
@@ -33,13 +33,13 @@ def transformation(name: str, value: Any) -> optax.GradientTransformationExtraAr
 
 
 def refuse_unused(function: Callable[..., Any], because: str, **values: Any) -> None:
-    """Refuses arguments of ``function`` that differ from their defaults, though they do nothing.
+    """Refuse arguments of ``function`` that differ from their defaults but have no effect.
 
-    Numbers that are traced are let through: under ``optax.inject_hyperparams`` defaults are too.
+    Traced numbers are accepted: under ``optax.inject_hyperparams`` defaults are traced too.
 
     Args:
-      function: The function, or the dataclass, that has the arguments.
-      because: What leaves them without effect, as ``"inner"`` or ``"mode='grams'"``.
+      function: Function, or dataclass, that has the arguments.
+      because: What leaves them without effect, such as ``"inner"`` or ``"mode='grams'"``.
       **values: The arguments, by name.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What every recipe ends with: weight decay, the learning rate, and updates of the right dtype."""
+"""The end of every recipe: weight decay, the learning rate, and updates of the right dtype."""
 
 from typing import Any, Literal, get_args
 
@@ -20,7 +20,7 @@ def with_state_bits(
 
 
 def has_no_decay(weight_decay: Any) -> bool:
-    """Whether weights never decay: not so if the number is traced, or a schedule."""
+    """Whether weights never decay: False if the number is traced, or a schedule."""
     return isinstance(weight_decay, int | float) and weight_decay == 0
 
 
@@ -36,12 +36,11 @@ def optimizer(
 ) -> optax.GradientTransformationExtraArgs:
     """An optimizer from a `scale_by_...` transformation: decoupled decay, then the learning rate.
 
-    While gradients accumulate, neither acts, and schedules count optimizer steps. ``state_bits`` is
-    the number of bits per moment. Weights decay before the step, as in ``optax.adamw``, or after
-    it.
+    While gradients accumulate, neither acts, and schedules count optimizer steps. Weights decay
+    before the step, as in ``optax.adamw``, or after it.
 
     Raises:
-      ValueError: If ``decay_placement`` is neither, or if it or a mask is given without decay.
+      ValueError: If ``decay_placement`` is unknown, or if it or a mask is given without decay.
     """
     if decay_placement not in get_args(DecayPlacement):
         raise ValueError(
@@ -59,22 +58,18 @@ def optimizer(
     else:
         decay = optax.add_decayed_weights(weight_decay, weight_decay_mask)
         if decay_placement == "after_step":
-            decay = optax.chain(_decayed(learning_rate, weight_decay, weight_decay_mask), decay)
+            # The step, less the share of it that decay after it takes.
+            if callable(learning_rate) or callable(weight_decay):
+                at = lambda value, count: value(count) if callable(value) else value
+                left = lambda count: 1 - at(learning_rate, count) * at(weight_decay, count)
+                shrunk = optax.scale_by_schedule(left)
+            else:
+                shrunk = optax.scale(1 - learning_rate * weight_decay)
+            if weight_decay_mask is not None:
+                shrunk = optax.masked(shrunk, weight_decay_mask)
+            decay = optax.chain(shrunk, decay)
     tail = optax.chain(decay, optax.scale_by_learning_rate(learning_rate))
     if accumulate_steps is not None and accumulate_steps > 1:
         emits = lambda step, **_: (step + 1) % accumulate_steps == 0
         tail = optax.transforms.conditionally_mask(tail, emits)
     return keep_dtypes(optax.chain(scaled, tail))
-
-
-def _decayed(
-    learning_rate: optax.ScalarOrSchedule, weight_decay: Any, mask: Any
-) -> optax.GradientTransformation:
-    """The step, less the share of it that decay after it takes."""
-    if callable(learning_rate) or callable(weight_decay):
-        at = lambda value, count: value(count) if callable(value) else value
-        left = lambda count: 1 - at(learning_rate, count) * at(weight_decay, count)
-        shrunk = optax.scale_by_schedule(left)
-    else:
-        shrunk = optax.scale(1 - learning_rate * weight_decay)
-    return shrunk if mask is None else optax.masked(shrunk, mask)

@@ -50,7 +50,7 @@ class Groups(NamedTuple):
 
     Attributes:
       labels: Names of the groups: "all", then each group followed by its layers, "matrices/0".
-      stacked: For each leaf whether it counts as layers, one unit each; None if it is left out.
+      stacked: For each leaf whether it counts as layers, one unit each; None if it has no group.
       units: Unit of each pair of a unit and one of its groups.
       groups: Group of each pair.
       sizes: Number of elements of each unit.

@@ -33,13 +33,13 @@ PROJECTION = (
         "lowrank_optax/projection/subspaces/base.py",
         'product("...ds,...dr->...sr", new, old, view.small_partition)',
         'product("...ds,...dr->...sr", old, new, view.small_partition)',
-        ("tests/projection/test_transfer.py",),
+        ("tests/projection/test_inner_moments.py",),
     ),
     Fault(
         "basis refreshed one step late",
         "lowrank_optax/projection/refresh.py",
-        "return due + ((count - due) // interval + 1) * interval",
-        "return due + ((count - due) // interval + 1) * interval + 1",
+        "return planned + ((count - planned) // interval + 1) * interval",
+        "return planned + ((count - planned) // interval + 1) * interval + 1",
         ("tests/projection/test_refresh.py",),
     ),
     Fault(
@@ -96,7 +96,7 @@ PROJECTION = (
         "lowrank_optax/projection/inner_moments.py",
         "mean = leaves[first] / unbias",
         "mean = leaves[first] / correction",
-        ("tests/projection/test_transfer.py",),
+        ("tests/projection/test_inner_moments.py",),
     ),
     Fault(
         "micro-batches summed and not averaged",

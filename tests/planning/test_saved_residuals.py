@@ -1,4 +1,4 @@
-"""What backward keeps is counted exactly, and named as the program names it."""
+"""What is saved for the backward pass is counted exactly, and named as the program names it."""
 
 import contextlib
 import functools
@@ -12,9 +12,12 @@ import jax.numpy as jnp
 import pytest
 
 from lowrank_optax.activations.coded_backward import CODES, apply_few_bit
-from lowrank_optax.activations.kept import compare_kept, kept_for_backward
-from lowrank_optax.activations.kept_report import KeptReport
 from lowrank_optax.activations.step_function import Codebook
+from lowrank_optax.planning import (
+    SavedResidualsReport,
+    compare_saved_residuals,
+    saved_residuals,
+)
 
 TOKENS, WIDTH, HIDDEN, LAYERS = 24, 8, 32, 3
 
@@ -55,11 +58,11 @@ def scanned(params: Any, x: jax.Array, fn: Any = jnp.tanh, remat: Any = None) ->
     return jnp.sum(jax.lax.scan(body, x, params)[0])
 
 
-def counted(loss: Any, *args: Any, **options: Any) -> KeptReport:
-    return kept_for_backward(loss, *args, compiled=False, **options)
+def counted(loss: Any, *args: Any, **options: Any) -> SavedResidualsReport:
+    return saved_residuals(loss, *args, compiled=False, **options)
 
 
-def listed(report: KeptReport) -> list[tuple[str, tuple[int, ...], str, int]]:
+def listed(report: SavedResidualsReport) -> list[tuple[str, tuple[int, ...], str, int]]:
     return sorted((row.name, row.shape, row.dtype, row.bytes) for row in report.arrays)
 
 
@@ -74,7 +77,7 @@ def test_the_arrays_of_an_mlp_are_those_that_its_derivative_needs() -> None:
     ]
     assert sorted(row.name for row in report.inputs) == ["params/down", "x"]
     assert report.total_bytes == 2 * bytes_
-    assert all("test_kept.py" in row.source for row in report.arrays)
+    assert all("test_saved_residuals.py" in row.source for row in report.arrays)
 
 
 def test_of_relu_backward_keeps_a_byte_of_each_element_and_its_output() -> None:
@@ -171,7 +174,7 @@ def test_it_is_what_jax_keeps(loss: Any) -> None:
 
 def test_an_auxiliary_result_changes_nothing() -> None:
     with_aux = lambda params, x: (mlp(params, x), {"x": x, "n": 3})
-    report = kept_for_backward(with_aux, PARAMS, X, has_aux=True)
+    report = saved_residuals(with_aux, PARAMS, X, has_aux=True)
     assert listed(report) == listed(counted(mlp, PARAMS, X))
     assert report.temporary_bytes is not None
 
@@ -287,11 +290,11 @@ def test_nothing_is_computed() -> None:
 
 
 def test_temporaries_are_the_compilers_on_any_device() -> None:
-    report = kept_for_backward(mlp, PARAMS, X)
+    report = saved_residuals(mlp, PARAMS, X)
     step = jax.jit(jax.value_and_grad(mlp)).lower(PARAMS, X).compile()
     analysis: Any = step.memory_analysis()
     assert report.temporary_bytes == analysis.temp_size_in_bytes
-    there = kept_for_backward(mlp, PARAMS, X, device=jax.devices("cpu")[0])
+    there = saved_residuals(mlp, PARAMS, X, device=jax.devices("cpu")[0])
     assert there.temporary_bytes == report.temporary_bytes
     assert counted(mlp, PARAMS, X).temporary_bytes is None
 
@@ -306,7 +309,7 @@ def test_alike_arrays_are_one_row_of_the_table_with_their_count() -> None:
     (row,) = report.rows
     assert (row.name, row.count, row.bytes) == ("cos in loss", 3, 3 * 4 * TOKENS * WIDTH)
     lines = str(report).splitlines()
-    assert lines[0].split() == ["kept", "source", "shape", "dtype", "count", "bytes"]
+    assert lines[0].split() == ["saved", "source", "shape", "dtype", "count", "bytes"]
     assert lines[-1].split() == ["total", "3", "2,304"]
 
 
@@ -320,27 +323,27 @@ def test_rows_are_sorted_by_bytes() -> None:
 def test_models_and_losses_stand_side_by_side() -> None:
     fn = functools.partial(apply_few_bit, jnp.sin, codebook(4), "auto")
     losses = {"plain": functools.partial(mlp, fn=jnp.sin), "4 bits": functools.partial(mlp, fn=fn)}
-    table = compare_kept(losses, PARAMS, X)
+    table = compare_saved_residuals(losses, PARAMS, X)
     assert {k: r.total_bytes for k, r in table.reports.items()} == {
         "plain": 8 * TOKENS * HIDDEN,
         "4 bits": 9 * TOKENS * HIDDEN // 2,
     }
     lines = [line.split() for line in str(table).splitlines()]
-    assert lines[0] == ["kept", "plain", "4", "bits"]
+    assert lines[0] == ["saved", "plain", "4", "bits"]
     assert [CODES, "–", f"{TOKENS * HIDDEN // 2}"] in lines
     assert lines[-1][:2] == ["compiled", "temporaries"]
     models = {"one": PARAMS, "wider": {"up": shape(WIDTH, 64), "down": shape(64, WIDTH)}}
-    wide = compare_kept(models, X, loss=mlp, compiled=False).reports
+    wide = compare_saved_residuals(models, X, loss=mlp, compiled=False).reports
     assert wide["wider"].total_bytes == 2 * wide["one"].total_bytes
 
 
 def test_bad_arguments_are_refused() -> None:
     no_function: Any = 3
     with pytest.raises(TypeError, match="loss=3 must be a function"):
-        kept_for_backward(no_function, X)
+        saved_residuals(no_function, X)
     with pytest.raises(ValueError, match=r"must return a scalar.*\(24, 8\)"):
-        kept_for_backward(jnp.sin, X)
+        saved_residuals(jnp.sin, X)
     with pytest.raises(ValueError, match="argnums=2 must be positions of the 2 arguments"):
-        kept_for_backward(mlp, PARAMS, X, argnums=2)
+        saved_residuals(mlp, PARAMS, X, argnums=2)
     with pytest.raises(ValueError, match="variants"):
-        compare_kept({}, X)
+        compare_saved_residuals({}, X)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from jax.extend import core
 import jax.numpy as jnp
 
-from lowrank_optax.activations import places
+from lowrank_optax.activations.rewriting import name_stack, source_frame
 from lowrank_optax.compat.jax import scan_operands
 
 # The same numbers in another shape, or the same array.
@@ -169,8 +169,8 @@ def _checkpoint_name(equation: Any) -> str | None:
 
 def _source(equation: Any, scope: _Scope) -> _Source:
     """What of the program an equation comes from."""
-    found = places.frame(equation)
+    found = source_frame(equation)
     if found is None:
         return scope.source
     function = re.sub(r"(\.<locals>\.<\w+>)+$", "", found[0]).rpartition("<locals>.")[2]
-    return _Source(function, f"{places.modules(equation)} {found[1]}".strip())
+    return _Source(function, f"{name_stack(equation)} {found[1]}".strip())

@@ -27,8 +27,8 @@ class Cut(NamedTuple):
     Attributes:
       size: Size of the axis.
       rows: Number of rows of each slice; the last may have fewer.
-      shards: In how many equal parts the axis may lie on devices. A slice has as many rows of each,
-        so that no device reads another's.
+      shards: Number of equal parts of the axis on devices. A slice has the same number of rows of
+        each, so that no device reads another's.
     """
 
     size: int
@@ -53,7 +53,7 @@ class Cut(NamedTuple):
 
 
 def run(step: Step, carried: Any, read: Any, cut: Cut) -> Any:
-    """``carried`` after ``step`` has been run on each slice of it, in the memory it lies in.
+    """``carried`` after ``step`` has been run on each slice of it, in place.
 
     Every array has the rows of the leaf along its first axis, or a multiple or a share of them.
 
@@ -123,9 +123,9 @@ def _behind_barrier(step: Step) -> Step:
 
 
 def _in_rows(x: jax.Array) -> jax.Array:
-    """``x`` stored in the order of its axes, where that is what an argument of its shape is.
+    """``x`` stored in the order of its axes, if an argument of its shape is.
 
-    Otherwise what suits one slice's arithmetic is asked of the whole array, by a copy of it.
+    Otherwise the whole array would be copied into the layout that suits one slice's arithmetic.
     """
     if x.ndim < 2 or x.shape[-1] % 128 or x.shape[-2] % 32:
         return x
@@ -142,8 +142,8 @@ def _in_loop_of_one(step: Step) -> Step:
 
 
 def _bits(x: jax.Array) -> jax.Array:
-    narrow = x.dtype in (jnp.bfloat16, jnp.float16)
-    return jax.lax.bitcast_convert_type(x, jnp.uint16) if narrow else x
+    in_16_bits = x.dtype in (jnp.bfloat16, jnp.float16)
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if in_16_bits else x
 
 
 def _run(
@@ -158,12 +158,10 @@ def _run(
     types = jax.tree.map(lambda x: x.dtype, (carried, read))
     carried, read = jax.tree.map(carry, (carried, read))
 
-    def slices(carried: Any, first: Any, rows: int) -> tuple[Any, Any]:
-        of_row = jax.tree.map(lambda x: rows_of(x, first, rows, cut), (carried, read))
-        return jax.tree.map(_as, of_row, types)
-
     def after(carried: Any, first: Any, rows: int) -> Any:
-        new = apart(steps[rows])(*slices(carried, first, rows), first)
+        parts = jax.tree.map(lambda x: rows_of(x, first, rows, cut), (carried, read))
+        written, only_read = jax.tree.map(_as, parts, types)
+        new = apart(steps[rows])(written, only_read, first)
         return jax.tree.map(lambda x, part: _put(x, carry(part), first, cut), carried, new)
 
     one = lambda i, carried: after(carried, (i * cut.rows).astype(jnp.int32), cut.rows)

@@ -312,7 +312,7 @@ ADAPTERS = (
     ),
     Fault(
         "strength of an adapter ignored",
-        "lowrank_optax/adapters/outputs.py",
+        "lowrank_optax/adapters/layer_calls.py",
         "total + (change if strength == 1 else strength * change)",
         "total + change",
         ("tests/adapters/test_nnx_switching.py",),

@@ -12,8 +12,8 @@ import jax
 
 from lowrank_optax.activations.calls import Replacement, report_of, run_few_bit
 from lowrank_optax.activations.calls_report import CallsReport
+from lowrank_optax.activations.codebooks import DensityName
 from lowrank_optax.activations.finding import DEFAULT_NAMES, Functions
-from lowrank_optax.activations.sampling import DensityName
 from lowrank_optax.matrices.selection import Path, Where, path_string
 from lowrank_optax.modules.report import Report, Table
 from lowrank_optax.modules.select import modules_by_path, select

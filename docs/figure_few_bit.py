@@ -7,9 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_optax.activations import codebook
-from lowrank_optax.activations.density import as_density
-from lowrank_optax.activations.derivative import derivative, gradient
-from lowrank_optax.activations.fitting import Coding, fit_steps
+from lowrank_optax.activations.codebooks import Coding
 
 STYLES: dict[Coding, dict[str, Any]] = {
     "interval": {"linestyle": "--", "color": "tab:orange"},
@@ -36,9 +34,8 @@ def few_bit(figure: Any) -> None:
     left.supxlabel("x", fontsize=9)
     errors = right.subplots()
     for number, (name, fn) in enumerate(DRAWN.items()):
-        slopes = derivative(gradient(fn), 10.0, as_density("uniform", 10.0))
         for coding, style in STYLES.items():
-            values = [fit_steps(slopes, int(bits), coding).error(slopes) for bits in BITS]
+            values = [codebook(fn, int(bits), coding=coding).error for bits in BITS]
             label = name if coding == "value" else None
             look = {"color": f"C{number}", "linestyle": style["linestyle"]}
             errors.plot(BITS, values, marker=".", label=label, **look)

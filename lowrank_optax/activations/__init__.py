@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowrank_optax.activations.calls import FewBitCalls, few_bit_calls
 from lowrank_optax.activations.calls_report import CallsReport, CallsRow
-from lowrank_optax.activations.codebooks import codebook
+from lowrank_optax.activations.codebooks import Codebook, codebook
 from lowrank_optax.activations.coded_backward import few_bit
 from lowrank_optax.activations.functions import (
     celu,
@@ -30,7 +30,6 @@ from lowrank_optax.activations.functions import (
     tanh,
 )
 from lowrank_optax.activations.gating import gated, geglu, swiglu
-from lowrank_optax.activations.step_function import Codebook
 
 if TYPE_CHECKING:
     from lowrank_optax.activations import linen

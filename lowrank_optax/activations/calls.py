@@ -7,13 +7,11 @@ import re
 from typing import Any, Generic, NamedTuple, ParamSpec, TypeAlias, TypeVar
 
 import jax
-from jax.extend import core
 import numpy as np
 
 from lowrank_optax.activations.calls_report import CallsReport, Users, calls_report
-from lowrank_optax.activations.codebooks import codebook
+from lowrank_optax.activations.codebooks import DensityName, codebook
 from lowrank_optax.activations.coded_backward import FewBit, Pointwise, few_bit, name_of
-from lowrank_optax.activations.sampling import DensityName
 from lowrank_optax.activations.finding import (
     DEFAULT_NAMES,
     POINTS,
@@ -23,6 +21,7 @@ from lowrank_optax.activations.finding import (
     values_of,
 )
 from lowrank_optax.activations.rewriting import Rewriter, Site
+from lowrank_optax.compat.jax import ClosedJaxpr, jaxpr_as_fun
 from lowrank_optax.matrices.paths import compiled_pattern
 from lowrank_optax.quantization.packing import PackingName
 
@@ -43,44 +42,45 @@ def few_bit_calls(
 ) -> "FewBitCalls[P, R]":
     r"""``fn`` with the nonlinearities in it replaced by few-bit ones, wherever they are called.
 
-    ``fn`` is traced, and in its jaxpr equations that compute a known nonlinearity elementwise
-    become one call of its few-bit version: the forward pass runs these very equations, so its
-    results are those of ``fn``, and the backward pass keeps codes and not ``x``:
+    ``fn`` is traced, and in its jaxpr the calls of a known nonlinearity become calls of its few-bit
+    version. The same equations run in the forward pass, so its results are those of ``fn``; the
+    backward pass needs codes and not ``x``:
 
     .. math::
       y = f(x), \qquad \bar x = \bar y \cdot q_{c(x)}, \qquad c(x) \in \{0, \dots, 2^b - 1\}.
 
-    A nonlinearity is known by what it computes, not by its name: ``x * jax.nn.sigmoid(x)``, written
-    out, is silu. It has the values and the derivative of the function in ``jax.nn``; so
-    ``jnp.maximum(x, 0)``, whose gradient at 0 is a half, is left alone, as norms need it. They are
-    found in functions under ``jit``, in ``scan``, ``cond``, ``jax.checkpoint`` (whose policies
-    stay) and ``shard_map``, not in functions with a ``custom_vjp`` of their own or in kernels. What
-    is few-bit already stays as it is.
+    Functions of ``jax.nn`` are found by the names of their calls, and by their own equations where
+    JAX gives them no name, as ``jax.nn.gelu``; the values and the derivative are then compared with
+    the known function's. What a program writes out, such as ``x * jax.nn.sigmoid(x)``, is left
+    alone. Calls are found in functions under ``jit``, in ``scan``, ``cond``, ``jax.checkpoint``
+    (whose policies stay) and ``shard_map``, not in functions with a ``custom_vjp`` of their own or
+    in kernels. What is few-bit already stays as it is.
 
-    Each call traces ``fn`` anew, so call it inside ``jax.jit``. It can be differentiated, mapped,
-    scanned and rematerialised; forward mode and second derivatives raise.
+    ``fn`` is traced at each call, so call the result inside ``jax.jit``. It can be differentiated,
+    mapped, scanned and rematerialized; forward mode and second derivatives raise.
 
     Args:
       fn: Any function of pytrees. JAX arrays in its arguments are traced; all other arguments reach
         it as they are.
       bits: 1 to 8. Piecewise linear functions take one, which is exact.
-      functions: Those to look for: names of functions of ``jax.nn``, or functions of one number,
-        which are found where a program computes the same. By default all that are known but
+      functions: Functions to look for: names of functions of ``jax.nn``, or functions of one
+        number, which are found where a program calls them. By default all known ones except
         ``sigmoid`` and ``tanh``, whose backward passes need their output alone, and
         ``log_sigmoid``, which is a part of losses.
-      where: Which calls: a regular expression (or a list) found in the names around a call, as
+      where: Calls to replace: a regular expression (or a list) found in the names around a call, as
         Linen's modules and ``jax.named_scope`` give them, and its source, as a report prints both:
         ``blocks/mlp MLP.__call__ decoder.py:55``; None for all.
-      density: Of the inputs, for which codebooks are the best ones: ``"uniform"`` or ``"normal"``.
-      packing: Of the codes; see `few_bit`.
+      density: Density of the inputs that codebooks are fitted for: ``"uniform"`` or ``"normal"``.
+      packing: Layout of the codes; see `few_bit`.
 
     Returns:
-      A function of the same arguments, and with a method `FewBitCalls.report`. It raises a
-      ValueError if there is nothing to replace.
+      A function of the same arguments, with a method `FewBitCalls.report`. It raises a ValueError
+      if there is nothing to replace.
 
     Raises:
-      ValueError: If an argument is none of what it can be, or a pattern no regular expression.
-      TypeError: If ``fn`` is no function.
+      ValueError: If an argument is not one of its choices, or a pattern is not a regular
+        expression.
+      TypeError: If ``fn`` is not a function.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro
@@ -106,15 +106,9 @@ def few_bit_calls(
 
 @dataclasses.dataclass(frozen=True)
 class Replacement:
-    """What is to be replaced, and by what; the arguments of `few_bit_calls`.
+    """The checked arguments of `few_bit_calls`.
 
-    Attributes:
-      bits: 1 to 8.
-      functions: Which.
-      where: Patterns found in the scope or the source of a call; None for all calls.
-      density: Of the inputs.
-      packing: Of the codes.
-      each: Whether a pattern that no call matches is an error, where others are matched.
+    With ``each``, a pattern that no call matches is an error although others are matched.
     """
 
     bits: int
@@ -133,7 +127,7 @@ class Replacement:
         density: DensityName,
         packing: PackingName,
     ) -> "Replacement":
-        """The same, checked."""
+        """Checks the arguments of `few_bit_calls`."""
         few_bit(jax.nn.relu, bits, density=density, packing=packing)  # raises
         patterns = (where,) if isinstance(where, str) else where
         for pattern in patterns or ():
@@ -141,7 +135,7 @@ class Replacement:
         patterns = None if patterns is None else tuple(patterns)
         return cls(bits, check_functions(functions), patterns, density, packing)
 
-    def program(self, program: core.ClosedJaxpr) -> tuple[core.ClosedJaxpr, list[Site]]:
+    def program(self, program: ClosedJaxpr) -> tuple[ClosedJaxpr, list[Site]]:
         """A program with what is found replaced, and what was found.
 
         Raises:
@@ -162,14 +156,14 @@ class Replacement:
                 f"where={missing[0]!r} matches no call of what is looked for; there are "
                 f"{', '.join(map(repr, dict.fromkeys(calls)))}."
             )
-        return core.ClosedJaxpr(rewritten, program.consts), sites
+        return ClosedJaxpr(rewritten, program.consts), sites
 
     def nothing(self, what: str) -> ValueError:
         """The error of a program in which nothing is found."""
         names = ", ".join(x if isinstance(x, str) else name_of(x) for x in self.functions)
-        places = "" if self.where is None else f" in places that match {', '.join(self.where)}"
+        where = "" if self.where is None else f" in places that match {', '.join(self.where)}"
         return ValueError(
-            f"{what} calls none of the functions that are looked for{places}: {names}. Others can "
+            f"{what} calls none of the functions that are looked for{where}: {names}. Others can "
             "be asked for by functions=; what is few-bit already stays as it is."
         )
 
@@ -207,12 +201,12 @@ class FewBitCalls(Generic[P, R]):
     def report(
         self, *args: Any, argnums: int | Sequence[int] | None = None, **kwargs: Any
     ) -> CallsReport:
-        """The calls that are found, what they keep, and whether few bits pay; nothing is computed.
+        """The calls that are found, what they save, and whether few bits pay; nothing is computed.
 
         Args:
-          args: Of ``fn``: pytrees of arrays or of ``jax.ShapeDtypeStruct``.
+          args: Arguments of ``fn``: pytrees of arrays or of ``jax.ShapeDtypeStruct``.
           argnums: Which of them are differentiated, as for ``jax.grad``; None for all.
-          kwargs: Of ``fn``.
+          kwargs: Keyword arguments of ``fn``.
 
         Returns:
           A table: print it, or read its ``rows``.
@@ -227,18 +221,18 @@ class FewBitCalls(Generic[P, R]):
 
 
 class Traced(NamedTuple):
-    """A function as a program.
+    """A call as a program.
 
     Attributes:
       program: Its jaxpr.
       inputs: The arrays among the leaves of its arguments.
-      places: Which leaves they are.
+      indices: Which leaves they are.
       result: From the program's results to what the function returns.
     """
 
-    program: core.ClosedJaxpr
+    program: ClosedJaxpr
     inputs: list[Any]
-    places: list[int]
+    indices: list[int]
     result: Callable[[list[jax.Array]], Any]
 
 
@@ -247,18 +241,18 @@ def traced_call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[s
     leaves, tree = jax.tree.flatten((args, dict(kwargs)))
     # Only JAX arrays become tracers: a flag, or a NumPy array, is seen by the function as it is.
     kinds = (jax.Array, jax.ShapeDtypeStruct)
-    places = [i for i, x in enumerate(leaves) if isinstance(x, kinds)]
+    indices = [i for i, x in enumerate(leaves) if isinstance(x, kinds)]
     returned: list[Any] = []
 
     def flat(*arrays: jax.Array) -> list[jax.Array]:
         whole = list(leaves)
-        for i, x in zip(places, arrays, strict=True):
+        for i, x in zip(indices, arrays, strict=True):
             whole[i] = x
         own_args, own_kwargs = jax.tree.unflatten(tree, whole)
         returned[:] = jax.tree.flatten(fn(*own_args, **own_kwargs))
         return [x for x in returned[0] if isinstance(x, jax.Array)]
 
-    inputs = [leaves[i] for i in places]
+    inputs = [leaves[i] for i in indices]
     program = jax.make_jaxpr(flat)(*inputs)
     outputs, output_tree = returned
 
@@ -267,7 +261,7 @@ def traced_call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[s
         whole = [next(left) if isinstance(x, jax.Array) else x for x in outputs]
         return jax.tree.unflatten(output_tree, whole)
 
-    return Traced(program, inputs, places, result)
+    return Traced(program, inputs, indices, result)
 
 
 def run_few_bit(
@@ -279,18 +273,13 @@ def run_few_bit(
 ) -> tuple[Any, int]:
     """``fn(*args, **kwargs)`` with its nonlinearities replaced, and the number of those found.
 
-    Args:
-      replacement: What is replaced.
-      fn: Any function of pytrees.
-      args: Of it.
-      kwargs: Of it.
-      required: Whether finding nothing is an error.
+    If they are ``required``, finding none is an error.
     """
     traced = traced_call(fn, args, kwargs)
     program, sites = replacement.program(traced.program)
     if required and not sites:
         raise replacement.nothing(name_of(fn))
-    return traced.result(core.jaxpr_as_fun(program)(*traced.inputs)), len(sites)
+    return traced.result(jaxpr_as_fun(program)(*traced.inputs)), len(sites)
 
 
 def report_of(
@@ -300,21 +289,13 @@ def report_of(
     kwargs: Mapping[str, Any],
     trained: Any,
 ) -> CallsReport:
-    """The report on a call.
-
-    Args:
-      replacement: What is replaced.
-      fn: Any function of pytrees.
-      args: Of it.
-      kwargs: Of it.
-      trained: A tree of bools like ``(args, kwargs)``: which arrays are differentiated.
-    """
+    """The report on a call; ``trained`` is a tree of bools like ``(args, kwargs)``."""
     traced = traced_call(fn, args, kwargs)
     _, sites = replacement.program(traced.program)
     if not sites:
         raise replacement.nothing(name_of(fn))
     marks = jax.tree.leaves(trained)
     jaxpr = traced.program.jaxpr
-    inputs = zip(jaxpr.invars, traced.places, strict=True)
-    users = Users(jaxpr, [x for x, place in inputs if marks[place]])
+    inputs = zip(jaxpr.invars, traced.indices, strict=True)
+    users = Users(jaxpr, [x for x, i in inputs if marks[i]])
     return calls_report(sites, users)

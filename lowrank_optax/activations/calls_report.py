@@ -1,18 +1,26 @@
 """Which nonlinearities of a program were found, what they save, and whether few bits pay there."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 import math
 from typing import Any, NamedTuple
 
 import jax
-from jax.extend import core
 import jax.numpy as jnp
 
 from lowrank_optax.activations.finding import Var
 from lowrank_optax.activations.rewriting import Site
+from lowrank_optax.compat import operations
+from lowrank_optax.compat.jax import (
+    Jaxpr,
+    JaxprEqn,
+    Literal,
+    bodies,
+    called_name,
+    primitive_name,
+    scan_operands,
+)
 from lowrank_optax.modules.report import Report, Table
-from lowrank_optax.compat.jax import scan_operands
 
 
 class CallsRow(NamedTuple):
@@ -140,16 +148,6 @@ def _saved_bytes(fn: Callable[[jax.Array], jax.Array], aval: Any) -> int:
     return sum(-(-count // 8) for count in bits)
 
 
-# Linear in their operands, so that they save none of them.
-_PASSING_ON = """add add_any all_gather broadcast_in_dim concatenate convert_element_type copy
-copy_p cumsum dynamic_slice dynamic_update_slice expand_dims gather name neg optimization_barrier
-pad pcast psum psum2 psum_invariant pvary reduce_scatter reduce_sum reshape reshard rev select_n
-sharding_constraint slice squeeze sub transpose"""
-_LINEAR = frozenset(_PASSING_ON.split())
-_PRODUCTS = frozenset(["dot_general", "conv_general_dilated", "ragged_dot_general", "ragged_dot"])
-_BODIES = ("jaxpr", "call_jaxpr", "branches")
-
-
 class Users:
     """Who uses the arrays of a program, bodies included.
 
@@ -158,8 +156,8 @@ class Users:
       trained: Its inputs that are differentiated.
     """
 
-    def __init__(self, jaxpr: core.Jaxpr, trained: Iterable[Var]) -> None:
-        self._of: dict[Var, list[tuple[core.JaxprEqn, int]]] = defaultdict(list)
+    def __init__(self, jaxpr: Jaxpr, trained: Iterable[Var]) -> None:
+        self._of: dict[Var, list[tuple[JaxprEqn, int]]] = defaultdict(list)
         self._same: dict[Var, list[Var]] = defaultdict(list)  # across the walls of bodies
         self._seen: set[int] = set()
         self._visit(jaxpr)
@@ -169,37 +167,31 @@ class Users:
         """The kinds of operations that save ``y``, or a linear function of it."""
         found: dict[str, None] = {}
         for x in self._reached([y], linear=True):
-            for equation, place in self._of[x]:
-                kind = self._kind(equation, place)
+            for equation, index in self._of[x]:
+                kind = self._kind(equation, index)
                 if kind is not None:
                     found[kind] = None
         return tuple(found)
 
-    def _kind(self, equation: core.JaxprEqn, place: int) -> str | None:
+    def _kind(self, equation: JaxprEqn, index: int) -> str | None:
         """What saves this operand; None if the operation does not."""
-        name = equation.primitive.name
-        if self._is_linear(equation, place) or any(_bodies(equation)):
+        if self._is_linear(equation, index) or any(bodies(equation)):
             return None
-        if name in _PRODUCTS:
-            return "product" if self._others_vary(equation, place) else None
-        if name == "mul":
+        if operations.is_product(equation):
+            return "product" if self._others_vary(equation, index) else None
+        if operations.is_multiplication(equation):
             return "multiplication"
         if not any(x in self._trained for x in equation.outvars):
             return None  # a comparison
-        return str(equation.params.get("name", name))
+        return called_name(equation) or primitive_name(equation)
 
-    def _is_linear(self, equation: core.JaxprEqn, place: int) -> bool:
-        name = equation.primitive.name
-        if name == "mul" or (name == "div" and place == 0):
-            return not self._others_vary(equation, place)  # numbers, and the masks of dropout
-        if name in ("select_n", "dynamic_slice", "gather", "dynamic_update_slice"):
-            return place > 0 if name == "select_n" else place < 2  # not indices and the like
-        return name in _LINEAR
+    def _is_linear(self, equation: JaxprEqn, index: int) -> bool:
+        return operations.is_linear_in(equation, index, self._others_vary(equation, index))
 
-    def _others_vary(self, equation: core.JaxprEqn, place: int) -> bool:
-        """Whether something trained is in the operands in other places."""
-        others = [x for i, x in enumerate(equation.invars) if i != place]
-        return any(x in self._trained for x in others if not isinstance(x, core.Literal))
+    def _others_vary(self, equation: JaxprEqn, index: int) -> bool:
+        """Whether another operand depends on something trained."""
+        others = [x for i, x in enumerate(equation.invars) if i != index]
+        return any(x in self._trained for x in others if not isinstance(x, Literal))
 
     def _reached(self, start: Iterable[Var], linear: bool) -> dict[Var, None]:
         reached: dict[Var, None] = {}
@@ -210,45 +202,35 @@ class Users:
                 continue
             reached[x] = None
             left += self._same[x]
-            for equation, place in self._of[x]:
-                if not any(_bodies(equation)) and (not linear or self._is_linear(equation, place)):
+            for equation, index in self._of[x]:
+                if not any(bodies(equation)) and (not linear or self._is_linear(equation, index)):
                     left += [x for x in equation.outvars if _is_floating(x)]
         return reached
 
-    def _visit(self, jaxpr: core.Jaxpr) -> None:
+    def _visit(self, jaxpr: Jaxpr) -> None:
         if id(jaxpr) in self._seen:
             return
         self._seen.add(id(jaxpr))
         for equation in jaxpr.eqns:
-            for place, x in enumerate(equation.invars):
-                if not isinstance(x, core.Literal):
-                    self._of[x].append((equation, place))
-            for body in _bodies(equation):
+            for index, x in enumerate(equation.invars):
+                if not isinstance(x, Literal):
+                    self._of[x].append((equation, index))
+            for body in bodies(equation):
                 self._visit(body)
                 self._connect(equation, body)
 
-    def _connect(self, equation: core.JaxprEqn, body: core.Jaxpr) -> None:
+    def _connect(self, equation: JaxprEqn, body: Jaxpr) -> None:
         operands = equation.invars[len(equation.invars) - len(body.invars) :]
         pairs = [*zip(operands, body.invars, strict=True)]
         pairs += zip(body.outvars, equation.outvars, strict=True)
-        if equation.primitive.name == "scan":
+        if primitive_name(equation) == "scan":
             first, carried = scan_operands(equation)
             pairs += zip(body.outvars[:carried], body.invars[first : first + carried], strict=True)
         for outer, inner in pairs:
-            if not isinstance(outer, core.Literal):
+            if not isinstance(outer, Literal):
                 self._same[outer].append(inner)
 
 
 def _is_floating(x: Var) -> bool:
     dtype = getattr(x.aval, "dtype", None)
     return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
-
-
-def _bodies(equation: core.JaxprEqn) -> Iterator[core.Jaxpr]:
-    """The jaxprs in an equation whose operands and results are its own."""
-    for key in _BODIES:
-        value: Any = equation.params.get(key, ())
-        for inner in value if isinstance(value, tuple) else (value,):
-            jaxpr = getattr(inner, "jaxpr", inner)
-            if isinstance(jaxpr, core.Jaxpr) and len(jaxpr.outvars) == len(equation.outvars):
-                yield jaxpr

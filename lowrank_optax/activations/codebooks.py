@@ -1,14 +1,80 @@
-"""The best few-bit stand-in for the derivative of any function of one number."""
+"""Step functions that stand in for a derivative: the best for any function, and shipped ones."""
 
 from collections.abc import Callable
-from typing import Any
+import dataclasses
+import functools
+import gzip
+from importlib import resources
+import inspect
+import json
+import numbers
+from typing import Any, Literal, TypeAlias, get_args
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-from lowrank_optax.activations.sampling import DensityName
-from lowrank_optax.activations.fit_arguments import Coding, check
-from lowrank_optax.activations.step_function import Codebook
-from lowrank_optax.activations.tables import DENSITIES, DOMAIN, known_name, table
+from lowrank_optax.activations.coding import step_values, table_values
+
+Coding: TypeAlias = Literal["value", "interval"]
+DensityName: TypeAlias = Literal["uniform", "normal"]
+
+FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "celu": jax.nn.celu,
+    "elu": jax.nn.elu,
+    "gelu_erf": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": jax.nn.gelu,
+    "hard_sigmoid": jax.nn.hard_sigmoid,
+    "hard_silu": jax.nn.hard_silu,
+    "hard_tanh": jax.nn.hard_tanh,
+    "leaky_relu": jax.nn.leaky_relu,
+    "log_sigmoid": jax.nn.log_sigmoid,
+    "mish": jax.nn.mish,
+    "relu": jax.nn.relu,
+    "relu6": jax.nn.relu6,
+    "selu": jax.nn.selu,
+    "sigmoid": jax.nn.sigmoid,
+    "silu": jax.nn.silu,
+    "soft_sign": jax.nn.soft_sign,
+    "softplus": jax.nn.softplus,
+    "squareplus": jax.nn.squareplus,
+    "tanh": jnp.tanh,
+}
+"""The functions with shipped codebooks, with JAX's defaults of their other arguments."""
+
+DOMAIN = 10.0
+TABLES = "tables.json.gz"
+
+
+@dataclasses.dataclass(frozen=True)
+class Codebook:
+    """What stands in for a derivative ``f'``: ``levels[codes[i]]`` in the interval i of ``x``.
+
+    Where an interval of x is coded, every interval has a code of its own; where the value of the
+    derivative is, intervals that share a level share a code.
+
+    Attributes:
+      boundaries: Where the intervals meet, increasing, m - 1 of them. A boundary belongs to the
+        interval below it.
+      codes: The code of each interval, m of them; neighbours differ.
+      levels: What each code stands for, at most 2**bits.
+      bits: Bits of a code, 1 to 8.
+      error: The integral of the squared error over the density, where it is known.
+    """
+
+    boundaries: tuple[float, ...]
+    codes: tuple[int, ...]
+    levels: tuple[float, ...]
+    bits: int
+    error: float | None = None
+
+    def encode(self, x: jax.Array) -> jax.Array:
+        """The codes of ``x``: uint8, of its shape; compared in float32 at least. NaN as -inf."""
+        return step_values(self.boundaries, self.codes, x)
+
+    def decode(self, codes: jax.Array) -> jax.Array:
+        """The levels of codes: float32, of their shape."""
+        return table_values(self.levels, codes)
 
 
 def codebook(
@@ -27,23 +93,23 @@ def codebook(
       L = \int_{-A}^{A} (f'(x) - q(x))^2 \, w(x) \, dx
 
     of all :math:`q` with that many levels (``coding="value"``), or with that many intervals
-    (``coding="interval"``): the best on a grid of 2048 points by dynamic programming, and
-    from there Newton's method to where every level is the mean of :math:`f'` over what it stands
-    for, and :math:`f'` at every boundary the mean of the two levels that meet. Piecewise linear
+    (``coding="interval"``): the best on a grid of 2048 points by dynamic programming, and from
+    there Lloyd's algorithm to where every level is the mean of :math:`f'` over what it stands for,
+    and :math:`f'` at every boundary the mean of the two levels that meet. Piecewise linear
     functions need no more levels than they have slopes, and come out exactly, at their kinks as
     ``jax.grad`` has it in float32.
 
     It may be called while tracing; the result holds plain numbers. Fits take about a second. Those
-    of jax.nn's functions at 1 to 4 bits are read from a file (see `table`), others are remembered,
-    but for those with measured densities.
+    of jax.nn's functions are read from a file, others are remembered, but for those with measured
+    densities.
 
     Args:
-      fn: Elementwise, of a float, differentiable by ``jax.grad`` in float64; its derivative may
-        jump.
-      bits: Of a code, 1 to 8.
-      density: What weighs the error, :math:`w`: ``"uniform"``, 1 everywhere; ``"normal"``, of
-        mean 0 and deviation 1; or measured inputs of ``fn``, an array of any shape: their
-        histogram, of integral 1. Inputs off the domain are left out of it.
+      fn: Elementwise function of a float, differentiable by ``jax.grad`` in float64; its derivative
+        may jump.
+      bits: Bits of a code, 1 to 8.
+      density: Weight of the error, :math:`w`: ``"uniform"``, 1 everywhere; ``"normal"``, of mean 0
+        and deviation 1; or measured inputs of ``fn``, an array of any shape: their histogram, of
+        integral 1. Inputs off the domain are left out of it.
       domain: :math:`A`. What lies off it, on whichever side, gets the outermost code of that side.
       coding: What a code says. ``"value"``: which level is nearest to the derivative; intervals of
         x with one level share a code. It is never worse. ``"interval"``, as in the paper: in which
@@ -53,8 +119,8 @@ def codebook(
       The codebook; its ``error`` is :math:`L`.
 
     Raises:
-      ValueError: If ``bits``, ``density``, ``domain`` or ``coding`` is none of these, or the
-        derivative is not finite somewhere on the domain.
+      ValueError: If ``bits``, ``density``, ``domain`` or ``coding`` is not one of its choices, or
+        the derivative is not finite somewhere on the domain.
       TypeError: If ``fn`` does not take a float to a float.
 
     Example:
@@ -72,17 +138,79 @@ def codebook(
       Footprint Reduction, 2022, https://arxiv.org/abs/2202.00441, Section 3; coding the value is
       ours.
     """
-    # Here, so that importing the library does not load NumPy's polynomials.
+    # Here, as that module imports this one.
     from lowrank_optax.activations.fitting import fit, fit_once
 
-    check(bits, domain, coding)
+    _check(bits, domain, coding)
     if not isinstance(density, str):
         return fit(fn, int(bits), density, float(domain), coding)
     name = known_name(fn)
-    if name is not None and domain == DOMAIN and density in DENSITIES:
+    if name is not None and domain == DOMAIN and density in get_args(DensityName):
         return table(name, int(bits), density, coding)
     try:
         hash(fn)
     except TypeError:
         return fit(fn, int(bits), density, float(domain), coding)
     return fit_once(fn, int(bits), density, float(domain), coding)
+
+
+def table(
+    name: str, bits: int = 3, density: DensityName = "uniform", coding: Coding = "value"
+) -> Codebook:
+    """The shipped codebook of a known function; see `codebook`.
+
+    Args:
+      name: A key of `FUNCTIONS`.
+      bits: 1 to 8.
+      density: ``"uniform"`` or ``"normal"``.
+      coding: ``"value"`` or ``"interval"``.
+
+    Raises:
+      ValueError: If an argument is not one of its choices.
+    """
+    if name not in FUNCTIONS:
+        raise ValueError(f"name={name!r} must be one of {', '.join(FUNCTIONS)}.")
+    if density not in get_args(DensityName):
+        raise ValueError(f"density={density!r} must be 'uniform' or 'normal'.")
+    _check(bits, DOMAIN, coding)
+    boundaries, codes, levels, error = _rows()[name][density][coding][bits - 1]
+    return Codebook(tuple(boundaries), tuple(codes), tuple(levels), int(bits), error)
+
+
+@functools.cache
+def _rows() -> dict[str, Any]:
+    """From a function, a density and a coding to a list of codebooks by ``bits - 1``."""
+    file = resources.files("lowrank_optax.activations") / TABLES
+    return json.loads(gzip.decompress(file.read_bytes()))
+
+
+def _check(bits: Any, domain: Any, coding: Any) -> None:
+    whole = isinstance(bits, numbers.Integral) and not isinstance(bits, bool)
+    if not whole or not 1 <= int(bits) <= 8:
+        raise ValueError(f"bits={bits!r} must be an int from 1 to 8.")
+    if not isinstance(domain, numbers.Real) or not 0 < float(domain) < np.inf:
+        raise ValueError(f"domain={domain!r} must be a positive number: half the width fitted on.")
+    if coding not in get_args(Coding):
+        raise ValueError(f"coding={coding!r} must be 'value' or 'interval'.")
+
+
+def known_name(fn: Any) -> str | None:
+    """The name in `FUNCTIONS` of what computes the same, or None."""
+    keywords: dict[str, Any] = {}
+    if isinstance(fn, functools.partial) and not fn.args:
+        fn, keywords = fn.func, fn.keywords
+    if getattr(fn, "__module__", None) == "lowrank_optax.activations.functions":
+        fn = getattr(jax.nn, fn.__name__, fn)
+    if fn is jax.nn.gelu and keywords == {"approximate": False}:
+        return "gelu_erf"
+    if keywords:
+        own = inspect.signature(fn).parameters
+        numbers_equal = lambda a, b: isinstance(a, bool | int | float) and a == b
+        if not all(n in own and numbers_equal(v, own[n].default) for n, v in keywords.items()):
+            return None
+    names: dict[Any, str] = {jax.lax.logistic: "sigmoid", jax.lax.tanh: "tanh"}
+    names |= {known: name for name, known in FUNCTIONS.items()}
+    try:
+        return names.get(fn)
+    except TypeError:  # no hash
+        return None

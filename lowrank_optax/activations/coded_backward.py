@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from lowrank_optax.activations import codebooks
-from lowrank_optax.activations.step_function import Codebook
+from lowrank_optax.activations.codebooks import Codebook
 from lowrank_optax.quantization.packing import PackingName, pack, packed_bytes, unpack
 
 CODES = "few_bit_codes"

@@ -5,7 +5,7 @@ The program is a jaxpr. There, ``jax.nn.silu`` is a call with a name, as most fu
 the same values and the same derivative as the known function in `POINTS`: that is checked.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import dataclasses
 import functools
 import inspect
@@ -13,12 +13,24 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 from jax import nn
-from jax.extend import core
 import jax.numpy as jnp
 import numpy as np
 
 from lowrank_optax.activations.coded_backward import Pointwise, name_of
-from lowrank_optax.activations.outside_traces import outside_of_traces
+from lowrank_optax.activations.sampling import outside_of_traces
+from lowrank_optax.compat.jax import (
+    ClosedJaxpr,
+    JaxprEqn,
+    Literal,
+    bind,
+    called_name,
+    interpret,
+    jaxpr_as_fun,
+    new_jaxpr,
+    parameters,
+    primitive_name,
+)
+from lowrank_optax.compat.operations import is_passed_on
 
 Var: TypeAlias = Any  # of a jaxpr
 Functions: TypeAlias = Sequence[str | Pointwise]
@@ -53,9 +65,6 @@ NAMES = tuple(_FUNCTIONS)
 DEFAULT_NAMES = tuple(n for n in NAMES if n not in ("log_sigmoid", "sigmoid", "tanh"))
 """Those looked for by default. The derivatives of sigmoid and tanh need their output alone, and
 log_sigmoid is a part of losses."""
-
-# Where calls have the program that they run.
-_CALLS = {"jit": "jaxpr", "custom_jvp_call": "call_jaxpr", "closed_call": "call_jaxpr"}
 
 
 class Known(NamedTuple):
@@ -97,7 +106,7 @@ def check_functions(functions: Functions) -> tuple[str | Pointwise, ...]:
 class Equations:
     """Equations as a function of one array: equal if they, and their derivative, are the same."""
 
-    jaxpr: core.ClosedJaxpr = dataclasses.field(compare=False, repr=False)
+    jaxpr: ClosedJaxpr = dataclasses.field(compare=False, repr=False)
     name: str
     text: str = dataclasses.field(repr=False)
 
@@ -106,7 +115,7 @@ class Equations:
         return self.name
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return core.jaxpr_as_fun(self.jaxpr)(x)[0]
+        return jaxpr_as_fun(self.jaxpr)(x)[0]
 
 
 class Finder:
@@ -126,7 +135,7 @@ class Finder:
                 self._functions.setdefault(_kind(ends[-1]) if ends else None, []).append(known)
 
     def find(
-        self, made: dict[Var, core.JaxprEqn], equation: core.JaxprEqn
+        self, made: dict[Var, JaxprEqn], equation: JaxprEqn
     ) -> tuple[Known, Equations, Var] | None:
         """The known function whose last equation this is; its equations and operand.
 
@@ -142,9 +151,8 @@ class Finder:
             if found is None or found[1].aval != y.aval:
                 continue
             known, x, equations = found
-            names = core.DebugInfo("few_bit", "few_bit", ("x",), ("result",))
-            jaxpr = core.ClosedJaxpr(core.Jaxpr([], [x], [y], equations, debug_info=names), [])
-            values, text = values_of(lambda x, j=jaxpr: core.jaxpr_as_fun(j)(x)[0], x.aval)
+            jaxpr = new_jaxpr([x], [y], equations, "few_bit")
+            values, text = values_of(lambda x, j=jaxpr: jaxpr_as_fun(j)(x)[0], x.aval)
             near = 1e-5 if jnp.finfo(x.aval.dtype).bits > 16 else 1e-2
             expected, _ = values_of(known.fn, jax.ShapeDtypeStruct(POINTS.shape, x.aval.dtype))
             if values is not None and np.allclose(values, expected, near, near, equal_nan=True):
@@ -152,11 +160,11 @@ class Finder:
         return None
 
 
-def _called(known: Known, equation: core.JaxprEqn) -> tuple[Known, Var, list[Any]] | None:
+def _called(known: Known, equation: JaxprEqn) -> tuple[Known, Var, list[Any]] | None:
     """The function with the options of a call of it, the operand, and the equation."""
     x, *options = equation.invars
-    literals = [isinstance(z, core.Literal) for z in (x, *options)]
-    if equation.primitive.name not in _CALLS or literals != [False] + [True] * len(options):
+    literals = [isinstance(z, Literal) for z in (x, *options)]
+    if called_name(equation) is None or literals != [False] + [True] * len(options):
         return None
     parameters = list(inspect.signature(known.fn).parameters.values())[1:]
     keywords = {
@@ -169,15 +177,15 @@ def _called(known: Known, equation: core.JaxprEqn) -> tuple[Known, Var, list[Any
 
 
 def _written(
-    known: Known, made: dict[Var, core.JaxprEqn], y: Var
+    known: Known, made: dict[Var, JaxprEqn], y: Var
 ) -> tuple[Known, Var, list[Any]] | None:
     """The function, the operand, and the equations, where these are those of the function."""
     pattern = _equations(known.fn, jax.ShapeDtypeStruct(y.aval.shape, y.aval.dtype))
-    own: dict[Var, core.JaxprEqn] = {z: e for e in pattern for z in e.outvars}
+    own: dict[Var, JaxprEqn] = {z: e for e in pattern for z in e.outvars}
     same: dict[Var, Var] = {}
 
     def is_same(mine: Any, other: Any) -> bool:
-        literals = isinstance(mine, core.Literal), isinstance(other, core.Literal)
+        literals = isinstance(mine, Literal), isinstance(other, Literal)
         if any(literals):
             return all(literals) and bool(mine.val == other.val)
         if mine in same:
@@ -206,18 +214,14 @@ def _partial(fn: Pointwise, options: tuple[tuple[str, float], ...]) -> Pointwise
     return functools.partial(fn, **dict(options))
 
 
-def _equations(fn: Pointwise, aval: Any) -> list[core.JaxprEqn]:
+def _equations(fn: Pointwise, aval: Any) -> list[JaxprEqn]:
     return list(jax.make_jaxpr(fn)(aval).jaxpr.eqns)
 
 
-def _kind(equation: core.JaxprEqn) -> tuple[str, str]:
+def _kind(equation: JaxprEqn) -> tuple[str, str]:
     """What an equation does: the function that it calls, or its primitive and its parameters."""
-    name, params = equation.primitive.name, equation.params
-    if name == "jit":
-        return name, params["name"]
-    if name == "custom_jvp_call":
-        return name, params["call_jaxpr"].jaxpr.debug_info.func_name
-    return name, str(params)
+    called = called_name(equation)
+    return primitive_name(equation), str(parameters(equation)) if called is None else called
 
 
 def values_of(fn: Pointwise, aval: Any) -> tuple[np.ndarray | None, str]:
@@ -233,7 +237,8 @@ def values_of(fn: Pointwise, aval: Any) -> tuple[np.ndarray | None, str]:
 
     def work() -> np.ndarray:
         x = jnp.asarray(POINTS, aval.dtype)
-        results = _evaluate(program.jaxpr, program.consts, [x, jnp.ones_like(x)])
+        inputs = [x, jnp.ones_like(x)]
+        results = interpret(program, inputs, rule=_run, constant=jnp.asarray, join=_no_branches)
         return np.stack([np.broadcast_to(np.asarray(y, np.float32), x.shape) for y in results])
 
     try:
@@ -242,21 +247,12 @@ def values_of(fn: Pointwise, aval: Any) -> tuple[np.ndarray | None, str]:
         return None, ""
 
 
-def _evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-    """The results of elementwise equations for vectors, whatever shapes they were traced with."""
-    env: dict[Var, Any] = dict(
-        zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True)
-    )
-    read = lambda x: x.val if isinstance(x, core.Literal) else env[x]
-    for equation in jaxpr.eqns:
-        name, operands = equation.primitive.name, list(map(read, equation.invars))
-        if name in _CALLS:
-            inner = equation.params[_CALLS[name]]
-            results = _evaluate(inner.jaxpr, inner.consts, operands)
-        elif name in ("broadcast_in_dim", "pcast", "pvary", "reshard"):
-            results = operands[:1]  # a number stays one until it meets the vector
-        else:
-            bind: Callable[..., Any] = equation.primitive.bind
-            results = [bind(*jnp.broadcast_arrays(*operands), **equation.params)]
-        env.update(zip(equation.outvars, results, strict=True))
-    return list(map(read, jaxpr.outvars))
+def _no_branches(index: Any, results: Sequence[Any]) -> Any:
+    raise NotImplementedError("A function with branches is not elementwise.")
+
+
+def _run(equation: JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:
+    """The results of an elementwise equation for vectors, whatever shape it was traced with."""
+    if is_passed_on(equation):
+        return operands[:1]  # a number stays one until it meets the vector
+    return bind(equation, jnp.broadcast_arrays(*operands))

@@ -1,26 +1,35 @@
 """The best steps for a derivative: dynamic programming on a grid, then Lloyd's algorithm.
 
-``python -m lowrank_optax.activations.fitting`` writes ``tables.json``, in some minutes.
+``python -m lowrank_optax.activations.fitting`` writes the shipped tables, in some minutes.
 """
 
 from collections.abc import Callable
 import dataclasses
 import functools
+import gzip
+import itertools
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
 
+from lowrank_optax.activations.codebooks import (
+    DOMAIN,
+    FUNCTIONS,
+    TABLES,
+    Codebook,
+    Coding,
+    DensityName,
+)
 from lowrank_optax.activations.sampling import Samples, Slopes, gradient, sample
-from lowrank_optax.activations.step_function import Codebook
 
 GRID = 2048
 
 
 def fit(
-    fn: Callable[[jax.Array], jax.Array], bits: int, density: Any, domain: float, coding: str
+    fn: Callable[[jax.Array], jax.Array], bits: int, density: Any, domain: float, coding: Coding
 ) -> Codebook:
     """See `codebook`; always fitted again."""
     if not callable(fn):
@@ -32,13 +41,13 @@ def fit(
 
 @functools.lru_cache(maxsize=256)
 def fit_once(
-    fn: Callable[[jax.Array], jax.Array], bits: int, density: str, domain: float, coding: str
+    fn: Callable[[jax.Array], jax.Array], bits: int, density: str, domain: float, coding: Coding
 ) -> Codebook:
     """`fit`, remembered."""
     return fit(fn, bits, density, domain, coding)
 
 
-def fit_steps(samples: Samples, bits: int, coding: str, *, parity: bool = True) -> Codebook:
+def fit_steps(samples: Samples, bits: int, coding: Coding, *, parity: bool = True) -> Codebook:
     """The best steps for a derivative.
 
     Args:
@@ -109,7 +118,7 @@ def _values(samples: Samples, most: int) -> tuple[np.ndarray, ...]:
     def integrals(values: np.ndarray) -> np.ndarray:
         """Over all x at which ``f'`` is below a value."""
         total = np.zeros((3, values.size))
-        for branch, (start, stop) in enumerate(zip(turns[:-1], turns[1:], strict=True)):
+        for branch, (start, stop) in enumerate(itertools.pairwise(turns)):
             here = samples.integrals(samples.crossing(branch, values))
             rising = slope[stop] > slope[start]
             total += here - ends[:, [branch]] if rising else ends[:, [branch + 1]] - here
@@ -119,7 +128,7 @@ def _values(samples: Samples, most: int) -> tuple[np.ndarray, ...]:
     thresholds, levels = _polish(integrals, sums[:, -1], grid[best_path(sums, most)])
     side = np.searchsorted(thresholds, slope[turns])
     at, codes = [-np.inf], [side[0]]
-    for branch, (first, last) in enumerate(zip(side[:-1], side[1:], strict=True)):
+    for branch, (first, last) in enumerate(itertools.pairwise(side)):
         way = 1 if last > first else -1
         after = np.arange(first + way, last + way, way) if last != first else np.zeros(0, int)
         at.extend(samples.crossing(branch, thresholds[np.minimum(after, after - way)]))
@@ -251,3 +260,34 @@ def _float32_near(x: float, steps: int = 1000) -> np.ndarray:
         return np.array([-tiny, 0, tiny], np.float32)
     size = np.abs(here)[None].view(np.int32) + np.arange(-steps, steps + 1, dtype=np.int32)
     return np.sort(np.sign(here) * size.view(np.float32))
+
+
+def rows(name: str, most_bits: int = 8) -> dict[str, Any]:
+    """All codebooks of a known function: by density and coding, a list by ``bits - 1``."""
+    slopes_at, found = gradient(FUNCTIONS[name]), {}
+    rounded = lambda x: float(f"{x:.9g}")  # tells float32 numbers apart
+    for density in get_args(DensityName):
+        samples = sample(slopes_at, DOMAIN, density)
+        for coding in get_args(Coding):
+            made = (fit_steps(samples, bits, coding) for bits in range(1, most_bits + 1))
+            books = [_on_float32(book, samples, slopes_at) for book in made]
+            found.setdefault(density, {})[coding] = [
+                [
+                    [*map(rounded, x.boundaries)],
+                    x.codes,
+                    [*map(rounded, x.levels)],
+                    rounded(x.error),
+                ]
+                for x in books
+            ]
+    return found
+
+
+def _write_tables() -> None:
+    lines = [f'"{name}": {json.dumps(rows(name))}' for name in sorted(FUNCTIONS)]
+    text = "{\n" + ",\n".join(lines) + "\n}\n"
+    (Path(__file__).parent / TABLES).write_bytes(gzip.compress(text.encode(), mtime=0))
+
+
+if __name__ == "__main__":
+    _write_tables()

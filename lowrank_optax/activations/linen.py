@@ -8,7 +8,7 @@ import jax
 
 from lowrank_optax.activations.calls import CallsWhere, Replacement, report_of, run_few_bit
 from lowrank_optax.activations.calls_report import CallsReport
-from lowrank_optax.activations.sampling import DensityName
+from lowrank_optax.activations.codebooks import DensityName
 from lowrank_optax.activations.finding import DEFAULT_NAMES, Functions
 from lowrank_optax.quantization.packing import PackingName
 
@@ -19,26 +19,25 @@ class FewBit:
     """A Linen module whose nonlinearities are few-bit, wherever its code calls them.
 
     The module and its variables are not touched: `apply` runs ``module.apply`` as `few_bit_calls`
-    does any function, with the same results. So nonlinearities are found in the
-    module's own lines, in modules inside, and in those lifted by ``nn.scan``, ``nn.remat``,
-    ``nn.vmap`` or ``nn.jit``. (An interceptor, as of ``nn.intercept_methods``, would see calls of
-    modules only: most nonlinearities are calls of functions.)
+    does any function, with the same results. So nonlinearities are found in the module's own lines,
+    in modules inside, and in those lifted by ``nn.scan``, ``nn.remat``, ``nn.vmap`` or ``nn.jit``.
+    (An interceptor of ``nn.intercept_methods`` sees calls of modules only.)
 
-    Each `apply` traces the module anew, so call it inside ``jax.jit``.
+    Each `apply` traces the module, so call it inside ``jax.jit``.
 
     Args:
       module: Any Linen module, or an object with its ``init`` and ``apply`` such as
         ``lro.adapters.linen.Adapted``.
       bits: 1 to 8; see `few_bit_calls`.
-      where: Which calls: a regular expression (or a list) found in the path of the module that
+      where: Calls to replace: a regular expression (or a list) found in the path of the module that
         makes the call, which starts with the class of the outermost, and in the call's source, as
         a report prints both: ``Decoder/blocks/mlp MLP.__call__ decoder.py:55``; None for all.
-      functions: Those to look for: see `few_bit_calls`.
+      functions: Functions to look for; see `few_bit_calls`.
       density: See `few_bit_calls`.
       packing: See `few_bit`.
 
     Raises:
-      ValueError: If an option is none, or a pattern no regular expression.
+      ValueError: If an option is not one of its choices, or a pattern is not a regular expression.
       TypeError: If ``module`` has no ``apply``.
 
     Example:
@@ -84,11 +83,6 @@ class FewBit:
     def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """What ``module.apply`` returns for the same arguments.
 
-        Args:
-          variables: Of `init`.
-          args: Of the model.
-          kwargs: Likewise, with ``rngs``, ``mutable``, ``method`` and ``capture_intermediates``.
-
         Raises:
           ValueError: If nothing is found to replace; the message names what was looked for.
         """
@@ -101,13 +95,13 @@ class FewBit:
         wrt: str | Sequence[str] = "params",
         **kwargs: Any,
     ) -> CallsReport:
-        """The calls that are found, what they keep, and whether few bits pay; nothing is computed.
+        """The calls that are found, what they save, and whether few bits pay; nothing is computed.
 
         Args:
-          variables: Of `init`, or their shapes.
-          args: Of the model: arrays or ``jax.ShapeDtypeStruct``.
-          wrt: The collections that are trained.
-          kwargs: As for `apply`.
+          variables: Variables of the model, or their shapes.
+          args: Arguments of the model: arrays or ``jax.ShapeDtypeStruct``.
+          wrt: Collections that are trained.
+          kwargs: Keyword arguments of `apply`.
 
         Raises:
           ValueError: If nothing is found to replace.

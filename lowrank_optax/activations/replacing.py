@@ -12,13 +12,13 @@ import jax
 
 from lowrank_optax.activations.calls import Replacement, report_of, run_few_bit
 from lowrank_optax.activations.calls_report import CallsReport
-from lowrank_optax.activations.sampling import DensityName
+from lowrank_optax.activations.codebooks import DensityName
 from lowrank_optax.activations.finding import DEFAULT_NAMES, Functions
-from lowrank_optax.quantization.packing import PackingName
 from lowrank_optax.matrices.selection import Path, Where, path_string
 from lowrank_optax.modules.report import Report, Table
 from lowrank_optax.modules.select import modules_by_path, select
 from lowrank_optax.modules.wrap import around_of, unwrap, wrap
+from lowrank_optax.quantization.packing import PackingName
 
 _FEW_BIT, _COUNTED = "few_bit", "few_bit_model"
 

@@ -10,23 +10,23 @@ import re
 from typing import Any
 
 import jax
-from jax.extend import core
 
 from lowrank_optax.activations.coded_backward import FewBit, Pointwise
 from lowrank_optax.activations.finding import Finder, Functions, Known, Var
-
-# Where the bodies of an equation are. Not those of a `while`: a loop that has no backward pass
-# saves nothing for it.
-_BODIES = {
-    "jit": "jaxpr",
-    "scan": "jaxpr",
-    "cond": "branches",
-    "checkpoint": "jaxpr",
-    "remat2": "jaxpr",
-    "shard_map": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "xla_metadata_call": "jaxpr",
-}
+from lowrank_optax.compat.jax import (
+    Jaxpr,
+    JaxprEqn,
+    Literal,
+    context,
+    frames,
+    has_own_derivative,
+    in_place_of,
+    is_differentiated,
+    is_remat,
+    name_stack,
+    replace_bodies,
+    scan_length,
+)
 
 # What of JAX, Flax and this library calls the lines of a model.
 _LIBRARIES = re.compile(
@@ -75,68 +75,60 @@ class Rewriter:
         chosen: Callable[[str, str], bool],
     ) -> None:
         self._finder, self._few, self._chosen = Finder(functions), few, chosen
-        self._done: dict[Any, tuple[core.Jaxpr, list[Site], core.Jaxpr]] = {}
+        self._done: dict[Any, tuple[Jaxpr, list[Site], Jaxpr]] = {}
 
-    def rewrite(self, jaxpr: core.Jaxpr, scope: str = "") -> tuple[core.Jaxpr, list[Site]]:
+    def rewrite(self, jaxpr: Jaxpr, scope: str = "") -> tuple[Jaxpr, list[Site]]:
         """The jaxpr with few-bit calls, and the nonlinearities that were found in it."""
         key = id(jaxpr), scope
         if key not in self._done:
             self._done[key] = (*self._rewrite(jaxpr, scope), jaxpr)  # keeps it, and so its id
         return self._done[key][:2]
 
-    def _rewrite(self, jaxpr: core.Jaxpr, scope: str) -> tuple[core.Jaxpr, list[Site]]:
+    def _rewrite(self, jaxpr: Jaxpr, scope: str) -> tuple[Jaxpr, list[Site]]:
         made = {x: equation for equation in jaxpr.eqns for x in equation.outvars}
-        needed = {x for x in jaxpr.outvars if not isinstance(x, core.Literal)}
-        equations: list[core.JaxprEqn] = []
+        needed = {x for x in jaxpr.outvars if not isinstance(x, Literal)}
+        equations: list[JaxprEqn] = []
         sites: list[Site] = []
         # From the end, so that the last equation of a nonlinearity is met first, and those before
         # it are left out where nothing else needs them.
         for equation in reversed(jaxpr.eqns):
             if not equation.effects and needed.isdisjoint(equation.outvars):
                 continue
-            where = _joined(scope, name_stack(equation)), source_line(equation)
-            with equation.ctx.manager:  # the mesh around
+            where = _joined(scope, scope_of(equation)), source_line(equation)
+            with context(equation):  # the mesh around
                 found = self._finder.find(made, equation)
                 if found is not None:
                     known, fn, x = found
                     site = Site(known, self._few(known, fn), *where, x, equation.outvars[0])
                     (call,) = jax.make_jaxpr(site.few)(x.aval).jaxpr.eqns
             if found is not None and self._chosen(*where):
-                equation = call.replace(
-                    invars=[x],
-                    outvars=equation.outvars,
-                    source_info=equation.source_info,
-                    ctx=equation.ctx,
-                )
+                equation = in_place_of(equation, call, [x])
                 inside = [site]
             else:
                 equation, inside = self._with_bodies(equation, *where)
-            needed.update(x for x in equation.invars if not isinstance(x, core.Literal))
+            needed.update(x for x in equation.invars if not isinstance(x, Literal))
             equations.append(equation)
             sites = inside + sites
         return (jaxpr.replace(eqns=equations[::-1]) if sites else jaxpr), sites
 
     def _with_bodies(
-        self, equation: core.JaxprEqn, scope: str, source: str
-    ) -> tuple[core.JaxprEqn, list[Site]]:
+        self, equation: JaxprEqn, scope: str, source: str
+    ) -> tuple[JaxprEqn, list[Site]]:
         """An equation with nonlinearities replaced in the jaxprs inside."""
-        name, params = equation.primitive.name, equation.params
-        if name not in _BODIES or params.get("differentiated"):
+        if has_own_derivative(equation) or is_differentiated(equation):
             return equation, []
         sites: list[Site] = []
 
-        def body(old: Any) -> Any:
-            new, found = self.rewrite(getattr(old, "jaxpr", old), scope)
+        def body(old: Jaxpr) -> Jaxpr:
+            new, found = self.rewrite(old, scope)
             sites.extend(found)
-            return core.ClosedJaxpr(new, old.consts) if isinstance(old, core.ClosedJaxpr) else new
+            return new
 
-        value = params[_BODIES[name]]
-        new = tuple(map(body, value)) if isinstance(value, tuple) else body(value)
+        new = replace_bodies(equation, body)
         if not sites:
             return equation, []
-        times = params["length"] if name == "scan" else 1
-        remat = name in ("checkpoint", "remat2")
-        sites = [
+        times, remat = scan_length(equation), is_remat(equation)
+        return new, [
             dataclasses.replace(
                 site,
                 count=site.count * times,
@@ -145,28 +137,26 @@ class Rewriter:
             )
             for site in sites
         ]
-        return equation.replace(params={**params, _BODIES[name]: new}), sites
 
 
 def _joined(*scopes: str) -> str:
     return "/".join(filter(None, scopes))
 
 
-def name_stack(equation: core.JaxprEqn) -> str:
+def scope_of(equation: JaxprEqn) -> str:
     """The names around it, ``blocks/mlp``: Linen's modules, and those of ``jax.named_scope``."""
-    return re.sub(r"\w+\(([^()]*)\)", r"\1", str(equation.source_info.name_stack)).strip("/")
+    return re.sub(r"\w+\(([^()]*)\)", r"\1", name_stack(equation)).strip("/")
 
 
-def source_line(equation: core.JaxprEqn) -> str:
+def source_line(equation: JaxprEqn) -> str:
     """The function and line of the program: ``MLP.__call__ decoder.py:55``; "" if not known."""
     found = source_frame(equation)
     return "" if found is None else f"{found[0].partition('.<locals>')[0]} {found[1]}"
 
 
-def source_frame(equation: core.JaxprEqn) -> tuple[str, str] | None:
+def source_frame(equation: JaxprEqn) -> tuple[str, str] | None:
     """The function, with those it is defined in, and ``decoder.py:55``; None if not known."""
-    traceback = equation.source_info.traceback
-    for frame in traceback.frames if traceback is not None else []:
-        if not _LIBRARIES.search(frame.file_name):
-            return frame.function_name, f"{Path(frame.file_name).name}:{frame.line_num}"
+    for file, function, line in frames(equation):
+        if not _LIBRARIES.search(file):
+            return function, f"{Path(file).name}:{line}"
     return None

@@ -9,12 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 import dataclasses
 import functools
 import itertools
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 
-DensityName: TypeAlias = Literal["uniform", "normal"]
 Slopes: TypeAlias = Callable[[np.ndarray], np.ndarray]
 Masses: TypeAlias = Callable[[np.ndarray], np.ndarray]
 """From increasing points to the integrals of a density between them."""
@@ -130,7 +129,7 @@ class Samples:
         return self.sums[:, i] + np.stack(_moments(mass, left, here))
 
     def crossing(self, branch: int, value: np.ndarray) -> np.ndarray:
-        """Where ``f'`` takes a value between two turns; the end that is nearer where it does not."""
+        """Where ``f'`` takes a value between two turns; the nearer end where it does not."""
         slope, x = self._branches[branch]
         return np.interp(value, slope, x)
 
@@ -188,9 +187,18 @@ def sample(slopes_at: Slopes, domain: float, density: Any) -> Samples:
     slope = np.insert(slope, at, np.stack([below, above], 1)[is_jump].ravel())
     jumps = steep[is_jump] + 1 + 2 * np.arange(is_jump.sum())
     moments = np.stack(_moments(masses(x), slope[:-1], slope[1:]))
-    sums = np.zeros((3, x.size))
-    sums[:, 1:] = np.cumsum(moments, axis=1, dtype=np.longdouble)
-    return Samples(x, slope, sums, jumps, _turns(slope, _FLAT * scale))
+    return Samples(x, slope, _running_sums(moments), jumps, _turns(slope, _FLAT * scale))
+
+
+def _running_sums(parts: np.ndarray) -> np.ndarray:
+    """Sums from 0 on, along the last axis: of blocks, so that a million roundings do not add up."""
+    count = parts.shape[1] + 1
+    padded = np.zeros((len(parts), -(-count // 1024), 1024))
+    padded.reshape(len(parts), -1)[:, 1:count] = parts
+    inside = np.cumsum(padded, axis=2)
+    blocks = np.cumsum(inside[:, :, -1], axis=1)
+    inside[:, 1:] += blocks[:, :-1, None]
+    return inside.reshape(len(parts), -1)[:, :count]
 
 
 def _bisected(
@@ -211,7 +219,7 @@ def _turns(slope: np.ndarray, tolerance: float) -> np.ndarray:
     """Indices of both ends, and of where values turn back by more than a tolerance."""
     moves = np.sign(np.diff(slope))
     moving = np.flatnonzero(moves)
-    changes = [b for a, b in itertools.pairwise(moving) if moves[a] != moves[b]]
+    changes = moving[1:][moves[moving[1:]] != moves[moving[:-1]]]
     turns, low, high, rising = [0], 0, 0, None
     for i in (*changes, slope.size - 1):
         low, high = (i if slope[i] < slope[low] else low), (i if slope[i] > slope[high] else high)

@@ -15,10 +15,14 @@ from flax import nnx
 import jax
 
 from lowrank_optax.adapters.base import Adapter
-from lowrank_optax.adapters.derivatives import refuse_derivative, warn_of_derivative
 from lowrank_optax.adapters.groups import KIND
-from lowrank_optax.adapters.layer_calls import view_call
-from lowrank_optax.adapters.outputs import Part, adapted_output
+from lowrank_optax.adapters.layer_calls import (
+    Part,
+    adapted_output,
+    refuse_derivative,
+    view_call,
+    warn_of_derivative,
+)
 from lowrank_optax.adapters.tied_tables import check_can_attend
 from lowrank_optax.matrices.selection import Where
 from lowrank_optax.matrices.views import from_matrix, matrix_shape, to_matrix

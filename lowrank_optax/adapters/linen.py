@@ -20,10 +20,8 @@ import jax.numpy as jnp
 
 from lowrank_optax.adapters import groups
 from lowrank_optax.adapters.base import Adapter, Arrays, counts_of, parameter_count
-from lowrank_optax.adapters.derivatives import warn_of_derivative
 from lowrank_optax.adapters.folding import Folding, MergeReport, check_can_unmerge
-from lowrank_optax.adapters.layer_calls import view_call
-from lowrank_optax.adapters.outputs import Part, adapted_output
+from lowrank_optax.adapters.layer_calls import Part, adapted_output, view_call, warn_of_derivative
 from lowrank_optax.adapters.summaries import AdapterSummary, SummaryRow, row_of
 from lowrank_optax.compat.flax import is_lifted_call
 from lowrank_optax.compat.jax import in_fresh_trace

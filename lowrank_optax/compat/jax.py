@@ -4,6 +4,7 @@ Code elsewhere asks these functions instead of matching primitives and their par
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 import functools
 import itertools
 from typing import Any, TypeVar
@@ -144,6 +145,33 @@ def called_jaxpr(equation: JaxprEqn) -> Jaxpr | ClosedJaxpr | None:
         if len(own.invars) == len(equation.invars) and len(own.outvars) == len(equation.outvars):
             return program
     return None
+
+
+def called_name(equation: JaxprEqn) -> str | None:
+    """The name of the function that a ``jax.jit`` or ``jax.custom_jvp`` calls; else None."""
+    if primitive_name(equation) in ("jit", "pjit"):
+        return parameter(equation, "name")
+    if primitive_name(equation) == "custom_jvp_call":
+        return jaxpr_of(parameter(equation, "call_jaxpr")).debug_info.func_name
+    return None
+
+
+def bind(equation: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
+    """The results of an equation's operation on other operands."""
+    results = equation.primitive.bind(*operands, **equation.params)
+    return list(results) if equation.primitive.multiple_results else [results]
+
+
+def context(equation: JaxprEqn) -> AbstractContextManager[None]:
+    """The context that an equation was traced in, such as the mesh around it."""
+    return equation.ctx.manager
+
+
+def in_place_of(old: JaxprEqn, new: JaxprEqn, operands: Sequence[Var]) -> JaxprEqn:
+    """An equation with these operands, and with the results, context and source of another."""
+    return new.replace(
+        invars=[*operands], outvars=old.outvars, source_info=old.source_info, ctx=old.ctx
+    )
 
 
 def branches(equation: JaxprEqn) -> Sequence[ClosedJaxpr]:

@@ -1,12 +1,14 @@
 """What the operations of a traced program do, by their names and parameters in JAX."""
 
 from collections.abc import Sequence
+import operator
 from typing import Any
 
 import numpy as np
 
 from lowrank_optax.compat.jax import (
     JaxprEqn,
+    Literal,
     is_program,
     parameter,
     parameters,
@@ -31,6 +33,22 @@ argmax argmin concatenate cummax cummin cumprod cumsum reduce_and reduce_max red
 reduce_prod reduce_sum rev sort split squeeze
     """.split()  # noqa: SIM905
 )
+# Linear in each operand, so that none is saved for the backward pass.
+LINEAR = frozenset(
+    """
+add add_any all_gather broadcast_in_dim concatenate convert_element_type copy copy_p cumsum
+dynamic_slice dynamic_update_slice expand_dims gather name neg optimization_barrier pad pcast psum
+psum2 psum_invariant pvary reduce_scatter reduce_sum reshape reshard rev select_n
+sharding_constraint slice squeeze sub transpose
+    """.split()  # noqa: SIM905
+)
+# The same numbers in another shape, or the same array.
+VIEWS = frozenset(
+    """
+copy expand_dims optimization_barrier reduce_precision reshape squeeze transpose
+    """.split()  # noqa: SIM905
+)
+PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general", "ragged_dot")
 # Parameters that are sizes, or say where an array lies.
 ONLY_SIZES = frozenset(("mesh", "name", "out_sharding", "shape", "sharding"))
 
@@ -43,6 +61,56 @@ def is_elementwise(equation: JaxprEqn) -> bool:
 def is_only_reshaped(equation: JaxprEqn) -> bool:
     """Whether no number is changed: the operation comes and goes with axes of size one."""
     return primitive_name(equation) in ("broadcast_in_dim", "reshape", "squeeze")
+
+
+def is_passed_on(equation: JaxprEqn) -> bool:
+    """Whether the result is the operand, repeated or with another sharding."""
+    return primitive_name(equation) in ("broadcast_in_dim", "pcast", "pvary", "reshard")
+
+
+def is_view(equation: JaxprEqn) -> bool:
+    """Whether no compiler stores the result beside its operand.
+
+    Of broadcasts, those that repeat nothing, and those of a number.
+    """
+    if primitive_name(equation) != "broadcast_in_dim":
+        return primitive_name(equation) in VIEWS
+    operand = equation.invars[0]
+    sizes = (np.prod(shape_of(x)) for x in (operand, equation.outvars[0]))
+    return isinstance(operand, Literal) or operator.eq(*sizes)
+
+
+def is_conversion(equation: JaxprEqn) -> bool:
+    """Whether the operation converts an array to another dtype."""
+    return primitive_name(equation) == "convert_element_type"
+
+
+def is_product(equation: JaxprEqn) -> bool:
+    """Whether the operation multiplies matrices, or convolves."""
+    return primitive_name(equation) in PRODUCTS
+
+
+def is_multiplication(equation: JaxprEqn) -> bool:
+    """Whether the operation multiplies elementwise."""
+    return primitive_name(equation) == "mul"
+
+
+def is_linear_in(equation: JaxprEqn, index: int, others_vary: bool) -> bool:
+    """Whether the result is linear in an operand, so that the backward pass does not need it.
+
+    Args:
+      equation: The operation.
+      index: Which operand.
+      others_vary: Whether another operand is differentiated too.
+    """
+    name = primitive_name(equation)
+    if name == "mul" or (name == "div" and index == 0):
+        return not others_vary  # numbers, and the masks of dropout
+    if name == "select_n":
+        return index > 0
+    if name in ("dynamic_slice", "gather", "dynamic_update_slice"):
+        return index < 2  # the others are indices
+    return name in LINEAR
 
 
 def iota_size(equation: JaxprEqn) -> int | None:

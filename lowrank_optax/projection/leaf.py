@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.matrices import from_matrix, to_matrix
-from lowrank_optax.matrices.branching import branch
+from lowrank_optax.matrices.arithmetic import branch
 from lowrank_optax.projection.inner_moments import (
     Moments,
     OnRefresh,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank_optax.activations.outside_traces import outside_of_traces
+from lowrank_optax.activations.sampling import outside_of_traces
 
 
 def test_values_are_concrete_inside_a_trace() -> None:

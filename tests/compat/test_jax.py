@@ -3,6 +3,7 @@
 import types
 from typing import Any
 
+from close import assert_close
 import jax
 from jax.ad_checkpoint import checkpoint_name as named
 import jax.numpy as jnp
@@ -197,3 +198,38 @@ def test_a_program_for_several_devices_is_lowered_for_none_but_within_a_shard_ma
     assert lowered_for(lambda bind: bind, sharded) == [None]
     mapped = lambda bind: jax.shard_map(bind, mesh=mesh, in_specs=spec, out_specs=spec)
     assert lowered_for(mapped, sharded) == ["cpu"]
+
+
+@pytest.mark.parametrize("wrapped", [lambda fn: fn, jax.vmap])
+def test_jit_and_custom_jvp_calls_have_the_names_of_their_functions(wrapped: Any) -> None:
+    for fn, name in (
+        (jax.nn.silu, "silu"),
+        (jax.nn.relu, "relu"),
+        (with_own_tangent, "with_own_tangent"),
+    ):
+        (equation,) = equations(wrapped(fn), X)
+        assert compat.called_name(equation) == name
+    assert compat.called_name(last(jnp.sin, X)) is None
+
+
+def test_defaults_of_a_jitted_function_are_no_operands_and_numbers_are_literals() -> None:
+    (default,) = equations(jax.nn.leaky_relu, X)
+    assert len(default.invars) == 1
+    (given,) = equations(lambda x: jax.nn.leaky_relu(x, negative_slope=0.25), X)
+    x, slope = given.invars
+    assert not isinstance(x, compat.Literal)
+    assert isinstance(slope, compat.Literal)
+    assert slope.val == 0.25
+
+
+def test_an_equation_is_bound_to_other_operands_and_put_in_place_of_another() -> None:
+    program = jax.make_jaxpr(lambda x: jnp.cos(jnp.sin(x)))(X)
+    sin, cos = program.jaxpr.eqns
+    (result,) = compat.bind(sin, [jnp.ones(2)])
+    assert_close(result, jnp.sin(jnp.ones(2)))
+    with compat.context(cos):
+        new = compat.in_place_of(cos, sin, [sin.invars[0]])
+    assert (new.outvars, compat.primitive_name(new)) == (cos.outvars, "sin")
+    assert compat.name_stack(new) == compat.name_stack(cos)
+    rewritten = compat.new_jaxpr(program.jaxpr.invars, program.jaxpr.outvars, [new], "sin")
+    assert_close(compat.jaxpr_as_fun(rewritten)(X)[0], jnp.sin(X))

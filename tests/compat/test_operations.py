@@ -122,3 +122,43 @@ def test_settings_are_what_is_no_size() -> None:
     assert compat.settings(last(loop)) == compat.settings(last(loop, jnp.ones((6, 3, 5))))
     counted = lambda n: lambda x: lax.scan(lambda c, _: (c * 2, None), x, length=n)
     assert compat.settings(last(counted(4))) != compat.settings(last(counted(6)))
+
+
+def test_what_is_linear_saves_no_operand_for_the_backward_pass() -> None:
+    def saved(fn: Any, index: int, *args: Any) -> bool:
+        other = lambda x: fn(*args[:index], x, *args[index + 1 :])
+        return any(x.shape for x in jax.tree.leaves(jax.vjp(other, args[index])[1]))
+
+    x = jnp.ones((4, 3))
+    for fn, args in (
+        (jnp.add, (x, x)),
+        (jnp.subtract, (x, x)),
+        (jnp.negative, (x,)),
+        (jnp.transpose, (x,)),
+        (lambda x: jax.lax.slice(x, (1, 0), (3, 3)), (x,)),
+        (lambda x: jax.lax.convert_element_type(x, jnp.bfloat16), (x,)),
+        (lambda x: jax.lax.reduce_sum_p.bind(x, axes=(0,), out_sharding=None), (x,)),
+    ):
+        (equation,) = jax.make_jaxpr(fn)(*args).jaxpr.eqns
+        for index in range(len(args)):
+            assert compat.is_linear_in(equation, index, others_vary=True)
+            assert not saved(fn, index, *args)
+    (product,) = jax.make_jaxpr(jnp.multiply)(x, x).jaxpr.eqns
+    assert compat.is_multiplication(product)
+    assert compat.is_linear_in(product, 0, others_vary=False)
+    assert not compat.is_linear_in(product, 0, others_vary=True)
+    assert compat.is_product(jax.make_jaxpr(jnp.dot)(x, x.T).jaxpr.eqns[-1])
+    (tanh,) = jax.make_jaxpr(jnp.tanh)(x).jaxpr.eqns
+    assert not compat.is_linear_in(tanh, 0, others_vary=False)
+
+
+def test_views_and_conversions() -> None:
+    first = lambda fn, x: jax.make_jaxpr(fn)(x).jaxpr.eqns[0]
+    x = jnp.ones((4, 3))
+    for fn in (jnp.transpose, jnp.ravel, lambda x: x.reshape(2, 6)):
+        assert compat.is_view(first(fn, x))
+    assert compat.is_view(first(lambda x: jnp.broadcast_to(x, (1, 4, 3)), x))
+    assert not compat.is_view(first(lambda x: jnp.broadcast_to(x, (2, 4, 3)), x))
+    assert compat.is_passed_on(first(lambda x: jnp.broadcast_to(x, (2, 4, 3)), x))
+    assert not compat.is_view(first(jnp.sin, x))
+    assert compat.is_conversion(first(lambda x: x.astype(jnp.bfloat16), x))

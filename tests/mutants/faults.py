@@ -312,7 +312,7 @@ ADAPTERS = (
     ),
     Fault(
         "strength of an adapter ignored",
-        "lowrank_optax/adapters/outputs.py",
+        "lowrank_optax/adapters/layer_calls.py",
         "total + (change if strength == 1 else strength * change)",
         "total + change",
         ("tests/adapters/test_nnx_switching.py",),
@@ -450,10 +450,10 @@ BELOW = (
     ),
     Fault(
         "lowest bits of a float32 factor lost in a product",
-        "lowrank_optax/matrices/bfloat16.py",
+        "lowrank_optax/matrices/arithmetic.py",
         "return high + (middle + low)",
         "return high + middle",
-        ("tests/matrices/test_bfloat16.py",),
+        ("tests/matrices/test_arithmetic.py",),
     ),
     Fault(
         "one scale for an array and not for a block",

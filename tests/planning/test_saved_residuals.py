@@ -11,8 +11,8 @@ from jax.ad_checkpoint import checkpoint_name, print_saved_residuals
 import jax.numpy as jnp
 import pytest
 
+from lowrank_optax.activations.codebooks import Codebook
 from lowrank_optax.activations.coded_backward import CODES, apply_few_bit
-from lowrank_optax.activations.step_function import Codebook
 from lowrank_optax.planning import (
     SavedResidualsReport,
     compare_saved_residuals,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from lowrank_optax.matrices import explicit_sharding
-from lowrank_optax.matrices.bfloat16 import product_with_bfloat16
+from lowrank_optax.matrices.arithmetic import product_with_bfloat16
 from lowrank_optax.matrices.explicit_sharding import product
 from lowrank_optax.projection.view import RankSpec, View, check_rank, resolve_rank
 

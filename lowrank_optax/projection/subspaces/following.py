@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.matrices.branching import branch
+from lowrank_optax.matrices.arithmetic import branch
 from lowrank_optax.matrices.orthonormal import orthonormalize
 from lowrank_optax.projection.inner_moments import init_one
 from lowrank_optax.projection.subspaces import base

@@ -28,6 +28,13 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
 }
 
+# Fields of some types alone; qwen2 always has biases in its attention, mistral never.
+OPTIONS = {
+    "attention_bias": ("llama", "qwen3"),
+    "mlp_bias": ("llama",),
+    "sliding_window": ("mistral", "qwen2", "qwen3"),
+}
+
 # Modules of the decoder.
 OUTER_MODULES = {"embed": "model.embed_tokens", "norm": "model.norm", "lm_head": "lm_head"}
 BLOCK_MODULES = {
@@ -126,33 +133,25 @@ def fields_from_huggingface(
     required = [field.name for field in wanted if field.default is dataclasses.MISSING]
     if missing := [name for name in required if name not in fields]:
         raise ValueError(f"the configuration lacks {', '.join(missing)}")
-    # Fields that Hugging Face's models of the type do not read either.
-    if not takes_attention_bias(model_type):
-        fields.pop("attention_bias", None)
-    if model_type != "llama":
-        fields.pop("mlp_bias", None)
+    # Hugging Face's models of other types do not read them either.
+    fields = {name: x for name, x in fields.items() if is_option(name, model_type)}
     return fields | _rope_fields(source) | {"sliding_window": _sliding_window(source, model_type)}
 
 
 def fields_to_huggingface(fields: dict[str, Any]) -> dict[str, Any]:
     """The config.json for the fields of a `DecoderConfig`, given as a dict of plain values."""
     model_type, window = fields["model_type"], fields["sliding_window"]
-    fields = fields | {"architectures": [ARCHITECTURES[model_type]]}
-    if not takes_attention_bias(model_type):
-        del fields["attention_bias"]
-    if model_type != "llama":
-        del fields["mlp_bias"]
-    if model_type == "llama":
-        del fields["sliding_window"]
-    elif model_type != "mistral":
+    fields = {name: x for name, x in fields.items() if is_option(name, model_type)}
+    fields["architectures"] = [ARCHITECTURES[model_type]]
+    if model_type in ("qwen2", "qwen3"):
         fields["use_sliding_window"] = window is not None
         fields["max_window_layers"] = fields["num_hidden_layers"] if window is None else 0
     return fields
 
 
-def takes_attention_bias(model_type: str) -> bool:
-    """Whether `attention_bias` is a choice; qwen2 always has a bias, mistral never."""
-    return model_type in ("llama", "qwen3")
+def is_option(name: str, model_type: str) -> bool:
+    """Whether a field has an effect on this type of model."""
+    return model_type in OPTIONS.get(name, ARCHITECTURES)
 
 
 def _sliding_window(source: Mapping[str, Any], model_type: str) -> int | None:

@@ -146,7 +146,7 @@ def codebook(
         return fit(fn, int(bits), density, float(domain), coding)
     name = known_name(fn)
     if name is not None and domain == DOMAIN and density in get_args(DensityName):
-        return table(name, int(bits), density, coding)
+        return _shipped(name, bits, density, coding)
     try:
         hash(fn)
     except TypeError:
@@ -173,6 +173,10 @@ def table(
     if density not in get_args(DensityName):
         raise ValueError(f"density={density!r} must be 'uniform' or 'normal'.")
     _check(bits, DOMAIN, coding)
+    return _shipped(name, bits, density, coding)
+
+
+def _shipped(name: str, bits: int, density: str, coding: str) -> Codebook:
     boundaries, codes, levels, error = _rows()[name][density][coding][bits - 1]
     return Codebook(tuple(boundaries), tuple(codes), tuple(levels), int(bits), error)
 

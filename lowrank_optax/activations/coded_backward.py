@@ -15,7 +15,7 @@ from lowrank_optax.activations.codebooks import Codebook
 from lowrank_optax.quantization.packing import PackingName, pack, packed_bytes, unpack
 
 CODES = "few_bit_codes"
-"""The name of what is kept, for ``jax.checkpoint_policies.save_only_these_names``."""
+"""The name of the saved codes, for ``jax.checkpoint_policies.save_only_these_names``."""
 
 Pointwise: TypeAlias = Callable[[jax.Array], jax.Array]
 
@@ -28,37 +28,36 @@ def few_bit(
     density: Any = "uniform",
     packing: PackingName = "auto",
 ) -> "FewBit":
-    r"""``fn``, whose backward pass keeps ``bits`` bits of each element and not ``x``.
+    r"""``fn``, whose backward pass needs ``bits`` bits of each element and not ``x``.
 
     With the levels :math:`q_c` that stand for the derivative, and a code for each element,
 
     .. math::
       y = f(x), \qquad c = c(x) \in \{0, \dots, 2^b - 1\}, \qquad \bar x = \bar y \cdot q_c.
 
-    The forward pass is ``fn`` itself. What is kept for the backward pass is the
-    packed codes alone: one array or a few, named ``"few_bit_codes"`` for the policies of
-    ``jax.checkpoint``. Works under ``jit``, ``vmap``, ``scan``, ``jax.checkpoint`` and sharding. A
-    second derivative, and forward mode (``jax.jvp``, ``jax.jacfwd``), raise: the codes know nothing
-    of them.
+    The forward pass is ``fn`` itself. Only the packed codes are saved for the backward pass: one
+    array or a few, named ``"few_bit_codes"`` for the policies of ``jax.checkpoint``. Works under
+    ``jit``, ``vmap``, ``scan``, ``jax.checkpoint`` and sharding. A second derivative, and forward
+    mode (``jax.jvp``, ``jax.jacfwd``), raise.
 
-    Equal arguments give the same function, so that compiled programs are found again; of a lambda
-    written out anew each time they are not equal, so call this once, outside the training step.
+    Equal arguments give the same function, so that compiled programs are found again. A lambda is
+    equal only to itself, so call this once, outside the training step.
 
     Args:
-      fn: A function of one number, applied elementwise: floating point of any shape and dtype to
-        the same. Closed over no traced array.
+      fn: Function of one number, applied elementwise: floating point of any shape and dtype to the
+        same. Not closed over traced arrays.
       bits: 1 to 8.
       codebook: What stands in for the derivative; ``bits`` and ``density`` are then ignored.
-      density: Of the inputs, for which the codebook is the best one: see `codebook`.
-      packing: How codes are laid out: ``"auto"``, ``"planes"``, ``"nibbles"``, ``"uint4"`` or
+      density: Density of the inputs that the codebook is fitted for; see `codebook`.
+      packing: Layout of the codes: ``"auto"``, ``"planes"``, ``"nibbles"``, ``"uint4"`` or
         ``"uint8"``; the last two are elementwise, so that sharded arrays exchange nothing.
 
     Returns:
-      A function of one array. It raises a TypeError where that is not of floating point.
+      A function of one array. It raises a TypeError if that is not of floating point.
 
     Raises:
-      TypeError: If ``fn`` is no function.
-      ValueError: If ``bits``, ``density`` or ``packing`` is none.
+      TypeError: If ``fn`` is not a function.
+      ValueError: If ``bits``, ``density`` or ``packing`` is not one of its choices.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro
@@ -122,14 +121,7 @@ def name_of(fn: Pointwise) -> str:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def apply_few_bit(fn: Pointwise, book: Codebook, packing: PackingName, x: jax.Array) -> jax.Array:
-    """``fn(x)``, whose backward pass keeps the codes of ``x`` alone.
-
-    Args:
-      fn: Elementwise; hashable, closed over no traced array.
-      book: What stands in for its derivative.
-      packing: Of the codes; see `pack`.
-      x: Any shape, floating point.
-    """
+    """``fn(x)``, whose backward pass needs only the codes of ``x``."""
     return fn(x)
 
 
@@ -147,9 +139,9 @@ def _backward(
     packed: tuple[jax.Array, ...],
     gradient: jax.Array,
 ) -> tuple[jax.Array]:
-    codes = unpack(packed, gradient.shape, book.bits, packing)
-    wide = gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32))
-    return ((wide * book.decode(codes)).astype(gradient.dtype),)
+    slopes = book.decode(unpack(packed, gradient.shape, book.bits, packing))
+    in_float32 = gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32))
+    return ((in_float32 * slopes).astype(gradient.dtype),)
 
 
 apply_few_bit.defvjp(_forward, _backward)

@@ -154,23 +154,23 @@ class Finder:
             jaxpr = new_jaxpr([x], [y], equations, "few_bit")
             values, text = values_of(lambda x, j=jaxpr: jaxpr_as_fun(j)(x)[0], x.aval)
             near = 1e-5 if jnp.finfo(x.aval.dtype).bits > 16 else 1e-2
-            expected, _ = values_of(known.fn, jax.ShapeDtypeStruct(POINTS.shape, x.aval.dtype))
-            if values is not None and np.allclose(values, expected, near, near, equal_nan=True):
-                return known, Equations(jaxpr, known.name, f"{jaxpr}\n{text}"), x
+            if np.allclose(values, known_values(known.fn, str(x.aval.dtype)), near, near):
+                # Constants are not in the text, but show in the values.
+                return known, Equations(jaxpr, known.name, f"{jaxpr}{text}{values.tobytes()}"), x
         return None
 
 
 def _called(known: Known, equation: JaxprEqn) -> tuple[Known, Var, list[Any]] | None:
     """The function with the options of a call of it, the operand, and the equation."""
-    x, *options = equation.invars
-    literals = [isinstance(z, Literal) for z in (x, *options)]
-    if called_name(equation) is None or literals != [False] + [True] * len(options):
+    x, *others = equation.invars
+    options = [float(z.val) for z in others if isinstance(z, Literal)]
+    if called_name(equation) is None or isinstance(x, Literal) or len(options) < len(others):
         return None
     parameters = list(inspect.signature(known.fn).parameters.values())[1:]
     keywords = {
-        p.name: float(f"{float(z.val):.6g}")  # 0.2 for what float32 makes of it
-        for p, z in zip(parameters, options, strict=False)
-        if not np.isclose(float(z.val), p.default, rtol=1e-6)
+        p.name: float(f"{value:.6g}")  # 0.2 for what float32 makes of it
+        for p, value in zip(parameters, options, strict=False)
+        if not np.isclose(value, p.default, rtol=1e-6)
     }
     fn = _partial(known.fn, tuple(keywords.items())) if keywords else known.fn
     return Known(known.name, fn), x, [equation]
@@ -224,10 +224,10 @@ def _kind(equation: JaxprEqn) -> tuple[str, str]:
     return primitive_name(equation), str(parameters(equation)) if called is None else called
 
 
-def values_of(fn: Pointwise, aval: Any) -> tuple[np.ndarray | None, str]:
+def values_of(fn: Pointwise, aval: Any) -> tuple[np.ndarray, str]:
     """An elementwise function and its derivative in `POINTS`, [2, 61], and the program of both.
 
-    None if it is not elementwise.
+    NaN if it is not elementwise.
 
     Args:
       fn: A function of an array.
@@ -244,7 +244,13 @@ def values_of(fn: Pointwise, aval: Any) -> tuple[np.ndarray | None, str]:
     try:
         return outside_of_traces(work), str(program)
     except (NotImplementedError, TypeError, ValueError):
-        return None, ""
+        return np.full((2, POINTS.size), np.nan), ""
+
+
+@functools.lru_cache(maxsize=256)
+def known_values(fn: Pointwise, dtype: str) -> np.ndarray:
+    """A function and its derivative in `POINTS`, which are of this dtype, [2, 61]."""
+    return values_of(fn, jax.ShapeDtypeStruct(POINTS.shape, jnp.dtype(dtype)))[0]
 
 
 def _no_branches(index: Any, results: Sequence[Any]) -> Any:

@@ -3,12 +3,63 @@
 from collections.abc import Callable
 import functools
 import numbers
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax.typing import ArrayLike
 
 from lowrank_optax.activations.coded_backward import few_bit
+
+F = TypeVar("F", bound=Callable[..., jax.Array])
+
+_DOC = """``jax.nn.{name}``{kind}.
+
+    .. math::
+      {formula}
+
+    Args:
+      x: Any shape, floating point.
+{arguments}
+    Returns:
+      ``jax.nn.{name}`` of x, by the same operations.
+
+    Raises:
+      {raises}
+
+    Example:
+      >>> import lowrank_optax as lro
+      >>> print(f"{{lro.activations.{example}:.4f}}")
+      {result}
+    """
+
+
+def _documented(
+    formula: str, example: str, result: str, *, exact: bool = False, **option: str
+) -> Callable[[F], F]:
+    """Gives a function its docstring; ``exact`` ones take no ``bits``."""
+    kind = ", whose backward pass keeps ``bits`` bits of each element"
+    raises = "TypeError: If ``x`` is not of floating point"
+    raises += "".join(f", or ``{name}`` is not a Python number" for name in option) + "."
+    if exact:
+        kind = " with its exact gradient, for which one bit of each element is kept"
+    else:
+        option = {"bits": "1 to 8; 3 or 4 train as the exact gradient does.", **option}
+        raises = f"ValueError: If ``bits`` is not 1 to 8.\n      {raises}"
+    arguments = "".join(f"      {name}: {what}\n" for name, what in option.items())
+
+    def decorate(function: F) -> F:
+        function.__doc__ = _DOC.format(
+            name=function.__name__,
+            kind=kind,
+            formula=formula,
+            arguments=arguments,
+            raises=raises,
+            example=example,
+            result=result,
+        )
+        return function
+
+    return decorate
 
 
 def gelu(x: ArrayLike, bits: int = 3, approximate: bool = True) -> jax.Array:
@@ -46,174 +97,62 @@ def gelu(x: ArrayLike, bits: int = 3, approximate: bool = True) -> jax.Array:
     return few_bit(fn, bits)(x)
 
 
+@_documented(
+    r"y = x \text{ where } x > 0, \quad \alpha (e^x - 1) \text{ elsewhere}",
+    "elu(-1.0)",
+    "-0.6321",
+    alpha="A Python number.",
+)
 def elu(x: ArrayLike, bits: int = 3, alpha: float = 1.0) -> jax.Array:
-    r"""``jax.nn.elu``, whose backward pass keeps ``bits`` bits of each element.
-
-    .. math::
-      y = x \text{ where } x > 0, \quad \alpha (e^x - 1) \text{ elsewhere.}
-
-    Args:
-      x: Any shape, floating point.
-      bits: 1 to 8.
-      alpha: A Python number.
-
-    Returns:
-      ``jax.nn.elu(x, alpha)``, by the same operations.
-
-    Raises:
-      ValueError: If ``bits`` is not 1 to 8.
-      TypeError: If ``x`` is not of floating point, or ``alpha`` no Python number.
-
-    Example:
-      >>> import lowrank_optax as lro
-      >>> print(f"{lro.activations.elu(-1.0):.4f}")
-      -0.6321
-    """
     return few_bit(_with(jax.nn.elu, "alpha", alpha, default=1.0), bits)(x)
 
 
+@_documented(
+    r"y = \max(x, 0) + \alpha (e^{\min(x, 0) / \alpha} - 1)",
+    "celu(-1.0, alpha=2.0)",
+    "-0.7869",
+    alpha="A Python number other than 0.",
+)
 def celu(x: ArrayLike, bits: int = 3, alpha: float = 1.0) -> jax.Array:
-    r"""``jax.nn.celu``, whose backward pass keeps ``bits`` bits of each element.
-
-    .. math::
-      y = \max(x, 0) + \alpha (e^{\min(x, 0) / \alpha} - 1)
-
-    Args:
-      x: Any shape, floating point.
-      bits: 1 to 8.
-      alpha: A Python number other than 0.
-
-    Returns:
-      ``jax.nn.celu(x, alpha)``, by the same operations.
-
-    Raises:
-      ValueError: If ``bits`` is not 1 to 8.
-      TypeError: If ``x`` is not of floating point, or ``alpha`` no Python number.
-
-    Example:
-      >>> import lowrank_optax as lro
-      >>> print(f"{lro.activations.celu(-1.0, alpha=2.0):.4f}")
-      -0.7869
-    """
     return few_bit(_with(jax.nn.celu, "alpha", alpha, default=1.0), bits)(x)
 
 
+@_documented(
+    r"y = \frac{x + \sqrt{x^2 + b}}{2}",
+    "squareplus(1.0)",
+    "1.6180",
+    b="A Python number above 0.",
+)
 def squareplus(x: ArrayLike, bits: int = 3, b: float = 4.0) -> jax.Array:
-    r"""``jax.nn.squareplus``, whose backward pass keeps ``bits`` bits of each element.
-
-    .. math::
-      y = \frac{x + \sqrt{x^2 + b}}{2}
-
-    Args:
-      x: Any shape, floating point.
-      bits: 1 to 8.
-      b: A Python number above 0.
-
-    Returns:
-      ``jax.nn.squareplus(x, b)``, by the same operations.
-
-    Raises:
-      ValueError: If ``bits`` is not 1 to 8.
-      TypeError: If ``x`` is not of floating point, or ``b`` no Python number.
-
-    Example:
-      >>> import lowrank_optax as lro
-      >>> print(f"{lro.activations.squareplus(1.0):.4f}")
-      1.6180
-    """
     return few_bit(_with(jax.nn.squareplus, "b", b, default=4.0), bits)(x)
 
 
+@_documented(
+    r"y = x \text{ where } x \ge 0, \quad \alpha x \text{ elsewhere}",
+    "leaky_relu(-1.0)",
+    "-0.0100",
+    exact=True,
+    negative_slope=r":math:`\alpha`, a Python number.",
+)
 def leaky_relu(x: ArrayLike, negative_slope: float = 0.01) -> jax.Array:
-    r"""``jax.nn.leaky_relu`` with its exact gradient, for which one bit of each element is kept.
-
-    .. math::
-      y = x \text{ where } x \ge 0, \quad \alpha x \text{ elsewhere.}
-
-    Args:
-      x: Any shape, floating point.
-      negative_slope: :math:`\alpha`, a Python number.
-
-    Returns:
-      ``jax.nn.leaky_relu(x, negative_slope)``, by the same operations.
-
-    Raises:
-      TypeError: If ``x`` is not of floating point, or ``negative_slope`` no Python number.
-
-    Example:
-      >>> import lowrank_optax as lro
-      >>> print(f"{lro.activations.leaky_relu(-1.0):.4f}")
-      -0.0100
-    """
     fn = _with(jax.nn.leaky_relu, "negative_slope", negative_slope, default=0.01)
     return few_bit(fn, 1)(x)
 
 
-_SMOOTH = """``jax.nn.{name}``, whose backward pass keeps ``bits`` bits of each element.
+def _function(
+    fn: Callable[..., jax.Array], formula: str, at_one: str, *, exact: bool = False
+) -> Callable[..., jax.Array]:
+    """A public function of ``x`` and ``bits``, or of ``x`` alone."""
 
-    .. math::
-      {formula}
-
-    Args:
-      x: Any shape, floating point.
-      bits: 1 to 8.
-
-    Returns:
-      ``jax.nn.{name}(x)``, by the same operations.
-
-    Raises:
-      ValueError: If ``bits`` is not 1 to 8.
-      TypeError: If ``x`` is not of floating point.
-
-    Example:
-      >>> import lowrank_optax as lro
-      >>> print(f"{{lro.activations.{name}(1.0):.4f}}")
-      {at_one}
-    """
-
-_EXACT = """``jax.nn.{name}`` with its exact gradient, for which one bit of each element is kept.
-
-    .. math::
-      {formula}
-
-    Args:
-      x: Any shape, floating point.
-
-    Returns:
-      ``jax.nn.{name}(x)``, by the same operations.
-
-    Raises:
-      TypeError: If ``x`` is not of floating point.
-
-    Example:
-      >>> import lowrank_optax as lro
-      >>> print(f"{{lro.activations.{name}(1.0):.4f}}")
-      {at_one}
-    """
-
-
-def _smooth(fn: Callable[..., jax.Array], formula: str, at_one: str) -> Callable[..., jax.Array]:
-    """A public function of ``x`` and ``bits``, with its docstring."""
-
-    def function(x: ArrayLike, bits: int = 3) -> jax.Array:
+    def smooth(x: ArrayLike, bits: int = 3) -> jax.Array:
         return few_bit(fn, bits)(x)
 
-    return _documented(function, _SMOOTH, fn, formula, at_one)
-
-
-def _exact(fn: Callable[..., jax.Array], formula: str, at_one: str) -> Callable[..., jax.Array]:
-    """A public function of ``x`` alone, with its docstring."""
-
-    def function(x: ArrayLike) -> jax.Array:
+    def in_one_bit(x: ArrayLike) -> jax.Array:
         return few_bit(fn, 1)(x)
 
-    return _documented(function, _EXACT, fn, formula, at_one)
-
-
-def _documented(function: Any, text: str, fn: Any, formula: str, at_one: str) -> Any:
+    function: Any = in_one_bit if exact else smooth
     function.__name__ = function.__qualname__ = fn.__name__
-    function.__doc__ = text.format(name=fn.__name__, formula=formula, at_one=at_one)
-    return function
+    return _documented(formula, f"{fn.__name__}(1.0)", at_one, exact=exact)(function)
 
 
 def _with(
@@ -231,20 +170,22 @@ def _partial(fn: Callable[..., jax.Array], **options: float) -> Callable[..., ja
     return functools.partial(fn, **options)
 
 
-silu = swish = _smooth(jax.nn.silu, r"y = x \, \sigma(x) = \frac{x}{1 + e^{-x}}", "0.7311")
-sigmoid = _smooth(jax.nn.sigmoid, r"y = \sigma(x) = \frac{1}{1 + e^{-x}}", "0.7311")
-tanh = _smooth(jax.nn.tanh, r"y = \tanh x", "0.7616")
-softplus = _smooth(jax.nn.softplus, r"y = \log(1 + e^x)", "1.3133")
-log_sigmoid = _smooth(jax.nn.log_sigmoid, r"y = \log \sigma(x)", "-0.3133")
-mish = _smooth(jax.nn.mish, r"y = x \tanh(\log(1 + e^x))", "0.8651")
-selu = _smooth(
+silu = swish = _function(jax.nn.silu, r"y = x \, \sigma(x) = \frac{x}{1 + e^{-x}}", "0.7311")
+sigmoid = _function(jax.nn.sigmoid, r"y = \sigma(x) = \frac{1}{1 + e^{-x}}", "0.7311")
+tanh = _function(jax.nn.tanh, r"y = \tanh x", "0.7616")
+softplus = _function(jax.nn.softplus, r"y = \log(1 + e^x)", "1.3133")
+log_sigmoid = _function(jax.nn.log_sigmoid, r"y = \log \sigma(x)", "-0.3133")
+mish = _function(jax.nn.mish, r"y = x \tanh(\log(1 + e^x))", "0.8651")
+selu = _function(
     jax.nn.selu,
     r"y = \lambda x \text{ where } x > 0, \quad \lambda \alpha (e^x - 1) \text{ elsewhere}",
     "1.0507",
 )
-soft_sign = _smooth(jax.nn.soft_sign, r"y = \frac{x}{1 + |x|}", "0.5000")
-hard_silu = hard_swish = _smooth(jax.nn.hard_silu, r"y = x \min(\max(x + 3, 0), 6) / 6", "0.6667")
-relu = _exact(jax.nn.relu, r"y = \max(x, 0)", "1.0000")
-relu6 = _exact(jax.nn.relu6, r"y = \min(\max(x, 0), 6)", "1.0000")
-hard_tanh = _exact(jax.nn.hard_tanh, r"y = \min(\max(x, -1), 1)", "1.0000")
-hard_sigmoid = _exact(jax.nn.hard_sigmoid, r"y = \min(\max(x + 3, 0), 6) / 6", "0.6667")
+soft_sign = _function(jax.nn.soft_sign, r"y = \frac{x}{1 + |x|}", "0.5000")
+hard_silu = hard_swish = _function(jax.nn.hard_silu, r"y = x \min(\max(x + 3, 0), 6) / 6", "0.6667")
+relu = _function(jax.nn.relu, r"y = \max(x, 0)", "1.0000", exact=True)
+relu6 = _function(jax.nn.relu6, r"y = \min(\max(x, 0), 6)", "1.0000", exact=True)
+hard_tanh = _function(jax.nn.hard_tanh, r"y = \min(\max(x, -1), 1)", "1.0000", exact=True)
+hard_sigmoid = _function(
+    jax.nn.hard_sigmoid, r"y = \min(\max(x + 3, 0), 6) / 6", "0.6667", exact=True
+)

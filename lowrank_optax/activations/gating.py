@@ -1,8 +1,8 @@
-"""Gated nonlinearities, where two arrays meet: ``fn(gate) · up``, as in SwiGLU and GEGLU.
+"""Gated nonlinearities of two arrays: ``fn(gate) · up``, as in SwiGLU and GEGLU.
 
-The backward pass needs ``fn(gate)``, ``fn'(gate)`` and ``up``. All three follow from two arrays, so
-that it keeps those two, in block-wise codes: the levels of a derivative alone would not do, since
-``fn(gate)`` is a factor of a gradient here.
+The backward pass needs ``fn(gate)``, ``fn'(gate)`` and ``up``. All three follow from two arrays,
+which are saved in block-wise codes. The levels of a derivative are not enough here, since
+``fn(gate)`` is a factor of a gradient.
 """
 
 from collections.abc import Callable
@@ -18,9 +18,9 @@ from lowrank_optax.activations.coded_backward import CODES, Pointwise, name_of
 from lowrank_optax.quantization import Quantized
 
 FACTORS = "few_bit_factors"
-"""The name of what is kept as it is, for ``jax.checkpoint_policies.save_only_these_names``."""
+"""The name of gate and up, saved as they are, for ``jax.checkpoint_policies``."""
 
-_Kept: TypeAlias = tuple[Any, Any]  # of gate and up: `Quantized`, or the arrays as they are
+_Saved: TypeAlias = tuple[Any, Any]  # of gate and up: `Quantized`, or the arrays as they are
 
 _GELU: dict[bool, Pointwise] = {
     approximate: functools.partial(jax.nn.gelu, approximate=approximate)
@@ -29,23 +29,23 @@ _GELU: dict[bool, Pointwise] = {
 
 
 def swiglu(gate: jax.Array, up: jax.Array, bits: int | None = 4) -> jax.Array:
-    r"""SwiGLU, :math:`\mathrm{silu}(gate) \cdot up`, keeping a few bits of each for backward.
+    r"""SwiGLU, :math:`\mathrm{silu}(gate) \cdot up`, that saves a few bits of each.
 
     As `gated` with ``jax.nn.silu``; the result is that of ``jax.nn.silu(gate) * up`` to the last
     bit.
 
     Args:
       gate: Any shape, floating point.
-      up: Of the same shape and dtype.
-      bits: Of an element of ``gate``, and of one of ``up``, kept for backward: 1 to 8. None keeps
-        both as they are, and computes everything else again: the exact gradient from two arrays.
+      up: Same shape and dtype as ``gate``.
+      bits: Bits that are saved of each element of ``gate``, and of ``up``: 1 to 8. None saves both
+        as they are, and computes everything else again: the exact gradient from two arrays.
 
     Returns:
       An array like ``gate``.
 
     Raises:
-      ValueError: If the shapes differ, or ``bits`` is none of these.
-      TypeError: If the dtypes differ, or are no floating point.
+      ValueError: If the shapes differ, or ``bits`` is not 1 to 8 or None.
+      TypeError: If the dtypes differ, or are not floating point.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro, numpy as np
@@ -67,15 +67,15 @@ def swiglu(gate: jax.Array, up: jax.Array, bits: int | None = 4) -> jax.Array:
 def geglu(
     gate: jax.Array, up: jax.Array, bits: int | None = 4, approximate: bool = True
 ) -> jax.Array:
-    r"""GEGLU, :math:`\mathrm{gelu}(gate) \cdot up`, keeping a few bits of each for backward.
+    r"""GEGLU, :math:`\mathrm{gelu}(gate) \cdot up`, that saves a few bits of each.
 
     As `swiglu`, with ``jax.nn.gelu(gate, approximate)``.
 
     Args:
       gate: Any shape, floating point.
-      up: Of the same shape and dtype.
+      up: Same shape and dtype as ``gate``.
       bits: As for `swiglu`.
-      approximate: Whether by tanh, or exact by the error function.
+      approximate: Whether gelu is computed with tanh, or exactly with the error function.
 
     Returns:
       An array like ``gate``.
@@ -99,30 +99,30 @@ def geglu(
 def gated(
     fn: Callable[[jax.Array], jax.Array], gate: jax.Array, up: jax.Array, bits: int | None = 4
 ) -> jax.Array:
-    r"""A gated nonlinearity, whose backward pass keeps a few bits of each input.
+    r"""A gated nonlinearity that saves a few bits of each input for the backward pass.
 
     .. math::
       y = f(g) \, u, \qquad \bar u = \bar y \, f(\hat g), \qquad
       \bar g = \bar y \, \hat u \, f'(\hat g)
 
-    with :math:`\hat g`, :math:`\hat u` decoded from what is kept: codes, and a bfloat16 scale for
+    with :math:`\hat g`, :math:`\hat u` decoded from what is saved: codes, and a bfloat16 scale for
     each block of 64 elements of the last axis (a quarter of a bit an element). Named
     ``"few_bit_codes"``, or without ``bits`` ``"few_bit_factors"``, for
     ``jax.checkpoint_policies.save_only_these_names``.
 
     Args:
-      fn: Elementwise, of arrays, and differentiable by JAX; hashable, closed over no traced array.
+      fn: Elementwise function of arrays, differentiable by JAX; hashable, and not closed over
+        traced arrays.
       gate: Any shape, floating point.
-      up: Of the same shape and dtype.
-      bits: Of an element of ``gate``, and of one of ``up``, kept for backward: 1 to 8. None keeps
-        both as they are.
+      up: Same shape and dtype as ``gate``.
+      bits: As for `swiglu`.
 
     Returns:
       ``fn(gate) * up``.
 
     Raises:
-      ValueError: If the shapes differ, or ``bits`` is none of these.
-      TypeError: If the dtypes differ, or are no floating point.
+      ValueError: As `swiglu`.
+      TypeError: As `swiglu`.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro, numpy as np
@@ -132,7 +132,7 @@ def gated(
       [ 0.134  0.622 -0.881]
 
     Reference:
-      The gradients: Shazeer, 2020, https://arxiv.org/abs/2002.05202. What is kept is this
+      The gradients: Shazeer, 2020, https://arxiv.org/abs/2002.05202. What is saved is this
       library's own.
     """
     _check(gate, up, bits)
@@ -146,25 +146,25 @@ def _gated(fn: Pointwise, bits: int | None, gate: jax.Array, up: jax.Array) -> j
 
 def _forward(
     fn: Pointwise, bits: int | None, gate: jax.Array, up: jax.Array
-) -> tuple[jax.Array, _Kept]:
+) -> tuple[jax.Array, _Saved]:
     if bits is None:
-        kept, name = (gate, up), FACTORS
+        saved, name = (gate, up), FACTORS
     else:
-        kept, name = _codes(fn, bits, gate, up), CODES
-    return fn(gate) * up, jax.tree.map(lambda x: checkpoint_name(x, name), kept)
+        saved, name = _codes(fn, bits, gate, up), CODES
+    return fn(gate) * up, jax.tree.map(lambda x: checkpoint_name(x, name), saved)
 
 
 def _backward(
-    fn: Pointwise, bits: int | None, kept: _Kept, gradient: jax.Array
+    fn: Pointwise, bits: int | None, saved: _Saved, gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    wide = gradient
+    dtype = gradient.dtype
     if bits is None:
-        gate, up = kept
+        gate, up = saved
     else:
-        wide = gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32))
-        gate, up = (block_decode(x, gradient.shape, bits).astype(wide.dtype) for x in kept)
+        gradient = gradient.astype(jnp.promote_types(dtype, jnp.float32))
+        gate, up = (block_decode(x, gradient.shape, bits).astype(gradient.dtype) for x in saved)
     value, pull = jax.vjp(fn, gate)
-    return pull(wide * up)[0].astype(gradient.dtype), (wide * value).astype(gradient.dtype)
+    return pull(gradient * up)[0].astype(dtype), (gradient * value).astype(dtype)
 
 
 _gated.defvjp(_forward, _backward)

@@ -97,13 +97,12 @@ class Rewriter:
             where = _joined(scope, scope_of(equation)), source_line(equation)
             with context(equation):  # the mesh around
                 found = self._finder.find(made, equation)
-                if found is not None:
-                    known, fn, x = found
-                    site = Site(known, self._few(known, fn), *where, x, equation.outvars[0])
-                    (call,) = jax.make_jaxpr(site.few)(x.aval).jaxpr.eqns
             if found is not None and self._chosen(*where):
-                equation = in_place_of(equation, call, [x])
-                inside = [site]
+                known, fn, x = found
+                site = Site(known, self._few(known, fn), *where, x, equation.outvars[0])
+                with context(equation):
+                    (call,) = jax.make_jaxpr(site.few)(x.aval).jaxpr.eqns
+                equation, inside = in_place_of(equation, call, [x]), [site]
             else:
                 equation, inside = self._with_bodies(equation, *where)
             needed.update(x for x in equation.invars if not isinstance(x, Literal))

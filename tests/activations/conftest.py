@@ -11,7 +11,7 @@ from lowrank_optax.activations import fitting
 def coarse_grid() -> Iterator[None]:
     """Fits start from the best on 512 points instead of 2048, which costs a sixteenth.
 
-    The optimum that Newton's method then finds is the same up to 7 bits; `test_tables.py` fits on
+    The optimum that is then found is the same up to 7 bits; `test_tables.py` fits on
     the library's own grid.
     """
     fine = fitting.GRID

@@ -351,8 +351,8 @@ ACTIVATIONS = (
     Fault(
         "gradient of the gate without the other factor",
         "lowrank_optax/activations/gating.py",
-        "pull(wide * up)[0]",
-        "pull(wide)[0]",
+        "pull(gradient * up)[0]",
+        "pull(gradient)[0]",
         ("tests/activations/test_gated.py",),
     ),
     Fault(

@@ -189,8 +189,8 @@ def quantize(
 
     shape = x.shape or (1,)
     of_blocks = (last_scales,) if fmt.map.signed and last_scales is not None else ()
-    wide = x.astype(jnp.float32).reshape(shape)
-    codes, *of_blocks = over_blocks(encode, shape, fmt.block_size, [wide], of_blocks)
+    elements = [x.astype(jnp.float32).reshape(shape)]
+    codes, *of_blocks = over_blocks(encode, shape, fmt.block_size, elements, of_blocks)
     codes = codes.reshape(x.shape)
     if fmt.map.bits == 8:
         codes = explicit_sharding.constrain(codes, explicit_sharding.partition_of(x))
@@ -229,8 +229,11 @@ def encode_blocks(
     usable = scales >= jnp.finfo(jnp.float32).tiny
     x = jnp.where(usable, blocks, 0) / jnp.where(usable, scales, 1)
     if zeros is not None:
-        x = jnp.round(x) if key is None else jnp.floor(x + drawn(jax.random.uniform, key, x.shape))
-        return jnp.clip(x + zeros, 0, fmt.map.largest).astype(jnp.int32)
+        if key is None:
+            whole = fmt.map.encode(x)
+        else:
+            whole = jnp.floor(x + drawn(jax.random.uniform, key, x.shape))
+        return jnp.clip(whole + zeros, 0, fmt.map.largest).astype(jnp.int32)
     codes = fmt.map.encode(x)
     if key is not None:
         # One of the two numbers around x, with x as expectation.

@@ -40,7 +40,7 @@ def pack(codes: jax.Array, bits: int, packing: PackingName = "auto") -> Parts:
     ============= ====== ========================================== =============================
 
     ``"auto"`` depends on JAX's default backend: a TPU gets nibbles instead of planes, and a CPU
-    planes instead of uint4, which takes a whole byte there. `packed_bytes` gives the exact size.
+    planes instead of uint4, which takes a whole byte there.
 
     ``"uint4"`` and ``"uint8"`` are elementwise and suit any sharding. ``"rows"`` pairs codes 32
     rows apart, so that a byte stays on one device. ``"planes"`` and ``"nibbles"`` split an axis

@@ -107,12 +107,7 @@ def layout_of(shape: tuple[int, ...], block_size: int) -> Layout:
 def same_layout(shape: tuple[int, ...], part: tuple[int, ...], fmt: BlockFormat) -> bool:
     """Whether codes and scales of slices ``part`` along the first axis are slices of the array's.
 
-    Example:
-      >>> from lowrank_optax.quantization import BlockFormat, code_map
-      >>> from lowrank_optax.quantization.blocks import same_layout
-      >>> fmt = BlockFormat(code_map("dynamic", 8), block_size=256)
-      >>> same_layout((4096, 8), (32, 8), fmt), same_layout((4096, 8), (16, 8), fmt)
-      (True, False)
+    With blocks of 256, rows of 8 may be cut in runs of 32, but not of 16.
     """
     whole, own = layout_of(shape, fmt.block_size), layout_of(part, fmt.block_size)
     if whole.merged != own.merged or whole.block != own.block:

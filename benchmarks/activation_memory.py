@@ -6,7 +6,7 @@
 
 Two tables, of temporaries beside arguments and results. The first is of the gradient of eight
 scanned MLPs in bfloat16. The second is of a train step of a decoder, whose layers are scanned:
-AdamW, bfloat16, parameters and state donated. `kept` is what `kept_for_backward` counts,
+AdamW, bfloat16, parameters and state donated. `kept` is what `saved_residuals` counts,
 `predicted` the temporaries of the row that a row is compared with, less what is counted to be
 saved, and `saved / predicted` how much of that the compiler saves. Rows that are measured already,
 of the same sizes, are left as they are.

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import optax
 
 import lowrank_optax as lro
-from lowrank_optax.activations import KeptReport, few_bit, kept_for_backward
+from lowrank_optax.activations import few_bit
 from lowrank_optax.layers import Sketch, randomize, randomized_linear
 from lowrank_optax.models import Decoder, decoder_config
+from lowrank_optax.planning import SavedResidualsReport, saved_residuals
 
 Function = Callable[[jax.Array], jax.Array]
 
@@ -94,11 +95,11 @@ class Stack(NamedTuple):
         a, b = {"a": of(layers, width, hidden)}, {"b": of(layers, hidden, width)}
         trained, fixed = (a, b) if self.frozen else (a | b, {})
         return _measured(
-            kept_for_backward(self.loss, trained, fixed, of(args.mlp_tokens, width), device=device)
+            saved_residuals(self.loss, trained, fixed, of(args.mlp_tokens, width), device=device)
         )
 
 
-def _measured(report: KeptReport, temporary: int | None = None) -> Measured:
+def _measured(report: SavedResidualsReport, temporary: int | None = None) -> Measured:
     temporary = report.temporary_bytes if temporary is None else temporary
     assert temporary is not None  # compiled by XLA, which says
     return Measured(report.total_bytes, temporary, report.bytes_by_name())
@@ -170,7 +171,7 @@ class Step(NamedTuple):
         model = nnx.eval_shape(lambda: self.model(args))
         wrt = nnx.Param if self.adapter is None else lro.adapters.trainable
         tokens = jax.ShapeDtypeStruct((args.batch, args.length), jnp.int32)
-        report = kept_for_backward(loss, model, tokens, wrt=wrt, compiled=False)
+        report = saved_residuals(loss, model, tokens, wrt=wrt, compiled=False)
         return _measured(report, temporary_bytes(model, wrt, tokens, device))
 
 

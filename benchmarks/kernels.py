@@ -1,4 +1,4 @@
-"""What the kernels save: bytes and temporaries as the TPU compiler sees them, or times here.
+"""What the kernels of `low_bit_adam` save: bytes and temporaries for a TPU, or times here.
 
     python benchmarks/kernels.py                  # compiled for a v5e, without one: needs libtpu
     python benchmarks/kernels.py --chip v6e
@@ -28,12 +28,11 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 from timing import Stepper, milliseconds, print_table
 
-from lowrank_optax.kernels import AdamScalars, low_bit_adam, projected_adam
+from lowrank_optax.kernels import AdamScalars, low_bit_adam
 from lowrank_optax.quantization import BlockFormat, code_map, quantize
 
 SCALARS = AdamScalars(1e-3, 0.9, 0.999, 1e-8, 0.01, 0.1, 0.001)
 LOW_BIT = [(24, 2048, 5461), (4096, 11008), (32000, 2048)]
-PROJECTED = [((4096, 11008), 512), ((2048, 5461), 256), ((24, 2048, 2048), 128)]
 
 
 class Case(NamedTuple):
@@ -63,8 +62,6 @@ def formats_of(bits: int) -> tuple[BlockFormat, BlockFormat]:
 def moments_of(shape: tuple[int, ...], bits: int) -> Any:
     """Shapes of both moments."""
     x = jax.ShapeDtypeStruct(shape, jnp.float32)
-    if bits == 32:
-        return (x, x)
     return tuple(jax.eval_shape(functools.partial(quantize, fmt=f), x) for f in formats_of(bits))
 
 
@@ -81,34 +78,10 @@ def low_bit_case(shape: tuple[int, ...], bits: int, dtype: Any) -> Case:
     return Case(name, step, (param, *moments_of(shape, bits)), (param,))
 
 
-def projected_case(shape: tuple[int, ...], rank: int, bits: int, dtype: Any) -> Case:
-    """A step of `projected_adam` in the space of rows."""
-
-    def step(carry: Any, gradient: jax.Array, basis: jax.Array, implementation: Any) -> Any:
-        param, first, second = carry
-        formats = None if bits == 32 else formats_of(bits)
-        options = {"formats": formats, "implementation": implementation}
-        return projected_adam(gradient, basis, first, second, param, SCALARS, **options)
-
-    *batch, m, n = shape
-    param = jax.ShapeDtypeStruct(shape, dtype)
-    basis = jax.ShapeDtypeStruct((*batch, m, rank), jnp.float32)
-    size = " × ".join(map(str, shape))
-    name = f"{size}, rank {rank}, {bits} bits, {jnp.dtype(dtype).name}"
-    return Case(name, step, (param, *moments_of((*batch, rank, n), bits)), (param, basis))
-
-
-def cases(scale: int) -> dict[str, list[Case]]:
+def cases(scale: int) -> list[Case]:
     """All cases, each size divided by ``scale``."""
     less = lambda shape: tuple(max(1, x // scale) for x in shape)
-    low_bit = [low_bit_case(less(s), b, jnp.float32) for s in LOW_BIT for b in (8, 4)]
-    kinds = [(32, jnp.float32), (32, jnp.bfloat16), (8, jnp.float32), (8, jnp.bfloat16)]
-    projected = [
-        projected_case(less(shape), rank // scale, bits, dtype)
-        for shape, rank in PROJECTED
-        for bits, dtype in kinds
-    ]
-    return {"low_bit_adam": low_bit, "projected_adam": projected}
+    return [low_bit_case(less(s), b, jnp.float32) for s in LOW_BIT for b in (8, 4)]
 
 
 def compiled_row(case: Case, chip: str, row_major: bool) -> list[Any]:
@@ -155,32 +128,23 @@ def timed_row(case: Case, rounds: int) -> list[Any]:
 
 
 def main() -> None:
-    """Prints a table for each operation."""
+    """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--chip", default="v5e")
     parser.add_argument("--row-major", action="store_true", help="arrays not stored transposed")
     parser.add_argument("--time", action="store_true", help="times on this machine instead")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--scale", type=int, default=1, help="divide all sizes by this")
-    parser.add_argument("--only", choices=["low_bit_adam", "projected_adam"])
     args = parser.parse_args()
-    for name, each in cases(args.scale).items():
-        if args.only not in (None, name):
-            continue
-        if args.time:
-            columns = ["step", "copy ms", "reference / copy", "chosen / copy", "reference / chosen"]
-            rows = [timed_row(case, args.rounds) for case in each]
-        else:
-            columns = [
-                "step",
-                "floor GB",
-                "XLA / floor",
-                "XLA temp GB",
-                "kernel / floor",
-                "kernel temp GB",
-            ]
-            rows = [compiled_row(case, args.chip, args.row_major) for case in each]
-        print_table(f"{name}, {jax.default_backend() if args.time else args.chip}", columns, rows)
+    if args.time:
+        columns = ["step", "copy ms", "reference / copy", "chosen / copy", "reference / chosen"]
+        rows = [timed_row(case, args.rounds) for case in cases(args.scale)]
+    else:
+        columns = ["step", "floor GB", "XLA / floor", "XLA temp GB"]
+        columns += ["kernel / floor", "kernel temp GB"]
+        rows = [compiled_row(case, args.chip, args.row_major) for case in cases(args.scale)]
+    where = jax.default_backend() if args.time else args.chip
+    print_table(f"low_bit_adam, {where}", columns, rows)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def forward(
         normed = x * jax.lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-6)
         y = normed @ layer["kernel"] + layer["bias"]
         if method is not None:
-            y = method.apply({**shared, **own}, Rows(normed), y, weight=layer["kernel"])
+            y += method.branch({**shared, **own}, Rows(normed), y=y, weight=layer["kernel"])
         return x + jax.nn.relu(y) / depth**0.5, None
 
     x = images.reshape(len(images), -1) @ params["stem"]

@@ -33,13 +33,11 @@ Make = Callable[[Any, int], optax.GradientTransformation]
 SCHEDULES: dict[str, Make] = {
     "constant": lambda peak, steps: optax.sgd(peak, MOMENTUM),
     "cosine": lambda peak, steps: optax.sgd(cosine(peak, steps), MOMENTUM),
-    "1cycle, rate alone": lambda peak, steps: lro.schedules.one_cycle(
+    "1cycle, rate alone": lambda peak, steps: lro.training.one_cycle(
         optax.sgd, steps, peak, momentum_name=None, momentum=MOMENTUM
     ),
-    "1cycle, rate and momentum": lambda peak, steps: lro.schedules.one_cycle(
-        optax.sgd, steps, peak
-    ),
-    "1cycle, both, damped": lambda peak, steps: lro.schedules.one_cycle(
+    "1cycle, rate and momentum": lambda peak, steps: lro.training.one_cycle(optax.sgd, steps, peak),
+    "1cycle, both, damped": lambda peak, steps: lro.training.one_cycle(
         optax.sgd, steps, 10 * peak, dampen=True
     ),
 }
@@ -87,7 +85,7 @@ def range_test(seed: int, steps: int) -> dict[str, Any]:
 
     keys = jax.random.split(batches_key, steps)
     batches = jax.vmap(lambda key: digits.batch_at(data, key, 64))(keys)
-    result = lro.schedules.lr_range_test(
+    result = lro.training.lr_range_test(
         step_fn, (params, tx.init(params)), batches, min_learning_rate=1e-5
     )
     found = {name: x.learning_rate for name, x in result.suggestions._asdict().items()}

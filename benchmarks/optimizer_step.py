@@ -28,7 +28,7 @@ def monitored() -> optax.GradientTransformation:
     """AdamW whose weight decay is watched."""
     return optax.chain(
         optax.adamw(LEARNING_RATE, weight_decay=0.1),
-        lro.schedules.monitor_weight_decay(learning_rate=LEARNING_RATE, weight_decay=0.1),
+        lro.training.monitor_weight_decay(learning_rate=LEARNING_RATE, weight_decay=0.1),
     )
 
 
@@ -48,7 +48,7 @@ OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
         optax.adamw(LEARNING_RATE), 2.0
     ),
     "adamw, monitor_weight_decay": monitored,
-    "one_cycle(adamw)": lambda: lro.schedules.one_cycle(optax.adamw, 10_000, LEARNING_RATE),
+    "one_cycle(adamw)": lambda: lro.training.one_cycle(optax.adamw, 10_000, LEARNING_RATE),
 }
 
 

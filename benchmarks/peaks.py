@@ -72,7 +72,7 @@ def rounded(method: str) -> optax.GradientTransformation:
 def monitored() -> optax.GradientTransformation:
     """AdamW whose weight decay is recorded."""
     decay = 0.1
-    monitor = lro.schedules.monitor_weight_decay(learning_rate=RATE, weight_decay=decay)
+    monitor = lro.training.monitor_weight_decay(learning_rate=RATE, weight_decay=decay)
     return optax.chain(optax.adamw(RATE, weight_decay=decay), monitor)
 
 
@@ -121,10 +121,10 @@ RECIPES = {
     ),
     "lro.adagrad_norm": Recipe(lambda: lro.adagrad_norm(RATE)),
     "lro.extrapolate(optax.adamw)": Recipe(lambda: lro.extrapolate(adamw(), RATE)),
-    "lro.schedules.one_cycle(optax.adamw)": Recipe(
-        lambda: lro.schedules.one_cycle(optax.adamw, 10_000, RATE)
+    "lro.training.one_cycle(optax.adamw)": Recipe(
+        lambda: lro.training.one_cycle(optax.adamw, 10_000, RATE)
     ),
-    "optax.adamw, lro.schedules.monitor_weight_decay": Recipe(monitored),
+    "optax.adamw, lro.training.monitor_weight_decay": Recipe(monitored),
     "lro.layers.powerprop_updates(optax.adamw)": Recipe(
         lambda: lro.layers.powerprop_updates(adamw(), 2.0)
     ),

@@ -62,13 +62,13 @@ class MonitoredRuns:
 
     def __init__(self, precision: str, settings: Settings) -> None:
         settings = dataclasses.replace(settings, **PRECISIONS[precision])
-        mask, b2 = lro.schedules.decay_mask(), TUNED["adamw"]["b2"]
+        mask, b2 = lro.training.decay_mask(), TUNED["adamw"]["b2"]
 
         def make(rates: Any) -> optax.GradientTransformation:
             """The optimizer for rates ``[learning rate, weight decay]`` by step."""
             rate, decay = (lambda count: rates(count)[0]), (lambda count: rates(count)[1])
             adamw = optax.adamw(rate, b2=b2, weight_decay=decay, mask=mask)
-            monitor = lro.schedules.monitor_weight_decay(
+            monitor = lro.training.monitor_weight_decay(
                 every=CHUNK,
                 learning_rate=rate,
                 weight_decay=decay,
@@ -91,7 +91,7 @@ class MonitoredRuns:
                 rates = peak * np.minimum(warmed, 1.0)
             both = jnp.stack([jnp.asarray(rates, jnp.float32), jnp.full(CHUNK, decay)], -1)
             carry, losses = trainer.chunk(carry, tokens, both)
-            seen.append(lro.schedules.measurements(carry[1])["matrices"])
+            seen.append(lro.training.measurements(carry[1])["matrices"])
         windows = jnp.asarray(held_out_windows(trainer.text.corpus, trainer.text.settings))
         history = {name: [numbers[name] for numbers in seen] for name in KEPT}
         means = {name: mean(values) for name, values in history.items()}

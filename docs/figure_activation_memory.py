@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lowrank_optax.activations import KeptReport, kept_for_backward
 from lowrank_optax.layers import Sketch, randomize
 from lowrank_optax.models import Decoder, decoder_config
+from lowrank_optax.planning import SavedResidualsReport, saved_residuals
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "activation_memory.json"
 SHAPE = (16, 256)  # as in the results
@@ -42,7 +42,7 @@ def activation_memory(figure: Any) -> None:
         axes.spines[["top", "right"]].set_visible(False)
 
 
-def reports() -> dict[str, KeptReport]:
+def reports() -> dict[str, SavedResidualsReport]:
     """What is counted; no weight is made for it."""
     sketch = Sketch(fraction=1 / 8)
     return {
@@ -54,7 +54,7 @@ def reports() -> dict[str, KeptReport]:
     }
 
 
-def report(sketch: Sketch | None = None, **options: Any) -> KeptReport:
+def report(sketch: Sketch | None = None, **options: Any) -> SavedResidualsReport:
     """Of a decoder in bfloat16."""
 
     def make() -> Decoder:
@@ -69,10 +69,10 @@ def report(sketch: Sketch | None = None, **options: Any) -> KeptReport:
         return each.mean()
 
     tokens = jax.ShapeDtypeStruct(SHAPE, jnp.int32)
-    return kept_for_backward(loss, nnx.eval_shape(make), tokens, compiled=False)
+    return saved_residuals(loss, nnx.eval_shape(make), tokens, compiled=False)
 
 
-def bars(axes: Any, reports: dict[str, KeptReport]) -> None:
+def bars(axes: Any, reports: dict[str, SavedResidualsReport]) -> None:
     """Stacked, a bar a report."""
     places, left = np.arange(len(reports)), np.zeros(len(reports))
     sums = [dict.fromkeys(GROUPS, 0.0) for _ in reports]

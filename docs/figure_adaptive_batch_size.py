@@ -29,14 +29,14 @@ def draw(key: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def chunk(control: lro.schedules.AdaptiveBatchSize, steps: int, carry: Any, key: jax.Array) -> Any:
+def chunk(control: lro.training.AdaptiveBatchSize, steps: int, carry: Any, key: jax.Array) -> Any:
     """Some steps: one program for all sizes, of which a part of the groups is used."""
 
     def step(carry: Any, key: jax.Array) -> tuple[Any, Any]:
         params, state = carry
         batch = draw(key, (control.largest // MICRO, MICRO))
         groups = state.batch_size // MICRO
-        _, gradient, noise = lro.schedules.accumulate_with_noise(
+        _, gradient, noise = lro.training.accumulate_with_noise(
             loss_fn, params, batch, groups=groups
         )
         rate = RATE * jnp.where(state.samples < BUDGET, 1.0, 0.0)
@@ -46,7 +46,7 @@ def chunk(control: lro.schedules.AdaptiveBatchSize, steps: int, carry: Any, key:
     return jax.lax.scan(step, carry, jax.random.split(key, steps))
 
 
-def run(control: lro.schedules.AdaptiveBatchSize, seed: int) -> tuple[Any, np.ndarray]:
+def run(control: lro.training.AdaptiveBatchSize, seed: int) -> tuple[Any, np.ndarray]:
     """The controller's states, and the losses, until the budget of examples is read."""
     carry = jnp.zeros((FEATURES, CLASSES)), control.init()
     key, parts = jax.random.key(100 + seed), []
@@ -82,7 +82,7 @@ def adaptive_batch_size(figure: Any) -> None:
     """Batch sizes, and losses, over the examples read."""
     sizes, losses = figure.subplots(1, 2)
     make = functools.partial(
-        lro.schedules.AdaptiveBatchSize,
+        lro.training.AdaptiveBatchSize,
         micro_batch_size=MICRO,
         eta=0.9,
         decay=0.95,

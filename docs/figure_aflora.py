@@ -105,7 +105,7 @@ def network(
 
         def projected(name: str, x: jax.Array) -> jax.Array:
             y = x @ w[name]
-            return y if method is None else method.apply(p[name], Rows(x), y, weight=w[name])
+            return y if method is None else y + method.branch(p[name], Rows(x), y=y, weight=w[name])
 
         return x + projected("down", jnp.tanh(projected("up", x))), None
 

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 
 import lowrank_optax as lro
-from lowrank_optax.adapters.lamda import CoreInit
+from lowrank_optax.adapters.methods.lamda import CoreInit
 
 SIZE, RANKS, AVERAGE = 64, (4, 8, 16, 32), 16
 

@@ -68,7 +68,7 @@ def losses(method: LoRA, rate: Any, ratio: float) -> jax.Array:
 
     def loss(trained: dict[str, jax.Array]) -> jax.Array:
         p = method.layer_arrays(params._replace(trainable=trained), 0)
-        return jnp.mean(jnp.square(method.apply(p, Rows(x), x @ w, weight=w) - y))
+        return jnp.mean(jnp.square(x @ w + method.branch(p, Rows(x), y=x @ w, weight=w) - y))
 
     def step(carry: Any, _: None) -> Any:
         trained, state = carry

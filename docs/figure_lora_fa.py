@@ -53,7 +53,8 @@ def temporaries(method: LoRA | None, tokens: int) -> int:
     adapters, frozen = [p.trainable for p in params], [p.frozen for p in params]
 
     def times(x: jax.Array, w: jax.Array, p: dict[str, jax.Array]) -> jax.Array:
-        return x @ w if method is None else method.apply(p, Rows(x), x @ w, weight=w)
+        y = x @ w
+        return y if method is None else y + method.branch(p, Rows(x), y=y, weight=w)
 
     def loss(trained: Any, constant: Any, frozen: Any, x: jax.Array) -> jax.Array:
         weights, adapters = (trained, constant) if method is None else (constant, trained)
@@ -84,7 +85,7 @@ def fitted(size: float, *, project: bool) -> float:
 
     def loss(trained: dict[str, jax.Array]) -> jax.Array:
         p = {"A": frozen["A"][0], "B": trained["B"][0]}
-        return jnp.mean(jnp.square(method.apply(p, Rows(x), x @ w, weight=w) - y))
+        return jnp.mean(jnp.square(x @ w + method.branch(p, Rows(x), y=x @ w, weight=w) - y))
 
     def step(carry: Any, _: None) -> Any:
         trained, state = carry

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from plots import plot_lr_range_test
 
 import lowrank_optax as lro
 
@@ -22,7 +23,9 @@ def one_cycle(figure: Any) -> None:
     schedules, test = figure.subplots(1, 2)
     linear, cosine = (
         lro.schedules.one_cycle_schedules(STEPS, 1.0),
-        lro.schedules.one_cycle_schedules(STEPS, 1.0, up=0.25, down=None, shape="cosine"),
+        lro.schedules.one_cycle_schedules(
+            STEPS, 1.0, pct_start=0.25, pct_final=None, shape="cosine"
+        ),
     )
     steps = np.arange(STEPS)
     drawn = {
@@ -38,14 +41,14 @@ def one_cycle(figure: Any) -> None:
     schedules.set_yticks(np.linspace(0, 1, 6))
     schedules.set_xlabel("step")
     schedules.set_ylabel("over the peak; momentum")
-    lro.schedules.plot_lr_range_test(range_test(), axes=test)
+    plot_lr_range_test(range_test(), axes=test)
     for axes, where, columns in ((schedules, "upper center", 2), (test, "lower left", 1)):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
         axes.legend(frameon=False, fontsize=8, loc=where, ncols=columns)
 
 
-def range_test() -> lro.schedules.RangeTestResult:
+def range_test() -> lro.training.RangeTestResult:
     """Of a perceptron on the digits, by gradient descent with momentum."""
     model, data = digits.mlp(), digits.load().train
     tx = optax.trace(MOMENTUM)
@@ -61,7 +64,7 @@ def range_test() -> lro.schedules.RangeTestResult:
     keys = jax.random.split(jax.random.key(1), TEST_STEPS)
     batches = jax.vmap(lambda key: digits.batch_at(data, key, 64))(keys)
     state = params, tx.init(params)
-    result = lro.schedules.lr_range_test(step_fn, state, batches, min_learning_rate=1e-5)
+    result = lro.training.lr_range_test(step_fn, state, batches, min_learning_rate=1e-5)
     for name, (rate, reason) in result.suggestions._asdict().items():
         print(f"  {name} {rate:.3g}: {reason}")
     return result

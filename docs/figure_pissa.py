@@ -80,7 +80,7 @@ def best_run(method: lro.adapters.Adapter, goal: jax.Array) -> np.ndarray:
 
     def loss(trained: Any) -> jax.Array:
         """The mean over inputs of covariance one."""
-        y = method.apply(frozen | trained, Rows(jnp.eye(96)), base, weight=base)
+        y = base + method.branch(frozen | trained, Rows(jnp.eye(96)), y=base, weight=base)
         return jnp.sum((y - goal) ** 2)
 
     def run(rate: jax.Array) -> jax.Array:

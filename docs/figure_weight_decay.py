@@ -22,7 +22,7 @@ def weight_decay(figure: Any) -> None:
     for (label, (kind, rate, decay, steps)), colour in zip(
         WALKS.items(), ("#3c6e9f", "#c0712a"), strict=True
     ):
-        at = lro.schedules.equilibrium(kind, rate, decay, size=SIZE, unit_gradient_norm=SIZE**0.5)
+        at = lro.training.equilibrium(kind, rate, decay, size=SIZE, unit_gradient_norm=SIZE**0.5)
         for start in (0.5, 2.0):
             numbers = walk(optimizer(kind, rate, decay), start * float(at.norm), steps)
             time = rate * decay * np.arange(steps)
@@ -76,7 +76,7 @@ def rounded(rounding: Any) -> optax.GradientTransformation:
 
 def monitor(rate: Any, decay: float) -> optax.GradientTransformation:
     """Its predictions are not drawn: those of `equilibrium` do not depend on the run."""
-    return lro.schedules.monitor_weight_decay(learning_rate=rate, weight_decay=decay)
+    return lro.training.monitor_weight_decay(learning_rate=rate, weight_decay=decay)
 
 
 def walk(
@@ -104,7 +104,7 @@ def walk(
 
     keys = jax.random.split(jax.random.key(1), steps)
     run = jax.jit(lambda carry: jax.lax.scan(step, carry, keys)[1])
-    return lro.schedules.measurements(run((params, tx.init(params))))["all"]
+    return lro.training.measurements(run((params, tx.init(params))))["all"]
 
 
 def smooth(values: np.ndarray, width: int = 25) -> np.ndarray:

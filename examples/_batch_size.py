@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lowrank_optax as lro
-from lowrank_optax.schedules import AdaptiveBatchSize, BatchSizeState, GradientNoise
+from lowrank_optax.training import AdaptiveBatchSize, BatchSizeState, GradientNoise
 
 # Two micro-batches tell little and a batch never shrinks: tests go by averages of many steps, and
 # the first is not made before there are some.
@@ -26,7 +26,7 @@ def make_controller(settings: Settings) -> AdaptiveBatchSize | None:
     if settings.first_accumulate == 1:
         return None
     first = settings.first_batch_size
-    return lro.schedules.AdaptiveBatchSize(
+    return lro.training.AdaptiveBatchSize(
         initial=first,
         maximum=settings.max_batch_size if settings.batch_size == "adaptive" else first,
         eta=settings.eta,

@@ -55,7 +55,7 @@ try:
 
     import lowrank_optax as lro
     from lowrank_optax.models import Decoder, decoder_config, generate
-    from lowrank_optax.schedules import GradientNoise, accumulate_with_noise
+    from lowrank_optax.training import GradientNoise, accumulate_with_noise
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
         raise

@@ -1,11 +1,8 @@
 """Memory-efficient training for JAX, as optax transformations and Flax modules."""
 
-from lowrank_optax import activations, adapters, layers, schedules, sharding
-from lowrank_optax.matrices import (
-    WeightDimensionNumbers,
-    selection_table,
-    weight_dimension_numbers,
-)
+from lowrank_optax import activations, adapters, layers, planning, schedules, sharding, training
+from lowrank_optax.matrices import WeightDimensionNumbers, weight_dimension_numbers
+from lowrank_optax.modules import selection_table
 from lowrank_optax.optimizers import (
     adagrad_norm,
     cautious_adamw,
@@ -104,12 +101,15 @@ __all__ = [
     "update_int8_weights",
     # Nonlinearities that keep a few bits
     "activations",
+    # Memory of a step, before it runs
+    "planning",
     # Adapters of frozen weights
     "adapters",
     # Layers and reparameterised weights
     "layers",
     # From step to step
     "schedules",
+    "training",
     # State on many devices
     "sharding",
 ]

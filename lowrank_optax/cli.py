@@ -1,4 +1,4 @@
-"""The command ``lowrank-optax``: what is done to files, without a program of one's own."""
+"""The command ``lowrank-optax``: conversions of files."""
 
 import argparse
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ _CONVERT = """\
 Convert an adapter of Hugging Face PEFT, or fold it into its base model.
 
 SOURCE is an adapter's folder (adapter_config.json and adapter_model.safetensors). TARGET is
-written beside itself and takes its place when it is complete.
+replaced when the result is complete.
 
   another dtype:        lowrank-optax convert SOURCE TARGET --dtype bfloat16
   scales folded in:     lowrank-optax convert SOURCE TARGET --plain-lora
@@ -34,13 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command.
 
     Args:
-      argv: Its arguments; None for those of the program.
+      argv: Arguments; None for those of the program.
 
     Returns:
-      The exit status: 0, or 1 if something was wrong with the files, which is said on stderr.
+      The exit status: 0, or 1 after an error about the files, which goes to stderr.
 
     Raises:
-      SystemExit: With 2, if something is wrong with the arguments; with 0 after ``--help``.
+      SystemExit: With 2 after an error about the arguments; with 0 after ``--help``.
     """
     options = _parser().parse_args(argv)
     if options.merge and not options.base:
@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _convert(options: argparse.Namespace) -> str:
     from lowrank_optax.adapters.peft import conversion
+    from lowrank_optax.adapters.peft.tensors import read_adapter, write_adapter
 
     if options.plain_lora and options.base:
         with _open_base(options.base) as base:
@@ -88,16 +89,16 @@ def _convert(options: argparse.Namespace) -> str:
     elif options.plain_lora:
         adapter = conversion.to_plain_lora(options.source, None)
     else:
-        adapter = conversion.rename_bone(conversion.read_adapter(options.source))
+        adapter = conversion.rename_bone(read_adapter(options.source))
     if options.dtype:
         adapter = conversion.cast(adapter, options.dtype)
-    conversion.write_adapter(options.target, adapter)
+    write_adapter(options.target, adapter)
     return f"{options.target}: {adapter.content['peft_type']}, {len(adapter.tensors)} tensors"
 
 
 def _merge(options: argparse.Namespace) -> str:
     from lowrank_optax.adapters.peft import conversion
-    from lowrank_optax.models.safetensors_files import MODEL_FOLDER, write_sharded
+    from lowrank_optax.models.model_folders import MODEL_FOLDER, write_sharded
     from lowrank_optax.storage.folders import replaced_folder
 
     with _open_base(options.base) as base:
@@ -115,14 +116,10 @@ def _merge(options: argparse.Namespace) -> str:
 @contextlib.contextmanager
 def _open_base(folder: Path) -> Iterator["BaseModel"]:
     from lowrank_optax.adapters.peft.conversion import BaseModel
-    from lowrank_optax.models.huggingface_config import read_json
-    from lowrank_optax.models.safetensors_files import CheckpointReader
-    from lowrank_optax.storage.quantized import check_not_quantized
+    from lowrank_optax.models.model_folders import CheckpointReader
 
-    config = read_json(folder)
     with CheckpointReader(folder) as reader:
-        check_not_quantized(folder, config, reader.dtypes)
-        yield BaseModel(config, reader)
+        yield BaseModel(reader.config, reader)
 
 
 def _holds_weights(file: Path) -> bool:

@@ -1,15 +1,15 @@
 """Shardings of optimizer state from the shardings of the parameters.
 
 The state is traced once, without computing anything, on the parameters' mesh with explicit axes.
-There a sharding is part of an array's type, so each state array's follows from how it is made of
-the parameters, and nothing is guessed from names or shapes.
+There a sharding is part of an array's type, so that each state array's follows from how it is
+computed from the parameters; nothing is guessed from names or shapes.
 """
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 import optax
 
 from lowrank_optax.matrices.paths import path_string
@@ -24,11 +24,11 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, param_shardin
     on a mesh of automatic axes; for ``in_shardings`` and ``out_shardings`` of a training step; and
     for restoring a checkpoint onto a mesh. Of a parameter ``[*batch, m, n]`` that is projected
 
-    - moments in the projected shape are sharded as the batch axes and the kept matrix axis are; the
-      axis of the rank is not;
-    - a basis ``[*batch, d, r]`` and its optimizer as the batch axes alone, and so is what is kept
-      for each matrix, such as the count of its next refresh (the inner optimizer's own counts of
-      steps are replicated);
+    - moments in the projected shape are sharded as the batch axes and the matrix axis that is not
+      projected; the axis of the rank is not sharded;
+    - a basis ``[*batch, d, r]`` and its optimizer as the batch axes alone, and so is the state of
+      each matrix, such as the count of its next refresh (the inner optimizer's own counts of steps
+      are replicated);
     - an error of the parameter's own shape as the parameter; of one in 8 bits, the numbers for each
       row as the rows.
 
@@ -42,8 +42,8 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, param_shardin
         it: one ``NamedSharding`` for all of a subtree. All on one mesh, of any axis types.
 
     Returns:
-      The tree ``tx.init(params)`` with a ``NamedSharding`` on that mesh in the place of each array,
-      in the mesh's default memory.
+      The tree ``tx.init(params)`` with a ``NamedSharding`` on that mesh for each array, in the
+      mesh's default memory.
 
     Raises:
       TypeError: If ``tx`` has no ``init``, or a leaf of ``param_shardings`` is no
@@ -72,15 +72,21 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, param_shardin
     if not callable(getattr(tx, "init", None)):
         raise TypeError(f"tx={tx!r} must be an optax transformation.")
     shardings = _for_each_parameter(params, param_shardings)
-    mesh = _the_mesh(shardings)
+    meshes = list(dict.fromkeys(sharding.mesh for sharding in shardings))
+    if len(meshes) != 1:
+        raise ValueError(f"param_shardings must be on one mesh; they are on {meshes}.")
+    (mesh,) = meshes
     explicit = mesh.abstract_mesh.update(axis_types=(AxisType.Explicit,) * len(mesh.axis_names))
+
+    def typed(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        on_explicit = NamedSharding(explicit, sharding.spec)
+        return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x), sharding=on_explicit)
+
     leaves, treedef = jax.tree.flatten(params)
-    typed = treedef.unflatten(
-        [_typed(x, s.spec, explicit) for x, s in zip(leaves, shardings, strict=True)]
-    )
+    shapes = treedef.unflatten(map(typed, leaves, shardings))
     try:
         with jax.sharding.use_abstract_mesh(explicit):
-            state = jax.eval_shape(tx.init, typed)
+            state = jax.eval_shape(tx.init, shapes)
     except Exception as error:
         error.add_note(
             "tx.init was traced for parameters sharded over explicit axes; a ShardingTypeError "
@@ -88,7 +94,8 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, param_shardin
             "optax.flatten does."
         )
         raise
-    return jax.tree.map(lambda x: NamedSharding(mesh, _partition(x)), state)
+    spec = lambda x: PartitionSpec() if x.sharding is None else x.sharding.spec
+    return jax.tree.map(lambda x: NamedSharding(mesh, spec(x)), state)
 
 
 def _for_each_parameter(params: Any, param_shardings: Any) -> list[NamedSharding]:
@@ -98,8 +105,8 @@ def _for_each_parameter(params: Any, param_shardings: Any) -> list[NamedSharding
         spread = jax.tree.broadcast(param_shardings, params, is_leaf=is_leaf)
     except ValueError as error:
         raise ValueError(
-            "param_shardings must be a tree like params, or a prefix of it, with a NamedSharding "
-            f"in the place of each array: {error}"
+            "param_shardings must have the structure of params, or be a prefix of it, with a "
+            f"NamedSharding for each array: {error}"
         ) from error
     shardings = jax.tree.leaves(spread, is_leaf=is_leaf)
     for (path, leaf), sharding in zip(
@@ -120,20 +127,3 @@ def _check(path: str, leaf: Any, sharding: Any) -> None:
             f"param_shardings at {path!r} does not fit the parameter of shape {jnp.shape(leaf)}: "
             f"{error}"
         ) from error
-
-
-def _the_mesh(shardings: list[NamedSharding]) -> Mesh | AbstractMesh:
-    meshes = list(dict.fromkeys(sharding.mesh for sharding in shardings))
-    if len(meshes) != 1:
-        raise ValueError(f"param_shardings must be on one mesh; they are on {meshes}.")
-    return meshes[0]
-
-
-def _typed(leaf: Any, spec: PartitionSpec, mesh: AbstractMesh) -> jax.ShapeDtypeStruct:
-    """The parameter's shape and dtype, with its sharding on the explicit mesh."""
-    sharding = NamedSharding(mesh, spec)
-    return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf), sharding=sharding)
-
-
-def _partition(x: jax.ShapeDtypeStruct) -> PartitionSpec:
-    return PartitionSpec() if x.sharding is None else x.sharding.spec

@@ -30,7 +30,7 @@ SELECTIONS: dict[str, tuple[Callable[[Any], Any], str]] = {
         "where=None selects none of the 2 leaves",
     ),
     "decay_mask": (
-        lro.schedules.decay_mask(),
+        lro.training.decay_mask(),
         r"decay_mask selects no parameter: kinds=.*, and these are biases, norms\.",
     ),
     "low_bit": (

@@ -11,8 +11,8 @@ import pytest
 import lowrank_optax as lro
 from lowrank_optax.matrices import DimensionNumbersRule
 from lowrank_optax.quantization import Bits
-from lowrank_optax.schedules.weight_decay.coupling import Coupling
 from lowrank_optax.states.rounding import Rounding
+from lowrank_optax.training.weight_decay import Coupling
 
 # Arguments that are no numbers, or fix shapes or the program: never traced.
 STATIC = {
@@ -112,7 +112,7 @@ def monitored_adamw(
     learning_rate: optax.ScalarOrSchedule, weight_decay: float, every: int = 1
 ) -> optax.GradientTransformation:
     """AdamW and, behind it, the monitor of what its weight decay does."""
-    monitor = lro.schedules.monitor_weight_decay(
+    monitor = lro.training.monitor_weight_decay(
         every=every, learning_rate=learning_rate, weight_decay=weight_decay
     )
     return optax.chain(optax.adamw(learning_rate, weight_decay=weight_decay), monitor)
@@ -125,27 +125,27 @@ def separately_decayed_adam(
     anchor: float | Literal["initial"] = 0.0,
 ) -> optax.GradientTransformation:
     """Adam, and weight decay behind it."""
-    decay = lro.schedules.add_weight_decay(
+    decay = lro.training.add_weight_decay(
         weight_decay,
         coupling,
         learning_rate=learning_rate,
         peak_learning_rate=1e-2,
         anchor=anchor,
-        mask=lro.schedules.decay_mask(),
+        mask=lro.training.decay_mask(),
     )
     return optax.chain(optax.adam(learning_rate), decay)
 
 
 def one_cycle_sgd(learning_rate: float, total_steps: int = 3000) -> optax.GradientTransformation:
     """Gradient descent whose momentum falls while its learning rate rises."""
-    return lro.schedules.one_cycle(optax.sgd, total_steps, learning_rate)
+    return lro.training.one_cycle(optax.sgd, total_steps, learning_rate)
 
 
 def one_cycle_adamw(
     learning_rate: float, weight_decay: float = 0.0, total_steps: int = 3000
 ) -> optax.GradientTransformation:
     """AdamW whose first decay falls while its learning rate rises."""
-    return lro.schedules.one_cycle(
+    return lro.training.one_cycle(
         optax.adamw, total_steps, learning_rate, weight_decay=weight_decay
     )
 

@@ -19,7 +19,7 @@ _recipes: dict[str, Callable[..., Any]] = {
 _recipes |= {"online_subspace_descent": lro.online_subspace_descent}
 _full: dict[str, Callable[..., Any]] = {"grams": lro.grams, "cautious_adamw": lro.cautious_adamw}
 _of_decay = {"weight_decay_mask": {"kernel": True}, "decay_placement": "after_step"}
-_schedules = lro.schedules
+_training = lro.training
 
 # What is refused, by the name of the argument and that of the one that makes it so.
 REFUSED: dict[str, Callable[[], Any]] = {
@@ -84,23 +84,23 @@ REFUSED: dict[str, Callable[[], Any]] = {
         _loss, "noise", 0.1, direction="normalized"
     ),
     "max_norm, variant": lambda: lro.extrapolated_value_and_grad(_loss, "none", 0.1, max_norm=1.0),
-    "max_momentum, momentum_name": lambda: _schedules.one_cycle(
+    "max_momentum, momentum_name": lambda: _training.one_cycle(
         optax.adam, 10, 0.1, max_momentum=0.9, momentum_name=None
     ),
-    "min_momentum, optimizer_factory": lambda: _schedules.one_cycle(
+    "min_momentum, optimizer_factory": lambda: _training.one_cycle(
         optax.adagrad, 10, 0.1, min_momentum=0.9
     ),
-    "theta, test": lambda: _schedules.AdaptiveBatchSize(initial=1, maximum=2, theta=0.5),
-    "nu, test": lambda: _schedules.AdaptiveBatchSize(
+    "theta, test": lambda: _training.AdaptiveBatchSize(initial=1, maximum=2, theta=0.5),
+    "nu, test": lambda: _training.AdaptiveBatchSize(
         initial=1, maximum=2, test="inner_product", nu=0.5
     ),
-    "eta, test": lambda: _schedules.AdaptiveBatchSize(
+    "eta, test": lambda: _training.AdaptiveBatchSize(
         initial=1, maximum=2, test="augmented", eta=0.5
     ),
-    "weight_decay_mask, weight_decay": lambda: _schedules.monitor_weight_decay(
+    "weight_decay_mask, weight_decay": lambda: _training.monitor_weight_decay(
         weight_decay_mask={"kernel": True}
     ),
-    "key, samples": lambda: _schedules.jacobian_norm_sq(
+    "key, samples": lambda: _training.jacobian_norm_sq(
         jnp.sin, jnp.ones(2), key=jax.random.key(0), samples=None
     ),
 }

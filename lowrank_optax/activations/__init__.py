@@ -30,17 +30,19 @@ from lowrank_optax.activations.functions import (
     tanh,
 )
 from lowrank_optax.activations.gating import gated, geglu, swiglu
-from lowrank_optax.activations.kept import compare_kept, kept_for_backward
-from lowrank_optax.activations.kept_report import KeptComparison, KeptReport, KeptRow
-from lowrank_optax.activations.quantize_report import QuantizedRow, QuantizeReport
 from lowrank_optax.activations.step_function import Codebook
 
 if TYPE_CHECKING:
     from lowrank_optax.activations import linen
-    from lowrank_optax.activations.replacing import quantize_model, restore_model
+    from lowrank_optax.activations.replacing import (
+        QuantizedRow,
+        QuantizeReport,
+        quantize_model,
+        restore_model,
+    )
 
 # Flax is imported when one of these is first used.
-_NNX = ("quantize_model", "restore_model")
+_NNX = ("QuantizeReport", "QuantizedRow", "quantize_model", "restore_model")
 
 __all__ = [
     # Derivatives in a few bits
@@ -82,12 +84,6 @@ __all__ = [
     "linen",
     "quantize_model",
     "restore_model",
-    # What is kept, counted
-    "KeptComparison",
-    "KeptReport",
-    "KeptRow",
-    "compare_kept",
-    "kept_for_backward",
 ]
 
 

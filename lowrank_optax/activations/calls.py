@@ -4,27 +4,25 @@ from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import re
-from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar
+from typing import Any, Generic, NamedTuple, ParamSpec, TypeAlias, TypeVar
 
 import jax
 from jax.extend import core
 import numpy as np
 
-from lowrank_optax.activations.calls_report import CallsReport, calls_report
+from lowrank_optax.activations.calls_report import CallsReport, Users, calls_report
 from lowrank_optax.activations.codebooks import codebook
-from lowrank_optax.activations.coded_backward import few_bit, name_of
-from lowrank_optax.activations.density import DensityName
-from lowrank_optax.activations.known import (
+from lowrank_optax.activations.coded_backward import FewBit, Pointwise, few_bit, name_of
+from lowrank_optax.activations.finding import (
     DEFAULT_NAMES,
+    POINTS,
     Functions,
     Known,
     check_functions,
     values_of,
 )
 from lowrank_optax.activations.rewriting import Rewriter, Site
-from lowrank_optax.activations.step_function import Codebook
-from lowrank_optax.activations.tracing import traced_call
-from lowrank_optax.activations.users import Users
+from lowrank_optax.activations.sampling import DensityName
 from lowrank_optax.matrices.paths import compiled_pattern
 from lowrank_optax.quantization.packing import PackingName
 
@@ -157,15 +155,14 @@ class Replacement:
             matched.update(found)
             return self.where is None or bool(found)
 
-        rewriter = Rewriter(self.functions, self._codebook, self.packing, chosen)
-        rewritten, sites = rewriter.closed(program)
+        rewritten, sites = Rewriter(self.functions, self._few, chosen).rewrite(program.jaxpr)
         missing = [x for x in self.where or () if x not in matched]
         if sites and missing and self.each:
             raise ValueError(
                 f"where={missing[0]!r} matches no call of what is looked for; there are "
                 f"{', '.join(map(repr, dict.fromkeys(calls)))}."
             )
-        return rewritten, sites
+        return core.ClosedJaxpr(rewritten, program.consts), sites
 
     def nothing(self, what: str) -> ValueError:
         """The error of a program in which nothing is found."""
@@ -176,10 +173,11 @@ class Replacement:
             "be asked for by functions=; what is few-bit already stays as it is."
         )
 
-    def _codebook(self, known: Known) -> Codebook:
-        slopes = values_of(known.fn)[1]
-        exact = len(np.unique(slopes.round(5))) == 2  # piecewise linear, in two pieces
-        return codebook(known.fn, 1 if exact else self.bits, density=self.density)
+    def _few(self, known: Known, fn: Pointwise) -> FewBit:
+        values, _ = values_of(known.fn, jax.ShapeDtypeStruct(POINTS.shape, np.float32))
+        exact = len(np.unique(values[1].round(5))) == 2  # piecewise linear, in two pieces
+        book = codebook(known.fn, 1 if exact else self.bits, density=self.density)
+        return few_bit(fn, codebook=book, packing=self.packing)
 
 
 class FewBitCalls(Generic[P, R]):
@@ -226,6 +224,50 @@ class FewBitCalls(Generic[P, R]):
         marks = [jax.tree.map(lambda _, m=i in chosen: m, x) for i, x in enumerate(args)]
         others = jax.tree.map(lambda _: argnums is None, kwargs)
         return report_of(self.replacement, self.fn, args, kwargs, (tuple(marks), others))
+
+
+class Traced(NamedTuple):
+    """A function as a program.
+
+    Attributes:
+      program: Its jaxpr.
+      inputs: The arrays among the leaves of its arguments.
+      places: Which leaves they are.
+      result: From the program's results to what the function returns.
+    """
+
+    program: core.ClosedJaxpr
+    inputs: list[Any]
+    places: list[int]
+    result: Callable[[list[jax.Array]], Any]
+
+
+def traced_call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Traced:
+    """The program of ``fn(*args, **kwargs)``."""
+    leaves, tree = jax.tree.flatten((args, dict(kwargs)))
+    # Only JAX arrays become tracers: a flag, or a NumPy array, is seen by the function as it is.
+    kinds = (jax.Array, jax.ShapeDtypeStruct)
+    places = [i for i, x in enumerate(leaves) if isinstance(x, kinds)]
+    returned: list[Any] = []
+
+    def flat(*arrays: jax.Array) -> list[jax.Array]:
+        whole = list(leaves)
+        for i, x in zip(places, arrays, strict=True):
+            whole[i] = x
+        own_args, own_kwargs = jax.tree.unflatten(tree, whole)
+        returned[:] = jax.tree.flatten(fn(*own_args, **own_kwargs))
+        return [x for x in returned[0] if isinstance(x, jax.Array)]
+
+    inputs = [leaves[i] for i in places]
+    program = jax.make_jaxpr(flat)(*inputs)
+    outputs, output_tree = returned
+
+    def result(arrays: list[jax.Array]) -> Any:
+        left = iter(arrays)
+        whole = [next(left) if isinstance(x, jax.Array) else x for x in outputs]
+        return jax.tree.unflatten(output_tree, whole)
+
+    return Traced(program, inputs, places, result)
 
 
 def run_few_bit(
@@ -275,4 +317,4 @@ def report_of(
     jaxpr = traced.program.jaxpr
     inputs = zip(jaxpr.invars, traced.places, strict=True)
     users = Users(jaxpr, [x for x, place in inputs if marks[place]])
-    return calls_report(sites, users, replacement.packing)
+    return calls_report(sites, users)

@@ -1,21 +1,18 @@
-"""Which nonlinearities of a program were found, what they keep, and whether few bits pay there."""
+"""Which nonlinearities of a program were found, what they save, and whether few bits pay there."""
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+from jax.extend import core
+import jax.numpy as jnp
 
-from lowrank_optax.activations.coded_backward import apply_few_bit
+from lowrank_optax.activations.finding import Var
 from lowrank_optax.activations.rewriting import Site
-from lowrank_optax.activations.users import Users
-from lowrank_optax.matrices.printing import printed
-from lowrank_optax.quantization.packing import PackingName
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-_COLUMNS = ("function", "operand", "times", "where", "kept now", "kept then", "kept anyway for")
+from lowrank_optax.compat.jax import scan_operands
+from lowrank_optax.modules.report import Report, Table
 
 
 class CallsRow(NamedTuple):
@@ -23,18 +20,18 @@ class CallsRow(NamedTuple):
 
     Attributes:
       function: Its name, with options that are not the default: ``leaky_relu(negative_slope=0.2)``.
-      shape: Of the operand, in one turn of a scan, and for one example of a ``vmap``.
-      dtype: Likewise.
+      shape: Shape of the operand, in one step of a scan, and for one example of a ``vmap``.
+      dtype: Dtype of the operand.
       scope: The modules around (of Linen, or ``jax.named_scope``): ``blocks/mlp``; else "".
       source: The function and line: ``MLP.__call__ decoder.py:55``.
       count: How often it is called, scans unrolled.
-      bytes_now: What backward keeps of all these calls with the plain function: what ``jax.vjp``
-        says of it alone.
-      bytes_then: What it keeps with the few-bit one.
-      kept_for: The operations that keep the value after it, or a linear function of that, whatever
-        the nonlinearity keeps: ``product`` with something trained, ``multiplication`` by it, or the
+      bytes_now: Bytes that all these calls save for the backward pass with the plain function:
+        those that ``jax.vjp`` saves for it alone.
+      bytes_then: Bytes that they save with the few-bit function.
+      saved_for: Operations that save the value after it, or a linear function of that, whatever
+        the nonlinearity saves: ``product`` with something trained, ``multiplication`` by it, or the
         name of another function.
-      remat: Whether it is inside ``jax.checkpoint``, whose policy then decides what is kept.
+      remat: Whether it is inside ``jax.checkpoint``, whose policy then decides what is saved.
     """
 
     function: str
@@ -45,17 +42,17 @@ class CallsRow(NamedTuple):
     count: int
     bytes_now: int
     bytes_then: int
-    kept_for: tuple[str, ...]
+    saved_for: tuple[str, ...]
     remat: bool
 
 
-class CallsReport:
-    """Printed, a table of `CallsRow` and what to make of it.
+class CallsReport(Report):
+    """Prints as a table of `CallsRow`, with what to make of it below.
 
     Attributes:
-      rows: One a place that calls a nonlinearity, in the program's order.
-      bytes_now: Of all rows.
-      bytes_then: Of all rows.
+      rows: One row for each place that calls a nonlinearity, in the program's order.
+      bytes_now: Sum over the rows.
+      bytes_then: Sum over the rows.
     """
 
     def __init__(self, rows: Sequence[CallsRow]) -> None:
@@ -65,59 +62,52 @@ class CallsReport:
 
     @property
     def advice(self) -> str:
-        """When few bits pay here, and when not."""
+        """Where few bits pay, and where they do not."""
         sentences = []
-        kept = sum(row.count for row in self.rows if row.kept_for)
+        saved = sum(row.count for row in self.rows if row.saved_for)
         calls = sum(row.count for row in self.rows)
-        if kept:
+        if saved:
             sentences.append(
-                f"After {kept} of {calls} calls the value is kept anyway, for an operation behind "
-                "it: few bits save there no more than recomputing the nonlinearity does."
+                f"After {saved} of {calls} calls the value is saved anyway, for a later operation: "
+                "few bits save no more memory there than recomputing the nonlinearity does."
             )
-        if kept < calls:
+        if saved < calls:
             sentences.append(
-                f"After {calls - kept} of {calls} calls nothing keeps the value: few bits pay."
+                f"After {calls - saved} of {calls} calls nothing saves the value: few bits pay."
             )
         if any(row.remat for row in self.rows):
             sentences.append(
-                "Inside jax.checkpoint the policy decides what is kept: "
-                "save_only_these_names('few_bit_codes') keeps the codes."
+                "Inside jax.checkpoint the policy decides what is saved: "
+                "save_only_these_names('few_bit_codes') saves the codes."
             )
         sentences.append(
-            "Measure the compiled peak: lro.activations.kept_for_backward(loss, model, ...)."
+            "Measure the compiled peak: lro.planning.saved_residuals(loss, model, ...)."
         )
         return "\n".join(sentences)
 
-    def __rich__(self) -> "Table":
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(box=None, pad_edge=False)
-        for name in _COLUMNS:
-            number = name in ("times", "kept now", "kept then")
-            table.add_column(name, justify="right" if number else "left", overflow="fold")
-        for row in self.rows:
-            operand = f"{row.dtype} {' × '.join(map(str, row.shape))}"
-            where = " ".join(filter(None, (row.scope, row.source)))
-            sizes = f"{row.bytes_now:,}", f"{row.bytes_then:,}"
-            kept_for = ", ".join(row.kept_for) or "–"
-            cells = (row.function, operand, f"{row.count:,}", where, *sizes, kept_for)
-            table.add_row(*map(Text, cells))
-        sizes = f"{self.bytes_now:,}", f"{self.bytes_then:,}"
-        table.add_row("total", "", "", "", *sizes, "", style="bold")
-        return table
-
-    def __str__(self) -> str:
-        return f"{printed(self)}\n{self.advice}"
-
-    __repr__ = __str__
+    def table(self) -> Table:
+        """Columns, rows, footer and notes."""
+        columns = ("function", "operand", ">times", "where", ">bytes now", ">bytes then")
+        rows = [
+            (
+                row.function,
+                f"{row.dtype} {' × '.join(map(str, row.shape))}",
+                row.count,
+                f"{row.scope} {row.source}".strip(),
+                row.bytes_now,
+                row.bytes_then,
+                ", ".join(row.saved_for) or None,
+            )
+            for row in self.rows
+        ]
+        footer = [("total", "", "", "", self.bytes_now, self.bytes_then, "")]
+        return Table((*columns, "saved anyway for"), rows, footer, self.advice)
 
 
-def calls_report(sites: Sequence[Site], users: Users, packing: PackingName) -> CallsReport:
+def calls_report(sites: Sequence[Site], users: "Users") -> CallsReport:
     """The report on what was found in a program."""
     rows: dict[Any, CallsRow] = {}
     for site in sites:
-        few = lambda x, s=site: apply_few_bit(s.region, s.codebook, packing, x)
         row = CallsRow(
             str(site.known),
             tuple(site.x.aval.shape),
@@ -125,9 +115,9 @@ def calls_report(sites: Sequence[Site], users: Users, packing: PackingName) -> C
             site.scope,
             site.source,
             site.count,
-            site.count * _kept_bytes(site.region, site.x.aval),
-            site.count * _kept_bytes(few, site.x.aval),
-            users.keepers(site.y),
+            site.count * _saved_bytes(site.few.fn, site.x.aval),
+            site.count * _saved_bytes(site.few, site.x.aval),
+            users.savers(site.y),
             site.remat,
         )
         key = row._replace(count=0, bytes_now=0, bytes_then=0)
@@ -142,9 +132,123 @@ def calls_report(sites: Sequence[Site], users: Users, packing: PackingName) -> C
     return CallsReport(tuple(rows.values()))
 
 
-def _kept_bytes(fn: Callable[[jax.Array], jax.Array], aval: Any) -> int:
-    """Bytes that the backward pass of a function of one array keeps of it."""
+def _saved_bytes(fn: Callable[[jax.Array], jax.Array], aval: Any) -> int:
+    """Bytes that a function of one array saves for its backward pass."""
     x = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
-    kept = jax.tree.leaves(jax.eval_shape(lambda x: jax.vjp(fn, x)[1], x))
-    bits = (math.prod(part.shape) * jax.dtypes.itemsize_bits(part.dtype) for part in kept)
+    saved = jax.tree.leaves(jax.eval_shape(lambda x: jax.vjp(fn, x)[1], x))
+    bits = (math.prod(part.shape) * jax.dtypes.itemsize_bits(part.dtype) for part in saved)
     return sum(-(-count // 8) for count in bits)
+
+
+# Linear in their operands, so that they save none of them.
+_PASSING_ON = """add add_any all_gather broadcast_in_dim concatenate convert_element_type copy
+copy_p cumsum dynamic_slice dynamic_update_slice expand_dims gather name neg optimization_barrier
+pad pcast psum psum2 psum_invariant pvary reduce_scatter reduce_sum reshape reshard rev select_n
+sharding_constraint slice squeeze sub transpose"""
+_LINEAR = frozenset(_PASSING_ON.split())
+_PRODUCTS = frozenset(["dot_general", "conv_general_dilated", "ragged_dot_general", "ragged_dot"])
+_BODIES = ("jaxpr", "call_jaxpr", "branches")
+
+
+class Users:
+    """Who uses the arrays of a program, bodies included.
+
+    Args:
+      jaxpr: The program.
+      trained: Its inputs that are differentiated.
+    """
+
+    def __init__(self, jaxpr: core.Jaxpr, trained: Iterable[Var]) -> None:
+        self._of: dict[Var, list[tuple[core.JaxprEqn, int]]] = defaultdict(list)
+        self._same: dict[Var, list[Var]] = defaultdict(list)  # across the walls of bodies
+        self._seen: set[int] = set()
+        self._visit(jaxpr)
+        self._trained = self._reached(trained, linear=False)
+
+    def savers(self, y: Var) -> tuple[str, ...]:
+        """The kinds of operations that save ``y``, or a linear function of it."""
+        found: dict[str, None] = {}
+        for x in self._reached([y], linear=True):
+            for equation, place in self._of[x]:
+                kind = self._kind(equation, place)
+                if kind is not None:
+                    found[kind] = None
+        return tuple(found)
+
+    def _kind(self, equation: core.JaxprEqn, place: int) -> str | None:
+        """What saves this operand; None if the operation does not."""
+        name = equation.primitive.name
+        if self._is_linear(equation, place) or any(_bodies(equation)):
+            return None
+        if name in _PRODUCTS:
+            return "product" if self._others_vary(equation, place) else None
+        if name == "mul":
+            return "multiplication"
+        if not any(x in self._trained for x in equation.outvars):
+            return None  # a comparison
+        return str(equation.params.get("name", name))
+
+    def _is_linear(self, equation: core.JaxprEqn, place: int) -> bool:
+        name = equation.primitive.name
+        if name == "mul" or (name == "div" and place == 0):
+            return not self._others_vary(equation, place)  # numbers, and the masks of dropout
+        if name in ("select_n", "dynamic_slice", "gather", "dynamic_update_slice"):
+            return place > 0 if name == "select_n" else place < 2  # not indices and the like
+        return name in _LINEAR
+
+    def _others_vary(self, equation: core.JaxprEqn, place: int) -> bool:
+        """Whether something trained is in the operands in other places."""
+        others = [x for i, x in enumerate(equation.invars) if i != place]
+        return any(x in self._trained for x in others if not isinstance(x, core.Literal))
+
+    def _reached(self, start: Iterable[Var], linear: bool) -> dict[Var, None]:
+        reached: dict[Var, None] = {}
+        left = list(start)
+        while left:
+            x = left.pop()
+            if x in reached:
+                continue
+            reached[x] = None
+            left += self._same[x]
+            for equation, place in self._of[x]:
+                if not any(_bodies(equation)) and (not linear or self._is_linear(equation, place)):
+                    left += [x for x in equation.outvars if _is_floating(x)]
+        return reached
+
+    def _visit(self, jaxpr: core.Jaxpr) -> None:
+        if id(jaxpr) in self._seen:
+            return
+        self._seen.add(id(jaxpr))
+        for equation in jaxpr.eqns:
+            for place, x in enumerate(equation.invars):
+                if not isinstance(x, core.Literal):
+                    self._of[x].append((equation, place))
+            for body in _bodies(equation):
+                self._visit(body)
+                self._connect(equation, body)
+
+    def _connect(self, equation: core.JaxprEqn, body: core.Jaxpr) -> None:
+        operands = equation.invars[len(equation.invars) - len(body.invars) :]
+        pairs = [*zip(operands, body.invars, strict=True)]
+        pairs += zip(body.outvars, equation.outvars, strict=True)
+        if equation.primitive.name == "scan":
+            first, carried = scan_operands(equation)
+            pairs += zip(body.outvars[:carried], body.invars[first : first + carried], strict=True)
+        for outer, inner in pairs:
+            if not isinstance(outer, core.Literal):
+                self._same[outer].append(inner)
+
+
+def _is_floating(x: Var) -> bool:
+    dtype = getattr(x.aval, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
+
+
+def _bodies(equation: core.JaxprEqn) -> Iterator[core.Jaxpr]:
+    """The jaxprs in an equation whose operands and results are its own."""
+    for key in _BODIES:
+        value: Any = equation.params.get(key, ())
+        for inner in value if isinstance(value, tuple) else (value,):
+            jaxpr = getattr(inner, "jaxpr", inner)
+            if isinstance(jaxpr, core.Jaxpr) and len(jaxpr.outvars) == len(equation.outvars):
+                yield jaxpr

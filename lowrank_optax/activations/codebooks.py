@@ -5,8 +5,8 @@ from typing import Any
 
 import jax
 
-from lowrank_optax.activations.density import DensityName
 from lowrank_optax.activations.fit_arguments import Coding, check
+from lowrank_optax.activations.sampling import DensityName
 from lowrank_optax.activations.step_function import Codebook
 from lowrank_optax.activations.tables import DENSITIES, DOMAIN, known_name, table
 

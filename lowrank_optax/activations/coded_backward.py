@@ -27,7 +27,7 @@ def few_bit(
     codebook: Codebook | None = None,
     density: Any = "uniform",
     packing: PackingName = "auto",
-) -> Callable[[ArrayLike], jax.Array]:
+) -> "FewBit":
     r"""``fn``, whose backward pass keeps ``bits`` bits of each element and not ``x``.
 
     With the levels :math:`q_c` that stand for the derivative, and a code for each element,

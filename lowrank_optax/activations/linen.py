@@ -8,8 +8,8 @@ import jax
 
 from lowrank_optax.activations.calls import CallsWhere, Replacement, report_of, run_few_bit
 from lowrank_optax.activations.calls_report import CallsReport
-from lowrank_optax.activations.density import DensityName
-from lowrank_optax.activations.known import DEFAULT_NAMES, Functions
+from lowrank_optax.activations.finding import DEFAULT_NAMES, Functions
+from lowrank_optax.activations.sampling import DensityName
 from lowrank_optax.quantization.packing import PackingName
 
 __all__ = ["FewBit"]
@@ -51,7 +51,7 @@ class FewBit:
       >>> print(bool((few.apply(variables, x) == model.apply(variables, x)).all()))
       True
       >>> row = few.report(variables, x).rows[0]
-      >>> print(row.function, row.shape, row.bytes_now, row.bytes_then, row.kept_for)
+      >>> print(row.function, row.shape, row.bytes_now, row.bytes_then, row.saved_for)
       silu (16, 8) 1536 64 ('product',)
 
     Reference:

@@ -3,9 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 import contextvars
 import dataclasses
-import functools
 import re
-from typing import Any
+from typing import Any, NamedTuple
 import weakref
 
 from flax import nnx
@@ -13,19 +12,58 @@ import jax
 
 from lowrank_optax.activations.calls import Replacement, report_of, run_few_bit
 from lowrank_optax.activations.calls_report import CallsReport
-from lowrank_optax.activations.density import DensityName
-from lowrank_optax.activations.known import DEFAULT_NAMES, Functions
-from lowrank_optax.activations.quantize_report import QuantizedRow, QuantizeReport
-from lowrank_optax.matrices.module_classes import set_wrapper, wrapper_of
-from lowrank_optax.matrices.selection import Path, Where, matching, path_string
+from lowrank_optax.activations.finding import DEFAULT_NAMES, Functions
+from lowrank_optax.activations.sampling import DensityName
+from lowrank_optax.matrices.selection import Path, Where, path_string
+from lowrank_optax.modules.report import Report, Table
+from lowrank_optax.modules.select import modules_by_path, select
+from lowrank_optax.modules.wrap import around_of, unwrap, wrap
 from lowrank_optax.quantization.packing import PackingName
 
-_WRAPPER, _COUNTER = "few_bit", "few_bit_model"
+_FEW_BIT, _COUNTED = "few_bit", "few_bit_model"
 
-_found: contextvars.ContextVar[list[int] | None] = contextvars.ContextVar("found", default=None)
-"""How many nonlinearities were found in each module that has been traced in a call of a model."""
+_counts: contextvars.ContextVar[list[int] | None] = contextvars.ContextVar("counts", default=None)
+"""How many nonlinearities were found in each module that ran in the call of a model."""
 
-_found_before: set[int] = set()  # of models that are alive, by their id
+_found_in: weakref.WeakSet[nnx.Module] = weakref.WeakSet()
+"""Models in which something was found before: what has been traced need not be traced again."""
+
+
+class QuantizedRow(NamedTuple):
+    """A module whose nonlinearities are few-bit.
+
+    Attributes:
+      path: Path in the model; "" is the model itself.
+      module: Name of its class.
+      bits: Bits of a code.
+      methods: Methods that run with few-bit nonlinearities.
+    """
+
+    path: str
+    module: str
+    bits: int
+    methods: tuple[str, ...]
+
+
+class QuantizeReport(Report):
+    """Prints as a table of the modules that were chosen, and of the calls in them.
+
+    Attributes:
+      rows: One row per module.
+      calls: The calls in a call of the model, if `quantize_model` was given ``inputs``; else None.
+    """
+
+    def __init__(self, rows: Sequence[QuantizedRow], calls: CallsReport | None) -> None:
+        self.rows, self.calls = tuple(rows), calls
+
+    def table(self) -> Table:
+        """Columns, rows and notes."""
+        rows = [
+            (r.path or "(the model)", r.module, r.bits, ", ".join(r.methods)) for r in self.rows
+        ]
+        hint = "Give inputs= for a table of the calls, and of whether few bits pay there."
+        notes = hint if self.calls is None else str(self.calls)
+        return Table(("path", "module", ">bits", "methods"), rows, notes=notes)
 
 
 def quantize_model(
@@ -45,39 +83,40 @@ def quantize_model(
     A chosen module stays the object it is, with its parameters and their paths; its class becomes a
     subclass whose methods run as `few_bit_calls` of what they were. So nonlinearities are found in
     the module's own lines (``nnx.silu(self.gate(x))``), in modules inside, in functions held as
-    attributes, and in layers run by a scan. The results of a call come of the same operations, and
-    so does what it writes: statistics of batches, counts of random numbers, sown values. Adapters
-    may be attached before or after. `restore_model` gives everything back.
+    attributes, and in layers run by a scan. The results of a call come from the same operations,
+    and so does what it writes: batch statistics, counts of random numbers, sown values. Adapters
+    may be attached before or after. `restore_model` undoes it. What is few-bit, and how, is part of
+    the graph definition.
 
-    Where only one module is chosen, a call in which nothing is found raises a ValueError. Where
-    several are, those without nonlinearities run as they are, and a first call of the model in
-    which nothing is found in any of them raises.
+    If one module is chosen, a call in which nothing is found raises a ValueError. If several are,
+    those without nonlinearities run as they are, and a first call of the model in which nothing is
+    found in any of them raises.
 
     A method runs on a copy of the module: plain Python attributes that it sets are lost. It is
     traced at each call, so call the model inside ``nnx.jit`` or ``jax.jit``.
 
     Args:
-      model: Any NNX model. In one that is quantised already, what is chosen again gets the new
+      model: Any NNX model. If it is quantized already, modules that are chosen again get the new
         options; a module inside another keeps its own.
       bits: 1 to 8; see `few_bit_calls`.
-      where: Which modules: a regular expression found in a path such as ``blocks/mlp`` (or a list),
-        a class, any filter of ``flax.nnx`` or function of path and module; of modules inside each
-        other the outermost. None for the model itself.
-      functions: Those to look for: see `few_bit_calls`.
-      methods: Their methods that are to be few-bit; a module needs to have one of them.
+      where: Modules to change: a regular expression found in a path such as ``blocks/mlp`` (or a
+        list), a class, any filter of ``flax.nnx`` or function of path and module; of modules inside
+        each other the outermost. None for the model itself.
+      functions: Functions to look for; see `few_bit_calls`.
+      methods: Methods that become few-bit; a module needs to have one of them.
       density: See `few_bit_calls`.
       packing: See `few_bit`.
-      inputs: Of a call of the model: a tuple of arguments, or a mapping of keyword arguments;
-        arrays or ``jax.ShapeDtypeStruct``. With them the report lists the calls, what each keeps,
-        and whether few bits pay there. Nothing is computed.
-      wrt: What of the model is trained, for the report: a filter, as of ``nnx.Optimizer``.
+      inputs: Arguments of a call of the model: a tuple, or a mapping of keyword arguments; arrays
+        or ``jax.ShapeDtypeStruct``. With them the report lists the calls, what each saves, and
+        whether few bits pay there. Nothing is computed.
+      wrt: Filter for what of the model is trained, for the report, as of ``nnx.Optimizer``.
 
     Returns:
       A report: print it, or read its ``rows`` and ``calls``.
 
     Raises:
-      ValueError: If ``where`` matches no module with one of the methods (the message lists near
-        ones), or an option is none; with ``inputs``, if nothing is found to replace.
+      ValueError: If ``where`` matches no module with one of the methods (the message lists similar
+        names), or an option is not one of its choices; with ``inputs``, if nothing is found.
       TypeError: If ``model`` is not an NNX module.
 
     Example:
@@ -91,7 +130,7 @@ def quantize_model(
       >>> print(bool((model(x) == before).all()))
       True
       >>> row = report.calls.rows[0]
-      >>> print(row.function, row.shape, row.bytes_now, row.bytes_then, row.kept_for)
+      >>> print(row.function, row.shape, row.bytes_now, row.bytes_then, row.saved_for)
       silu (16, 8) 1536 64 ('product',)
       >>> model = lro.activations.restore_model(model)
 
@@ -107,17 +146,16 @@ def quantize_model(
     rows = []
     for path, module in chosen.items():
         own = _methods(module, names)
-        set_wrapper(module, _WRAPPER, _FewBit(replacement, own, len(chosen) == 1))
+        wrap(module, _FEW_BIT, _FewBit(replacement, own, len(chosen) == 1), own)
         rows.append(QuantizedRow(path_string(path), type(module).__name__, bits, own))
     if len(chosen) > 1 and (own := _methods(model, tuple(dict.fromkeys((*names, "__call__"))))):
-        paths = tuple(map(path_string, chosen))
-        set_wrapper(model, _COUNTER, _Counted(replacement, own, paths))
-        _found_before.discard(id(model))
+        wrap(model, _COUNTED, _Counted(replacement, tuple(map(path_string, chosen))), own)
+        _found_in.discard(model)
     return QuantizeReport(rows, calls)
 
 
 def restore_model(model: nnx.Module) -> nnx.Module:
-    """Gives the modules of a model their own methods back, in place: see `quantize_model`.
+    """Undoes `quantize_model`, in place.
 
     Args:
       model: The model, or a part of it.
@@ -128,98 +166,64 @@ def restore_model(model: nnx.Module) -> nnx.Module:
     Raises:
       ValueError: If nothing in it is few-bit.
     """
-    wrapped = [
-        (module, name)
-        for _, module in nnx.iter_modules(model)
-        for name in (_WRAPPER, _COUNTER)
-        if wrapper_of(module, name) is not None
-    ]
-    if not wrapped:
+    if not [*unwrap(model, _FEW_BIT), *unwrap(model, _COUNTED)]:
         raise ValueError("the model has no few-bit modules: see quantize_model.")
-    for module, name in wrapped:
-        set_wrapper(module, name, None)
     return model
 
 
 @dataclasses.dataclass(frozen=True)
 class _FewBit:
-    """What wraps methods so that they run with few-bit nonlinearities."""
+    """Runs a method with few-bit nonlinearities; if they are ``required``, there must be some."""
 
     replacement: Replacement
     methods: tuple[str, ...]
-    required: bool  # whether a call in which nothing is found is an error
+    required: bool
 
-    def __call__(self, cls: type) -> dict[str, Callable[..., Any]]:
-        """The methods of a subclass."""
-        return {name: self._few_bit(getattr(cls, name)) for name in self.methods}
-
-    def _few_bit(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(method)
-        def call(module: Any, *args: Any, **kwargs: Any) -> Any:
-            pure, state = _pure(method, module, args, kwargs)
-            result, count = run_few_bit(
-                self.replacement, pure, (state,), {}, required=self.required
-            )
-            if (found := _found.get()) is not None:
-                found.append(count)
-            output, changed = result
-            _write(changed, (module, args, kwargs))
-            return output
-
-        return call
+    def __call__(self, call: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
+        pure, state = _pure(call.__func__, module, args, kwargs)
+        result, count = run_few_bit(self.replacement, pure, (state,), {}, required=self.required)
+        if (counts := _counts.get()) is not None:
+            counts.append(count)
+        output, changed = result
+        _write(changed, (module, args, kwargs))
+        return output
 
 
 @dataclasses.dataclass(frozen=True)
 class _Counted:
-    """What wraps methods of a model so that a call in which nothing is few-bit is an error.
-
-    Only until something is found: what has been traced before need not be traced again. Models with
-    the same options have the same class, so what was found is known of the object.
-    """
+    """Raises if a call of a model finds nothing in the modules of these paths."""
 
     replacement: Replacement
-    methods: tuple[str, ...]
-    paths: tuple[str, ...]  # of the modules that are to be few-bit
+    paths: tuple[str, ...]
 
-    def __call__(self, cls: type) -> dict[str, Callable[..., Any]]:
-        """The methods of a subclass."""
-        return {name: self._counted(getattr(cls, name)) for name in self.methods}
-
-    def _counted(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(method)
-        def call(module: Any, *args: Any, **kwargs: Any) -> Any:
-            if id(module) in _found_before:
-                return method(module, *args, **kwargs)
-            found: list[int] = []
-            outer = _found.get()
-            token = _found.set(found)
-            try:
-                output = method(module, *args, **kwargs)
-            finally:
-                _found.reset(token)
-            if outer is not None:
-                outer.extend(found)
-            if any(found):
-                _found_before.add(id(module))
-                weakref.finalize(module, _found_before.discard, id(module))
-            elif found:
-                raise self.replacement.nothing(f"each of the modules {', '.join(self.paths)}")
-            return output
-
-        return call
+    def __call__(self, call: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
+        if module in _found_in:
+            return call(*args, **kwargs)
+        counts: list[int] = []
+        outer = _counts.get()
+        token = _counts.set(counts)
+        try:
+            output = call(*args, **kwargs)
+        finally:
+            _counts.reset(token)
+        if outer is not None:
+            outer.extend(counts)
+        if any(counts):
+            _found_in.add(module)
+        elif counts:
+            raise self.replacement.nothing(f"each of the modules {', '.join(self.paths)}")
+        return output
 
 
 @dataclasses.dataclass(frozen=True)
 class _Named:
-    """What wraps methods so that a program says which module its equations come from."""
+    """Lets the program say which module its equations come from."""
 
     path: str
-    methods: tuple[str, ...]
 
-    def __call__(self, cls: type) -> dict[str, Callable[..., Any]]:
-        """The methods of a subclass."""
-        named = jax.named_scope(self.path)
-        return {name: named(getattr(cls, name)) for name in self.methods}
+    def __call__(self, call: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
+        with jax.named_scope(self.path):
+            return call(*args, **kwargs)
 
 
 def _pure(
@@ -234,7 +238,7 @@ def _pure(
     def pure(state: nnx.State) -> tuple[Any, dict[Path, Any]]:
         before = {path: jax.tree.flatten(x) for path, x in nnx.to_flat_state(state)}
         whole = module, args, kwargs = nnx.merge(graphdef, state)
-        set_wrapper(module, _WRAPPER, None)  # its methods call each other
+        wrap(module, _FEW_BIT, None)  # its methods call each other
         output = method(module, *args, **kwargs)
         after = dict(nnx.to_flat_state(nnx.state(whole)))
         changed: dict[Any, Any] = {
@@ -270,18 +274,14 @@ def _write(changed: dict[Path, Any], whole: tuple[Any, ...]) -> None:
 def _chosen(model: nnx.Module, where: Where, methods: tuple[str, ...]) -> dict[Path, nnx.Module]:
     """The modules that are meant; of those inside each other the outermost."""
     kind = f"module with a method {' or '.join(methods)}"
-    modules = {
-        tuple(map(str, path)): module
-        for path, module in nnx.iter_modules(model)
-        if _methods(module, methods)
-    }
+    modules = modules_by_path(model, lambda module: bool(_methods(module, methods)))
     if where is None:
         if () not in modules:
             raise ValueError(f"methods={methods}: {type(model).__name__} is no {kind}.")
         return {(): model}
-    found = matching("where", modules, where, kind)
+    found = select(modules, where, kind)
     inside = lambda path: any(path[:n] in found for n in range(len(path)))
-    return {path: modules[path] for path in found if not inside(path)}
+    return {path: module for path, module in found.items() if not inside(path)}
 
 
 def _methods(module: nnx.Module, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -303,20 +303,20 @@ def _calls(
     if not isinstance(inputs, tuple | list | Mapping):
         raise TypeError(f"inputs={inputs!r} must be a tuple of arguments or a mapping of keywords.")
     args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
-    before = [(module, wrapper_of(module, _WRAPPER)) for module in chosen.values()]
+    before: dict[Path, Any] = {path: around_of(module, _FEW_BIT) for path, module in chosen.items()}
     paths = [path_string(path) for path in chosen]
     where = None if paths == [""] else tuple(f"(^|/){re.escape(path)}(/| |$)" for path in paths)
+
+    def call(state: nnx.State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        pure, whole = _pure(type(model).__call__, nnx.merge(graphdef, state), args, kwargs)
+        return pure(whole)
+
+    call.__name__ = type(model).__name__
     try:
-        for path, (module, _) in zip(paths, before, strict=True):
-            named = _Named(path, _methods(module, methods)) if path else None
-            set_wrapper(module, _WRAPPER, named)
+        for path, module in chosen.items():
+            named = _Named(path_string(path)) if path else None
+            wrap(module, _FEW_BIT, named, _methods(module, methods))
         graphdef, state = nnx.split(model)
-
-        def call(state: nnx.State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            pure, whole = _pure(type(model).__call__, nnx.merge(graphdef, state), args, kwargs)
-            return pure(whole)
-
-        call.__name__ = type(model).__name__
         trained = nnx.filterlib.to_predicate(wrt)
         mark = lambda path, x: jax.tree.map(lambda _: trained(path, x), x)
         fixed = jax.tree.map(lambda _: False, (args, kwargs))
@@ -324,5 +324,5 @@ def _calls(
         marks = (nnx.map_state(mark, state), *fixed), {}
         return report_of(found, call, (state, args, kwargs), {}, marks)
     finally:
-        for module, wrapper in before:
-            set_wrapper(module, _WRAPPER, wrapper)
+        for path, module in chosen.items():
+            wrap(module, _FEW_BIT, old := before[path], old.methods if old else ())

@@ -1,26 +1,22 @@
-"""A program with its nonlinearities replaced by few-bit ones, equation by equation.
+"""A program with few-bit calls instead of the known nonlinearities in it.
 
-The program is a jaxpr, and stays the one that it is but for the equations that are replaced: those
-of a nonlinearity become one call of `apply_few_bit`, which runs them.
+All other equations stay as they are, and functions that are called several times stay one.
 """
 
 from collections.abc import Callable
 import dataclasses
-from typing import Any, TypeAlias
+from pathlib import Path
+import re
+from typing import Any
 
 import jax
 from jax.extend import core
 
-from lowrank_optax.activations import places
-from lowrank_optax.activations.coded_backward import apply_few_bit
-from lowrank_optax.activations.elementwise import Pieces, Var
-from lowrank_optax.activations.known import Known
-from lowrank_optax.activations.regions import Region, found_region
-from lowrank_optax.activations.step_function import Codebook
-from lowrank_optax.quantization.packing import PackingName
+from lowrank_optax.activations.coded_backward import FewBit, Pointwise
+from lowrank_optax.activations.finding import Finder, Functions, Known, Var
 
 # Where the bodies of an equation are. Not those of a `while`: a loop that has no backward pass
-# keeps nothing for it.
+# saves nothing for it.
 _BODIES = {
     "jit": "jaxpr",
     "scan": "jaxpr",
@@ -32,15 +28,19 @@ _BODIES = {
     "xla_metadata_call": "jaxpr",
 }
 
+# What of JAX, Flax and this library calls the lines of a model.
+_LIBRARIES = re.compile(
+    r"[/\\](jax|flax|lowrank_optax[/\\](activations|layers|adapters|modules|planning))[/\\]"
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Site:
     """A nonlinearity in a program.
 
     Attributes:
-      region: Its equations.
       known: Which it is.
-      codebook: What stands in for its derivative.
+      few: What replaces its equations, and runs them in the forward pass.
       scope: The modules around, ``blocks/mlp``, as far as the program has names for them.
       source: The function and line that call it.
       x: Its operand, in the jaxpr where it is.
@@ -49,9 +49,8 @@ class Site:
       remat: Whether it is inside a ``jax.checkpoint``.
     """
 
-    region: Region
     known: Known
-    codebook: Codebook
+    few: FewBit
     scope: str
     source: str
     x: Var = dataclasses.field(repr=False)
@@ -60,42 +59,33 @@ class Site:
     remat: bool = False
 
 
-Choice: TypeAlias = Callable[[str, str], bool]  # of a scope and a source
-
-
-@dataclasses.dataclass
 class Rewriter:
     """Replaces nonlinearities in jaxprs.
 
-    Attributes:
+    Args:
       functions: Which are looked for.
-      book: The codebook for one of them.
-      packing: Of the codes.
+      few: From one of them, and the equations that compute it, to its few-bit version.
       chosen: Whether one in a scope, of a source, is replaced.
     """
 
-    functions: tuple[Any, ...]
-    book: Callable[[Known], Codebook]
-    packing: PackingName
-    chosen: Choice = lambda scope, source: True
-    _done: dict[Any, tuple[core.Jaxpr, list[Site], core.Jaxpr]] = dataclasses.field(
-        default_factory=dict
-    )
+    def __init__(
+        self,
+        functions: Functions,
+        few: Callable[[Known, Pointwise], FewBit],
+        chosen: Callable[[str, str], bool],
+    ) -> None:
+        self._finder, self._few, self._chosen = Finder(functions), few, chosen
+        self._done: dict[Any, tuple[core.Jaxpr, list[Site], core.Jaxpr]] = {}
 
-    def closed(self, program: core.ClosedJaxpr) -> tuple[core.ClosedJaxpr, list[Site]]:
-        """A whole program, and what was replaced in it."""
-        jaxpr, sites = self._jaxpr(program.jaxpr, "")
-        return core.ClosedJaxpr(jaxpr, program.consts), sites
-
-    def _jaxpr(self, jaxpr: core.Jaxpr, scope: str) -> tuple[core.Jaxpr, list[Site]]:
-        # Functions called several times stay one: their jaxpr is one object.
+    def rewrite(self, jaxpr: core.Jaxpr, scope: str = "") -> tuple[core.Jaxpr, list[Site]]:
+        """The jaxpr with few-bit calls, and the nonlinearities that were found in it."""
         key = id(jaxpr), scope
         if key not in self._done:
-            self._done[key] = (*self._replaced(jaxpr, scope), jaxpr)  # keeps it, and so its id
+            self._done[key] = (*self._rewrite(jaxpr, scope), jaxpr)  # keeps it, and so its id
         return self._done[key][:2]
 
-    def _replaced(self, jaxpr: core.Jaxpr, scope: str) -> tuple[core.Jaxpr, list[Site]]:
-        pieces = Pieces(jaxpr)
+    def _rewrite(self, jaxpr: core.Jaxpr, scope: str) -> tuple[core.Jaxpr, list[Site]]:
+        made = {x: equation for equation in jaxpr.eqns for x in equation.outvars}
         needed = {x for x in jaxpr.outvars if not isinstance(x, core.Literal)}
         equations: list[core.JaxprEqn] = []
         sites: list[Site] = []
@@ -104,74 +94,79 @@ class Rewriter:
         for equation in reversed(jaxpr.eqns):
             if not equation.effects and needed.isdisjoint(equation.outvars):
                 continue
-            site = self._site(pieces, equation, scope)
-            if site is not None:
-                equation, found = self._call(site, equation), [site]
+            where = _joined(scope, name_stack(equation)), source_line(equation)
+            with equation.ctx.manager:  # the mesh around
+                found = self._finder.find(made, equation)
+                if found is not None:
+                    known, fn, x = found
+                    site = Site(known, self._few(known, fn), *where, x, equation.outvars[0])
+                    (call,) = jax.make_jaxpr(site.few)(x.aval).jaxpr.eqns
+            if found is not None and self._chosen(*where):
+                equation = call.replace(
+                    invars=[x],
+                    outvars=equation.outvars,
+                    source_info=equation.source_info,
+                    ctx=equation.ctx,
+                )
+                inside = [site]
             else:
-                equation, found = self._with_bodies(equation, scope)
+                equation, inside = self._with_bodies(equation, *where)
             needed.update(x for x in equation.invars if not isinstance(x, core.Literal))
             equations.append(equation)
-            sites = found + sites
-        if not sites:
-            return jaxpr, []
-        return jaxpr.replace(eqns=equations[::-1]), sites
+            sites = inside + sites
+        return (jaxpr.replace(eqns=equations[::-1]) if sites else jaxpr), sites
 
-    def _site(self, pieces: Pieces, equation: core.JaxprEqn, scope: str) -> Site | None:
-        if len(equation.outvars) != 1:
-            return None
-        (y,) = equation.outvars
-        for x in pieces.roots(y):
-            if x.aval != y.aval:
-                continue
-            found = found_region(pieces, x, y, self.functions)
-            where = _joined(scope, places.modules(equation)), places.line(equation)
-            if found is not None and self.chosen(*where):
-                return Site(*found, self.book(found[1]), *where, x, y)
-        return None
-
-    def _call(self, site: Site, equation: core.JaxprEqn) -> core.JaxprEqn:
-        """The equation that stands for those of a nonlinearity."""
-        call = lambda x: apply_few_bit(site.region, site.codebook, self.packing, x)
-        traced = jax.make_jaxpr(call)(site.x.aval)
-        (made,) = traced.jaxpr.eqns
-        return made.replace(
-            invars=[site.x],
-            outvars=[site.y],
-            source_info=equation.source_info,
-            ctx=equation.ctx,
-        )
-
-    def _with_bodies(self, equation: core.JaxprEqn, scope: str) -> tuple[core.JaxprEqn, list[Site]]:
+    def _with_bodies(
+        self, equation: core.JaxprEqn, scope: str, source: str
+    ) -> tuple[core.JaxprEqn, list[Site]]:
         """An equation with nonlinearities replaced in the jaxprs inside."""
         name, params = equation.primitive.name, equation.params
         if name not in _BODIES or params.get("differentiated"):
             return equation, []
-        inside = _joined(scope, places.modules(equation))
-        value = params[_BODIES[name]]
         sites: list[Site] = []
 
         def body(old: Any) -> Any:
-            new, found = self._jaxpr(getattr(old, "jaxpr", old), inside)
+            new, found = self.rewrite(getattr(old, "jaxpr", old), scope)
             sites.extend(found)
             return core.ClosedJaxpr(new, old.consts) if isinstance(old, core.ClosedJaxpr) else new
 
+        value = params[_BODIES[name]]
         new = tuple(map(body, value)) if isinstance(value, tuple) else body(value)
         if not sites:
             return equation, []
         times = params["length"] if name == "scan" else 1
         remat = name in ("checkpoint", "remat2")
-        around = places.line(equation)
-        moved = [
+        sites = [
             dataclasses.replace(
                 site,
                 count=site.count * times,
                 remat=site.remat or remat,
-                source=site.source or around,
+                source=site.source or source,
             )
             for site in sites
         ]
-        return equation.replace(params={**params, _BODIES[name]: new}), moved
+        return equation.replace(params={**params, _BODIES[name]: new}), sites
 
 
 def _joined(*scopes: str) -> str:
     return "/".join(filter(None, scopes))
+
+
+def name_stack(equation: core.JaxprEqn) -> str:
+    """The names around it, ``blocks/mlp``: Linen's modules, and those of ``jax.named_scope``."""
+    return re.sub(r"\w+\(([^()]*)\)", r"\1", str(equation.source_info.name_stack)).strip("/")
+
+
+def source_line(equation: core.JaxprEqn) -> str:
+    """The function and line of the program: ``MLP.__call__ decoder.py:55``; "" if not known."""
+    found = source_frame(equation)
+    return "" if found is None else f"{found[0].partition('.<locals>')[0]} {found[1]}"
+
+
+def source_frame(equation: core.JaxprEqn) -> tuple[str, str] | None:
+    """The function, with those it is defined in, and ``decoder.py:55``; None if not known."""
+    traceback = equation.source_info.traceback
+    for frame in traceback.frames if traceback is not None else []:
+        if not _LIBRARIES.search(frame.file_name):
+            return frame.function_name, f"{Path(frame.file_name).name}:{frame.line_num}"
+    return None

@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.activations.density import DensityName
 from lowrank_optax.activations.fit_arguments import Coding, check
+from lowrank_optax.activations.sampling import DensityName
 from lowrank_optax.activations.step_function import Codebook
 
 FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {

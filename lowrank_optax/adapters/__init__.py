@@ -3,64 +3,70 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lowrank_optax.adapters.aflora import AFLoRA
 from lowrank_optax.adapters.base import Adapter, AdapterParams, Merged
-from lowrank_optax.adapters.dora import DoRA
-from lowrank_optax.adapters.freezing_matrices import (
+from lowrank_optax.adapters.low_rank import LowRank
+from lowrank_optax.adapters.methods.aflora import AFLoRA
+from lowrank_optax.adapters.methods.dora import DoRA
+from lowrank_optax.adapters.methods.lamda import LaMDA
+from lowrank_optax.adapters.methods.lora import LoRA
+from lowrank_optax.adapters.methods.lora_fa import LoRAFA
+from lowrank_optax.adapters.methods.lotr import LoTR
+from lowrank_optax.adapters.methods.pissa import PiSSA, reduction_ratio
+from lowrank_optax.adapters.methods.svfit import SVFit, energy_rank
+from lowrank_optax.adapters.methods.tucker import TuckerFactors, lotr_from_lora, lotr_from_updates
+from lowrank_optax.adapters.methods.vera import VeRA
+from lowrank_optax.adapters.training.aflora_freezing import (
     AfloraFreezingState,
     aflora_freezing,
     aflora_schedule,
 )
-from lowrank_optax.adapters.freezing_rows import LamdaFreezingState, lamda_freezing
-from lowrank_optax.adapters.lamda import LaMDA
-from lowrank_optax.adapters.lora import LoRA
-from lowrank_optax.adapters.lora_fa import (
-    LoRAFA,
+from lowrank_optax.adapters.training.lamda_freezing import LamdaFreezingState, lamda_freezing
+from lowrank_optax.adapters.training.lora_fa_projection import (
     LoRAFAProjectionState,
     lora_fa_factors,
     lora_fa_projection,
 )
-from lowrank_optax.adapters.lora_plus import lora_plus_adamw, scale_lora_plus
-from lowrank_optax.adapters.lotr import LoTR
-from lowrank_optax.adapters.low_rank import LowRank
-from lowrank_optax.adapters.phases import carry_state, frozen_leaves
-from lowrank_optax.adapters.pissa import PiSSA, reduction_ratio
-from lowrank_optax.adapters.rank_allocation import allocate_ranks, energy, weight_spectra
-from lowrank_optax.adapters.svfit import SVFit, energy_rank
-from lowrank_optax.adapters.tucker import TuckerFactors, lotr_from_lora, lotr_from_updates
+from lowrank_optax.adapters.training.lora_plus import lora_plus_adamw, scale_lora_plus
+from lowrank_optax.adapters.training.phases import carry_state, frozen_leaves
+from lowrank_optax.adapters.training.rank_allocation import allocate_ranks, energy, weight_spectra
 
 if TYPE_CHECKING:
     from lowrank_optax.adapters import linen, pytree
+    from lowrank_optax.adapters.adapted_layers import (
+        AdapterConstant,
+        AdapterParam,
+        AlsoTrained,
+        trainable,
+    )
     from lowrank_optax.adapters.attaching import attach, detach
     from lowrank_optax.adapters.merging import MergeReport, merge, unmerge
-    from lowrank_optax.adapters.nnx import AdapterConstant, AdapterParam, AlsoTrained, trainable
+    from lowrank_optax.adapters.own_values import also_train, freeze_arrays
     from lowrank_optax.adapters.peft.config import UnsupportedConfigError
     from lowrank_optax.adapters.peft.loading import load_peft
     from lowrank_optax.adapters.peft.saving import save_peft
-    from lowrank_optax.adapters.retyping import also_train, freeze_arrays
     from lowrank_optax.adapters.summaries import AdapterSummary, summary
     from lowrank_optax.adapters.switching import activate, deactivate, disabled
 
 # The Flax parts: Flax is imported when one is first used.
 _FLAX = {
-    "AdapterConstant": "nnx",
-    "AdapterParam": "nnx",
+    "AdapterConstant": "adapted_layers",
+    "AdapterParam": "adapted_layers",
     "AdapterSummary": "summaries",
-    "AlsoTrained": "nnx",
+    "AlsoTrained": "adapted_layers",
     "MergeReport": "merging",
     "UnsupportedConfigError": "peft.config",
     "activate": "switching",
-    "also_train": "retyping",
+    "also_train": "own_values",
     "attach": "attaching",
     "deactivate": "switching",
     "detach": "attaching",
     "disabled": "switching",
-    "freeze_arrays": "retyping",
+    "freeze_arrays": "own_values",
     "load_peft": "peft.loading",
     "merge": "merging",
     "save_peft": "peft.saving",
     "summary": "summaries",
-    "trainable": "nnx",
+    "trainable": "adapted_layers",
     "unmerge": "merging",
 }
 
@@ -79,6 +85,7 @@ __all__ = [
     "LoTR",
     "PiSSA",
     "SVFit",
+    "VeRA",
     "energy_rank",
     "reduction_ratio",
     # Updates of LoRA-FA's and LoRA's second factor

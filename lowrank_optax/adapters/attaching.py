@@ -7,6 +7,18 @@ from typing import Any, NamedTuple
 from flax import nnx
 import jax
 
+from lowrank_optax.adapters.adapted_layers import (
+    LayerAdapter,
+    adapted_layers,
+    check_names,
+    chosen_layers,
+    set_weight_matrix,
+    set_wraps,
+    sharing,
+    spec_of,
+    weight_matrix,
+    weight_variable,
+)
 from lowrank_optax.adapters.base import Adapter, Weights
 from lowrank_optax.adapters.folding import depends_on_weight
 from lowrank_optax.adapters.groups import (
@@ -16,23 +28,12 @@ from lowrank_optax.adapters.groups import (
     init_group,
     method_at,
 )
-from lowrank_optax.adapters.hosting import set_class, sharing
-from lowrank_optax.adapters.nnx import (
-    LayerAdapter,
-    adapted_layers,
-    check_names,
-    chosen_layers,
-    placed,
-    set_weight,
-    weight,
-    weight_variable,
-)
 from lowrank_optax.adapters.own_values import check_base_values, check_can_release, release
 from lowrank_optax.adapters.partitions import check_arrays, matrix_sharding, variables
 from lowrank_optax.adapters.tied_tables import check_not_tied, moved
 from lowrank_optax.matrices.argument_names import explains_names
 from lowrank_optax.matrices.selection import Where, path_string
-from lowrank_optax.matrices.views import from_matrix, matrix_shape, to_matrix
+from lowrank_optax.matrices.views import matrix_shape
 
 
 class _Target(NamedTuple):
@@ -56,7 +57,7 @@ class _Target(NamedTuple):
         """``[L, d_in, d_out]``, with its values only if the method reads them."""
         shape = (math.prod(self.shape[:-2]), *self.shape[-2:])
         if values and self.method.reads_weights:
-            return to_matrix(*weight(self.layer)).reshape(shape)
+            return weight_matrix(self.layer).reshape(shape)
         return jax.ShapeDtypeStruct(shape, weight_variable(self.layer).dtype)
 
 
@@ -154,8 +155,9 @@ def _targets(
         string = path_string(path)
         if name in getattr(layer, "adapters", {}):
             raise ValueError(f"{string} has an adapter named {name!r} already: give another name.")
-        spec, stack = placed(layer, string)
-        shape = matrix_shape(weight_variable(layer).shape, spec)
+        spec = spec_of(layer, string)
+        whole = getattr(layer, spec.weight).shape
+        shape, stack = matrix_shape(whole, spec.axes), spec.stack(whole)
         own = method_at(method, string, rank_pattern, alpha_pattern)
         if own.reads_weights:
             check_base_values(string, layer)
@@ -204,15 +206,14 @@ def _attach_group(
         layer, batch = target.layer, target.shape[:-2]
         params = jax.tree.map(lambda x, b=batch: x.reshape(*b, *x.shape[1:]), params)
         if params.base is not None:
-            value, spec = weight(layer)
-            set_weight(layer, from_matrix(params.base, spec, like=value))
+            set_weight_matrix(layer, params.base)
         arrays = variables(params, target.method.axes, matrix_sharding(layer), len(batch))
         of_group = group if shared.trainable or shared.frozen else None
         adapter = LayerAdapter(target.method, name, of_group, arrays, _dropout_stream(target, rngs))
         if not hasattr(layer, "adapters"):
             layer.adapters = nnx.Dict()
         layer.adapters[name] = adapter
-        set_class(layer)
+        set_wraps(layer)
 
 
 def _of_group(
@@ -227,7 +228,7 @@ def _of_group(
 def _put_shared(model: Any, name: str, group: str, arrays: dict[str, nnx.Variable]) -> None:
     if not hasattr(model, "adapter_groups"):
         model.adapter_groups = nnx.Dict()
-        set_class(model)
+        set_wraps(model)
     if name not in model.adapter_groups:
         model.adapter_groups[name] = nnx.Dict()
     model.adapter_groups[name][group] = nnx.Dict(arrays)
@@ -250,7 +251,7 @@ def detach(model: Any, name: str | None = None) -> nnx.Module:
 
     Args:
       model: The model that `attach` was given.
-      name: Of the adapter; None for all.
+      name: Name of the adapter; None for all.
 
     Returns:
       The model itself.
@@ -261,7 +262,7 @@ def detach(model: Any, name: str | None = None) -> nnx.Module:
     """
     names = check_names(model, [name] if name else [])
     check_can_release(model, names)
-    layers = [layer for _, layer in adapted_layers(model)]
+    layers = list(adapted_layers(model).values())
     merged = {a.name for layer in layers for a in layer.adapters.values() if a.merged}
     for key in names:
         release(model, key, keep=key in merged)
@@ -272,20 +273,18 @@ def detach(model: Any, name: str | None = None) -> nnx.Module:
                 del layer.adapters[key]
             if not layer.adapters:
                 del layer.adapters
-            set_class(layer)
+            set_wraps(layer)
     if hasattr(model, "adapter_groups"):
         for key in [k for k in model.adapter_groups if k in names]:
             del model.adapter_groups[key]
         if not model.adapter_groups:
             del model.adapter_groups
-        set_class(model)
-    if not any(adapted_layers(model)):
+        set_wraps(model)
+    if not adapted_layers(model):
         release(model, None, keep=False)  # of parameters that were trained before any adapter
     return model
 
 
 def _restore(layer: Any, adapter: LayerAdapter) -> None:
     if adapter.method.changes_base and not adapter.merged:
-        value, spec = weight(layer)
-        original = adapter.method.original(adapter.p(), to_matrix(value, spec))
-        set_weight(layer, from_matrix(original, spec, like=value))
+        set_weight_matrix(layer, adapter.method.original(adapter.p(), weight_matrix(layer)))

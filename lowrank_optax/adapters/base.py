@@ -2,7 +2,7 @@
 
 A method is a frozen dataclass of its options and a few pure functions of plain dictionaries of
 arrays. It knows nothing of Flax: the hosts (`nnx`, `linen`, `pytree`) put its arrays into a model
-and call `Adapter.apply` where a layer has been called.
+and add what `Adapter.branch` returns to the output of a layer.
 
 Nearly every method is a `LowRank`, in the file beside this one.
 """
@@ -12,7 +12,7 @@ from collections.abc import Hashable, Mapping, Sequence
 import dataclasses
 import inspect
 import math
-from typing import Any, Literal, NamedTuple, Self, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from lowrank_optax.matrices.argument_names import check_names
 
 Arrays: TypeAlias = Mapping[str, jax.Array]
 Side: TypeAlias = Literal["in", "out"] | None
+Axes: TypeAlias = Mapping[str, tuple[Side, ...]]
 Weights: TypeAlias = jax.Array | jax.ShapeDtypeStruct
 
 
@@ -29,7 +30,7 @@ class AdapterParams(NamedTuple):
     """The arrays of one adapter on a stack of ``L`` weights ``[L, d_in, d_out]``.
 
     Attributes:
-      trainable: By name. Arrays have a leading axis of the layers, ``[L, ...]``, except those
+      trainable: Arrays by name, with a leading axis of the layers, ``[L, ...]``, except those
         whose names are in the method's ``shared``, which all layers use.
       frozen: Likewise, what is needed but not trained.
       base: What the weights become, ``[L, d_in, d_out]``; None if they stay as they are.
@@ -55,11 +56,17 @@ class Merged(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Adapter(abc.ABC):
-    """A method: its options, and the functions that make and apply its parameters.
+    r"""A method: its options, and the functions that make and apply its parameters.
 
     Functions of one layer take ``p``, the layer's arrays by name, trainable, frozen and shared
     together (`layer_arrays`). They may have leading batch axes (experts), so methods are written
     for the last axes.
+
+    A method defines `init_layers` and `branch`; `axes`, if it is to be used on a mesh; `delta`, if
+    its change is a matrix added to the weight; and `removed` and `removed_weight`, if it takes a
+    part out of the weight when it is attached. A layer's output with any number of adapters is
+
+    .. math:: y + \sum_i s_i \, \mathrm{branch}_i + (1 - s_i) \, \mathrm{removed}_i .
     """
 
     def __new__(cls, *_: Any, **options: Any) -> Self:
@@ -72,14 +79,12 @@ class Adapter(abc.ABC):
         """Names of arrays that belong to the group, not to a layer."""
         return frozenset()
 
-    @property
-    def axes(self) -> Mapping[str, tuple[Side, ...]]:
-        """What the last axes of arrays are, by name: the weight's inputs, its outputs, or neither.
+    axes: ClassVar[Axes] = {}
+    """What the last axes of arrays are, by name: the weight's inputs, its outputs, or neither.
 
-        So ``{"A": ("in", None), "B": (None, "out")}``: on a mesh these axes are sharded as the
-        weight's are. All axes of arrays that are not named are whole on every device.
-        """
-        return {}
+    So ``{"A": ("in", None), "B": (None, "out")}``: on a mesh these axes are sharded as the weight's
+    are. All axes of arrays that are not named are whole on every device.
+    """
 
     @property
     def reads_weights(self) -> bool:
@@ -91,8 +96,13 @@ class Adapter(abc.ABC):
         """Whether the weights themselves are changed when it is attached."""
         return False
 
+    @property
+    def has_delta(self) -> bool:
+        """Whether its change is a matrix added to the weight, so that it can be merged."""
+        return type(self).delta is not Adapter.delta
+
     def group(self, path: str, shape: tuple[int, int]) -> Hashable:
-        """Weights whose answers are equal share the arrays of `init_shared`.
+        """The group of a weight: those of equal groups share the arrays of `init_shared`.
 
         Args:
           path: The layer's path in the model, as ``blocks/attention/query``.
@@ -101,10 +111,10 @@ class Adapter(abc.ABC):
         return path
 
     def init_shared(self, key: jax.Array, members: Sequence[Weights]) -> AdapterParams:
-        """The arrays that the members of a group share; none by default.
+        """The arrays that the members of a group share; by default there are none.
 
         Args:
-          key: Of ``jax.random``.
+          key: PRNG key.
           members: Stacks ``[L, d_in, d_out]``; shapes alone unless `reads_weights`.
         """
         del key, members
@@ -117,53 +127,72 @@ class Adapter(abc.ABC):
         """The arrays of one stack of the group, without the shared ones.
 
         Args:
-          key: Of ``jax.random``.
+          key: PRNG key.
           weights: ``[L, d_in, d_out]``; a shape alone unless `reads_weights`.
           shared: The arrays of `init_shared`, trainable and frozen.
           embedding: Whether rows are looked up instead of multiplied: ``d_in`` is a vocabulary.
         """
 
     @abc.abstractmethod
-    def apply(
+    def branch(
         self,
         p: Arrays,
         x: Operand,
-        y: jax.Array,
         *,
+        y: jax.Array,
         weight: jax.Array,
         bias: jax.Array | None = None,
         key: jax.Array | None = None,
     ) -> jax.Array:
-        """The layer's output with the adapter.
+        """What is added to the layer's output, ``[..., d_out]``.
 
         Args:
           p: One layer's arrays.
-          x: The layer's input, of which no more is asked than its product with a matrix.
+          x: The layer's input, of which only products with matrices are known.
           y: The layer's own output ``[..., d_out]``, with its bias.
           weight: The layer's weight ``[d_in, d_out]``.
           bias: Its bias ``[d_out]``, if it has one.
-          key: For dropout; None where nothing is to be dropped.
-
-        Returns:
-          ``[..., d_out]``, in ``y``'s dtype.
+          key: PRNG key for dropout; None to drop nothing.
         """
 
-    @abc.abstractmethod
+    def removed(self, p: Arrays, x: Operand) -> jax.Array | None:
+        """The output ``[..., d_out]`` of `removed_weight`; None if nothing was removed."""
+        del p, x
+        return None
+
+    def removed_weight(self, p: Arrays) -> jax.Array | None:
+        """What was removed from the weight when this was attached, float32; None for nothing."""
+        del p
+        return None
+
     def delta(self, p: Arrays, weight: jax.Array) -> jax.Array:
-        """What the adapter adds to the weight: float32 ``[..., d_in, d_out]``."""
+        """The matrix whose product with the input is `branch`: float32 ``[..., d_in, d_out]``.
+
+        Raises:
+          TypeError: If the method has none, as one that routes by its input.
+        """
+        del p, weight
+        raise TypeError(
+            f"the change of {type(self).__name__} depends on the layer's input: no matrix can be "
+            "added to the weight instead, so it cannot be merged or exported. Leave it attached."
+        )
 
     def init(self, key: jax.Array, weights: Weights, *, embedding: bool = False) -> AdapterParams:
         """All arrays of an adapter on one stack of weights, which is a group of its own.
 
         Args:
-          key: Of ``jax.random``.
+          key: PRNG key.
           weights: ``[L, d_in, d_out]``.
           embedding: As for `init_layers`.
 
         Raises:
-          ValueError: If ``weights`` has other than three axes.
+          ValueError: If ``weights`` does not have three axes.
         """
-        check_stack(weights)
+        if len(weights.shape) != 3:
+            raise ValueError(
+                f"weights must be a stack of matrices [layers, d_in, d_out], got {weights.shape}; "
+                "a single one is weights[None]."
+            )
         of_group, of_layers = jax.random.split(key)
         shared = self.init_shared(of_group, [weights])
         own = self.init_layers(
@@ -172,7 +201,7 @@ class Adapter(abc.ABC):
         return AdapterParams(shared.trainable | own.trainable, shared.frozen | own.frozen, own.base)
 
     def layer_arrays(self, params: AdapterParams, layer: int | jax.Array) -> dict[str, jax.Array]:
-        """The arrays of one layer, as `apply` and `delta` take them."""
+        """The arrays of one layer, as `branch` and `delta` take them."""
         together = params.trainable | params.frozen
         return {name: x if name in self.shared else x[layer] for name, x in together.items()}
 
@@ -200,27 +229,21 @@ class Adapter(abc.ABC):
         original = merged.astype(jnp.float32) - self.delta(p, merged)
         return original.astype(merged.dtype)
 
-    def before(self, p: Arrays, x: Operand, y: jax.Array) -> jax.Array:
-        """The output of the layer as it was before it was adapted, from its output now.
-
-        They differ only if the method changes the weights (`changes_base`).
-        """
-        del p, x
-        return y
-
     def original(self, p: Arrays, base: jax.Array) -> jax.Array:
-        """The weight as it was before it was adapted, from what it was changed to."""
-        del p
-        return base
+        """The weight with `removed_weight` added again, to the rounding of its dtype."""
+        removed = self.removed_weight(p)
+        return base if removed is None else (base.astype(jnp.float32) + removed).astype(base.dtype)
 
     def to_lora(self, p: Arrays) -> tuple[jax.Array, jax.Array]:
         """Two factors, ``[..., d_in, r]`` and ``[..., r, d_out]``, of the original weight's change.
 
         Raises:
-          TypeError: If the change is of no low rank.
+          TypeError: If the change has no low rank.
         """
         del p
-        raise TypeError(f"{type(self).__name__} makes no change of low rank.")
+        raise TypeError(
+            f"{type(self).__name__} makes no change of low rank: it cannot be converted to LoRA."
+        )
 
 
 def product(first: jax.Array, second: jax.Array) -> jax.Array:
@@ -228,15 +251,6 @@ def product(first: jax.Array, second: jax.Array) -> jax.Array:
     return jnp.matmul(
         first.astype(jnp.float32), second.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
     )
-
-
-def check_stack(weights: Weights) -> None:
-    """Raises ValueError unless these are matrices in a stack."""
-    if len(weights.shape) != 3:
-        raise ValueError(
-            f"weights must be a stack of matrices [layers, d_in, d_out], got {weights.shape}; "
-            "a single one is weights[None]."
-        )
 
 
 def parameter_count(arrays: Any) -> int:

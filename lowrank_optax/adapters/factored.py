@@ -1,4 +1,4 @@
-"""A weight and its adapter in the place of the weight, multiplied without forming their sum."""
+"""A weight with its adapter, multiplied without forming their sum."""
 
 from collections.abc import Iterator
 import dataclasses
@@ -23,7 +23,7 @@ class FactoredWeight:
 
     Attributes:
       weight: ``[..., d_in, d_out]``, or ``[..., d_out, d_in]`` if ``transposed``.
-      arrays: Those of the adapter, shared ones too.
+      arrays: The adapter's arrays, shared ones too.
       method: The adapter.
       transposed: Whether outputs come first: it is then used as ``x @ leaf.T``.
 
@@ -45,17 +45,17 @@ class FactoredWeight:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight."""
+        """Shape of the weight."""
         return self.weight.shape
 
     @property
     def ndim(self) -> int:
-        """Of the weight."""
+        """Number of axes of the weight."""
         return self.weight.ndim
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Of the weight."""
+        """Dtype of the weight."""
         return self.weight.dtype
 
     @property
@@ -77,7 +77,7 @@ class FactoredWeight:
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(
             f"a weight of shape {self.shape} with an adapter is no array: x @ weight is all it "
-            "does. For other uses take `lro.adapters.pytree.effective`."
+            "does. For other uses call `lro.adapters.pytree.effective`."
         )
 
     def __rmatmul__(self, x: Any) -> jax.Array:
@@ -95,4 +95,4 @@ class FactoredWeight:
             )
         y = jnp.matmul(x, self.weight)
         inputs = Rows(x.astype(y.dtype))
-        return self.method.apply(self.arrays, inputs, y, weight=self.weight)
+        return y + self.method.branch(self.arrays, inputs, y=y, weight=self.weight).astype(y.dtype)

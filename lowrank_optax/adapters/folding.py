@@ -1,22 +1,14 @@
-"""Folding changes into weights, whatever model these are in: stacks of matrices in, stacks out."""
+"""Folding adapters into the weights they change, and taking them out again."""
 
-from collections.abc import Sequence
 import functools
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lowrank_optax.adapters.base import Adapter, Arrays
-from lowrank_optax.matrices.printing import printed
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-
-Methods = tuple[tuple[Adapter, float], ...]
-"""Methods with their strengths."""
+from lowrank_optax.modules.report import Report, Table
 
 
 class MergedLayer(NamedTuple):
@@ -34,8 +26,8 @@ class MergedLayer(NamedTuple):
     relative_size: jax.Array
 
 
-class MergeReport:
-    """Printed, a table of `MergedLayer`.
+class MergeReport(Report):
+    """A table of `MergedLayer`.
 
     Attributes:
       rows: One a layer, or stack of layers.
@@ -44,28 +36,93 @@ class MergeReport:
     def __init__(self, rows: list[MergedLayer]) -> None:
         self.rows = rows
 
-    def __rich__(self) -> "Table":
-        from rich.table import Table
+    def table(self) -> Table:
+        """One row a layer."""
+        columns = ("path", ">rounding error", ">relative size of change")
+        cells = [(r.path, f"{r.rounding_error:.1e}", f"{r.relative_size:.1e}") for r in self.rows]
+        return Table(columns, cells)
 
-        table = Table(box=None, pad_edge=False)
-        table.add_column("path", overflow="fold")
-        table.add_column("rounding error", justify="right")
-        table.add_column("relative size of change", justify="right")
-        for row in self.rows:
-            table.add_row(row.path, f"{row.rounding_error:.1e}", f"{row.relative_size:.1e}")
-        return table
 
-    def __str__(self) -> str:
-        return printed(self)
+class Folding(NamedTuple):
+    """Adapters to be folded into the weights of one stack of layers, whatever model it is in.
 
-    __repr__ = __str__
+    Attributes:
+      path: Path of the layer.
+      names: Names of the adapters.
+      methods: Each method with its strength.
+      weights: ``[*batch, d_in, d_out]``.
+      own: Arrays of each adapter, ``[*batch, ...]``.
+      shared: Arrays of each adapter that all layers use.
+    """
+
+    path: str
+    names: tuple[str, ...]
+    methods: tuple[tuple[Adapter, float], ...]
+    weights: jax.Array
+    own: tuple[Arrays, ...]
+    shared: tuple[Arrays, ...]
+
+    def folded(self) -> tuple[jax.Array, MergedLayer]:
+        """The merged weights, and what merging did."""
+        merged, error, size = _folded(self.methods, self._flat(), self._flat_own(), self.shared)
+        return merged.reshape(self.weights.shape), MergedLayer(self.path, error, size)
+
+    def unfolded(self) -> jax.Array:
+        """The weights before `folded`."""
+        before = _unfolded(self.methods, self._flat(), self._flat_own(), self.shared)
+        return before.reshape(self.weights.shape)
+
+    def original(self) -> jax.Array:
+        """The weights as they were before the one adapter, which changed them, was attached."""
+        ((method, _),), (own,), (shared,) = self.methods, self._flat_own(), self.shared
+        one = lambda p, w: method.original({**p, **shared}, w)
+        return jax.vmap(one)(own, self._flat()).reshape(self.weights.shape)
+
+    def checksums(self) -> dict[str, jax.Array]:
+        """A number for each layer by adapter, uint32 ``[*batch]``: what was merged.
+
+        Equal bits give equal numbers, on any device and sharding.
+        """
+        batch = self.weights.shape[:-2]
+        both = zip(self.names, self.methods, self._flat_own(), self.shared, strict=True)
+        return {
+            name: jnp.broadcast_to(
+                _checksum(strength, own, shared), self._flat().shape[:1]
+            ).reshape(batch)
+            for name, (_, strength), own, shared in both
+        }
+
+    def check_unchanged(self, name: str, before: jax.Array) -> None:
+        """Raises ValueError if an adapter's checksum is not ``before``, of when it was merged.
+
+        Under a transformation, where the numbers are not known, nothing is checked.
+        """
+        now = self.checksums()[name]
+        if isinstance(before, jax.core.Tracer) or isinstance(now, jax.core.Tracer):
+            return
+        if not np.array_equal(np.asarray(before).reshape(-1), np.asarray(now).reshape(-1)):
+            raise ValueError(
+                f"the arrays or the strength of the adapter {name!r} of {self.path} have changed "
+                "since it was merged, so its change cannot be taken out of the weight again: put "
+                "back those of that time, or detach the adapter and load the original weights."
+            )
+
+    def _flat(self) -> jax.Array:
+        return self.weights.reshape(-1, *self.weights.shape[-2:])
+
+    def _flat_own(self) -> tuple[Arrays, ...]:
+        batch = self.weights.ndim - 2
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[batch:]), self.own)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def folded(
-    methods: Methods, stack: jax.Array, own: tuple[Arrays, ...], shared: tuple[Arrays, ...]
+def _folded(
+    methods: tuple[tuple[Adapter, float], ...],
+    weights: jax.Array,
+    own: tuple[Arrays, ...],
+    shared: tuple[Arrays, ...],
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Merged weights, the largest rounding error, and the relative size of the change."""
+    """Merged weights ``[L, ...]``, the largest rounding error, the relative size of the change."""
 
     def one(args: tuple[jax.Array, tuple[Arrays, ...]]) -> tuple[jax.Array, ...]:
         w, arrays = args
@@ -75,17 +132,18 @@ def folded(
         error = jnp.max(jnp.abs(exact - rounded.astype(jnp.float32)), initial=0.0)
         return rounded, error, jnp.sum(change**2), jnp.sum(w.astype(jnp.float32) ** 2)
 
-    merged, errors, changes, weights = jax.lax.map(one, (stack, own))
-    size = jnp.sqrt(jnp.sum(changes) / jnp.maximum(jnp.sum(weights), jnp.finfo(jnp.float32).tiny))
+    merged, errors, changes, sizes = jax.lax.map(one, (weights, own))
+    size = jnp.sqrt(jnp.sum(changes) / jnp.maximum(jnp.sum(sizes), jnp.finfo(jnp.float32).tiny))
     return merged, jnp.max(errors, initial=0.0), size
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def unfolded(
-    methods: Methods, stack: jax.Array, own: tuple[Arrays, ...], shared: tuple[Arrays, ...]
+def _unfolded(
+    methods: tuple[tuple[Adapter, float], ...],
+    weights: jax.Array,
+    own: tuple[Arrays, ...],
+    shared: tuple[Arrays, ...],
 ) -> jax.Array:
-    """The weights before `folded`."""
-
     def one(args: tuple[jax.Array, tuple[Arrays, ...]]) -> jax.Array:
         w, arrays = args
         if depends_on_weight(methods[0][0]):
@@ -93,35 +151,28 @@ def unfolded(
         change = _change(methods, w, arrays, shared)
         return (w.astype(jnp.float32) - change).astype(w.dtype)
 
-    return jax.lax.map(one, (stack, own))
+    return jax.lax.map(one, (weights, own))
 
 
 def _change(
-    methods: Methods, w: jax.Array, own: tuple[Arrays, ...], shared: tuple[Arrays, ...]
+    methods: tuple[tuple[Adapter, float], ...],
+    w: jax.Array,
+    own: tuple[Arrays, ...],
+    shared: tuple[Arrays, ...],
 ) -> jax.Array:
     """The sum of the adapters' changes of one weight, float32."""
-    changes, exact = [], w.astype(jnp.float32)
+    changes = []
     for (method, strength), mine, ours in zip(methods, own, shared, strict=True):
         p = {**mine, **ours}
-        change = strength * method.delta(p, w)
-        if method.changes_base and strength != 1:  # it is the original weight that is changed
-            change += (1 - strength) * (method.original(p, exact) - exact)
-        changes.append(change)
+        changes.append(strength * method.delta(p, w))
+        removed = None if strength == 1 else method.removed_weight(p)
+        if removed is not None:
+            changes.append((1 - strength) * removed)
     return sum(changes[1:], changes[0])
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def checksum(strength: float, own: Arrays, shared: Arrays) -> jax.Array:
-    """A number for each layer that tells whether what was merged is what would be unmerged.
-
-    Args:
-      strength: Strength of the adapter.
-      own: Arrays of the layers ``[L, ...]``.
-      shared: Arrays that all layers use.
-
-    Returns:
-      uint32 ``[L]``: equal bits give equal numbers, on any device and sharding.
-    """
+def _checksum(strength: float, own: Arrays, shared: Arrays) -> jax.Array:
     start = np.float32(strength).view(np.uint32)
     together = sum((_bit_sum(x, 0) for _, x in sorted(shared.items())), jnp.uint32(start))
     for _, x in sorted(own.items()):
@@ -133,27 +184,12 @@ def _bit_sum(x: jax.Array, batch: int) -> jax.Array:
     """A sum of the bits of all but the leading axes, each element with an odd factor of its own."""
     bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]
     x = x.astype(jnp.uint8) if x.dtype == bool else jax.lax.bitcast_convert_type(x, bits)
-    place = jnp.uint32(0)
+    index = jnp.uint32(0)
     for axis in range(batch, x.ndim):
-        index = jnp.arange(x.shape[axis], dtype=jnp.uint32)
-        place = place * jnp.uint32(x.shape[axis]) + index.reshape(-1, *[1] * (x.ndim - axis - 1))
-    factors = place * jnp.uint32(0x9E3779B2) + jnp.uint32(1)
+        along = jnp.arange(x.shape[axis], dtype=jnp.uint32)
+        index = index * jnp.uint32(x.shape[axis]) + along.reshape(-1, *[1] * (x.ndim - axis - 1))
+    factors = index * jnp.uint32(0x9E3779B2) + jnp.uint32(1)
     return jnp.sum(x.astype(jnp.uint32) * factors, axis=range(batch, x.ndim), dtype=jnp.uint32)
-
-
-def check_unchanged(path: str, name: str, before: jax.Array, now: jax.Array) -> None:
-    """Raises ValueError if an adapter's checksum is no longer that of the time it was merged.
-
-    Under a transformation, where the numbers are not known, nothing is checked.
-    """
-    if isinstance(before, jax.core.Tracer) or isinstance(now, jax.core.Tracer):
-        return
-    if not np.array_equal(np.asarray(before).reshape(-1), np.asarray(now).reshape(-1)):
-        raise ValueError(
-            f"the arrays or the strength of the adapter {name!r} of {path} have changed since it "
-            "was merged, so its change cannot be taken out of the weight again: put back those of "
-            "that time, or detach the adapter and load the original weights."
-        )
 
 
 def depends_on_weight(method: Adapter) -> bool:
@@ -161,17 +197,26 @@ def depends_on_weight(method: Adapter) -> bool:
     return type(method).unmerged is not Adapter.unmerged
 
 
-def check_can_unmerge(path: str, named: Sequence[tuple[str, Adapter, float]]) -> None:
-    """Raises ValueError if adapters merged together could not be taken out of the weight again.
+def check_can_unmerge(path: str, together: list[tuple[str, Adapter, float]]) -> None:
+    """Checks that adapters can be merged together, and taken out of the weight again.
 
     Args:
-      path: Of the layer.
-      named: All that would be merged: names, methods and strengths.
+      path: Path of the layer.
+      together: Names, methods and strengths of all that would be merged.
+
+    Raises:
+      TypeError: If a method has no matrix to add to the weight.
+      ValueError: If one depends on the weight and is not merged alone at strength 1.
     """
-    for name, method, strength in named:
-        kind = type(method).__name__
-        if depends_on_weight(method) and (len(named) > 1 or strength != 1):
+    for name, method, strength in together:
+        if not method.has_delta:
+            raise TypeError(
+                f"{type(method).__name__} {name!r} of {path} cannot be merged: its change depends "
+                "on the layer's input, so no matrix can be added to the weight instead. Leave it "
+                "attached."
+            )
+        if depends_on_weight(method) and (len(together) > 1 or strength != 1):
             raise ValueError(
-                f"the change of {kind} {name!r} of {path} depends on the weight, so it can "
-                "be merged only by itself and at strength 1."
+                f"the change of {type(method).__name__} {name!r} of {path} depends on the weight, "
+                "so it can be merged only by itself and at strength 1."
             )

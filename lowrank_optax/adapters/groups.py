@@ -1,12 +1,11 @@
 """Initial values of an adapter on the weights of a model whose arrays are plain trees.
 
-The hosts `linen` and `pytree` say which weights are meant, as stacks of matrices; here the method
-is given its ranks by pattern, weights are put into groups, and every array gets its key.
+The hosts `linen` and `pytree` select the weights, as stacks of matrices; here the method gets its
+ranks by pattern, weights are put into groups, and every array gets its key.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
 import dataclasses
-import math
 import re
 from typing import Any, NamedTuple
 
@@ -15,15 +14,18 @@ import jax
 from lowrank_optax.adapters.base import Adapter, AdapterParams, Arrays, Weights
 from lowrank_optax.matrices import selection
 
+KIND = "layer that an adapter could be attached to"
+"""What is selected, for messages."""
+
 GROUPS = "adapter_groups"
-"""Where the arrays that layers share lie in an adapter's tree: ``adapter_groups/GROUP/NAME``."""
+"""Key of the arrays that layers share in an adapter's tree: ``adapter_groups/GROUP/NAME``."""
 
 
 class Stack(NamedTuple):
     """One weight of a model.
 
     Attributes:
-      path: Its path, without a collection.
+      path: Path of the weight, without a collection.
       weights: ``[*batch, d_in, d_out]``, an array or a shape.
       embedding: Whether its rows are looked up.
     """
@@ -42,8 +44,8 @@ class Trees(NamedTuple):
     """The arrays of an adapter on a model, in nested dictionaries ``path -> name -> array``.
 
     Attributes:
-      trainable: Those that are trained.
-      frozen: The others.
+      trainable: Arrays that are trained.
+      frozen: Arrays that are not.
       base: ``path -> [*batch, d_in, d_out]``: the weights that the method has changed.
     """
 
@@ -64,7 +66,7 @@ def method_at(
     rank_pattern: Mapping[str, int | tuple[int, ...]],
     alpha_pattern: Mapping[str, float],
 ) -> Adapter:
-    """The method of one layer: the first patterns that are found in its path count."""
+    """The method of one layer, with the values of the first patterns found in its path."""
     changes = {}
     for field, patterns in (("rank", rank_pattern), ("alpha", alpha_pattern)):
         found = [value for pattern, value in patterns.items() if re.search(pattern, name)]
@@ -76,7 +78,7 @@ def method_at(
 def check_patterns(
     names: Sequence[str], rank_pattern: Mapping[str, Any], alpha_pattern: Mapping[str, Any]
 ) -> None:
-    """Raises ValueError for a pattern that is found in none of the layers' names."""
+    """Raises ValueError for a pattern that is found in no layer's name."""
     layers = [tuple(name.split("/")) for name in names]
     for argument, patterns in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
         selection.check_patterns(argument, patterns, layers, "layer with this adapter")
@@ -101,17 +103,10 @@ def init_trees(
     rank_pattern: Mapping[str, int | tuple[int, ...]],
     alpha_pattern: Mapping[str, float],
 ) -> Trees:
-    """All arrays of an adapter on these weights.
-
-    Args:
-      key: Of ``jax.random``.
-      method: The adapter.
-      stacks: The weights.
-      rank_pattern: Other ranks by regular expressions found in paths.
-      alpha_pattern: Other values of ``alpha``.
+    """All arrays of an adapter on these weights; patterns as for `attach`.
 
     Raises:
-      ValueError: If a pattern is found in none of the paths.
+      ValueError: If a pattern is found in no path.
     """
     check_patterns([stack.name for stack in stacks], rank_pattern, alpha_pattern)
     groups: dict[Hashable, list[tuple[Stack, Adapter]]] = {}
@@ -134,12 +129,12 @@ def init_group(
     weights: Sequence[Weights],
     embeddings: Sequence[bool],
 ) -> tuple[AdapterParams, list[AdapterParams]]:
-    """What the layers of a group share, and what each has of its own.
+    """The arrays that layers of a group share, and the own ones of each.
 
     Args:
-      key: Of ``jax.random``.
+      key: PRNG key.
       members: The method of each layer, which may differ in rank and alpha.
-      weights: ``[L, d_in, d_out]`` of each.
+      weights: The weights of each layer, ``[L, d_in, d_out]``.
       embeddings: Whether the rows of each are looked up.
     """
     shared = members[0].init_shared(jax.random.fold_in(key, 0), weights)
@@ -157,19 +152,16 @@ def _init_group(
     trees: Trees, key: jax.Array, group: str, members: Sequence[tuple[Stack, Adapter]]
 ) -> None:
     stacks, methods = zip(*members, strict=True)
-    weights = [_flat(stack.weights, methods[0].reads_weights) for stack in stacks]
+    flat = lambda x: x.reshape(-1, *x.shape[-2:])
+    weights = [
+        flat(x.weights) if methods[0].reads_weights else jax.eval_shape(flat, x.weights)
+        for x in stacks
+    ]
     shared, own = init_group(key, methods, weights, [stack.embedding for stack in stacks])
     _put(trees, (GROUPS, group), shared)
     for stack, drawn in zip(stacks, own, strict=True):
         batch = stack.weights.shape[:-2]
         _put(trees, stack.path, jax.tree.map(lambda x, b=batch: x.reshape(*b, *x.shape[1:]), drawn))
-
-
-def _flat(weights: Weights, as_array: bool) -> Weights:
-    shape = (-1, *weights.shape[-2:])
-    if as_array:
-        return weights.reshape(shape)  # type: ignore[union-attr]
-    return jax.ShapeDtypeStruct((math.prod(weights.shape[:-2]), *shape[1:]), weights.dtype)
 
 
 def _put(trees: Trees, path: tuple[str, ...], params: AdapterParams) -> None:

@@ -1,38 +1,58 @@
 """Adapters on a Flax Linen model: a facade around a module that stays as it is.
 
-Arrays of adapters lie in collections of their own, ``adapters`` and ``adapter_constants``, so the
+Arrays of adapters are in collections of their own, ``adapters`` and ``adapter_constants``, so the
 model's parameters keep their paths, and gradients are taken of ``variables["adapters"]`` alone.
 """
 
-from collections.abc import Mapping, Sequence
+import collections
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import copy
+import dataclasses
 import functools
-from typing import Any
+import itertools
+from typing import Any, NamedTuple, TypeAlias
 import zlib
 
 from flax import linen as nn
+from flax.core import unfreeze
 import jax
+import jax.numpy as jnp
 
-from lowrank_optax.adapters import (
-    groups,
-    linen_calls,
-    linen_merging,
-    linen_sites,
-    linen_variables,
-)
-from lowrank_optax.adapters.base import Adapter
-from lowrank_optax.adapters.folding import MergeReport
-from lowrank_optax.adapters.linen_attaching import (
-    Attached,
-    attach,
-    beside_weights,
-    wants_keys,
-)
-from lowrank_optax.adapters.linen_variables import TRAINED
-from lowrank_optax.adapters.summaries import AdapterSummary
-from lowrank_optax.matrices.selection import Where
+from lowrank_optax.adapters import groups
+from lowrank_optax.adapters.base import Adapter, Arrays, counts_of, parameter_count
+from lowrank_optax.adapters.folding import Folding, MergeReport, check_can_unmerge
+from lowrank_optax.adapters.layer_calls import Part, adapted_output, view_call, warn_of_derivative
+from lowrank_optax.adapters.summaries import AdapterSummary, SummaryRow, row_of
+from lowrank_optax.compat.flax import is_lifted_call
+from lowrank_optax.compat.jax import in_fresh_trace
+from lowrank_optax.matrices.flax_layers import Kernel, kernel_axes
+from lowrank_optax.matrices.selection import Path, Where
+from lowrank_optax.matrices.views import from_matrix, to_matrix
+from lowrank_optax.modules.select import select
+from lowrank_optax.modules.spec import LayerSpec, kernel_spec, kind_of, usable_weight
 
 __all__ = ["Adapted"]
+
+Variables: TypeAlias = Mapping[str, Any]
+
+TRAINED, CONSTANTS, MERGED = "adapters", "adapter_constants", "merged_adapters"
+"""Collections: arrays that are trained, arrays that are not, and both of adapters merged."""
+
+_CHECKSUMS = "checksums"  # beside the arrays of a merged adapter: see `Folding.checksums`
+
+
+class Attached(NamedTuple):
+    """One adapter of an `Adapted`: its arguments, and its strength (None: switched off)."""
+
+    method: Adapter
+    where: Where
+    rank_pattern: Mapping[str, int | tuple[int, ...]]
+    alpha_pattern: Mapping[str, float]
+    strength: float | None = 1.0
+
+    def at(self, path: Path) -> Adapter:
+        """The method of one layer."""
+        return groups.method_at(self.method, "/".join(path), self.rank_pattern, self.alpha_pattern)
 
 
 class Adapted:
@@ -98,9 +118,13 @@ class Adapted:
         groups.check_method(method)
         self.module: nn.Module
         self.adapters: dict[str, Attached] = {}
-        self._sites: linen_sites.Sites = {}
+        self._layers: Layers = {}
         if isinstance(module, Adapted):
-            self.module, self.adapters, self._sites = module.module, module.adapters, module._sites
+            self.module, self.adapters, self._layers = (
+                module.module,
+                module.adapters,
+                module._layers,
+            )
         else:
             self.module = module
         if name in self.adapters:
@@ -114,16 +138,15 @@ class Adapted:
         Args:
           rngs: As for ``module.init``; the adapters' key is that of ``adapters``, if there is one,
             else made from that of ``params``.
-          args: Of the model.
+          args: Positional arguments of the model.
           kwargs: Likewise, with ``method``.
         """
         variables = self.module.init(rngs, *args, **kwargs)
         self.trace(*args, rngs=rngs, **kwargs)
         if isinstance(rngs, Mapping) and TRAINED in rngs:
-            return attach(self.adapters, self._sites, variables, rngs[TRAINED])
+            return self._attach(variables, rngs[TRAINED])
         key = rngs["params"] if isinstance(rngs, Mapping) else rngs
-        key = jax.random.fold_in(key, zlib.crc32(TRAINED.encode()))
-        return attach(self.adapters, self._sites, variables, key)
+        return self._attach(variables, jax.random.fold_in(key, zlib.crc32(TRAINED.encode())))
 
     def init_with_output(self, rngs: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         """The output of a first call, and all variables as before it; see `init`."""
@@ -138,32 +161,51 @@ class Adapted:
         """The variables with those of adapters that have none yet.
 
         Args:
-          variables: Of the module, for example pretrained ones: they stay as they are, except where
-            a method changes weights (PiSSA).
-          key: Of ``jax.random``.
-          args: Of the model: arrays or ``jax.ShapeDtypeStruct``; nothing is computed. Not needed if
-            `init` or `trace` has been called.
+          variables: Variables of the module, for example pretrained ones: they stay as they are,
+            except where a method changes weights (PiSSA).
+          key: PRNG key.
+          args: Positional arguments of the model: arrays or ``jax.ShapeDtypeStruct``; nothing is
+            computed. Not needed if `init` or `trace` has been called.
           kwargs: Likewise; with ``method`` and ``rngs`` as for ``module.init``.
 
         Raises:
           ValueError: If ``where`` matches no layer (the message lists near ones), a pattern matches
             none of the layers chosen, or the variables are not those of this module.
         """
-        if args or kwargs or not self._sites:
+        if args or kwargs or not self._layers:
             self.trace(*args, **kwargs)
-        return attach(self.adapters, self._sites, variables, key)
+        return self._attach(variables, key)
+
+    def _attach(self, variables: Variables, key: jax.Array) -> dict[str, Any]:
+        there, variables = _adapters_in(variables), dict(variables)
+        modules = {path: layer.module for path, layer in self._layers.items()}
+        for number, (name, attached) in enumerate(self.adapters.items()):
+            if name in there:
+                continue
+            kinds = {p: layer.spec for p, layer in self._layers.items()}
+            default = [p for p, s in kinds.items() if s.by_default and s.kind != "embedding"]
+            stacks = [
+                groups.Stack(path, self._matrix(variables, path), kinds[path].kind == "embedding")
+                for path in select(modules, attached.where, groups.KIND, default=default)
+            ]
+            of_adapter = jax.random.fold_in(key, number)
+            patterns = attached.rank_pattern, attached.alpha_pattern
+            trees = groups.init_trees(of_adapter, attached.method, stacks, *patterns)
+            bases = [(self._layers[path], base) for path, base in trees.base.items()]
+            variables = _with_matrices(variables, bases)
+            variables = _with_arrays(variables, name, (trees.trainable, trees.frozen))
+        return variables
 
     def trace(self, *args: Any, rngs: Any = None, **kwargs: Any) -> None:
         """Finds the layers in one abstract call, as `init` and `attach` do.
 
         Args:
-          args: Of the model: arrays or ``jax.ShapeDtypeStruct``.
+          args: Positional arguments of the model: arrays or ``jax.ShapeDtypeStruct``.
           rngs: As for ``module.init``, if it needs more than one key.
-          kwargs: Of the model, with ``method``.
+          kwargs: Keyword arguments of the model, with ``method``.
         """
         rngs = jax.random.key(0) if rngs is None else rngs
-        run = functools.partial(self.module.init, rngs)
-        self._sites = linen_sites.sites_of(run, args, kwargs)
+        self._layers = _find_layers(functools.partial(self.module.init, rngs), args, kwargs)
 
     def apply(
         self,
@@ -176,11 +218,11 @@ class Adapted:
         """The model with its active adapters: ``module.apply`` with the same arguments.
 
         Args:
-          variables: Of `init` or `attach`.
-          args: Of the model.
+          variables: What `init` or `attach` returned.
+          args: Positional arguments of the model.
           rngs: As for ``module.apply``; with ``dropout``, adapters drop some of their inputs.
           mutable: As for ``module.apply``.
-          kwargs: Of the model, with ``method`` and ``capture_intermediates``.
+          kwargs: Keyword arguments of the model, with ``method`` and ``capture_intermediates``.
 
         Returns:
           What ``module.apply`` returns.
@@ -189,25 +231,29 @@ class Adapted:
           ValueError: If there are arrays for a layer that is not in ``params``, no arrays of an
             active adapter, or arrays of one that is merged into ``params`` already.
         """
-        own = linen_variables.own_variables(variables)
-        if wants_keys(self.adapters, rngs) and not self._sites:
-            run = functools.partial(self.module.apply, own, rngs=rngs, mutable=True)
-            self._sites = linen_sites.sites_of(run, args, kwargs)
-        beside, shared = beside_weights(self.adapters, self._sites, variables, rngs)
+        own = {k: v for k, v in variables.items() if k not in (TRAINED, CONSTANTS, MERGED)}
+        key = rngs.get("dropout") if isinstance(rngs, Mapping) else None
+        if key is not None and any(map(_drops, self.adapters.values())):
+            if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+                key = jax.random.wrap_key_data(key)
+            if not self._layers:
+                run = functools.partial(self.module.apply, own, rngs=rngs, mutable=True)
+                self._layers = _find_layers(run, args, kwargs)
+        beside, shared = _beside_weights(self.adapters, self._layers, variables, key)
         if beside:
-            own["params"] = linen_calls.put_beside(own["params"], beside)
-        with nn.intercept_methods(linen_calls.interceptor(shared)):
+            own["params"] = _put_beside(own["params"], beside)
+        with nn.intercept_methods(_interceptor(shared)):
             result = self.module.apply(own, *args, rngs=rngs, mutable=mutable, **kwargs)
         if mutable is False:
             return result
         output, updates = result
-        return output, linen_calls.take_away(updates)
+        return output, _without_beside(updates)
 
     def activate(self, *names: str, strengths: Mapping[str, float] | None = None) -> "Adapted":
         """The same model with these adapters active and no others; see `lro.adapters.activate`.
 
         Args:
-          names: Of the adapters; none for all.
+          names: Names of the adapters; without any, all.
           strengths: By name, what the change of an adapter is multiplied by; 1 for the others.
         """
         wanted, strengths = self._check_names(names), strengths or {}
@@ -231,30 +277,68 @@ class Adapted:
         The arrays move to ``merged_adapters``, until `unmerge`. See `lro.adapters.merge`.
 
         Args:
-          variables: Of `init` or `attach`.
-          name: Of the adapter; None for all that are active.
+          variables: What `init` or `attach` returned.
+          name: Name of the adapter; None for all that are active.
 
         Raises:
           ValueError: If there is nothing to merge, or a change that depends on the weight (DoRA's)
             would have to be merged together with others or at a strength other than 1.
           RuntimeError: If the layers are not known yet: see `trace`.
         """
-        wanted = self._check_names([name] if name else [])
-        return linen_merging.merge(self.adapters, self._known(), variables, wanted)
+        names, there = self._check_names([name] if name else []), _adapters_in(variables)
+        layers = self._adapted(variables)
+        active = [n for n in names if self.adapters[n].strength is not None]
+        wanted = [n for n in active if there.get(n) is False]
+        if not wanted:
+            raise ValueError(f"none of the adapters {names} is active and not merged yet.")
+        rows, new = [], []
+        checksums: dict[str, dict[str, jax.Array]] = {name: {} for name in wanted}
+        for path, layer, of_layer in layers:
+            now = [n for n in of_layer if n in wanted]
+            if now:
+                together = [n for n in of_layer if n in wanted or there[n]]
+                folding = self._folding(variables, path, together)
+                named = zip(folding.names, folding.methods, strict=True)
+                check_can_unmerge(folding.path, [(n, *method) for n, method in named])
+                folding = self._folding(variables, path, now)
+                weights, row = folding.folded()
+                rows.append(row)
+                new.append((layer, weights))
+                for n, checksum in folding.checksums().items():
+                    checksums[n][folding.path] = checksum
+        result = _with_matrices(variables, new)
+        for n in wanted:
+            result = _with_arrays(result, n, _trees_of(variables, n), checksums[n])
+        return result, MergeReport(rows)
 
     def unmerge(self, variables: Mapping[str, Any], name: str | None = None) -> dict[str, Any]:
         """The variables with merged adapters taken out of ``params``, to the rounding of its dtype.
 
         Args:
-          variables: Of `merge`.
-          name: Of the adapter; None for all that are merged.
+          variables: What `merge` returned.
+          name: Name of the adapter; None for all that are merged.
 
         Raises:
           ValueError: If none is merged, or one's arrays or strength have changed since `merge`.
           RuntimeError: If the layers are not known yet: see `trace`.
         """
-        wanted = self._check_names([name] if name else [])
-        return linen_merging.unmerge(self.adapters, self._known(), variables, wanted)
+        names, there = self._check_names([name] if name else []), _adapters_in(variables)
+        layers, wanted = self._adapted(variables), [n for n in names if there.get(n)]
+        if not wanted:
+            raise ValueError(f"nothing to unmerge: none of {names} is merged.")
+        new = []
+        for path, layer, of_layer in layers:
+            now = [n for n in of_layer if n in wanted]
+            if now:
+                folding = self._folding(variables, path, now)
+                for n in now:
+                    before = variables[MERGED][n][_CHECKSUMS][folding.path]
+                    folding.check_unchanged(n, before)
+                new.append((layer, folding.unfolded()))
+        result = _with_matrices(variables, new)
+        for n in wanted:
+            result = _with_arrays(result, n, _trees_of(variables, n))
+        return result
 
     def detach(self, variables: Mapping[str, Any], name: str | None = None) -> dict[str, Any]:
         """The variables without those of the adapters: with ``name=None``, the module's own.
@@ -263,21 +347,41 @@ class Adapted:
         (PiSSA), the original ones come back, to the rounding of their dtype, unless it is merged.
 
         Args:
-          variables: Of `init`, `attach` or `merge`.
-          name: Of the adapter; None for all.
+          variables: What `init`, `attach` or `merge` returned.
+          name: Name of the adapter; None for all.
         """
-        wanted = self._check_names([name] if name else [])
-        changes = any(self.adapters[n].method.changes_base for n in wanted)
-        sites = self._known() if changes else {}
-        return linen_merging.detach(self.adapters, sites, variables, wanted)
+        names, there = self._check_names([name] if name else []), _adapters_in(variables)
+        result = dict(variables)
+        for n in names:
+            if self.adapters[n].method.changes_base and there.get(n) is False:
+                new = []
+                for path, layer, of_layer in self._adapted(result):
+                    if n in of_layer:
+                        new.append((layer, self._folding(result, path, [n]).original()))
+                result = _with_matrices(result, new)
+        return _without_arrays(result, names)
 
     def summary(self, variables: Mapping[str, Any]) -> AdapterSummary:
         """What is attached where, with counts and bytes: see `lro.adapters.summary`.
 
         Args:
-          variables: Of `init` or `attach`, or their shapes.
+          variables: What `init` or `attach` returned, or their shapes.
         """
-        return linen_merging.summary(self.adapters, self._known(), variables)
+        rows, there = [], _adapters_in(variables)
+        trees = {name: _trees_of(variables, name) for name in there if name in self.adapters}
+        for path, _, of_layer in self._adapted(variables):
+            shape = jax.eval_shape(lambda v, p=path: self._matrix(v, p), variables).shape
+            for name in of_layer:
+                state = "merged" if there[name] else self.adapters[name].strength
+                counts = counts_of(*(groups.layers_of(t, {}).get(path, {}) for t in trees[name]))
+                method = self.adapters[name].at(path)
+                rows.append(row_of("/".join(path), shape, name, method, counts, state))
+        for name, both in trees.items():
+            for group in groups.shared_of(*both):
+                counts = counts_of(*(groups.shared_of(t, {}).get(group, {}) for t in both))
+                label = f"adapter_groups/{name}/{group}"
+                rows.append(SummaryRow(label, "–", name, "shared", None, *counts, ""))
+        return AdapterSummary(rows, parameter_count(variables.get("params", {})))
 
     def _with(self, adapters: dict[str, Attached]) -> "Adapted":
         new = copy.copy(self)
@@ -290,10 +394,396 @@ class Adapted:
                 raise ValueError(f"there is no adapter {name!r}, but {list(self.adapters)}.")
         return list(names) or list(self.adapters)
 
-    def _known(self) -> linen_sites.Sites:
-        if not self._sites:
+    def _adapted(self, variables: Variables) -> "list[tuple[Path, LinenLayer, list[str]]]":
+        """The layers that have adapters, with the names of these."""
+        if not self._layers:
             raise RuntimeError(
                 "the layers of the module are not known yet: call adapted.trace(*inputs) first, as "
                 "init and attach do."
             )
-        return self._sites
+        there = [name for name in _adapters_in(variables) if name in self.adapters]
+        paths = {name: groups.layers_of(*_trees_of(variables, name)) for name in there}
+        named = lambda path: [name for name in there if path in paths[name]]
+        return [(path, x, named(path)) for path, x in self._layers.items() if named(path)]
+
+    def _matrix(self, variables: Variables, path: Path) -> jax.Array:
+        layer = self._layers[path]
+        return to_matrix(_weight(variables, path, layer), layer.spec.axes)
+
+    def _folding(self, variables: Variables, path: Path, names: Sequence[str]) -> Folding:
+        """These adapters of one layer, switched off or not."""
+        matrix, label = self._matrix(variables, path), "/".join(path)
+        methods, own, shared = [], [], []
+        for name in names:
+            attached, trees = self.adapters[name], _trees_of(variables, name)
+            method, strength = attached.at(path), attached.strength
+            methods.append((method, 1.0 if strength is None else strength))
+            own.append(groups.layers_of(*trees).get(path, {}))
+            of_groups = groups.shared_of(*trees)
+            shared.append(groups.with_shared(method, {}, of_groups, label, matrix.shape))
+        return Folding(label, tuple(names), tuple(methods), matrix, tuple(own), tuple(shared))
+
+
+# Finding the layers of a model, by watching one abstract call of it: Linen's layers exist only
+# while the model runs.
+
+
+class LinenLayer(NamedTuple):
+    """A layer that an adapter can be attached to.
+
+    Attributes:
+      scope: Where its parameters are in the collection ``params``.
+      spec: Its weight's name, axes and kind.
+      shape: The weight's shape in one layer.
+      module: The layer, unbound.
+    """
+
+    scope: Path
+    spec: LayerSpec
+    shape: tuple[int, ...]
+    module: nn.Module
+
+
+Layers: TypeAlias = dict[Path, LinenLayer]
+
+
+def _find_layers(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Layers:
+    """The layers that a call of a model goes through, by path; nothing is computed.
+
+    The path is that of the module, and the weight's name if it has several. A weight used in two
+    ways (its axes once inputs and once outputs) is left out: no one adapter fits both.
+    """
+    leaves, tree = jax.tree.flatten((args, kwargs))
+    # Only shapes become tracers: a flag must stay one that Python can read.
+    shapes = {i: x for i, x in enumerate(leaves) if isinstance(x, jax.ShapeDtypeStruct)}
+    found: dict[Path, LinenLayer | None] = {}
+
+    def watch(
+        call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: Any
+    ) -> Any:
+        y = call(*args, **kwargs)
+        read = _read_call(context, args, kwargs)
+        if read is not None:
+            (spec, weight), module = read, context.module
+            unbound = module.clone(parent=None, name=None)
+            layer = LinenLayer(tuple(module.path), spec, tuple(weight.shape), unbound)
+            key = (*layer.scope, spec.weight)
+            before = found.setdefault(key, layer)
+            if before is not None and (before.shape, before.spec.axes) != (layer.shape, spec.axes):
+                found[key] = None
+        return y
+
+    def abstract(shaped: dict[int, Any]) -> Any:
+        whole = [shaped.get(i, x) for i, x in enumerate(leaves)]
+        own_args, own_kwargs = jax.tree.unflatten(tree, whole)
+        return run(*own_args, **own_kwargs)
+
+    # Under nn.jit a layer that has been traced before would not run: in another context it does.
+    with nn.intercept_methods(watch), in_fresh_trace():
+        jax.eval_shape(abstract, shapes)
+    usable = [layer for layer in found.values() if layer is not None]
+    scopes = [x.scope for x in usable]
+    return {x.scope if scopes.count(x.scope) == 1 else (*x.scope, x.spec.weight): x for x in usable}
+
+
+def _read_call(
+    context: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[LayerSpec, jax.Array] | None:
+    """The layer whose method has just been called, and its weight; None for other modules."""
+    module = context.module
+    # A lifted call runs the layer proper, which is seen too: there the weight has its own axes.
+    if context.method_name != "__call__" or module.scope is None or is_lifted_call(type(module)):
+        return None
+    kernel = usable_weight(module)
+    if kernel is None:
+        return _called_einsum(module, args, kwargs)
+    weight = nn.meta.unbox(module.get_variable("params", kernel.path[0]))
+    if weight is None or weight.ndim != len(kernel.shape):
+        return None
+    return kernel_spec(kernel, kind_of(module) or "einsum"), weight
+
+
+def _called_einsum(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[LayerSpec, jax.Array] | None:
+    """A layer that was called with an equation, as Flax's and Gemma's einsums are.
+
+    Its weight is the one array of two axes or more that it has. Modules that share a scope see each
+    other's arrays: then one of the module's fields says which is meant (Gemma's ``weight_name``).
+    """
+    equations = [a for a in (*args, *kwargs.values()) if isinstance(a, str) and "->" in a]
+    equation = equations[0] if equations else getattr(module, "einsum_str", None)
+    if not isinstance(equation, str) or equation.count(",") != 1:
+        return None
+    unboxed = nn.meta.unbox(dict(module.variables.get("params", {})))
+    arrays = {n: x for n, x in unboxed.items() if getattr(x, "ndim", 0) > 1}
+    fields = [x for x in vars(module).values() if isinstance(x, str) and x in arrays]
+    names = fields or (["kernel"] if "kernel" in arrays else list(arrays))
+    if len(names) != 1:
+        return None
+    weight = arrays[names[0]]
+    letters = equation.replace(" ", "").split("->")[0].split(",")[1]
+    reduction, output = kernel_axes(equation, weight.ndim)
+    if len(letters) != weight.ndim or "." in letters or not reduction or not output:
+        return None
+    kernel = Kernel((names[0],), tuple(weight.shape), reduction, output)
+    return kernel_spec(kernel, "einsum"), weight
+
+
+# Running a model with the arrays of its adapters beside its weights. They travel inside the
+# collection ``params``, each layer's in the scope of its weight, so that whatever the model does
+# with its parameters happens to them too: a scan or vmap over layers cuts both into layers, nn.jit
+# and nn.remat pass both.
+
+_BESIDE = "lowrank_adapters"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What one adapter does in one layer.
+
+    Attributes:
+      name: The adapter's name.
+      layer: The layer's path.
+      method: The method with the rank of this layer.
+      strength: What its change is multiplied by; None if it is switched off.
+      call: A number of this call of the model if arrays are shared, else 0. Shared arrays are
+        closed over, so a layer under ``nn.jit`` must be traced again in another call.
+    """
+
+    name: str
+    layer: str
+    method: Adapter
+    strength: float | None
+    call: int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Beside:
+    """The adapters of one weight: ``arrays[adapter][name]``, keys for dropout, and plans."""
+
+    arrays: dict[str, dict[str, jax.Array]]
+    keys: dict[str, jax.Array]
+    plans: tuple[_Plan, ...] = dataclasses.field(metadata={"static": True})
+
+
+Shared: TypeAlias = Mapping[str, Mapping[str, Arrays]]  # adapter -> group -> name -> array
+
+_calls = itertools.count(1)
+
+
+def _drops(attached: Attached) -> bool:
+    return attached.strength is not None and getattr(attached.method, "dropout", 0) > 0
+
+
+def _beside_weights(
+    adapters: Mapping[str, Attached], layers: Layers, variables: Variables, key: Any
+) -> tuple[dict[Path, _Beside], Shared]:
+    """What a call needs of each adapted layer, by path, and the arrays that layers share."""
+    there = _adapters_in(variables)
+    missing = [n for n, a in adapters.items() if n not in there and a.strength is not None]
+    if missing:
+        raise ValueError(
+            f"the variables have no arrays of the adapter {missing[0]!r}: make them by `init` or "
+            "`attach`, or call `deactivate` first, or the module itself."
+        )
+    arrays: dict[Path, dict[str, dict[str, jax.Array]]] = {}
+    shared: dict[str, dict[str, Arrays]] = {}
+    for name in (n for n in adapters if there.get(n) is False):
+        trees = _trees_of(variables, name)
+        for path, own in groups.layers_of(*trees).items():
+            arrays.setdefault(path, {})[name] = own
+        if of_groups := groups.shared_of(*trees):
+            shared[name] = of_groups
+    call, beside = next(_calls) if shared else 0, {}
+    for path, by_name in arrays.items():
+        keys, plans = {}, []
+        for name in by_name:
+            attached, layer = adapters[name], "/".join(path)
+            plans.append(_Plan(name, layer, attached.at(path), attached.strength, call))
+            if key is not None and _drops(attached) and path in layers:
+                own = jax.random.fold_in(key, zlib.crc32(f"{name}:{layer}".encode()))
+                stack = layers[path].spec.stack(_weight(variables, path, layers[path]).shape)
+                keys[name] = jax.random.split(own, stack) if stack else own
+        beside[path] = _Beside(by_name, keys, tuple(plans))
+    return beside, shared
+
+
+def _put_beside(params: Any, layers: Mapping[Path, _Beside]) -> dict[str, Any]:
+    """The collection ``params`` with the adapters of each layer beside its weight.
+
+    Raises:
+      ValueError: If there is no such layer.
+    """
+    whole = unfreeze(params)
+    for path, beside in layers.items():
+        *scope, last = path or ("",)
+        node = whole
+        try:
+            for name in scope:
+                node = node[name]
+            inside = path and isinstance(node[last], dict)
+        except (KeyError, TypeError):
+            raise ValueError(
+                f"there are adapter arrays for {'/'.join(path)!r}, which is not in params."
+            ) from None
+        # A path that ends at an array names one of several weights of a scope.
+        target, weight = (node[last], "") if inside else (node, last)
+        target.setdefault(_BESIDE, {})[weight] = beside
+    return whole
+
+
+def _without_beside(tree: Any) -> Any:
+    if isinstance(tree, Mapping):
+        return {k: _without_beside(v) for k, v in tree.items() if k != _BESIDE}
+    return tree
+
+
+def _interceptor(shared: Shared) -> Callable[..., Any]:
+    """What applies the adapters after each call of a layer; for ``nn.intercept_methods``."""
+    seen: collections.Counter[tuple[str, str]] = collections.Counter()
+
+    def key_of(module: nn.Module, beside: _Beside, plan: _Plan) -> jax.Array | None:
+        if plan.name not in beside.keys:
+            return None
+        if module.has_rng("dropout"):
+            return module.make_rng("dropout")
+        # A scan that does not split the stream hides it, but not what is beside its weights.
+        seen[plan.name, plan.layer] += 1
+        return jax.random.fold_in(beside.keys[plan.name], seen[plan.name, plan.layer] - 1)
+
+    def intercept(
+        call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: Any
+    ) -> Any:
+        y, module = call(*args, **kwargs), context.module
+        if module.scope is None or context.method_name != "__call__":
+            return y
+        there = module.get_variable("params", _BESIDE)
+        read = _read_call(context, args, kwargs) if there else None
+        beside = None if read is None else there.get(read[0].weight, there.get(""))
+        if read is None or beside is None:
+            return y
+        spec, weight = read
+        matrix = to_matrix(weight, spec.axes)
+        bias = nn.meta.unbox(module.get_variable("params", "bias"))
+        if bias is not None:
+            bias = bias.reshape(*matrix.shape[:-2], 1, -1) if matrix.ndim > 2 else bias.reshape(-1)
+        view = view_call(module, spec.kind, weight, args, kwargs, y)
+        parts = []
+        for plan in beside.plans:
+            own, of_group = beside.arrays.get(plan.name, {}), shared.get(plan.name, {})
+            p = groups.with_shared(plan.method, own, of_group, plan.layer, matrix.shape)
+            parts.append(Part(plan.method, p, plan.strength, key_of(module, beside, plan)))
+        out = adapted_output(parts, view.x, view.rows(y), weight=matrix, bias=bias)
+        return warn_of_derivative(_FROZEN_WEIGHT, view.unrows(out).astype(y.dtype), weight)
+
+    return intercept
+
+
+_FROZEN_WEIGHT = (
+    "a gradient by the frozen weight of a layer with adapters is asked for: take gradients of the "
+    "collection 'adapters' alone, and make the optimizer's state for it alone."
+)
+
+
+# The variables of an adapted model: which arrays are where, and reading and setting weights.
+
+
+def _adapters_in(variables: Variables) -> dict[str, bool]:
+    """Whether each adapter that there are arrays of is merged, by name.
+
+    Raises:
+      ValueError: If there are arrays of one that is merged beside those merged.
+    """
+    unmerged = {name: False for c in (TRAINED, CONSTANTS) for name in variables.get(c, {})}
+    merged = {name: True for name in variables.get(MERGED, {})}
+    if both := sorted(unmerged.keys() & merged.keys()):
+        raise ValueError(
+            f"the adapter {both[0]!r} is merged into these params, and there are arrays of it in "
+            f"{TRAINED!r} or {CONSTANTS!r} as well: its change would count twice. Unmerge the "
+            "variables, or leave those arrays out."
+        )
+    return unmerged | merged
+
+
+def _trees_of(variables: Variables, name: str) -> tuple[Any, Any]:
+    """The trees of an adapter, merged or not: trained, constant; empty where there is none."""
+    merged = variables.get(MERGED, {}).get(name)
+    if merged is not None:
+        return merged.get(TRAINED, {}), merged.get(CONSTANTS, {})
+    return variables.get(TRAINED, {}).get(name, {}), variables.get(CONSTANTS, {}).get(name, {})
+
+
+def _with_arrays(
+    variables: Variables, name: str, trees: tuple[Any, Any], checksums: Any = None
+) -> dict[str, Any]:
+    """The variables with the arrays of one adapter; with checksums, of one that is merged."""
+    new = _without_arrays(variables, [name])
+    by_collection = dict(zip((TRAINED, CONSTANTS), trees, strict=True))
+    if checksums is not None:
+        merged = {c: t for c, t in (by_collection | {_CHECKSUMS: checksums}).items() if t}
+        return new | {MERGED: {**new.get(MERGED, {}), name: merged}}
+    for collection, tree in by_collection.items():
+        if tree:
+            new[collection] = {**new.get(collection, {}), name: tree}
+    return new
+
+
+def _without_arrays(variables: Variables, names: Iterable[str]) -> dict[str, Any]:
+    """The variables without those of these adapters, nor a collection that they leave empty."""
+    new, gone = dict(variables), set(names)
+    for collection in (TRAINED, CONSTANTS, MERGED):
+        others = {k: v for k, v in new.pop(collection, {}).items() if k not in gone}
+        if others:
+            new[collection] = others
+    return new
+
+
+def _weight(variables: Variables, path: Path, layer: LinenLayer) -> jax.Array:
+    """A layer's weight in ``params``.
+
+    Raises:
+      ValueError: If there is no such weight, or its stack axes do not lead.
+    """
+    if "params" not in variables:
+        known = ", ".join(map(repr, variables)) or "nothing"
+        raise ValueError(
+            f"variables has no collection 'params': it has {known}. Pass {{'params': params}}, "
+            "as module.init returns it."
+        )
+    node = variables["params"]
+    try:
+        for name in (*layer.scope, layer.spec.weight):
+            node = node[name]
+    except KeyError:
+        raise ValueError(
+            f"the layer {'/'.join(path)} has no {layer.spec.weight!r} in the variables: they are "
+            "those of another model."
+        ) from None
+    weight = nn.meta.unbox(node)
+    if weight.shape != layer.spec.stack(weight.shape) + layer.shape:
+        raise ValueError(
+            f"the weight of {'/'.join(path)} has shape {weight.shape} in params, {layer.shape} in "
+            "its layer: layers must be stacked along the first axis."
+        )
+    return weight
+
+
+def _with_matrices(
+    variables: Variables, matrices: Sequence[tuple[LinenLayer, jax.Array]]
+) -> dict[str, Any]:
+    """The variables with other weights, given as matrices ``[..., d_in, d_out]``."""
+    if not matrices:
+        return dict(variables)
+    params = unfreeze(variables["params"])
+    for layer, matrix in matrices:
+        node = params
+        for name in layer.scope:
+            node = node[name]
+        boxed = node[layer.spec.weight]
+        old = nn.meta.unbox(boxed)
+        new = from_matrix(matrix, layer.spec.axes, param=old).astype(old.dtype)
+        is_box = isinstance(boxed, nn.meta.AxisMetadata)
+        node[layer.spec.weight] = boxed.replace_boxed(new) if is_box else new
+    return {**variables, "params": params}

@@ -5,10 +5,13 @@ All that such a method has to say is which two factors its parameters make.
 
 import abc
 import dataclasses
+from typing import Any
 
 import jax
+from jax.nn import initializers
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+import numpy as np
 
 from lowrank_optax.adapters.base import Adapter, Arrays, product
 from lowrank_optax.adapters.operands import Operand, Rows
@@ -28,7 +31,12 @@ class LowRank(Adapter):
         and what is beyond a layer's own rank has no part in anything.
       alpha: The change is scaled by ``alpha / rank``; None for ``alpha = rank``.
       dropout: The fraction of inputs dropped before the first factor, in training.
-      param_dtype: Of the adapter's arrays.
+      param_dtype: Dtype of the adapter's arrays: float32 also on a bfloat16 model, where small
+        updates are lost to rounding otherwise.
+
+    Raises:
+      TypeError: If `rank` is not an int or a tuple of them.
+      ValueError: If an option is out of its range.
     """
 
     rank: int | tuple[int, ...] = 8
@@ -37,12 +45,7 @@ class LowRank(Adapter):
     param_dtype: DTypeLike = jnp.float32
 
     def __post_init__(self) -> None:
-        """Checks the options, each where it is given.
-
-        Raises:
-          TypeError: If ``rank`` is no int or tuple of them.
-          ValueError: If one is out of its range.
-        """
+        """Checks the options, each where it is given."""
         ranks = self.rank if isinstance(self.rank, tuple) else (self.rank,)
         if not all(isinstance(r, int) and not isinstance(r, bool) for r in ranks) or not ranks:
             raise TypeError(f"rank={self.rank!r} must be an int, or a tuple of one for each layer.")
@@ -55,25 +58,23 @@ class LowRank(Adapter):
     def factors(self, p: Arrays) -> tuple[jax.Array, jax.Array]:
         """The factors ``[..., d_in, r]`` and ``[..., r, d_out]`` of one layer's change, scaled."""
 
-    def taken(self, p: Arrays) -> tuple[jax.Array, jax.Array] | None:
-        """Factors of what one layer's weight was changed by when it was attached to; None if not.
+    def removed_factors(self, p: Arrays) -> tuple[jax.Array, jax.Array] | None:
+        """The factors of what was removed from the weight when this was attached; None by default.
 
-        The weight is less by their product, which was that of `factors` then.
+        Their product was that of `factors` then.
         """
         del p
         return None
 
-    def before(self, p: Arrays, x: Operand, y: jax.Array) -> jax.Array:
-        """The output with what was taken from the weight; see `Adapter.before`."""
-        taken = self.taken(p)
-        return y if taken is None else y + thin_product(x, *taken).astype(y.dtype)
+    def removed(self, p: Arrays, x: Operand) -> jax.Array | None:
+        """The output of the removed factors; see `Adapter.removed`."""
+        removed = self.removed_factors(p)
+        return None if removed is None else thin_product(x, *removed)
 
-    def original(self, p: Arrays, base: jax.Array) -> jax.Array:
-        """The weight with what was taken from it, to the rounding of its dtype."""
-        taken = self.taken(p)
-        if taken is None:
-            return base
-        return (base.astype(jnp.float32) + product(*taken)).astype(base.dtype)
+    def removed_weight(self, p: Arrays) -> jax.Array | None:
+        """The product of the removed factors; see `Adapter.removed_weight`."""
+        removed = self.removed_factors(p)
+        return None if removed is None else product(*removed)
 
     @property
     def max_rank(self) -> int:
@@ -84,6 +85,30 @@ class LowRank(Adapter):
         """The scale of a layer of that rank."""
         return 1.0 if self.alpha is None else self.alpha / rank
 
+    def ranks(self, layers: int) -> np.ndarray:
+        """The rank of each layer of a stack, ``[layers]``.
+
+        Raises:
+          ValueError: If there are other than ``layers`` ranks.
+        """
+        if isinstance(self.rank, tuple) and len(self.rank) != layers:
+            raise ValueError(
+                f"rank={self.rank} has {len(self.rank)} ranks for a stack of {layers} weights: "
+                "give one for each, or an int."
+            )
+        return np.broadcast_to(self.rank, (layers,))
+
+    def scales(self, layers: int) -> np.ndarray:
+        """The scale of each layer of a stack, float32 ``[layers]``."""
+        return np.array([self.scale_of(int(r)) for r in self.ranks(layers)], np.float32)
+
+    def within_ranks(self, layers: int) -> np.ndarray:
+        """Which of ``max_rank`` directions a layer has, bool ``[layers, r]``.
+
+        Beyond it factors start at zero, and stay there: no gradient moves them.
+        """
+        return np.arange(self.max_rank) < self.ranks(layers)[:, None]
+
     def rank_scales(self, layers: int) -> dict[str, jax.Array]:
         """``rank_scale [L, r]``, the scale within a layer's rank and zero beyond; {} if all equal.
 
@@ -92,25 +117,8 @@ class LowRank(Adapter):
         """
         if not isinstance(self.rank, tuple):
             return {}
-        if len(self.rank) != layers:
-            raise ValueError(
-                f"rank={self.rank} has {len(self.rank)} ranks for a stack of {layers} weights: "
-                "give one for each, or an int."
-            )
-        ranks = jnp.array(self.rank)[:, None]
-        scales = jnp.array([self.scale_of(r) for r in self.rank], jnp.float32)[:, None]
-        return {"rank_scale": jnp.where(jnp.arange(self.max_rank) < ranks, scales, 0.0)}
-
-    def layer_ranks(self) -> jax.Array:
-        """The rank of each layer, int32 ``[L]``, or ``[1]`` of all."""
-        return jnp.array(self.rank if isinstance(self.rank, tuple) else (self.rank,))
-
-    def within_ranks(self) -> jax.Array:
-        """Which of ``max_rank`` directions a layer has, bool ``[L, r]`` or ``[1, r]``.
-
-        Beyond it factors start at zero, and stay there: no gradient moves them.
-        """
-        return jnp.arange(self.max_rank) < self.layer_ranks()[:, None]
+        within, scales = self.within_ranks(layers), self.scales(layers)
+        return {"rank_scale": jnp.asarray(np.where(within, scales[:, None], np.float32(0)))}
 
     def scaled(self, p: Arrays, factor: jax.Array) -> jax.Array:
         """The second factor ``[..., r, d_out]`` times the scale of each row; float32."""
@@ -120,24 +128,23 @@ class LowRank(Adapter):
         scale = self.scale_of(self.max_rank)
         return factor if scale == 1 else scale * factor
 
-    def apply(
+    def branch(
         self,
         p: Arrays,
         x: Operand,
-        y: jax.Array,
         *,
+        y: jax.Array,
         weight: jax.Array,
         bias: jax.Array | None = None,
         key: jax.Array | None = None,
     ) -> jax.Array:
-        """``y + (drop(x) A) B``; see `Adapter.apply`."""
-        del weight, bias
-        return y + self.branch(p, x, key).astype(y.dtype)
+        """``(drop(x) A) B``; see `Adapter.branch`."""
+        del y, weight, bias
+        return self.times(p, self.dropped(x, key))
 
-    def branch(self, p: Arrays, x: Operand, key: jax.Array | None = None) -> jax.Array:
-        """What is added to the layer's output, ``[..., d_out]``."""
-        first, second = self.factors(p)
-        return thin_product(self.dropped(x, key), first, second)
+    def times(self, p: Arrays, x: Operand) -> jax.Array:
+        """``(x A) B [..., d_out]``."""
+        return thin_product(x, *self.factors(p))
 
     def dropped(self, x: Operand, key: jax.Array | None) -> Operand:
         """The branch's input: some of it is dropped in training."""
@@ -155,5 +162,39 @@ class LowRank(Adapter):
 
 def thin_product(x: Operand, first: jax.Array, second: jax.Array) -> jax.Array:
     """``(x A) B`` in the dtype of ``x``'s products."""
-    inside = x @ first
-    return Rows(inside) @ second
+    return Rows(x @ first) @ second
+
+
+def difference(
+    now: tuple[jax.Array, jax.Array], start: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """The factors ``[A - A_0 | A_0]`` and ``[B; B - B_0]`` of ``A B - A_0 B_0``, float32.
+
+    Without a difference of large products: zero before training, and small after a little of it.
+    """
+    (a, b), (a_0, b_0) = (tuple(x.astype(jnp.float32) for x in pair) for pair in (now, start))
+    return jnp.concatenate([a - a_0, a_0], axis=-1), jnp.concatenate([b, b - b_0], axis=-2)
+
+
+def to_float32(p: Arrays, *names: str) -> tuple[jax.Array, ...]:
+    """Arrays by name, converted to float32."""
+    return tuple(p[name].astype(jnp.float32) for name in names)
+
+
+def kaiming_uniform(gain_squared: float = 1 / 3) -> initializers.Initializer:
+    """U(-b, b) with ``b² = 3 gain_squared / fan_in``, for ``[*batch, fan_in, fan_out]``.
+
+    The default is PyTorch's ``kaiming_uniform_`` with ``a = sqrt(5)``: ``b = 1 / sqrt(fan_in)``,
+    LoRA's and PEFT's; 2 is ``a = 0``, He's, which Flax and AFLoRA take: ``b = sqrt(6 / fan_in)``.
+    """
+    return initializers.variance_scaling(
+        gain_squared, "fan_in", "uniform", in_axis=-2, out_axis=-1, batch_axis=()
+    )
+
+
+def for_each(
+    initialiser: Any, key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike
+) -> jax.Array:
+    """An array ``[L, ...]`` whose layers are drawn with keys of their own."""
+    keys = jax.random.split(key, shape[0])
+    return jax.vmap(lambda k: initialiser(k, shape[1:], jnp.dtype(dtype)))(keys)

@@ -1,34 +1,23 @@
 """Folding adapters into the weights they change, and taking them out again."""
 
-import math
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-from lowrank_optax.adapters.base import Arrays
-from lowrank_optax.adapters.folding import (
-    MergedLayer,
-    MergeReport,
-    Methods,
-    check_can_unmerge,
-    check_unchanged,
-    checksum,
-    depends_on_weight,
-    folded,
-    unfolded,
-)
-from lowrank_optax.adapters.hosting import sharing
-from lowrank_optax.adapters.nnx import (
+from lowrank_optax.adapters.adapted_layers import (
     LayerAdapter,
     adapted_layers,
     check_names,
-    set_weight,
-    weight,
+    set_weight_matrix,
+    sharing,
+    weight_matrix,
+)
+from lowrank_optax.adapters.folding import (
+    Folding,
+    MergeReport,
+    check_can_unmerge,
+    depends_on_weight,
 )
 from lowrank_optax.adapters.tied_tables import check_not_tied
-from lowrank_optax.matrices.selection import path_string
-from lowrank_optax.matrices.views import from_matrix, matrix_shape, to_matrix
+from lowrank_optax.matrices.selection import Path, path_string
 
 
 def merge(model: Any, name: str | None = None) -> MergeReport:
@@ -41,7 +30,7 @@ def merge(model: Any, name: str | None = None) -> MergeReport:
 
     Args:
       model: The model that `attach` was given.
-      name: Of the adapter; None for all that are active.
+      name: Name of the adapter; None for all that are active.
 
     Returns:
       A report that can be printed: for each layer the largest rounding error, and how large the
@@ -65,9 +54,8 @@ def merge(model: Any, name: str | None = None) -> MergeReport:
       >>> print(report.rows[0].rounding_error, bool(jnp.allclose(model(x), y, atol=1e-6)))
       0.0 True
     """
-    wanted = check_names(model, [name] if name else [])
-    folding = []
-    for path, layer in adapted_layers(model):
+    wanted, folding = check_names(model, [name] if name else []), []
+    for path, layer in adapted_layers(model).items():
         adapters = [a for a in layer.adapters.values() if a.name in wanted]
         if name:
             _check_can_merge(path_string(path), adapters)
@@ -76,15 +64,18 @@ def merge(model: Any, name: str | None = None) -> MergeReport:
             _check_can_unmerge(path_string(path), layer, adapters)
             merged = f"the adapter {adapters[0].name!r} would be merged into the table"
             check_not_tied(model, path_string(path), layer, merged)
-            folding.append((path_string(path), layer, adapters))
+            folding.append((path, layer, adapters))
     if not folding:
         raise ValueError("no adapter of the model is active: there is nothing to merge.")
     rows = []
     with sharing(model):
         for path, layer, adapters in folding:
-            rows.append(MergedLayer(path, *_fold(layer, adapters)))
-            for adapter, number in _checksums(layer, adapters):
-                adapter.set_merged(number)
+            one = _folding(path, layer, adapters)
+            weights, row = one.folded()
+            set_weight_matrix(layer, weights)
+            rows.append(row)
+            for adapter, checksum in zip(adapters, one.checksums().values(), strict=True):
+                adapter.set_merged(checksum)
     return MergeReport(rows)
 
 
@@ -95,71 +86,37 @@ def unmerge(model: Any, name: str | None = None) -> None:
 
     Args:
       model: The model that `merge` was given.
-      name: Of the adapter; None for all that are merged.
+      name: Name of the adapter; None for all that are merged.
 
     Raises:
       ValueError: If there is no adapter of that name, none is merged, or arrays or the strength of
         one have changed since `merge` (not checked under a transformation).
     """
-    wanted = check_names(model, [name] if name else [])
-    folding = []
-    for path, layer in adapted_layers(model):
+    wanted, layers = check_names(model, [name] if name else []), []
+    for path, layer in adapted_layers(model).items():
         adapters = [a for a in layer.adapters.values() if a.name in wanted and a.merged]
         if adapters:
-            folding.append((path_string(path), layer, adapters))
-    if not folding:
+            layers.append((path, layer, adapters))
+    if not layers:
         raise ValueError(f"nothing to unmerge: none of {wanted} is merged.")
     with sharing(model):
-        for path, layer, adapters in folding:  # nothing is changed if one is refused
-            for adapter, number in _checksums(layer, adapters):
-                check_unchanged(path, adapter.name, adapter.merge_checksum[...], number)
-        for _, layer, adapters in folding:
-            _unfold(layer, adapters)
+        for path, layer, adapters in layers:  # nothing is changed if one is refused
+            one = _folding(path, layer, adapters)
+            for adapter in adapters:
+                one.check_unchanged(adapter.name, adapter.merge_checksum[...])
+        for path, layer, adapters in layers:
+            set_weight_matrix(layer, _folding(path, layer, adapters).unfolded())
             for adapter in adapters:
                 adapter.set_unmerged()
 
 
-def _fold(layer: Any, adapters: list[LayerAdapter]) -> tuple[jax.Array, jax.Array]:
-    value, spec = weight(layer)
-    stack, parts = _stacked(to_matrix(value, spec), adapters)
-    merged, error, size = folded(_methods(adapters), stack, *parts)
-    set_weight(layer, from_matrix(merged, spec, like=value))
-    return error, size
-
-
-def _unfold(layer: Any, adapters: list[LayerAdapter]) -> None:
-    value, spec = weight(layer)
-    stack, parts = _stacked(to_matrix(value, spec), adapters)
-    set_weight(layer, from_matrix(unfolded(_methods(adapters), stack, *parts), spec, like=value))
-
-
-def _checksums(layer: Any, adapters: list[LayerAdapter]) -> list[tuple[LayerAdapter, jax.Array]]:
-    """Of each adapter, with the layer's stack axes, along which a scan cuts it."""
-    value, spec = weight(layer)
-    batch = matrix_shape(value.shape, spec)[:-2]
-    number = lambda a: checksum(a.strength, *_arrays(a, len(batch)))
-    whole = lambda x: jnp.broadcast_to(x, (math.prod(batch),)).reshape(batch)
-    return [(adapter, whole(number(adapter))) for adapter in adapters]
-
-
-def _methods(adapters: list[LayerAdapter]) -> Methods:
-    return tuple((adapter.method, adapter.strength) for adapter in adapters)
-
-
-def _stacked(
-    matrices: jax.Array, adapters: list[LayerAdapter]
-) -> tuple[jax.Array, tuple[tuple[Arrays, ...], tuple[Arrays, ...]]]:
-    """Weights ``[L, d_in, d_out]``, each adapter's own arrays ``[L, ...]``, and its shared ones."""
-    batch = matrices.ndim - 2
-    both = [_arrays(a, batch) for a in adapters]
-    own, shared = tuple(own for own, _ in both), tuple(shared for _, shared in both)
-    return matrices.reshape(-1, *matrices.shape[batch:]), (own, shared)
-
-
-def _arrays(adapter: LayerAdapter, batch: int) -> tuple[Arrays, Arrays]:
-    """An adapter's own arrays ``[L, ...]`` and those it shares."""
-    own = {k: v[...].reshape(-1, *v.shape[batch:]) for k, v in adapter.variables().items()}
-    return own, {k: v for k, v in adapter.p().items() if k not in own}
+def _folding(path: Path, layer: Any, adapters: list[LayerAdapter]) -> Folding:
+    weights = weight_matrix(layer)
+    own = tuple({k: v[...] for k, v in a.variables().items()} for a in adapters)
+    shared = tuple({k: v for k, v in a.p().items() if k not in a.variables()} for a in adapters)
+    names = tuple(a.name for a in adapters)
+    methods = tuple((a.method, a.strength) for a in adapters)
+    return Folding(path_string(path), names, methods, weights, own, shared)
 
 
 def _check_can_merge(path: str, adapters: list[LayerAdapter]) -> None:

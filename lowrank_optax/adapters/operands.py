@@ -66,7 +66,7 @@ class Lookup:
         return rows if self.dtype is None else rows.astype(self.dtype)
 
     def drop(self, key: jax.Array, rate: float) -> "Lookup":
-        """Itself: there is nothing to drop of a number of a row."""
+        """Itself: row numbers have nothing to drop."""
         return self
 
 

@@ -1,35 +1,133 @@
-"""Adapters' own values for parameters of the model, as `also_train` and ``modules_to_save`` have.
+"""Training of the model's own parameters beside adapters, and freezing of adapters' arrays.
 
 The values of the active adapter are in the parameter itself, so that whatever reads it computes
 with them. Those of the base and of other adapters are stored in ``own_values`` of the parameter's
 module.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 import contextlib
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.adapters.nnx import (
+from lowrank_optax.adapters.adapted_layers import (
     AdapterConstant,
     AdapterParam,
     AlsoTrained,
     LayerAdapter,
     adapted_layers,
     adapter_names,
+    check_names,
     weight_variable,
 )
-from lowrank_optax.matrices.module_classes import made_by
-from lowrank_optax.matrices.selection import Path, path_string
+from lowrank_optax.compat.flax import set_class
+from lowrank_optax.matrices.selection import Path, matching, path_string
+from lowrank_optax.modules.wrap import made_by
 
 _SHARDING = ("out_sharding", "sharding_rules", "mesh")
 
 
 _VALUES_OF = "values_of_"
+
+
+Arrays: TypeAlias = str | Callable[[tuple[str, ...], Any], bool]
+
+
+def also_train(model: Any, where: Any, name: str | None = None) -> list[str]:
+    """Trains parameters of the model itself beside its adapters (PEFT's ``modules_to_save``).
+
+    Their types change in place to `AlsoTrained`, which ``lro.adapters.trainable`` has; they are
+    still ``nnx.Param``. Do this before the optimizer is made.
+
+    The trained values belong to the adapter: where it is not active, and after `detach`, the
+    parameters have the base's values and their own types again. So a copy of the base's values is
+    kept, beside the ones that are trained.
+
+    Args:
+      model: Any NNX model.
+      where: Which: a regular expression found in the parameter's path (``norm/scale``), or any
+        filter of ``flax.nnx``.
+      name: The adapter that the values belong to, which must be active; None for the model's only
+        one.
+
+    Returns:
+      Paths of what is trained now.
+
+    Raises:
+      ValueError: If ``where`` matches no parameter (the message lists near ones); if the model has
+        no adapter ``name``, several where that is None, or it is inactive; or if a parameter has
+        values of another active adapter in it, an adapter is merged into it, or one was computed
+        from it (DoRA, PiSSA).
+
+    Example:
+      >>> from flax import nnx
+      >>> import lowrank_optax as lro
+      >>> rngs = nnx.Rngs(0)
+      >>> model = nnx.Sequential(nnx.Linear(2, 2, rngs=rngs), nnx.LayerNorm(2, rngs=rngs))
+      >>> lro.adapters.also_train(model, "scale|bias$")
+      ['layers/0/bias', 'layers/1/bias', 'layers/1/scale']
+    """
+    params = parameters_of(model)
+    paths = matching("where", params, where, "parameter")
+    claim(model, {path: params[path] for path in paths}, _owner(model, name))
+    return [path_string(path) for path in paths]
+
+
+def freeze_arrays(model: Any, names: Arrays) -> list[str]:
+    """Freezes some arrays of adapters: their types change in place to `AdapterConstant`.
+
+    At the next compilation their gradients and optimizer state are gone, which masked updates do
+    not save: the second phase of methods that freeze as they go (AFLoRA, LaMDA). Make a new
+    optimizer afterwards.
+
+    Args:
+      model: A model with adapters.
+      names: Which: a regular expression that is the whole of an array's name (``"B"``, ``"A|B"``)
+        or found in its path (``"query/.*/B$"``), or a function of path and variable.
+
+    Returns:
+      Paths of what is frozen now.
+
+    Raises:
+      ValueError: If ``names`` matches no array (the message lists near ones).
+
+    Example:
+      >>> from flax import nnx
+      >>> import lowrank_optax as lro
+      >>> model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+      >>> _ = lro.adapters.attach(model, lro.adapters.LoRA(rank=1), where=".*", rngs=0)
+      >>> lro.adapters.freeze_arrays(model, "A")
+      ['adapters/default/arrays/A']
+      >>> list(nnx.state(model, lro.adapters.trainable)["adapters"]["default"]["arrays"])
+      ['B']
+    """
+    arrays = _variables(model, nnx.filterlib.to_predicate(AdapterParam))
+    if isinstance(names, str) and "/" not in names:
+        names = rf"(^|/)({names})$"
+    paths = matching("names", arrays, names, "trained array of an adapter")
+    for path in paths:
+        set_class(arrays[path], AdapterConstant)
+    return [path_string(path) for path in paths]
+
+
+def _owner(model: Any, name: str | None) -> str:
+    """The adapter that trained parameters belong to."""
+    known = adapter_names(model)
+    if name is None and len(known) > 1:
+        raise ValueError(
+            f"name=None: the model has adapters {', '.join(map(repr, known))}; give the name of "
+            "that which the parameters are trained with."
+        )
+    if name is not None:
+        check_names(model, [name])
+    if known and (name or known[0]) not in active_names(model):
+        raise ValueError(f"the adapter {name or known[0]!r} is inactive: activate it first.")
+    # Before there is an adapter, that which `attach` makes unless it is told a name.
+    return name or (known[0] if known else "default")
 
 
 class OwnValues(nnx.Module):
@@ -90,9 +188,9 @@ class OwnValues(nnx.Module):
     def set_type(self, variable: Any) -> None:
         """The parameter is trained while trained values are in it."""
         if self.live is None or self.live in self.constant:
-            retype(variable, getattr(type(variable), "type_before", type(variable)))
+            set_class(variable, getattr(type(variable), "type_before", type(variable)))
         else:
-            retype(variable, _also_trained(type(variable)))
+            set_class(variable, _also_trained(type(variable)))
 
 
 class OwnedParameter(NamedTuple):
@@ -238,7 +336,7 @@ def settle(model: Any, active: Collection[str]) -> None:
 
 def active_names(model: Any) -> list[str]:
     """The adapters that are applied in some layer."""
-    layers = [layer for _, layer in adapted_layers(model)]
+    layers = adapted_layers(model).values()
     return list(dict.fromkeys(a.name for x in layers for a in x.adapters.values() if a.active))
 
 
@@ -281,18 +379,15 @@ def release(model: Any, name: str | None, *, keep: bool) -> None:
 
 def parameters_of(model: Any, wanted: Any = nnx.Param) -> dict[Path, Any]:
     """The model's own parameters by path, each once, and without the arrays of adapters."""
-    found = nnx.filterlib.to_predicate(nnx.All(wanted, nnx.Not(AdapterParam)))
+    return _variables(model, nnx.filterlib.to_predicate(nnx.All(wanted, nnx.Not(AdapterParam))))
+
+
+def _variables(model: Any, is_meant: Callable[..., bool]) -> dict[Path, Any]:
     return {
         tuple(map(str, path)): x
         for path, x in nnx.iter_graph(model)
-        if isinstance(x, nnx.Variable) and found(path, x)
+        if isinstance(x, nnx.Variable) and is_meant(path, x)
     }
-
-
-def retype(variable: Any, cls: type) -> None:
-    """Changes the type of a variable in place."""
-    # Variables refuse attributes; their class is read from the object at every split.
-    object.__setattr__(variable, "__class__", cls)
 
 
 @functools.cache

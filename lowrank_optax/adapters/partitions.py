@@ -13,14 +13,14 @@ from flax import nnx
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from lowrank_optax.adapters.base import Adapter, AdapterParams, Side, Weights
-from lowrank_optax.adapters.groups import init_group
-from lowrank_optax.adapters.nnx import (
+from lowrank_optax.adapters.adapted_layers import (
     AdapterConstant,
     AdapterParam,
-    placed,
+    spec_of,
     weight_variable,
 )
+from lowrank_optax.adapters.base import Adapter, AdapterParams, Side, Weights
+from lowrank_optax.adapters.groups import init_group
 from lowrank_optax.matrices.views import WeightDimensionNumbers
 
 
@@ -76,7 +76,7 @@ def check_arrays(
 
 def matrix_sharding(layer: Any) -> MatrixSharding:
     """How a layer's weight is sharded, as its metadata and its value say."""
-    variable, (spec, _) = weight_variable(layer), placed(layer)
+    variable, spec = weight_variable(layer), spec_of(layer).axes
     metadata, value = variable.get_metadata(), variable.get_value()
     names = metadata.get("out_sharding")
     names = getattr(names, "spec", names)  # a NamedSharding's
@@ -101,7 +101,7 @@ def variables(
     Args:
       params: The arrays.
       axes: What the method says of them.
-      sharding: Of the weight.
+      sharding: Sharding of the weight.
       batch: How many leading axes of the arrays are batch axes of the weight.
     """
     kinds = ((AdapterParam, params.trainable), (AdapterConstant, params.frozen))

@@ -26,6 +26,7 @@ class Spectrum(NamedTuple):
     v: jax.Array
 
 
+@functools.partial(jax.jit, static_argnames=("rank", "power_iterations", "oversample"))
 def truncated_svd(
     weights: jax.Array,
     rank: int,
@@ -34,21 +35,21 @@ def truncated_svd(
     oversample: int = 8,
     key: jax.Array | None = None,
 ) -> Spectrum:
-    r"""The ``rank`` leading singular triplets, or as many as there are.
+    r"""The ``rank`` leading singular triplets, or all if there are fewer.
 
-    Of a stack, one matrix is decomposed after the other: no more is held than what is returned and
-    the workspace of one. Vectors of equal singular values are any basis of their space, those of
-    zero any of what is left; all are orthonormal.
+    The matrices of a stack are decomposed one after the other: no more is held than what is
+    returned and the workspace of one. Vectors of equal singular values are any basis of their
+    space, those of zero any of what is left; all are orthonormal.
 
     Args:
       weights: ``[..., m, n]``; computed in float32.
-      rank: How many.
-      power_iterations: None for LAPACK's SVD; a number for a randomized one with so many, whose
+      rank: Number of triplets.
+      power_iterations: None for LAPACK's SVD; the number of iterations of a randomized one, whose
         cost is products of ``O(m n r)`` and small QRs. With singular values
         :math:`\sigma_j = j^{-1/2}` and rank 16, the relative error of :math:`U S V^\top` is 0.3
         after one, 0.05 after four and 3e-4 after sixteen.
       oversample: Further directions of the random sketch, dropped at the end.
-      key: Of the random sketch; each matrix of a stack gets its own.
+      key: PRNG key of the random sketch; each matrix of a stack gets its own.
 
     Raises:
       ValueError: If an argument is out of range; ``key`` is missing.
@@ -71,16 +72,36 @@ def truncated_svd(
     check_power_iterations(power_iterations)
     if oversample < 0:
         raise ValueError(f"oversample={oversample!r} must be at least 0.")
-    if power_iterations is None:
-        key = None
-    elif key is None:
+    if power_iterations is not None and key is None:
         raise ValueError("key=None: a randomized SVD needs a key of jax.random.")
-    return _truncated(weights, key, min(rank, *weights.shape[-2:]), power_iterations, oversample)
+    rank = min(rank, *weights.shape[-2:])
+
+    def one(of_one: tuple[jax.Array, jax.Array | None]) -> Spectrum:
+        w, key = of_one[0].astype(jnp.float32), of_one[1]
+        if key is None or power_iterations is None:
+            u, s, vt = _svd(w)
+        else:
+            u, s, vt = _randomized(w, min(rank + oversample, *w.shape), power_iterations, key)
+        u, s, v = u[:, :rank], s[:rank], vt.mT[:, :rank]
+        # The largest entry of each left vector is positive.
+        largest = jnp.take_along_axis(u, jnp.argmax(jnp.abs(u), axis=0, keepdims=True), axis=0)
+        sign = jnp.where(largest < 0, -1.0, 1.0)
+        return Spectrum(u * sign, s, v * sign)
+
+    if weights.ndim == 2:
+        return one((weights, key))
+    stack = weights.reshape(-1, *weights.shape[-2:])
+    keys = None if key is None else jax.random.split(key, stack.shape[0])
+    found = jax.lax.map(one, (stack, keys))
+    return jax.tree.map(lambda x: x.reshape(*weights.shape[:-2], *x.shape[1:]), found)
 
 
+@jax.jit
 def singular_values(weights: jax.Array) -> jax.Array:
     """All singular values ``[..., min(m, n)]`` of ``[..., m, n]``, descending, float32."""
-    return _singular_values(weights)
+    one = lambda w: in_turn(lambda w: jnp.linalg.svd(w, compute_uv=False), w.astype(jnp.float32))
+    values = jax.lax.map(one, weights.reshape(-1, *weights.shape[-2:]))
+    return values.reshape(*weights.shape[:-2], -1)
 
 
 def nonzero(s: jax.Array) -> jax.Array:
@@ -103,37 +124,6 @@ def check_power_iterations(power_iterations: int | None) -> None:
         )
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))
-def _truncated(
-    weights: jax.Array,
-    key: jax.Array | None,
-    rank: int,
-    power_iterations: int | None,
-    oversample: int,
-) -> Spectrum:
-    def one(of_one: tuple[jax.Array, jax.Array | None]) -> Spectrum:
-        w, key = of_one[0].astype(jnp.float32), of_one[1]
-        if key is None or power_iterations is None:
-            u, s, vt = _svd(w)
-        else:
-            u, s, vt = _randomized(w, min(rank + oversample, *w.shape), power_iterations, key)
-        return _with_signs(u[:, :rank], s[:rank], vt.mT[:, :rank])
-
-    if weights.ndim == 2:
-        return one((weights, key))
-    stack = weights.reshape(-1, *weights.shape[-2:])
-    keys = None if key is None else jax.random.split(key, stack.shape[0])
-    found = jax.lax.map(one, (stack, keys))
-    return jax.tree.map(lambda x: x.reshape(*weights.shape[:-2], *x.shape[1:]), found)
-
-
-@jax.jit
-def _singular_values(weights: jax.Array) -> jax.Array:
-    one = lambda w: in_turn(lambda w: jnp.linalg.svd(w, compute_uv=False), w.astype(jnp.float32))
-    values = jax.lax.map(one, weights.reshape(-1, *weights.shape[-2:]))
-    return values.reshape(*weights.shape[:-2], -1)
-
-
 def _randomized(
     w: jax.Array, columns: int, power_iterations: int, key: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -150,10 +140,3 @@ def _randomized(
 
 def _svd(w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return in_turn(lambda w: tuple(jnp.linalg.svd(w, full_matrices=False)), w)
-
-
-def _with_signs(u: jax.Array, s: jax.Array, v: jax.Array) -> Spectrum:
-    """The same triplets with the largest entry of each left vector positive."""
-    largest = jnp.argmax(jnp.abs(u), axis=-2, keepdims=True)
-    sign = jnp.where(jnp.take_along_axis(u, largest, axis=-2) < 0, -1.0, 1.0)
-    return Spectrum(u * sign, s, v * sign)

@@ -1,35 +1,26 @@
 """What is attached where in a model, as a table."""
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from flax import nnx
 
-from lowrank_optax.adapters.base import Adapter, byte_count, counts_of, parameter_count
-from lowrank_optax.adapters.low_rank import LowRank
-from lowrank_optax.adapters.nnx import (
+from lowrank_optax.adapters.adapted_layers import (
     AdapterConstant,
     AdapterParam,
     AlsoTrained,
-    LayerAdapter,
     adapted_layers,
-    placed,
-    weight_variable,
+    weight_shape,
 )
-from lowrank_optax.adapters.own_values import OwnedParameter, owned_parameters
-from lowrank_optax.matrices.printing import printed
+from lowrank_optax.adapters.base import Adapter, byte_count, counts_of, parameter_count
+from lowrank_optax.adapters.low_rank import LowRank
+from lowrank_optax.adapters.own_values import owned_parameters
 from lowrank_optax.matrices.selection import path_string
-from lowrank_optax.matrices.views import matrix_shape
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-_COLUMNS = ("path", "weight", "adapter", "method", "rank", "trained", "frozen", "bytes", "state")
-_NUMBERS = _COLUMNS[4:8]
+from lowrank_optax.modules.report import Report, Table, matrices_string
 
 
 class SummaryRow(NamedTuple):
-    """One adapter in one layer (or stack of layers); or arrays that layers share; or others.
+    """One adapter in one layer (or stack of layers), arrays that layers share, or a parameter.
 
     Attributes:
       path: The layer's path, as ``blocks/attention/query``.
@@ -38,7 +29,7 @@ class SummaryRow(NamedTuple):
       method: The name of its class; ``shared`` for arrays of a group, ``also trained`` for
         parameters of the model itself.
       rank: Its rank or ranks; None where it has none.
-      trained: How many numbers of it are trained.
+      trained: How many of its numbers are trained.
       frozen: How many are not.
       bytes: Bytes of both.
       state: ``active`` (with its strength, if that is not 1), ``inactive`` or ``merged``.
@@ -55,14 +46,15 @@ class SummaryRow(NamedTuple):
     state: str
 
 
-class AdapterSummary:
+class AdapterSummary(Report):
     """Printed, a table of `SummaryRow`; see `summary`.
 
     Attributes:
-      rows: One an adapter and layer, then shared arrays, then parameters that are also trained.
+      rows: One `SummaryRow` per adapter and layer, then shared arrays, then parameters that are
+        also trained.
       trained: How many numbers are trained.
       model: How many parameters the model has, without adapters.
-      bytes: Of all rows.
+      bytes: Bytes of all rows.
     """
 
     def __init__(self, rows: list[SummaryRow], model: int) -> None:
@@ -70,29 +62,14 @@ class AdapterSummary:
         self.trained = sum(row.trained for row in rows)
         self.bytes = sum(row.bytes for row in rows)
 
-    def __rich__(self) -> "Table":
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(box=None, pad_edge=False)
-        for name in _COLUMNS:
-            justify = "right" if name in _NUMBERS else "left"
-            table.add_column(name, justify=justify, overflow="fold")
-        for row in self.rows:
-            rank = "–" if row.rank is None else str(row.rank)
-            counts = (f"{n:,}" for n in (row.trained, row.frozen, row.bytes))
-            cells = (row.path, row.weight, row.adapter, row.method, rank, *counts, row.state)
-            table.add_row(*map(Text, cells))
+    def table(self) -> Table:
+        """One row per `SummaryRow`, then totals."""
+        columns = [f">{name}" if 4 <= n < 8 else name for n, name in enumerate(SummaryRow._fields)]
+        shown = lambda rank: None if rank is None else str(rank)  # (1, 3, 2), and not 1 × 3 × 2
+        rows = [(*row[:4], shown(row.rank), *row[5:]) for row in self.rows]
+        counts = self.trained, sum(row.frozen for row in self.rows), self.bytes
         percent = f"{100 * self.trained / max(self.model, 1):.3g} % of {self.model:,} trained"
-        frozen = sum(row.frozen for row in self.rows)
-        counts = (f"{n:,}" for n in (self.trained, frozen, self.bytes))
-        table.add_row("total", "", "", "", "", *counts, percent, style="bold")
-        return table
-
-    def __str__(self) -> str:
-        return printed(self)
-
-    __repr__ = __str__
+        return Table(columns, rows, [("total", "", "", "", "", *counts, percent)])
 
 
 def summary(model: Any) -> AdapterSummary:
@@ -114,42 +91,34 @@ def summary(model: Any) -> AdapterSummary:
       layers/0  8 × 4   default  LoRA       2       24       0     96  active
       total                                         24       0     96  66.7 % of 36 trained
     """
+    counts = lambda arrays: counts_of(*nnx.state(arrays, AdapterParam, AdapterConstant))
     rows = []
-    for path, layer in adapted_layers(model):
-        rows += [_row(path_string(path), layer, a) for a in layer.adapters.values()]
+    for path, layer in adapted_layers(model).items():
+        where, shape = path_string(path), weight_shape(layer)
+        for a in layer.adapters.values():
+            state = "merged" if a.merged else a.strength if a.active else None
+            rows.append(row_of(where, shape, a.name, a.method, counts(a.variables()), state))
     for name, groups in getattr(model, "adapter_groups", {}).items():
         for group, arrays in groups.items():
             label = f"adapter_groups/{name}/{group}"
-            rows.append(SummaryRow(label, "–", name, "shared", None, *_counts(arrays), ""))
-    rows += [_row_of_values(one) for one in owned_parameters(model)]
+            rows.append(SummaryRow(label, "–", name, "shared", None, *counts(arrays), ""))
+    for one in owned_parameters(model):
+        trained, size = isinstance(one.variable, AlsoTrained), math.prod(one.variable.shape)
+        stored = list(one.values.stored().values())
+        row = SummaryRow(
+            path_string(one.path),
+            " × ".join(map(str, one.variable.shape)) or "scalar",
+            ", ".join(sorted(one.values.owners())),
+            "also trained",
+            None,
+            size * trained,
+            size * len(stored),
+            sum(map(byte_count, [one.variable] * trained + stored)),
+            "inactive" if one.values.live is None else "active",
+        )
+        rows.append(row)
     own = nnx.state(model, nnx.All(nnx.Param, nnx.Not(AdapterParam)))
     return AdapterSummary(rows, parameter_count(own))
-
-
-def _row(path: str, layer: Any, adapter: LayerAdapter) -> SummaryRow:
-    spec, _ = placed(layer)
-    state = "merged" if adapter.merged else adapter.strength if adapter.active else None
-    shape, counts = matrix_shape(weight_variable(layer).shape, spec), _counts(adapter.variables())
-    return row_of(path, shape, adapter.name, adapter.method, counts, state)
-
-
-def _row_of_values(one: OwnedParameter) -> SummaryRow:
-    shape = " × ".join(map(str, one.variable.shape)) or "scalar"
-    values, size = one.values, math.prod(one.variable.shape)
-    trained = isinstance(one.variable, AlsoTrained)
-    copies = list(values.stored().values())
-    stored = sum(map(byte_count, [one.variable] * trained + copies))
-    return SummaryRow(
-        path_string(one.path),
-        shape,
-        ", ".join(sorted(values.owners())),
-        "also trained",
-        None,
-        size * trained,
-        size * len(copies),
-        stored,
-        "inactive" if values.live is None else "active",
-    )
 
 
 def row_of(
@@ -163,22 +132,15 @@ def row_of(
     """The row of one adapter in one layer.
 
     Args:
-      path: Of the layer.
+      path: Path of the layer.
       matrix: ``(*batch, d_in, d_out)``.
-      name: Of the adapter.
-      method: Of the layer.
+      name: Name of the adapter.
+      method: The adapter with the layer's rank.
       counts: Numbers trained, not trained, and bytes.
       state: A word, its strength, or None where it is inactive.
     """
-    *batch, d_in, d_out = matrix
-    view = f"{d_in} × {d_out}"
-    view = f"{' × '.join(map(str, batch))} × ({view})" if batch else view
     rank = method.rank if isinstance(method, LowRank) else None
     if not isinstance(state, str):
         state = "inactive" if state is None else "active" if state == 1 else f"active × {state:g}"
+    view = matrices_string(matrix)
     return SummaryRow(path, view, name, type(method).__name__, rank, *counts, state)
-
-
-def _counts(arrays: Any) -> tuple[int, int, int]:
-    trained, frozen = (nnx.state(arrays, of) for of in (AdapterParam, AdapterConstant))
-    return counts_of(trained, frozen)

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 import contextlib
 from typing import Any
 
-from lowrank_optax.adapters.nnx import LayerAdapter, adapted_layers, check_names
+from lowrank_optax.adapters.adapted_layers import LayerAdapter, adapted_layers, check_names
 from lowrank_optax.adapters.own_values import active_names, check_one_owner, settle
 from lowrank_optax.matrices.selection import path_string
 
@@ -18,7 +18,7 @@ def activate(model: Any, *names: str, strengths: Mapping[str, float] | None = No
 
     Args:
       model: A model with adapters.
-      names: Of the adapters; none for all.
+      names: Names of the adapters; without any, all.
       strengths: By name, what the change of an adapter is multiplied by; 1 for the others. Values
         of parameters that `also_train` trains are taken as they are.
 
@@ -59,7 +59,7 @@ def deactivate(model: Any, *names: str) -> None:
 
     Args:
       model: A model with adapters.
-      names: Of the adapters; none for all, which leaves the model as it was before `attach`.
+      names: Names of the adapters; without any, all: the model is then as before `attach`.
 
     Raises:
       ValueError: If the model has no adapter of a name, or one is merged.
@@ -76,7 +76,7 @@ def disabled(model: Any, *names: str) -> Iterator[Any]:
 
     Args:
       model: A model with adapters.
-      names: Of the adapters; none for all.
+      names: Names of the adapters; without any, all.
 
     Yields:
       The model.
@@ -96,7 +96,7 @@ def disabled(model: Any, *names: str) -> Iterator[Any]:
 
 def _unmerged(model: Any) -> list[LayerAdapter]:
     found = []
-    for path, layer in adapted_layers(model):
+    for path, layer in adapted_layers(model).items():
         for adapter in layer.adapters.values():
             if adapter.merged:
                 raise ValueError(

@@ -1,4 +1,4 @@
-"""Adam's arithmetic, element by element: the same lines in every kernel and every reference."""
+"""What implementations of `low_bit_adam` share: Adam's arithmetic, its scalars, and operands."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -6,19 +6,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lowrank_optax.quantization import BlockFormat, layout_of, packing_of
+
 
 class AdamScalars(NamedTuple):
-    """What an Adam step is told each time: float32 scalars, or Python numbers; all may be traced.
+    """Scalars of one Adam step: float32 scalars or Python numbers, which may all be traced.
 
     Attributes:
-      learning_rate: Of the whole change of a parameter. Not used where there is no parameter.
+      learning_rate: Factor of the whole change of a parameter; not used without a parameter.
       b1: Decay of the first moment.
-      b2: Decay of the second.
-      eps: Added to the root of the second moment, its bias corrected.
-      weight_decay: Times the parameter, added to the update.
-      correction1: ``1 - b1**t`` at step ``t = 1, 2, …``.
-      correction2: ``1 - b2**t``.
-      scale: Times the update, not the decay.
+      b2: Decay of the second moment.
+      eps: Constant added to the root of the bias-corrected second moment.
+      weight_decay: Factor of the parameter that is added to the update.
+      correction1: Bias correction ``1 - b1**t`` at step ``t = 1, 2, …``.
+      correction2: Bias correction ``1 - b2**t``.
+      scale: Factor of the update, not of the decay.
     """
 
     learning_rate: Any
@@ -34,16 +36,6 @@ class AdamScalars(NamedTuple):
 def as_float32(scalars: AdamScalars) -> AdamScalars:
     """The scalars as float32 arrays."""
     return AdamScalars(*(jnp.asarray(x, jnp.float32) for x in scalars))
-
-
-def as_vector(scalars: AdamScalars) -> jax.Array:
-    """The scalars as float32 ``[8]``: one operand of a kernel."""
-    return jnp.stack(as_float32(scalars))
-
-
-def from_vector(vector: Any) -> AdamScalars:
-    """The scalars read from that operand."""
-    return AdamScalars(*(vector[i] for i in range(len(AdamScalars._fields))))
 
 
 def adam_moments(
@@ -67,20 +59,41 @@ def applied(direction: jax.Array, param: jax.Array, s: AdamScalars) -> jax.Array
 
 
 def result_like(x: jax.Array, dtype: Any = None) -> jax.ShapeDtypeStruct:
-    """A kernel's result in the shape of an operand; inside `jax.shard_map` it varies as that."""
+    """A kernel's result with the shape of an operand; inside `jax.shard_map` it varies like it."""
     varies = jax.typeof(x).manual_axis_type
     return jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, manual_axis_type=varies)
 
 
-def in_place(
-    values: Sequence[Any], result: Any, states: Sequence[Any], between: int = 0
-) -> dict[int, int]:
-    """Which operands of a kernel its results are written over.
+def in_place(values: Sequence[Any], result: Any, states: Sequence[Any]) -> dict[int, int]:
+    """Aliases of a kernel: which operand each of its results is written over.
 
-    Operands are the scalars, the values (a gradient, and a parameter if there is one), so many
-    ``between``, and the states; results are the first and the states. Without a parameter the
-    update may take the memory of a gradient of its dtype, which few need afterwards.
+    Operands are the scalars, the values (a gradient, and a parameter if there is one) and the
+    states; results are the parameter or update, and the states. An update takes the memory of a
+    gradient of its dtype, which few need afterwards.
     """
     last = len(values)  # operand 0 is the scalars
     aliases = {last: 0} if values[-1].dtype == result.dtype else {}
-    return aliases | {last + between + 1 + i: 1 + i for i in range(len(states))}
+    return aliases | {last + 1 + i: 1 + i for i in range(len(states))}
+
+
+def reason_against_formats(formats: tuple[BlockFormat, BlockFormat], device: str) -> str | None:
+    """Why no kernel for this device supports moments in these codes, or None."""
+    first, second = formats
+    if first.block_size != second.block_size:
+        return "both moments must have the same block size"
+    if first.map.bits != second.map.bits:
+        return "both moments must have the same number of bits"
+    if any(fmt.map.name == "fp8" for fmt in formats):  # casts to float8
+        return f"codes of the map 'fp8' cannot be made in a {device} kernel"
+    return None
+
+
+def coded_shapes(
+    shape: tuple[int, ...], fmt: BlockFormat
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of the codes and scales of an array."""
+    layout, codes = layout_of(shape, fmt.block_size), list(shape)
+    if fmt.map.bits == 4:
+        axis = packing_of(shape).axis
+        codes[axis] = -(-codes[axis] // 2)
+    return tuple(codes), (*layout.leading, layout.blocks)

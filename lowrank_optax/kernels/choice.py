@@ -1,12 +1,11 @@
-"""A primitive that is lowered as one of several equivalent programs, by what is known only then.
+"""A primitive that chooses between a kernel and its reference when the program is lowered.
 
 A custom kernel runs on one kind of device and cannot be partitioned by the compiler. Neither the
-platform nor the number of devices is known while a function is traced: it may be traced on a host
-for a chip that is not there, exported for several platforms at once, or called with arrays that
-`jax.jit` finds to be sharded. `jax.lax.platform_dependent` chooses when lowering, but lowers every
-branch for every platform of a multi-platform export, which kernels refuse, and does not look at
-devices. So this primitive keeps the programs side by side until lowering, and takes a kernel where
-there is one platform, which it is for, and nothing left to partition; otherwise the fallback.
+platform nor the number of devices is known while a function is traced: it may be exported for other
+platforms, or called with arrays that `jax.jit` finds to be sharded.
+`jax.lax.platform_dependent` lowers every branch for every platform of an export, which kernels
+refuse, and does not look at devices. This primitive keeps the programs side by side until lowering,
+and lowers a kernel if there is one platform, its own, and nothing to partition.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -14,10 +13,17 @@ import functools
 from typing import Any
 
 import jax
-from jax.extend import core
-from jax.interpreters import batching, mlir
 
-_choice = core.Primitive("kernel_or_reference")
+from lowrank_optax.compat.jax import (
+    Primitive,
+    jaxpr_as_fun,
+    lower_jaxpr,
+    set_batching,
+    set_lowering,
+    single_platform,
+)
+
+_choice = Primitive("kernel_or_reference")
 _choice.multiple_results = True
 
 
@@ -59,23 +65,12 @@ def _bind_each(*args: jax.Array, fallback: Any, **kernels: Any) -> list[jax.Arra
 
 
 def _lower(ctx: Any, *args: Any, fallback: Any, **kernels: Any) -> Any:
-    platforms = ctx.module_context.platforms
-    alone = len(platforms) == 1 and _nothing_to_partition(ctx.module_context.axis_context)
-    chosen = kernels.get(platforms[0], fallback) if alone else fallback
-    return mlir.lower_fun(core.jaxpr_as_fun(chosen), multiple_results=True)(ctx, *args)
-
-
-def _nothing_to_partition(context: Any) -> bool:
-    """Whether the program is of one device, or all axes of its mesh are mapped by hand."""
-    if isinstance(context, mlir.SPMDAxisContext):
-        manual = context.manual_axes | set(context.mesh.manual_axes)
-        return manual == frozenset(context.mesh.axis_names)
-    return not isinstance(context, mlir.ShardingContext) or context.num_devices == 1
+    return lower_jaxpr(ctx, kernels.get(single_platform(ctx) or "", fallback), *args)
 
 
 def _batch(args: Sequence[jax.Array], dims: Sequence[Any], **programs: Any) -> Any:
     mapped = {
-        name: jax.make_jaxpr(jax.vmap(core.jaxpr_as_fun(program), list(dims)))(*args)
+        name: jax.make_jaxpr(jax.vmap(jaxpr_as_fun(program), list(dims)))(*args)
         for name, program in programs.items()
     }
     out = _choice.bind(*args, **mapped)
@@ -86,5 +81,5 @@ _choice.def_impl(
     lambda *args, **programs: jax.jit(_bind_each, static_argnames=(*programs,))(*args, **programs)
 )
 _choice.def_abstract_eval(lambda *args, fallback, **kernels: fallback.out_avals)
-mlir.register_lowering(_choice, _lower)
-batching.primitive_batchers[_choice] = _batch
+set_lowering(_choice, _lower)
+set_batching(_choice, _batch)

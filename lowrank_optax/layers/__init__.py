@@ -1,54 +1,51 @@
-"""Layers and reparameterised weights that keep training small."""
+"""Layers and reparameterised weights for memory-efficient training."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lowrank_optax.layers.powerpropagation import (
+from lowrank_optax.layers.powerpropagation import packnet
+from lowrank_optax.layers.powerpropagation.optimizer import powerprop_updates
+from lowrank_optax.layers.powerpropagation.pruning import (
     MaskUpdatesState,
     apply_masks,
-    change_alpha,
     magnitude_masks,
     mask_updates,
-    packnet,
+)
+from lowrank_optax.layers.powerpropagation.reparameterisation import (
+    change_alpha,
     powerprop,
     powerprop_inverse,
-    powerprop_updates,
 )
-from lowrank_optax.layers.randomized import (
-    Sketch,
+from lowrank_optax.layers.randomized.linear import randomized_linear
+from lowrank_optax.layers.randomized.sketch import Sketch
+from lowrank_optax.layers.randomized.variances import (
     alignment,
     choose_sketch_size,
     minibatch_variance,
-    randomized_linear,
     sketch_variance,
 )
 
 if TYPE_CHECKING:
     from lowrank_optax.layers import linen
-    from lowrank_optax.layers.powerpropagation.nnx import PowerpropLinear, PowerpropModule
-    from lowrank_optax.layers.randomized.nnx import RandomizedLinear
-    from lowrank_optax.layers.randomized.noise import (
-        SketchNoise,
-        choose_sketches,
-        sketch_noise,
-    )
-    from lowrank_optax.layers.randomized.replacing import (
+    from lowrank_optax.layers.powerpropagation.nnx_layers import PowerpropLinear, PowerpropModule
+    from lowrank_optax.layers.randomized.noise import SketchNoise, choose_sketches, sketch_noise
+    from lowrank_optax.layers.randomized.randomize import (
+        RandomizedLinear,
         randomize,
         randomized_layers,
         restore_linears,
     )
 
-# The Flax parts, NNX here and Linen in `linen`: Flax is imported when one is first used.
+# These need Flax, which is imported when one of them is first used.
 _FLAX = {
-    "PowerpropLinear": "lowrank_optax.layers.powerpropagation.nnx",
-    "PowerpropModule": "lowrank_optax.layers.powerpropagation.nnx",
-    "RandomizedLinear": "lowrank_optax.layers.randomized.nnx",
-    "SketchNoise": "lowrank_optax.layers.randomized.noise",
-    "choose_sketches": "lowrank_optax.layers.randomized.noise",
-    "randomize": "lowrank_optax.layers.randomized.replacing",
-    "randomized_layers": "lowrank_optax.layers.randomized.replacing",
-    "restore_linears": "lowrank_optax.layers.randomized.replacing",
-    "sketch_noise": "lowrank_optax.layers.randomized.noise",
+    "powerpropagation.nnx_layers": ["PowerpropLinear", "PowerpropModule"],
+    "randomized.noise": ["SketchNoise", "choose_sketches", "sketch_noise"],
+    "randomized.randomize": [
+        "RandomizedLinear",
+        "randomize",
+        "randomized_layers",
+        "restore_linears",
+    ],
 }
 
 __all__ = [
@@ -85,9 +82,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "linen":
-        return import_module("lowrank_optax.layers.linen")
-    if name in _FLAX:
-        return getattr(import_module(_FLAX[name]), name)
+        return import_module(f"{__name__}.linen")
+    for module, names in _FLAX.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

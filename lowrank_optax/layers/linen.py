@@ -1,6 +1,264 @@
 """The layers in Flax Linen."""
 
-from lowrank_optax.layers.powerpropagation.linen import PowerpropDense, PowerpropModule
-from lowrank_optax.layers.randomized.linen import RandomizedDense
+from collections.abc import Callable, Mapping
+import re
+from typing import Any
 
-__all__ = ["PowerpropDense", "PowerpropModule", "RandomizedDense"]
+from flax import linen as nn
+import jax
+
+from lowrank_optax.compat.jax import in_fresh_trace
+from lowrank_optax.layers.powerpropagation.reparameterisation import (
+    Where,
+    powerprop,
+    powerprop_inverse,
+)
+from lowrank_optax.layers.randomized.linear import call_sketched, check_dot_general, check_sketch
+from lowrank_optax.layers.randomized.sketch import Sketch
+from lowrank_optax.matrices.rules import is_weight
+from lowrank_optax.matrices.selection import Path, check_patterns, path_string
+
+__all__ = ["PowerpropDense", "PowerpropModule", "Randomized", "RandomizedDense"]
+
+
+class PowerpropDense(nn.Dense):
+    r"""``nn.Dense`` with the kernel :math:`\theta |\theta|^{\alpha - 1}`.
+
+    The parameter ``kernel`` is :math:`\theta`, ``[in, out]``, initialised such that the layer
+    computes what ``nn.Dense`` with the same key does.
+
+    Attributes:
+      alpha: Exponent, at least 1; 1 is exactly ``nn.Dense``. The other attributes are those of
+        ``nn.Dense``.
+
+    Raises:
+      ValueError: When called, if ``alpha`` is below 1.
+
+    Example:
+      >>> from flax import linen as nn
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
+      >>> layer, x = lro.layers.linen.PowerpropDense(4, alpha=2.0), jnp.ones((2, 3))
+      >>> outputs, _ = layer.init_with_output(jax.random.key(0), x)
+      >>> plain, _ = nn.Dense(4).init_with_output(jax.random.key(0), x)
+      >>> print(bool(jnp.allclose(outputs, plain, atol=1e-6)))
+      True
+
+    Reference:
+      Schwarz et al., 2021, https://arxiv.org/abs/2110.00296.
+    """
+
+    alpha: float = 1.5
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Compute the outputs ``[..., out]`` from inputs ``[..., in]``."""
+        run = _with_weights(nn.Dense.__call__, self, self.alpha, "(^|/)kernel$")
+        return run(self, inputs)
+
+
+class PowerpropModule(nn.Module):
+    r"""Powerpropagation for the weights of any Linen module.
+
+    The collection ``params`` holds :math:`\theta`, initialised such that the module computes what
+    it would without; the module sees :math:`\theta |\theta|^{\alpha - 1}` instead. Its parameters
+    are under ``module``.
+
+    Attributes:
+      module: Module to wrap.
+      alpha: Exponent, at least 1.
+      where: Parameters, as for `powerprop`, by their paths in ``params``.
+
+    Raises:
+      ValueError: When called, as `powerprop`.
+
+    Example:
+      >>> from flax import linen as nn
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
+      >>> wrapped = lro.layers.linen.PowerpropModule(nn.Conv(3, (3, 3)), 1.5, where="kernel")
+      >>> variables = wrapped.init(jax.random.key(0), jnp.ones((1, 4, 4, 2)))
+      >>> print(jax.tree.map(jnp.shape, variables))
+      {'params': {'module': {'bias': (3,), 'kernel': (3, 3, 2, 3)}}}
+
+    Reference:
+      Schwarz et al., 2021, https://arxiv.org/abs/2110.00296.
+    """
+
+    module: nn.Module
+    alpha: float = 1.5
+    where: Where = None
+
+    @nn.compact
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module with its effective weights."""
+        call = lambda module, *args, **kwargs: module(*args, **kwargs)
+        run = _with_weights(call, self, self.alpha, self.where)
+        return run(self.module, *args, **kwargs)
+
+
+def _with_weights(call: Any, module: nn.Module, alpha: float, where: Where) -> Any:
+    """A method that sees the effective weights in ``params``; initial weights are stored as θ."""
+    return nn.map_variables(
+        call,
+        "params",
+        trans_in_fn=lambda variables: powerprop(variables, alpha, where),
+        trans_out_fn=lambda variables: powerprop_inverse(variables, alpha, where),
+        init=module.is_initializing(),
+    )
+
+
+class RandomizedDense(nn.Dense):
+    r"""``nn.Dense`` whose backward pass works from a sketch of its input.
+
+    As `RandomizedLinear`, with the key of each call from ``make_rng("sketch")``: give ``apply`` an
+    ``rngs={"sketch": key}`` with another key each step, and under ``nn.scan`` split it
+    (``split_rngs={"params": True, "sketch": True}``). Without such a key, and if it is
+    deterministic, the layer is exactly ``nn.Dense``. The parameters are those of ``nn.Dense``.
+
+    Attributes:
+      sketch: Kind and size of the sketch.
+      deterministic: Whether the layer is the plain one; None leaves that to the call.
+      rng_collection: Name of the random keys, ``sketch`` by default. The other attributes are those
+        of ``nn.Dense``.
+
+    Raises:
+      TypeError: When called, if ``sketch`` is not a `Sketch`.
+      ValueError: When called with a key, if the layer has its own ``dot_general``.
+
+    Example:
+      >>> from flax import linen as nn
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
+      >>> layer = lro.layers.linen.RandomizedDense(4, sketch=lro.layers.Sketch(fraction=0.5))
+      >>> x, key = jax.random.normal(jax.random.key(0), (8, 3)), jax.random.key(1)
+      >>> variables = layer.init(key, x)
+      >>> print(bool((layer.apply(variables, x) == nn.Dense(4).apply(variables, x)).all()))
+      True
+      >>> loss = lambda v: (layer.apply(v, x, rngs={"sketch": key}) ** 2).sum()
+      >>> print(jax.tree.map(jnp.shape, jax.grad(loss)(variables)))
+      {'params': {'bias': (4,), 'kernel': (3, 4)}}
+
+    Reference:
+      Bershatsky et al., 2022, https://arxiv.org/abs/2201.13195.
+    """
+
+    sketch: Sketch | None = None
+    deterministic: bool | None = None
+    rng_collection: str = "sketch"
+
+    @nn.compact
+    def __call__(
+        self,
+        inputs: jax.Array,
+        deterministic: bool | None = None,
+        *,
+        valid: jax.Array | None = None,
+    ) -> jax.Array:
+        """Compute the outputs ``[..., features]`` from inputs ``[..., in]``.
+
+        Args:
+          inputs: Inputs of the layer.
+          deterministic: Whether the layer is the plain one; overrides the attribute.
+          valid: Rows that count, as for `RandomizedLinear`.
+        """
+        sketch = check_sketch(self.sketch)
+        deterministic = self.deterministic if deterministic is None else deterministic
+        if deterministic or not self.has_rng(self.rng_collection):
+            return nn.Dense.__call__(self, inputs)
+        own = self.dot_general if self.dot_general_cls is None else self.dot_general_cls
+        check_dot_general(own, "RandomizedDense")
+        options = {"key": self.make_rng(self.rng_collection), "sketch": sketch, "valid": valid}
+        return call_sketched(nn.Dense.__call__, self, inputs, **options)
+
+
+class Randomized:
+    """A Linen module whose ``nn.Dense`` layers work from sketches, as `RandomizedDense` does.
+
+    The module and its variables are not changed: `apply` intercepts the calls of its layers. The
+    keys come from ``make_rng("sketch")``: without such a key in ``rngs``, `apply` is that of the
+    module. Each `apply` traces the module again, so call it inside ``jax.jit``.
+
+    Args:
+      module: Any Linen module, or an object with its ``init`` and ``apply``.
+      sketch: Sketch of all ``nn.Dense`` layers except output heads, or sketches by regular
+        expressions found in their paths (``blocks/mlp/up``), of which the first that is found
+        counts.
+
+    Raises:
+      TypeError: If a sketch is not a `Sketch`.
+
+    Example:
+      >>> from flax import linen as nn
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
+      >>> model = nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(2)])
+      >>> x, key = jax.random.normal(jax.random.key(0), (16, 3)), jax.random.key(1)
+      >>> variables = model.init(key, x)
+      >>> sketches = {"layers_0": lro.layers.Sketch(fraction=0.25)}
+      >>> randomized = lro.layers.linen.Randomized(model, sketches)
+      >>> y = randomized.apply(variables, x, rngs={"sketch": key})
+      >>> print(bool((y == model.apply(variables, x)).all()))
+      True
+
+    Reference:
+      Bershatsky et al., 2022, https://arxiv.org/abs/2201.13195.
+    """
+
+    def __init__(self, module: nn.Module | Any, sketch: Sketch | Mapping[str, Sketch]) -> None:
+        for each in sketch.values() if isinstance(sketch, Mapping) else [sketch]:
+            check_sketch(each)
+        self.module, self.sketch = module, sketch
+
+    def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return the variables of the module: ``module.init``."""
+        return self.module.init(rngs, *args, **kwargs)
+
+    def apply(self, variables: Any, *args: Any, rngs: Any = None, **kwargs: Any) -> Any:
+        """Run ``module.apply`` with the same arguments, with randomized layers.
+
+        Raises:
+          ValueError: If a pattern matches no ``nn.Dense`` that was called, or none was called; if a
+            scan around one does not split the stream ``sketch``, or it has its own ``dot_general``.
+        """
+        if not (isinstance(rngs, dict) and "sketch" in rngs):
+            return self.module.apply(variables, *args, rngs=rngs, **kwargs)
+        paths: list[Path] = []
+
+        def intercept(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+            layer = context.module
+            if type(layer) is not nn.Dense or context.method_name != "__call__":
+                return call(*args, **kwargs)
+            paths.append(layer.path)
+            sketch = self._sketch_of(path_string(layer.path))
+            return call(*args, **kwargs) if sketch is None else _sketched(call, layer, sketch, args)
+
+        # A module under nn.jit that was traced without the interceptor is traced again.
+        with nn.intercept_methods(intercept), in_fresh_trace():
+            result = self.module.apply(variables, *args, rngs=rngs, **kwargs)
+        patterns = self.sketch if isinstance(self.sketch, Mapping) else [""]
+        check_patterns("sketch", patterns, paths, "nn.Dense layer")
+        return result
+
+    def _sketch_of(self, path: str) -> Sketch | None:
+        if isinstance(self.sketch, Mapping):
+            found = (each for pattern, each in self.sketch.items() if re.search(pattern, path))
+            return next(found, None)
+        return self.sketch if is_weight(f"{path}/kernel") else None
+
+
+def _sketched(call: Callable[..., Any], layer: nn.Dense, sketch: Sketch, args: Any) -> Any:
+    name = path_string(layer.path)
+    if not layer.has_rng("sketch"):
+        raise ValueError(
+            f"{name} gets no key: give the scan or vmap around it "
+            'split_rngs={"params": True, "sketch": True}.'
+        )
+    own = layer.dot_general
+    check_dot_general(own if layer.dot_general_cls is None else layer.dot_general_cls, name)
+
+    def run(sketched: nn.Dense, *args: Any) -> jax.Array:
+        # The call is bound to the layer, which belongs to this apply alone.
+        vars(layer)["dot_general"] = sketched.dot_general
+        try:
+            return call(*args)
+        finally:
+            vars(layer)["dot_general"] = own
+
+    return call_sketched(run, layer, *args, key=layer.make_rng("sketch"), sketch=sketch, valid=None)

@@ -2,7 +2,6 @@
 
 from lowrank_optax.matrices.flax_rules import weight_dimension_numbers
 from lowrank_optax.matrices.rules import DimensionNumbersRule, resolve_dimension_numbers
-from lowrank_optax.matrices.table import SelectionRow, SelectionTable, selection_table
 from lowrank_optax.matrices.views import (
     WeightDimensionNumbers,
     from_matrix,
@@ -13,14 +12,11 @@ from lowrank_optax.matrices.views import (
 
 __all__ = [
     "DimensionNumbersRule",
-    "SelectionRow",
-    "SelectionTable",
     "WeightDimensionNumbers",
     "from_matrix",
     "matrix_partition",
     "matrix_shape",
     "resolve_dimension_numbers",
-    "selection_table",
     "to_matrix",
     "weight_dimension_numbers",
 ]

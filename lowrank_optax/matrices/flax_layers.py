@@ -7,6 +7,7 @@ where Flax is not installed.
 from collections.abc import Callable, Iterable, Sequence
 import functools
 import itertools
+import string
 import sys
 from typing import Any, NamedTuple, TypeAlias
 
@@ -52,7 +53,7 @@ def read_layer(module: Any) -> list[Kernel] | None:
     return next((readers[t](module) for t in type(module).__mro__ if t in readers), None)
 
 
-def place(
+def infer_axes(
     kernel: Kernel, shape: tuple[int, ...], bias_shape: tuple[int, ...] | None
 ) -> tuple[WeightDimensionNumbers, tuple[int, ...]] | None:
     """Dimension numbers for a weight that may have more axes than its layer says.
@@ -164,18 +165,35 @@ def _einsum(module: Any) -> list[Kernel]:
     shape = tuple(module.shape if is_linen_module(module) else module.kernel_shape)
     if not module.einsum_str:  # Linen's may be given at the call
         return []
-    operands, result = module.einsum_str.replace(" ", "").split("->")
-    inputs, kernel = operands.split(",")
-    # An ellipsis in the kernel stands for axes that it shares with the input: batch axes.
-    letters = kernel.replace("...", "." * (len(shape) - len(kernel.replace("...", ""))))
-    summed = lambda x: x in inputs and x not in result
-    kept = lambda x: x in result and x not in inputs
-    reduction = tuple(axis for axis, letter in enumerate(letters) if summed(letter))
-    output = tuple(axis for axis, letter in enumerate(letters) if kept(letter))
+    inputs, letters, result = einsum_letters(module.einsum_str, None, len(shape))
+    reduction, output = kernel_axes(module.einsum_str, len(shape))
     batch = [letter for letter in letters if letter in inputs and letter in result]
     if not reduction or not output or len(reduction) + len(output) + len(batch) != len(letters):
         return []
     return [Kernel(("kernel",), shape, reduction, output)]
+
+
+def kernel_axes(equation: str, ndim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The axes of inputs and of outputs of the second operand of an einsum, of ``ndim`` axes."""
+    x, kernel, result = einsum_letters(equation, None, ndim)
+    reduction = tuple(i for i, c in enumerate(kernel) if c in x and c not in result)
+    output = tuple(i for i, c in enumerate(kernel) if c in result and c not in x)
+    return reduction, output
+
+
+def einsum_letters(equation: str, x_ndim: int | None, kernel_ndim: int) -> tuple[str, str, str]:
+    """The two operands and the result of an equation, ellipses spelled out."""
+    operands, result = equation.replace(" ", "").split("->")
+    x, kernel = operands.split(",")
+    unused = [c for c in string.ascii_letters if c not in equation]
+    hidden = 0
+    if "..." in x and x_ndim is not None:
+        hidden = x_ndim - len(x.replace("...", ""))
+    if "..." in kernel:
+        hidden = kernel_ndim - len(kernel.replace("...", ""))
+    letters = "".join(unused[:hidden])
+    x, kernel, result = (part.replace("...", letters) for part in (x, kernel, result))
+    return x, kernel, result
 
 
 def _convolution(module: Any) -> list[Kernel]:

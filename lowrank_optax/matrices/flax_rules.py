@@ -5,11 +5,12 @@ from typing import Any, TypeAlias
 
 import jax
 
+from lowrank_optax.compat.flax import is_nnx_state, linen_children
 from lowrank_optax.matrices.flax_layers import (
     Kernel,
+    infer_axes,
     is_linen_module,
     is_nnx_module,
-    place,
     read_layer,
 )
 from lowrank_optax.matrices.names import named_kind
@@ -134,8 +135,7 @@ def _open(model_or_params: Any) -> tuple[Any, dict[_Path, list[Kernel] | None]]:
             )
         params = linen.meta.unbox(model_or_params.variables.get("params", {}))
         return params, dict(_linen_layers(model_or_params, len(model_or_params.path)))
-    nnx_state = type(model_or_params).__module__ == "flax.nnx.statelib"
-    if nnx_state:
+    if is_nnx_state(model_or_params):
         from flax import nnx
 
         model_or_params = nnx.to_pure_dict(model_or_params)
@@ -143,18 +143,12 @@ def _open(model_or_params: Any) -> tuple[Any, dict[_Path, list[Kernel] | None]]:
 
 
 def _linen_layers(module: Any, root: int) -> Iterator[tuple[_Path, list[Kernel] | None]]:
-    from flax import linen
-
     kernels = read_layer(module)
     yield module.path[root:], kernels
     if kernels is not None:
         return
-    getattr(module, "a name that no module has", None)  # Linen runs setup at the first such miss
-    is_module = lambda x: isinstance(x, linen.Module)
-    fields = {name: x for name, x in vars(module).items() if name not in ("parent", "_parent_ref")}
-    for child in jax.tree.leaves(fields, is_leaf=is_module):
-        if is_module(child) and child.scope is not None:
-            yield from _linen_layers(child, root)
+    for child in linen_children(module):
+        yield from _linen_layers(child, root)
 
 
 def _read_layers(
@@ -174,14 +168,14 @@ def _read_layers(
         for kernel in kernels:
             if (*owner, *kernel.path) != names:
                 continue
-            placed = place(kernel, shapes[names], shapes.get((*names[:-1], "bias")))
-            if placed is None:
+            inferred = infer_axes(kernel, shapes[names], shapes.get((*names[:-1], "bias")))
+            if inferred is None:
                 continue
             # The layer's type says that it is no norm or embedding, whatever its name.
             of_head = named_kind("/".join(names)) == "head"
             wanted = kernel.by_default and not of_head
-            stacks[names] = placed[1]
-            specs[names] = placed[0] if wanted or names in included else None
+            stacks[names] = inferred[1]
+            specs[names] = inferred[0] if wanted or names in included else None
     return specs, stacks
 
 

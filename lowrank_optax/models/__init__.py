@@ -1,10 +1,9 @@
 """One decoder of the Llama family, for the examples, the planner and the tests."""
 
-from lowrank_optax.models.config import DecoderConfig
 from lowrank_optax.models.decoder import Decoder
+from lowrank_optax.models.decoder_config import PRESETS, DecoderConfig, decoder_config
 from lowrank_optax.models.generation import generate
 from lowrank_optax.models.huggingface import load_huggingface, save_huggingface
-from lowrank_optax.models.presets import PRESETS, decoder_config
 from lowrank_optax.models.rotary import RopeScaling
 from lowrank_optax.storage.safetensors_files import CheckpointMismatchError
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from lowrank_optax.models.config import DecoderConfig
+from lowrank_optax.models.decoder_config import DecoderConfig
 from lowrank_optax.models.rotary import rotate
 
 
@@ -20,7 +20,7 @@ class RMSNorm(nnx.RMSNorm):
 
     def __call__(self, x: jax.Array, mask: None = None) -> jax.Array:
         """Normalises the last axis; shape and dtype stay."""
-        assert self.scale is not None  # use_scale is never turned off here
+        assert self.scale is not None  # use_scale is never False here
         x32 = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
         normalised = (x32 * jax.lax.rsqrt(mean_square + self.epsilon)).astype(x.dtype)

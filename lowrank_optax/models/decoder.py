@@ -16,8 +16,8 @@ from jax.typing import DTypeLike
 from lowrank_optax.activations.block_codes import check_bits
 from lowrank_optax.activations.gating import swiglu
 from lowrank_optax.models.attention import Attention, KeyValueCache, RMSNorm
-from lowrank_optax.models.config import DecoderConfig
-from lowrank_optax.models.huggingface_names import MODULE_NAMES
+from lowrank_optax.models.decoder_config import DecoderConfig
+from lowrank_optax.models.huggingface_config import MODULE_NAMES
 from lowrank_optax.models.rotary import inverse_frequencies, rotary_angles
 
 # The attributes of jax.checkpoint_policies that are policies; the others make one from arguments.
@@ -104,18 +104,18 @@ class Decoder(nnx.Module):
     Args:
         config: the shape.
         rngs: source of the initial weights: normal with `config.initializer_range`, norms one.
-        dtype: of the activations. Norms, softmax, rotation and logits are computed in float32.
-        param_dtype: of the weights.
-        scan_layers: run one stacked block by a scan (compiles L times faster), or L blocks in
-            turn (somewhat faster on CPU).
-        remat: what backward keeps of a block: None keeps what it needs, `"full"` keeps the
-            block's input alone and recomputes the rest; otherwise the name of a policy in
-            `jax.checkpoint_policies`, or a policy.
-        activation_bits: 1 to 8, that backward keeps of each element of an MLP's gate, and of its
-            up (see `lowrank_optax.activations.swiglu`); None keeps what it needs.
+        dtype: dtype of the activations. Norms, softmax, rotation and logits are in float32.
+        param_dtype: dtype of the weights.
+        scan_layers: run one stacked block by a scan (compiles L times faster), or L blocks one
+            after the other (somewhat faster on CPU).
+        remat: what of a block is saved for the backward pass: None saves what it needs, `"full"`
+            saves the block's input alone and recomputes everything else; otherwise the name of a
+            policy in `jax.checkpoint_policies`, or a policy.
+        activation_bits: bits per element, 1 to 8, that are saved of an MLP's gate and of its up
+            (see `lowrank_optax.activations.swiglu`); None saves them as they are.
 
     Raises:
-        ValueError: `remat` is no policy's name, or `activation_bits` is none of these.
+        ValueError: `remat` is not the name of a policy, or `activation_bits` is out of range.
 
     Example:
         >>> from flax import nnx
@@ -141,7 +141,11 @@ class Decoder(nnx.Module):
         remat: Remat = None,
         activation_bits: int | None = None,
     ) -> None:
-        _check_remat(remat)
+        if not (remat is None or callable(remat) or remat in ("full", *REMAT_POLICIES)):
+            raise ValueError(
+                f"remat must be None, 'full', a checkpoint policy, or the name of one "
+                f"({', '.join(REMAT_POLICIES)}), got {remat!r}"
+            )
         check_bits(activation_bits, "activation_bits")
         self.config = config
         self.dtype = jnp.dtype(dtype)
@@ -179,7 +183,7 @@ class Decoder(nnx.Module):
             float32 [batch, length, vocab_size].
 
         Raises:
-            ValueError: `tokens` is no two-dimensional array of integers.
+            ValueError: `tokens` is not a two-dimensional array of integers.
         """
         return self.decode(tokens, None, 0)[0]
 
@@ -190,13 +194,17 @@ class Decoder(nnx.Module):
 
         Args:
             tokens: integers [batch, length], the positions `position` to `position + length - 1`.
-            cache: from `init_cache` or the call before; None for none.
+            cache: from `init_cache` or the call before; None to start without.
             position: where the tokens start; a scalar, which may be traced.
 
         Returns:
             The logits, float32 [batch, length, vocab_size], and the cache with these tokens in.
         """
-        _check_tokens(tokens)
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(
+                "tokens must be integers of shape [batch, length], "
+                f"got {tokens.dtype} of shape {tokens.shape}"
+            )
         config = self.config
         frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         rotary = rotary_angles(position + jnp.arange(tokens.shape[1]), frequencies)
@@ -235,12 +243,12 @@ class Decoder(nnx.Module):
             return x, (cache, nnx.state(block, nnx.RngCount))
 
         if self.remat is not None:
+            policy = self.remat
+            if isinstance(policy, str):
+                policy = None if policy == "full" else getattr(jax.checkpoint_policies, policy)
             # A scan already keeps XLA from merging the recomputation with the first pass.
             call = jax.checkpoint(
-                call,
-                static_argnums=0,
-                policy=_policy(self.remat),
-                prevent_cse=not self.scan_layers,
+                call, static_argnums=0, policy=policy, prevent_cse=not self.scan_layers
             )
         if isinstance(self.blocks, nnx.List):
             caches = []
@@ -271,26 +279,3 @@ def _make_blocks(
         return nnx.List([make(rngs) for _ in range(config.num_hidden_layers)])
     stacked = nnx.vmap(make, in_axes=0, out_axes=0)
     return nnx.split_rngs(splits=config.num_hidden_layers)(stacked)(rngs)
-
-
-def _check_remat(remat: Remat) -> None:
-    if remat is None or callable(remat) or remat == "full" or remat in REMAT_POLICIES:
-        return
-    raise ValueError(
-        f"remat must be None, 'full', a checkpoint policy, or the name of one "
-        f"({', '.join(REMAT_POLICIES)}), got {remat!r}"
-    )
-
-
-def _policy(remat: str | Callable[..., Any]) -> Callable[..., Any] | None:
-    if callable(remat):
-        return remat
-    return None if remat == "full" else getattr(jax.checkpoint_policies, remat)
-
-
-def _check_tokens(tokens: jax.Array) -> None:
-    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise ValueError(
-            "tokens must be integers of shape [batch, length], "
-            f"got {tokens.dtype} of shape {tokens.shape}"
-        )

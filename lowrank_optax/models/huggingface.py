@@ -17,17 +17,15 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 import numpy as np
 
-from lowrank_optax.models.config import DecoderConfig
 from lowrank_optax.models.decoder import Decoder, Remat
-from lowrank_optax.models.huggingface_config import read_json
-from lowrank_optax.models.huggingface_names import BLOCK_MODULES, OUTER_MODULES
-from lowrank_optax.models.safetensors_files import (
+from lowrank_optax.models.decoder_config import DecoderConfig
+from lowrank_optax.models.huggingface_config import BLOCK_MODULES, OUTER_MODULES
+from lowrank_optax.models.model_folders import (
     MODEL_FOLDER,
     CheckpointReader,
     write_sharded,
 )
 from lowrank_optax.storage.folders import replaced_folder
-from lowrank_optax.storage.quantized import check_not_quantized
 from lowrank_optax.storage.safetensors_files import CheckpointMismatchError
 
 _OUTER_NAMES = {
@@ -57,8 +55,8 @@ def load_huggingface(
 
     Args:
         folder: holds config.json and model.safetensors, or its shards and their index.
-        dtype: of the activations; None means that of the weights.
-        param_dtype: of the weights; None means that of the file's embedding.
+        dtype: dtype of the activations; None means that of the weights.
+        param_dtype: dtype of the weights; None means that of the file's embedding.
         scan_layers: as in `Decoder`.
         remat: as in `Decoder`.
         activation_bits: as in `Decoder`.
@@ -91,12 +89,17 @@ def load_huggingface(
     """
     config = DecoderConfig.from_huggingface(folder)
     with CheckpointReader(Path(folder)) as reader:
-        check_not_quantized(folder, read_json(folder), reader.dtypes)
-        own_head = config.tie_word_embeddings and _has_own_head(reader)
+        own_head = (
+            config.tie_word_embeddings
+            and {_HEAD, _EMBEDDING} <= reader.shapes.keys()
+            and not reader.equal(_HEAD, _EMBEDDING)
+        )
         config = dataclasses.replace(config, tie_word_embeddings=False) if own_head else config
         names = _expected_shapes(config)
         _check_prefix(reader, names, folder)
-        reader.check(names, ignore=lambda name: _is_harmless(name, config))
+        # Some checkpoints hold a copy of the tied head, or the rotary frequencies.
+        tied = (_HEAD,) if config.tie_word_embeddings else ()
+        reader.check(names, lambda name: name in tied or name.endswith(".rotary_emb.inv_freq"))
         if own_head:
             warnings.warn(
                 f"{folder}: config.json says tie_word_embeddings=true, but {_HEAD} and "
@@ -124,9 +127,9 @@ def save_huggingface(
 ) -> None:
     """Saves config.json and safetensors, which transformers loads.
 
-    Everything is written to a hidden folder beside `folder`, which takes its place at the end;
-    a save that fails leaves an earlier one as it was. Other files in an earlier folder (a
-    tokenizer, say) are kept.
+    Everything is written to a hidden folder beside `folder`, which replaces it at the end; a save
+    that fails leaves an earlier one as it was. Other files in an earlier folder (a tokenizer, say)
+    stay.
 
     Args:
         model: the decoder, without adapters (merge or detach them first).
@@ -208,18 +211,6 @@ def _check_prefix(
             "head do. Load it by transformers' AutoModelForCausalLM and save it again",
             missing=missing,
         )
-
-
-def _has_own_head(reader: CheckpointReader) -> bool:
-    """Whether there is a head that is not the embedding."""
-    if not {_HEAD, _EMBEDDING} <= reader.shapes.keys():
-        return False
-    return not reader.equal(_HEAD, _EMBEDDING)
-
-
-def _is_harmless(name: str, config: DecoderConfig) -> bool:
-    """Tensors that some checkpoints hold besides the weights and that can be left out."""
-    return (config.tie_word_embeddings and name == _HEAD) or name.endswith(".rotary_emb.inv_freq")
 
 
 def _read_parameter(

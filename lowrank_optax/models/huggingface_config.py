@@ -1,6 +1,7 @@
-"""Between Hugging Face's config.json (transformers 4 and 5) and the fields of `DecoderConfig`."""
+"""What Hugging Face (transformers 4 and 5) calls a decoder's fields and modules."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -27,27 +28,35 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
 }
 
+# Modules of the decoder.
+OUTER_MODULES = {"embed": "model.embed_tokens", "norm": "model.norm", "lm_head": "lm_head"}
+BLOCK_MODULES = {
+    "attention_norm": "input_layernorm",
+    "attention.query": "self_attn.q_proj",
+    "attention.key": "self_attn.k_proj",
+    "attention.value": "self_attn.v_proj",
+    "attention.output": "self_attn.o_proj",
+    "attention.query_norm": "self_attn.q_norm",
+    "attention.key_norm": "self_attn.k_norm",
+    "mlp_norm": "post_attention_layernorm",
+    "mlp.gate": "mlp.gate_proj",
+    "mlp.up": "mlp.up_proj",
+    "mlp.down": "mlp.down_proj",
+}
+
+# The same by path, `{}` for the number of a layer: what `adapters.save_peft` reads.
+MODULE_NAMES = OUTER_MODULES | {
+    f"blocks/{{}}/{ours.replace('.', '/')}": f"model.layers.{{}}.{theirs}"
+    for ours, theirs in BLOCK_MODULES.items()
+}
+
 # What Hugging Face assumes where a config.json leaves a field out, if it is not our own default.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {},
-    "mistral": {
-        "num_key_value_heads": 8,
-        "sliding_window": 4096,
-        "max_position_embeddings": 131072,
-    },
-    "qwen2": {
-        "num_key_value_heads": 32,
-        "sliding_window": 4096,
-        "max_position_embeddings": 32768,
-    },
-    "qwen3": {
-        "num_key_value_heads": 32,
-        "head_dim": 128,
-        "sliding_window": 4096,
-        "max_position_embeddings": 32768,
-    },
+    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072},
+    "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768},
+    "qwen3": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "head_dim": 128},
 }
-
 
 # Fields that are read and do not become fields of their own.
 _KINDS = {
@@ -71,8 +80,8 @@ def read_json(source: str | os.PathLike) -> Mapping[str, Any]:
     """The object in a config.json.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no JSON object.
+        FileNotFoundError: the file does not exist.
+        ValueError: it is not a JSON object.
     """
     path = config_file(source)
     if not path.is_file():
@@ -89,17 +98,17 @@ def read_json(source: str | os.PathLike) -> Mapping[str, Any]:
 
 
 def fields_from_huggingface(
-    source: Mapping[str, Any], names: Iterable[str], kinds: Mapping[str, Kind]
+    source: Mapping[str, Any], wanted: Sequence[dataclasses.Field], kinds: Mapping[str, Kind]
 ) -> dict[str, Any]:
-    """The fields among `names` that a parsed config.json gives, defaults of its type filled in.
+    """The fields that a parsed config.json gives, defaults of its type filled in.
 
     Args:
         source: the parsed config.json.
-        names: of the fields.
-        kinds: what they may be.
+        wanted: the fields.
+        kinds: kinds of fields by name.
 
     Raises:
-        ValueError: a field is of another kind, or asks for something that is not done.
+        ValueError: a field is missing, of another kind, or asks for something that is not done.
     """
     model_type = source.get("model_type")
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
@@ -113,7 +122,10 @@ def fields_from_huggingface(
     length = source.get("max_sequence_length", 2048)
     defaults = {"max_position_embeddings": length} | _DEFAULTS[model_type]
     source = defaults | dict(source)
-    fields = {name: source[name] for name in names if name in source}
+    fields = {field.name: source[field.name] for field in wanted if field.name in source}
+    required = [field.name for field in wanted if field.default is dataclasses.MISSING]
+    if missing := [name for name in required if name not in fields]:
+        raise ValueError(f"the configuration lacks {', '.join(missing)}")
     # Fields that Hugging Face's models of the type do not read either.
     if not takes_attention_bias(model_type):
         fields.pop("attention_bias", None)
@@ -145,14 +157,14 @@ def takes_attention_bias(model_type: str) -> bool:
 
 def _sliding_window(source: Mapping[str, Any], model_type: str) -> int | None:
     """One window for all layers, or None; a mixture of layers is refused."""
-    window = source.get("sliding_window")
+    window = source.get("sliding_window", 4096)  # Hugging Face's default, but for llama
     if model_type == "llama" or window is None:
         return None
     if model_type == "mistral":
         return window
     if not source.get("use_sliding_window", False):
         return None
-    layers = source.get("num_hidden_layers", 0)  # where it is missing, that is said later
+    layers = source["num_hidden_layers"]
     full = source.get("max_window_layers", 28)
     by_layer = source.get("layer_types")
     if by_layer is None:

@@ -1,7 +1,7 @@
 """Rotary positions: RoFormer (https://arxiv.org/abs/2104.09864), eq. 34, in Hugging Face's layout.
 
-The pair turned by one frequency is (feature i, feature i + head_dim / 2), not neighbours; this
-is the order in which Llama's published weights are stored by Hugging Face.
+One frequency rotates the pair (feature i, feature i + head_dim / 2), not neighbours; this is the
+order in which Hugging Face stores Llama's published weights.
 """
 
 from collections.abc import Mapping
@@ -86,7 +86,7 @@ def rope_scaling_from(parameters: Mapping[str, Any]) -> RopeScaling | None:
 def inverse_frequencies(
     head_dim: int, theta: float, scaling: RopeScaling | None = None
 ) -> np.ndarray:
-    """The angle by which each pair of features turns from one position to the next.
+    """The angle by which each pair of features rotates from one position to the next.
 
     Args:
         head_dim: width of a head.
@@ -101,10 +101,10 @@ def inverse_frequencies(
         return frequencies.astype(np.float32)
     if scaling.rope_type == "linear":
         return (frequencies / scaling.factor).astype(np.float32)
-    # Llama 3.1: 1 keeps a frequency, 0 divides it, by the number of turns it makes in the
-    # length of the pre-training.
-    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
-    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    # Llama 3.1: 1 keeps a frequency, 0 divides it, by the number of its periods in the length of
+    # the pre-training.
+    cycles = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+    keep = (cycles - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     keep = np.clip(keep, 0.0, 1.0)
     return ((keep + (1 - keep) / scaling.factor) * frequencies).astype(np.float32)
 
@@ -116,8 +116,8 @@ def rotary_angles(positions: jax.Array, frequencies: np.ndarray) -> tuple[jax.Ar
 
 
 def rotate(x: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turns queries or keys [batch, length, heads, head_dim] by their positions, in float32."""
+    """Rotates queries or keys [batch, length, heads, head_dim] by their positions, in float32."""
     cos, sin = rotary
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)

@@ -1,8 +1,4 @@
-"""AdaGrad-Norm: gradient descent divided by the root of all squared norms so far.
-
-Ward, Wu and Bottou, 2019, https://arxiv.org/abs/1806.01811. One number where AdaGrad keeps one for
-each parameter; `optax.adagrad` is AdaGrad itself.
-"""
+"""AdaGrad-Norm: gradient descent divided by the root of the sum of all squared norms so far."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,16 +10,15 @@ import optax
 from lowrank_optax.matrices.argument_names import explains_names
 from lowrank_optax.quantization import Bits
 from lowrank_optax.states.assemble import optimizer
-from lowrank_optax.states.precision import scalar_dtype, widened
+from lowrank_optax.states.precision import scalar_dtype, to_float32
 
 
 class ScaleByAdagradNormState(NamedTuple):
     """State of `scale_by_adagrad_norm`.
 
     Attributes:
-      sum_of_squares: Of all gradients so far: a float32 scalar (float64 if a parameter is); with
-        ``axis``, an array for each parameter, with 1 in the place of every axis that is summed
-        over.
+      sum_of_squares: Sum over all gradients so far, a float32 scalar (float64 if a parameter is);
+        with ``axis`` an array per parameter, of size 1 along every summed axis.
     """
 
     sum_of_squares: Any
@@ -39,23 +34,21 @@ def scale_by_adagrad_norm(
     .. math::
       s_t = s_{t-1} + \lVert g_t \rVert^2, \qquad u_t = g_t / \sqrt{s_t + \epsilon},
 
-    the norm being that of the whole gradient, or of each slice along ``axis``. Zero where
-    :math:`s_t` is zero.
+    with the norm of the whole gradient, or of each slice along ``axis``; 0 where :math:`s_t` is 0.
 
     Args:
-      initial_accumulator_value: :math:`s_0`, not negative; this and ``eps`` as in
-        ``optax.adagrad``. The official code's are 1e-2 and 1e-10.
-      eps: Added to the sum under the root.
-      axis: An axis, or several, of each parameter whose slices have a sum of their own: -1 for the
-        columns of kernels ``[d_in, d_out]`` and filters of convolutions, (0, -1) for those of
-        stacked layers. An axis that a parameter lacks is left out; a bias, with -1, has a sum for
-        each entry, as in AdaGrad. None for one sum of everything.
+      initial_accumulator_value: Start :math:`s_0 \ge 0`; this and ``eps`` as in ``optax.adagrad``.
+        The official code has 1e-2 and 1e-10.
+      eps: Term added to the sum under the root.
+      axis: Axis, or axes, of each parameter whose slices have separate sums: -1 for the columns of
+        kernels ``[d_in, d_out]`` and filters of convolutions, (0, -1) for those of stacked layers.
+        Axes that a parameter lacks are ignored. None for one sum of everything.
 
     Returns:
       A transformation with the state `ScaleByAdagradNormState`.
 
     Raises:
-      TypeError: If ``axis`` is no int, tuple or None.
+      TypeError: If ``axis`` is not an int, a tuple or None.
       ValueError: If ``initial_accumulator_value`` or ``eps`` is negative.
 
     Example:
@@ -83,24 +76,30 @@ def scale_by_adagrad_norm(
         first = lambda tree: jnp.asarray(initial_accumulator_value, scalar_dtype(tree))
         if axis is None:
             return ScaleByAdagradNormState(first(params))
-        # Made from the parameter, so that it has its sharding on an explicit mesh.
-        zeros = lambda p: jnp.zeros_like(p, scalar_dtype(p))
-        start = lambda p: first(p) + _sum_of_squares(zeros(p), _kept_shape(p.shape, axis))
+        axes = (axis,) if isinstance(axis, int) else axis
+
+        def start(p: jax.Array) -> jax.Array:
+            separate = {a % p.ndim for a in axes if -p.ndim <= a < p.ndim}
+            shape = tuple(d if i in separate else 1 for i, d in enumerate(p.shape))
+            # Computed from the parameter, for its sharding on an explicit mesh.
+            return first(p) + _sum_of_squares(jnp.zeros_like(p, scalar_dtype(p)), shape)
+
         return ScaleByAdagradNormState(jax.tree.map(start, params))
 
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, ScaleByAdagradNormState]:
         del params, extra_args
-        wide = widened(updates)
+        gradients = to_float32(updates)
+        inverse_root = lambda s: jnp.where(s == 0, 0.0, jax.lax.rsqrt(s + eps))
         if axis is None:
-            sums = state.sum_of_squares + optax.tree.norm(wide, squared=True)
+            sums = state.sum_of_squares + optax.tree.norm(gradients, squared=True)
             sums = sums.astype(state.sum_of_squares.dtype)
-            scaled = jax.tree.map(lambda g: g * _inverse_root(sums, eps), wide)
+            scaled = jax.tree.map(lambda g: g * inverse_root(sums), gradients)
         else:
             add = lambda s, g: (s + _sum_of_squares(g, s.shape)).astype(s.dtype)
-            sums = jax.tree.map(add, state.sum_of_squares, wide)
-            scaled = jax.tree.map(lambda g, s: g * _inverse_root(s, eps), wide, sums)
+            sums = jax.tree.map(add, state.sum_of_squares, gradients)
+            scaled = jax.tree.map(lambda g, s: g * inverse_root(s), gradients, sums)
         return optax.tree.cast_like(scaled, updates), ScaleByAdagradNormState(sums)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -117,7 +116,7 @@ def adagrad_norm(
     weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
     state_bits: Bits | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""AdaGrad-Norm: gradient descent whose step sizes find themselves, in one number of state.
+    r"""AdaGrad-Norm: gradient descent that adapts its step size with one number of state.
 
     .. math::
       s_t = s_{t-1} + \lVert g_t \rVert^2, \qquad
@@ -126,20 +125,17 @@ def adagrad_norm(
     It converges for any :math:`\eta`; ``optax.adagrad`` has a sum for each parameter instead.
 
     Args:
-      learning_rate: A float or an optax schedule; the distance that may be gone, rather than a
-        rate.
-      initial_accumulator_value: :math:`s_0`: see `scale_by_adagrad_norm`.
-      eps: Added to the sum under the root.
+      learning_rate: A float or an optax schedule; a distance rather than a rate.
+      initial_accumulator_value, eps, axis: As in `scale_by_adagrad_norm`.
       weight_decay: Decoupled decay :math:`\lambda`.
-      axis: Axes whose slices have sums of their own: see `scale_by_adagrad_norm`.
-      weight_decay_mask: Which leaves decay: as ``mask`` of ``optax.adamw``.
+      weight_decay_mask: Which leaves decay, as ``mask`` of ``optax.adamw``.
       state_bits: Bits of the sums between steps, 8 or 4: see `low_bit`; None for float32.
 
     Returns:
       The optimizer.
 
     Raises:
-      TypeError: If ``axis`` is no int, tuple or None.
+      TypeError: If ``axis`` is not an int, a tuple or None.
       ValueError: If ``initial_accumulator_value`` or ``eps`` is negative.
 
     Example:
@@ -161,18 +157,7 @@ def adagrad_norm(
     return optimizer(scaled, learning_rate, weight_decay, weight_decay_mask, state_bits=state_bits)
 
 
-def _kept_shape(shape: tuple[int, ...], axis: int | tuple[int, ...]) -> tuple[int, ...]:
-    """The shape with 1 in the place of all axes but these."""
-    axes = (axis,) if isinstance(axis, int) else axis
-    kept = {a % len(shape) for a in axes if -len(shape) <= a < len(shape)}
-    return tuple(d if i in kept else 1 for i, d in enumerate(shape))
-
-
 def _sum_of_squares(gradient: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """The sum of squares over the axes that have 1 in ``shape``."""
+    """The sum of squares over the axes of size 1 in ``shape``."""
     axes = [i for i, d in enumerate(shape) if d == 1]
     return jnp.sum(jnp.square(gradient), axes, keepdims=True)
-
-
-def _inverse_root(sums: jax.Array, eps: jax.typing.ArrayLike) -> jax.Array:
-    return jnp.where(sums == 0, 0.0, jax.lax.rsqrt(sums + eps))

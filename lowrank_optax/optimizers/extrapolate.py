@@ -1,4 +1,4 @@
-"""Extrapolation from the past as an optimizer: the parameters it moves are the points ahead."""
+"""Extrapolation from the past as an optimizer, whose parameters are the points ahead."""
 
 import functools
 from typing import Any, NamedTuple
@@ -10,11 +10,11 @@ import optax
 from lowrank_optax.matrices import DimensionNumbersRule
 from lowrank_optax.optimizers.lookahead import (
     Direction,
-    Lookahead,
     check_inner_learning_rate,
+    direction_from,
 )
 from lowrank_optax.states.arguments import refuse_unused, transformation
-from lowrank_optax.states.precision import widened
+from lowrank_optax.states.precision import to_float32
 
 
 class ExtrapolateState(NamedTuple):
@@ -22,9 +22,9 @@ class ExtrapolateState(NamedTuple):
 
     Attributes:
       count: Number of updates so far, int32.
-      displacement: The weights minus the parameters held, in the parameters' shapes and dtypes:
-        the inner learning rate times the direction of the last gradient.
-      inner: The state of the optimizer.
+      displacement: The weights minus the parameters, in their shapes and dtypes: the inner learning
+        rate times the direction of the last gradient.
+      inner: State of the inner optimizer.
     """
 
     count: Any
@@ -40,35 +40,33 @@ def extrapolate(
     max_norm: jax.typing.ArrayLike | None = None,
     weight_dimension_numbers: DimensionNumbersRule = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Any optimizer with its gradients taken ahead, for one worker, as a plain transformation.
+    r"""An optimizer whose gradients are taken ahead of the weights, as a plain transformation.
 
     The weights :math:`w` move by the optimizer's updates :math:`u`; gradients are taken at
-    :math:`h`, ahead of them along the last gradient:
+    :math:`h`, ahead of the weights along the last gradient:
 
     .. math::
       h_t = w_t - \hat\gamma_t g_{t-1}, \qquad g_t = \nabla f(h_t), \qquad w_{t+1} = w_t + u_t(g_t).
 
-    The parameters that a training loop holds are :math:`h`, which moves by
-    :math:`u_t + \hat\gamma_t g_{t-1} - \hat\gamma_{t+1} g_t`. So the loop is that of any optimizer;
-    but evaluate, average and export ``extrapolation_eval_params(params, state)``, which is
-    :math:`w`. The same steps as `extrapolated_value_and_grad` with ``"past_global"``, which leaves
-    :math:`w` in the loop's hands (in bfloat16 prefer that: this form rounds :math:`h`). With
-    ``optax.sgd`` it is optimistic gradient descent; the first step is plain, as if :math:`g_{-1}`
-    were 0. (``optax.optimistic_gradient_descent`` takes :math:`g_{-1} = g_0`: its first step is
-    :math:`\gamma g_0`, where :math:`h` here moves by :math:`(\gamma + \hat\gamma) g_0`.)
+    The parameters of the training loop are :math:`h`, with :math:`g_{-1} = 0`; evaluate, average
+    and export :math:`w`, which is ``extrapolation_eval_params(params, state)``. The steps are those
+    of `extrapolated_value_and_grad` with ``"past_global"`` and one worker, whose loop has :math:`w`
+    as parameters: prefer it in bfloat16, since this form rounds :math:`h`. With ``optax.sgd`` this
+    is optimistic gradient descent (``optax.optimistic_gradient_descent`` has
+    :math:`g_{-1} = g_0`).
 
     Args:
-      inner: The optimizer; it sees :math:`w` as ``params``, and decays it.
-      inner_learning_rate: :math:`\hat\gamma \ge 0`: a float, a traced scalar, or a schedule of the
-        number of steps. Where it is 0, the steps are the optimizer's.
-      direction: What stands for the last gradient in :math:`h`: see `extrapolated_value_and_grad`.
-      max_norm: Largest norm of that direction; None for no bound.
+      inner: The optimizer; its ``params`` are :math:`w`.
+      inner_learning_rate: Step :math:`\hat\gamma \ge 0`: a float, a traced scalar, or a schedule of
+        the number of steps.
+      direction: Replacement of the last gradient: see `extrapolated_value_and_grad`.
+      max_norm: Largest norm of the direction; None for no bound.
       weight_dimension_numbers: Which leaves are stacked matrices, for ``direction="normalized"``:
         see `scale_by_projection`.
 
     Returns:
-      A transformation with the state `ExtrapolateState`: ``inner``'s, and one array of each
-      parameter's shape. After a gradient that is not finite, that leaf is not extrapolated.
+      A transformation with the state `ExtrapolateState`. Numbers of a gradient that are not finite
+      are not extrapolated.
 
     Raises:
       ValueError: If an argument is out of range, or has no effect on this direction.
@@ -98,7 +96,7 @@ def extrapolate(
             f"direction={direction!r}",
             weight_dimension_numbers=weight_dimension_numbers,
         )
-    look = Lookahead.checked(direction, max_norm, weight_dimension_numbers)
+    direction_of = direction_from(direction, max_norm, weight_dimension_numbers)
     inner = transformation("inner", inner)
 
     def init_fn(params: optax.Params) -> ExtrapolateState:
@@ -110,13 +108,15 @@ def extrapolate(
     ) -> tuple[optax.Updates, ExtrapolateState]:
         count = optax.safe_increment(state.count)
         rate = inner_learning_rate(count) if callable(inner_learning_rate) else inner_learning_rate
-        ahead = look(jax.tree.map(_finite_part, updates))
+        # Number by number: to check whole arrays would cost a pass over them before all others.
+        finite = jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, jnp.zeros_like(g)), updates)
+        ahead = direction_of(finite)
         scale = lambda zeta, old: (rate * zeta).astype(old.dtype)
         displacement = jax.tree.map(scale, ahead, state.displacement)
         previous, stored = _both(state.count, state.displacement, displacement)
         weights = None if params is None else _added(params, previous)
         moves, inner_state = inner.update(updates, state.inner, weights, **extra_args)
-        move = lambda g, u, old, new: (u + (widened(old) - widened(new))).astype(g.dtype)
+        move = lambda g, u, old, new: (u + (to_float32(old) - to_float32(new))).astype(g.dtype)
         new = jax.tree.map(move, updates, moves, previous, displacement)
         return new, ExtrapolateState(count, stored, inner_state)
 
@@ -124,17 +124,15 @@ def extrapolate(
 
 
 def extrapolation_eval_params(params: optax.Params, state: optax.OptState) -> optax.Params:
-    r"""The weights of a run with `extrapolate`: what to evaluate, average and export.
-
-    .. math:: w = h + \hat\gamma g
+    r"""The weights :math:`w = h + \hat\gamma g` of a run with `extrapolate`.
 
     Args:
-      params: The parameters that the training loop holds, :math:`h`.
-      state: The optimizer's state, in which `extrapolate` may be at any depth: in a chain, under
-        ``optax.masked``, or several times under ``optax.partition``.
+      params: Parameters of the training loop, :math:`h`.
+      state: Optimizer state with `extrapolate` at any depth: in a chain, under ``optax.masked``, or
+        several times under ``optax.partition``.
 
     Returns:
-      A tree like ``params``, of the same dtypes.
+      A tree like ``params``, with the same dtypes.
 
     Raises:
       ValueError: If there is no state of `extrapolate`.
@@ -156,8 +154,8 @@ def extrapolation_eval_params(params: optax.Params, state: optax.OptState) -> op
     found = [x for x in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(x)]
     if not found:
         raise ValueError(
-            "state has no ExtrapolateState: give the optimizer's state, of a transformation made "
-            f"with extrapolate; this is a {type(state).__name__}."
+            "state has no ExtrapolateState: pass the state of an optimizer made with extrapolate, "
+            f"not a {type(state).__name__}."
         )
     for each in found:
         params = _added(params, each.displacement)
@@ -166,41 +164,33 @@ def extrapolation_eval_params(params: optax.Params, state: optax.OptState) -> op
 
 @functools.partial(jax.jit, inline=True)  # outside of a jit it is compiled once
 def _both(count: jax.Array, previous: Any, new: Any) -> tuple[Any, Any]:
-    """Return both trees unchanged, on a CPU such that not all of both are held at a time."""
+    """Both trees unchanged, on a CPU such that not all of both are in memory at a time."""
     unchanged = lambda _, previous, new: (previous, new)
     return jax.lax.platform_dependent(count, previous, new, cpu=_leaf_by_leaf, default=unchanged)
 
 
 def _leaf_by_leaf(count: jax.Array, previous: Any, new: Any) -> tuple[Any, Any]:
-    """Return both trees unchanged, for a CPU: each new leaf is written after the old one is copied.
+    """Both trees unchanged, for a CPU: each new leaf is written after the old one is copied.
 
-    The update of the weights reads the previous displacement, and the new one is stored in its
-    memory. XLA for CPU does not order the two: it copies all previous leaves first, and writes the
-    new ones elsewhere. Here each copy waits for the one before, so that all copies share the memory
-    of one leaf. `one` is 1 and the predicates are true, which the compiler cannot infer.
+    The update of the weights reads the previous displacement, whose memory stores the new one. XLA
+    for CPU would copy all previous leaves first. Here each copy waits for the one before, so that
+    all share the memory of one leaf. `one` is 1 and the predicates are true, which the compiler
+    cannot infer.
     """
     one = (count >= 0).astype(jnp.int32)
     leaves, treedef = jax.tree.flatten(previous)
     copies, written = [], []
     for old, leaf in zip(leaves, treedef.flatten_up_to(new), strict=True):
         copy = lambda x, one: (x * one.astype(x.dtype), one * one)
-        old, one = jax.lax.cond(one > 0, copy, _zeros, old, one)
+        zeros = lambda *arrays: tuple(map(jnp.zeros_like, arrays))
+        old, one = jax.lax.cond(one > 0, copy, zeros, old, one)
         copies.append(old)
         written.append(jnp.where(one > 0, leaf, jnp.zeros_like(leaf)))
     return treedef.unflatten(copies), treedef.unflatten(written)
 
 
-def _zeros(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    return tuple(jnp.zeros_like(x) for x in arrays)
-
-
-def _finite_part(g: jax.Array) -> jax.Array:
-    """Number by number: to ask a whole array would cost a pass over it before any other."""
-    return jnp.where(jnp.isfinite(g), g, jnp.zeros_like(g))
-
-
 def _added(params: Any, displacement: Any) -> Any:
-    """The sum, rounded to the parameters' dtype; parameters that are masked out as they are."""
+    """The sum in the parameters' dtype; parameters that are masked out are unchanged."""
     is_hole = lambda x: isinstance(x, optax.MaskedNode)
-    add = lambda d, p: p if is_hole(d) else (widened(p) + widened(d)).astype(p.dtype)
+    add = lambda d, p: p if is_hole(d) else (to_float32(p) + to_float32(d)).astype(p.dtype)
     return jax.tree.map(add, displacement, params, is_leaf=is_hole)

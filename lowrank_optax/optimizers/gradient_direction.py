@@ -1,9 +1,4 @@
-"""Direction rules: updates of any optimizer, made to agree with the sign of the current gradient.
-
-Momentum remembers directions that the loss has since turned away from. Grams (Gradient descent with
-adaptive momentum scaling) takes only the size of an update from the optimizer, and its sign from
-the gradient; a cautious optimizer leaves out the elements that disagree with the gradient.
-"""
+"""Direction rules: updates of any optimizer that agree with the sign of the current gradient."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -18,16 +13,15 @@ import numpy as np
 import optax
 
 from lowrank_optax.matrices import DimensionNumbersRule, resolve_dimension_numbers
+from lowrank_optax.matrices.arithmetic import summed_together
 from lowrank_optax.matrices.paths import leaves_by_path, normalised_path
-from lowrank_optax.matrices.sums import summed_together
-from lowrank_optax.slices.whole import Whole, whole_of
+from lowrank_optax.slices.call import Whole, whole_of
 from lowrank_optax.states.arguments import refuse_unused, transformation
 
 Mode = Literal["grams", "cautious"]
 MaskScale = Literal["mean_clamped", "count_plus_one", "none"]
 
 _Axes: TypeAlias = tuple[int, ...]
-_LEAST_MEAN = 1e-3  # of a mask, in C-Optim and timm
 
 
 def with_gradient_direction(
@@ -46,34 +40,31 @@ def with_gradient_direction(
       \text{grams:} \quad & u \leftarrow -\mathrm{sign}(g) \, |u|, \\
       \text{cautious:} \quad & u \leftarrow s \, \phi \, u, \qquad \phi = 1[u g < 0],
 
-    where :math:`s` makes up for the elements left out: :math:`1 / \max(\mathrm{mean}(\phi),
-    10^{-3})` for ``"mean_clamped"`` (the current C-Optim, and timm), :math:`n / (\sum \phi + 1)`
-    for ``"count_plus_one"`` (the paper) and 1 for ``"none"``. The mean is taken over one weight:
-    layers stacked in one array have a scale each. An element whose gradient is zero does not move.
+    where the scale :math:`s` compensates for the removed elements:
+    :math:`1 / \max(\mathrm{mean}(\phi), 10^{-3})` for ``"mean_clamped"`` (C-Optim, timm),
+    :math:`n / (\sum \phi + 1)` for ``"count_plus_one"`` (the paper) and 1 for ``"none"``. Each
+    weight, and each of the layers stacked in one array, has its own scale. An element whose
+    gradient is zero does not move.
 
-    The gradient is the one that arrives: of `optax.MultiSteps`, the mean. As the ``inner`` of
-    `scale_by_projection` the rule compares in the subspace, and around it, in full space, where
-    what it returns is no longer of low rank. Decay that ``inner`` adds counts as a part of the
-    update: put ``optax.add_decayed_weights`` after this transformation instead.
-
-    Grams around an optimizer whose updates are all of one size, such as Lion or sign descent, is
-    sign descent: their momentum is without effect, and Lion is warned of.
+    The rule uses the gradient that it receives, before decay is added: inside of
+    `scale_by_projection` it compares in the subspace. Put ``optax.add_decayed_weights`` after it,
+    since decay from ``inner`` is part of the update. Grams around an optimizer whose updates all
+    have one size, such as Lion, is sign descent; it warns about Lion.
 
     Args:
-      inner: Any optax transformation that answers a gradient with an update of its shape.
+      inner: Any optax transformation whose updates have the shapes of the gradients.
       mode: ``"grams"`` or ``"cautious"``.
-      scale: What the updates kept by ``"cautious"`` are multiplied by; Grams has none.
+      scale: Scale :math:`s` of ``"cautious"``.
       along_gradient: Whether ``inner`` is a ``scale_by_...`` transformation, whose updates point
-        along the gradient until ``optax.scale_by_learning_rate`` turns them round. False for whole
-        optimizers such as ``optax.adam(1e-3)``, whose updates are added to the parameters.
-      weight_dimension_numbers: Which leaves are matrices, and how, for the means of ``"cautious"``:
-        see ``lowrank_optax.matrices.resolve_dimension_numbers``. Axes it does not name are those of
-        stacked layers; a leaf that is no matrix has the leading ones that everything in its subtree
-        shares. In projected space, where leaves are ``[*batch, r, n]``, leave it None or give
-        ``WeightDimensionNumbers(-2, -1)``.
+        along the gradient. False for whole optimizers such as ``optax.adam(1e-3)``, whose updates
+        are added to the parameters.
+      weight_dimension_numbers: Which leaves are matrices, and how, for the scales of
+        ``"cautious"``: see `scale_by_projection`. Other axes are those of stacked layers; for other
+        leaves, the leading axes that all leaves of a subtree share. In projected space
+        ``[*batch, r, n]`` leave it None or give ``WeightDimensionNumbers(-2, -1)``.
 
     Returns:
-      A transformation with ``inner``'s state. Updates keep the dtype they have from ``inner``.
+      A transformation with ``inner``'s state and the dtypes of its updates.
 
     Raises:
       ValueError: If ``mode`` or ``scale`` is unknown; in ``update``, if ``inner``'s updates have
@@ -111,30 +102,29 @@ def direct(
     weight_dimension_numbers: DimensionNumbersRule,
     signs: Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """`with_gradient_direction`, which may be told where in ``inner``'s state its signs are.
+    """`with_gradient_direction`, with optional ``signs(state)``: arrays with the updates' signs.
 
-    Cautious scales wait for a sum over a whole weight. From ``signs(state)``, a tree of arrays with
-    the signs of ``inner``'s updates such as Adam's first moment, that sum needs no updates; from
-    the updates themselves, a compiler may keep them in memory until it is known.
+    Cautious scales wait for a sum over a whole weight. Computed from such signs (Adam's first
+    moment) instead of the updates, the sum does not keep the updates in memory.
     """
     if mode not in get_args(Mode):
         raise ValueError(f"mode={mode!r} must be 'grams' or 'cautious'.")
     if scale not in get_args(MaskScale):
         raise ValueError(f"scale={scale!r} must be 'mean_clamped', 'count_plus_one' or 'none'.")
-    rule = weight_dimension_numbers
-    if mode == "grams":
-        refuse_unused(with_gradient_direction, "mode='grams'", scale=scale)
-        refuse_unused(with_gradient_direction, "mode='grams'", weight_dimension_numbers=rule)
-    elif scale == "none":
-        refuse_unused(with_gradient_direction, "scale='none'", weight_dimension_numbers=rule)
+    unused: dict[str, Any] = {"scale": scale} if mode == "grams" else {}
+    if mode == "grams" or scale == "none":
+        unused["weight_dimension_numbers"] = weight_dimension_numbers
+    because = "mode='grams'" if mode == "grams" else "scale='none'"
+    refuse_unused(with_gradient_direction, because, **unused)
     inner = transformation("inner", inner)
 
     def init_fn(params: optax.Params) -> Any:
         state = inner.init(params)
-        if mode == "grams" and _has_lion(state):
+        is_lion = lambda x: isinstance(x, optax.ScaleByLionState)
+        if mode == "grams" and any(map(is_lion, jax.tree.leaves(state, is_leaf=is_lion))):
             warnings.warn(
-                "Grams takes sizes alone from inner, and those of Lion are all equal: this is sign "
-                "descent. Take mode='cautious'.",
+                "Grams uses only the sizes of inner's updates, and those of Lion are all equal: "
+                "this is sign descent. Use mode='cautious'.",
                 stacklevel=2,
             )
         return state
@@ -156,24 +146,38 @@ def direct(
         if scale == "none":
             return new, state
         tree = whole_of(whole, updates)
-        known = dict(
-            zip(leaves_by_path(tree), weight_axes(weight_dimension_numbers, tree), strict=True)
-        )
-        axes = [known[path] for path in leaves_by_path(updates)]
-        # Of gradients of their own: else a compiler keeps all directions, to have them twice.
-        again = jax.tree.map(toward, jax.lax.optimization_barrier(updates), new)
-        factors = _mask_scales(scale, new if signs is None else signs(state), again, axes)
-        return jax.tree.map(lambda u, s: (u * s).astype(u.dtype), new, factors), state
+        axes = weight_axes(weight_dimension_numbers, tree)
+        axes = dict(zip(leaves_by_path(tree), axes, strict=True))
+
+        def scaled(u: jax.Array, direction: jax.Array, sign: jax.Array, own: _Axes) -> jax.Array:
+            size = math.prod(u.shape[axis] for axis in own)
+            # In float32 at least, since it may be as large as the number of elements.
+            dtype = jnp.promote_types(direction.dtype, jnp.float32)
+            count = _count(sign * direction > 0, own, dtype)
+            if scale == "count_plus_one":
+                return (u * (size / (count + 1))).astype(u.dtype)
+            return (u * (1 / jnp.maximum(count / max(size, 1), 1e-3))).astype(u.dtype)
+
+        # Computed again: otherwise a compiler keeps all directions in memory.
+        directions = jax.tree.map(toward, jax.lax.optimization_barrier(updates), new)
+        leaves, treedef = jax.tree.flatten(new)
+        trees = (directions, new if signs is None else signs(state))
+        columns = [
+            leaves,
+            *map(treedef.flatten_up_to, trees),
+            map(axes.get, leaves_by_path(updates)),
+        ]
+        return treedef.unflatten(map(scaled, *columns)), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def weight_axes(rule: DimensionNumbersRule, tree: Any) -> list[_Axes]:
-    """The axes that make up one weight, for each leaf: all but those of stacked layers.
+    """The axes of one weight, for each leaf: all but those of stacked layers.
 
-    A matrix has the axes its dimension numbers name. Another leaf has all of its own, but for
-    leading ones that it shares with every leaf of a subtree in which they are batch axes of every
-    matrix: the scale ``[layers, d]`` of a norm beside kernels ``[layers, d, d]``.
+    For a matrix these are the axes in its dimension numbers. For another leaf they are all, except
+    leading ones that all leaves of a subtree share and that are batch axes of its matrices, as in
+    the scale ``[layers, d]`` of a norm beside kernels ``[layers, d, d]``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -182,9 +186,12 @@ def weight_axes(rule: DimensionNumbersRule, tree: Any) -> list[_Axes]:
       [(1, 2), (1,), (0,)]
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    specs = resolve_dimension_numbers(rule, tree)
     shapes = [leaf.shape for _, leaf in leaves]
-    axes = [_axes_of(len(shape), spec) for shape, spec in zip(shapes, specs, strict=True)]
+    matrices = {}  # the axes of each
+    for i, spec in enumerate(resolve_dimension_numbers(rule, tree)):
+        if spec is not None:
+            named = np.hstack((spec.reduction_axis, spec.output_axis))
+            matrices[i] = tuple(int(axis) % len(shapes[i]) for axis in named)
     subtrees = defaultdict(list)
     for i, (path, _) in enumerate(leaves):
         names = normalised_path(path)
@@ -192,61 +199,31 @@ def weight_axes(rule: DimensionNumbersRule, tree: Any) -> list[_Axes]:
             subtrees[names[:depth]].append(i)
     leading = [0] * len(leaves)
     for members in subtrees.values():
-        matrices = [axes[i] for i in members if specs[i] is not None]
-        shared = _leading_batch_axes([shapes[i] for i in members], matrices)
+        inside = [matrices[i] for i in members if i in matrices]
+        shared = 0
+        for sizes in zip(*(shapes[i] for i in members), strict=False):
+            if not inside or len(set(sizes)) > 1 or any(shared in axes for axes in inside):
+                break
+            shared += 1
         for i in members:
             leading[i] = max(leading[i], shared)
     return [
-        one[count:] if spec is None else one
-        for one, spec, count in zip(axes, specs, leading, strict=True)
+        matrices.get(i, tuple(range(count, len(shape))))
+        for i, (shape, count) in enumerate(zip(shapes, leading, strict=True))
     ]
-
-
-def _axes_of(ndim: int, spec: Any) -> _Axes:
-    if spec is None:
-        return tuple(range(ndim))
-    named = np.hstack((spec.reduction_axis, spec.output_axis))
-    return tuple(int(axis) % ndim for axis in named)
-
-
-def _leading_batch_axes(shapes: list[tuple[int, ...]], matrices: list[_Axes]) -> int:
-    """How many leading axes all leaves of a subtree share, being batch axes of its matrices."""
-    count = 0
-    for sizes in zip(*shapes, strict=False):
-        if not matrices or len(set(sizes)) > 1 or any(count in axes for axes in matrices):
-            break
-        count += 1
-    return count
-
-
-def _mask_scales(scale: MaskScale, signs: Any, directions: Any, axes: list[_Axes]) -> Any:
-    """What makes up, in each weight, for the elements whose sign is not the direction's: in float32
-    at least, since it may be as large as a weight has elements."""
-    leaves, treedef = jax.tree.flatten(directions)
-    scales = []
-    for direction, sign, own in zip(leaves, treedef.flatten_up_to(signs), axes, strict=True):
-        size = math.prod(direction.shape[axis] for axis in own)
-        dtype = jnp.promote_types(direction.dtype, jnp.float32)
-        kept = _count(sign * direction > 0, own, dtype)
-        if scale == "count_plus_one":
-            factor = size / (kept + 1)
-        else:
-            factor = 1 / jnp.maximum(kept / max(size, 1), _LEAST_MEAN)
-        scales.append(factor)
-    return treedef.unflatten(scales)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2), inline=True)  # outside of a jit too
 def _count(mask: jax.Array, axes: _Axes, dtype: Any) -> jax.Array:
-    """How many elements along the axes are true, with axes of size 1."""
+    """The number of true elements along the axes, which become of size 1."""
     total = lambda x: jnp.sum(x, axes, dtype=dtype, keepdims=True)
 
     def in_one_pass(mask: jax.Array) -> jax.Array:
-        # XLA for CPU writes to memory what a single sum is of, but not what two are of.
+        # XLA for CPU writes the operand of a single sum to memory, but not that of two.
         both = (mask.astype(jnp.int32), (~mask).astype(jnp.int32))
-        kept, left_out = (total(jnp.expand_dims(x, last)) for x in summed_together(both, last))
-        # A sum that nothing needs would be taken away: of this one nothing is left.
-        return kept + jnp.minimum(left_out, 0)
+        count, removed = (total(jnp.expand_dims(x, last)) for x in summed_together(both, last))
+        # Adds 0: an unused sum would be removed.
+        return count + jnp.minimum(removed, 0)
 
     if not axes:
         return total(mask)
@@ -257,17 +234,12 @@ def _count(mask: jax.Array, axes: _Axes, dtype: Any) -> jax.Array:
 def _check(gradient: jax.Array, update: jax.Array) -> None:
     if gradient.shape != update.shape:
         raise ValueError(
-            f"inner answers a gradient of shape {gradient.shape} with an update of shape "
-            f"{update.shape}, and their signs cannot be compared. Gradients that arrive projected "
-            "need the rule inside: scale_by_projection(with_gradient_direction(...), ...)."
+            f"inner replaces a gradient of shape {gradient.shape} with an update of shape "
+            f"{update.shape}, so their signs cannot be compared. For projected gradients put the "
+            "rule inside: scale_by_projection(with_gradient_direction(...), ...)."
         )
     if jnp.iscomplexobj(gradient):
         raise ValueError(
             "A complex gradient has no sign; put optax.contrib.split_real_and_imaginary around "
             "with_gradient_direction."
         )
-
-
-def _has_lion(state: Any) -> bool:
-    is_lion = lambda x: isinstance(x, optax.ScaleByLionState)
-    return any(map(is_lion, jax.tree.leaves(state, is_leaf=is_lion)))

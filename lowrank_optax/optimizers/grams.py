@@ -1,4 +1,4 @@
-"""Grams and cautious AdamW: Adam's steps, with directions that the current gradient agrees with."""
+"""Grams and cautious AdamW: Adam's steps in directions that agree with the current gradient."""
 
 from collections.abc import Callable
 from typing import Any
@@ -43,29 +43,26 @@ def grams(
         \frac{\sqrt{1 - \beta_2^t}}{1 - \beta_1^t} \frac{|m|}{\sqrt v + \epsilon} + \lambda p
       \right).
 
-    Where the gradient is zero, nothing but decay moves a parameter. State and arithmetic are
-    float32 (float64 for float64 parameters): two floats a parameter, as Adam's.
+    Where the gradient is zero, only decay moves a parameter. State and arithmetic are float32
+    (float64 for float64 parameters), two floats per parameter as in Adam.
 
     Args:
-      learning_rate: A float or an optax schedule. The paper takes that of AdamW; the official
+      learning_rate: A float or an optax schedule. The paper uses that of AdamW; the official
         default is 1e-3.
       b1: Decay of the first moment.
       b2: Decay of the second moment.
-      eps: Added to the root of the second moment.
+      eps: Term added to the root of the second moment.
       weight_decay: Decoupled decay :math:`\lambda`.
-      eps_placement: Whether ``eps`` is added before the second moment is corrected for its start at
-        zero, as in the official code and the formula above, or after, as in the paper and in
-        ``optax.adam``: before, it acts as :math:`\epsilon / \sqrt{1 - \beta_2^t}` would after, 32
-        times as much at the first step.
-      bias_correction: False leaves out the factor of both square root and :math:`1 - \beta_1^t`.
-      decay_placement: Whether the weights decay as they are before the step, or after it: see
-        `galore`.
-      weight_decay_mask: Which leaves decay: as ``mask`` of ``optax.adamw``.
-      mu_dtype: Of the first moment; float32 if None.
+      eps_placement: Whether ``eps`` is added before bias correction, as in the official code and
+        the formula above, or after it, as in the paper and ``optax.adam``.
+      bias_correction: Whether the moments are corrected for their start at zero.
+      decay_placement: Whether weights decay before or after the step: see `galore`.
+      weight_decay_mask: Which leaves decay, as ``mask`` of ``optax.adamw``.
+      mu_dtype: Dtype of the first moment; None for float32.
       state_bits: Bits of the moments between steps, 8 or 4: see `low_bit`; None for float32.
 
     Returns:
-      The optimizer. It needs ``params`` only to decay them.
+      The optimizer. It needs ``params`` only for weight decay.
 
     Raises:
       ValueError: If a placement is unknown, or ``b1`` or ``b2`` not in [0, 1).
@@ -117,36 +114,27 @@ def cautious_adamw(
     state_bits: Bits | None = None,
     weight_dimension_numbers: DimensionNumbersRule = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Cautious AdamW: Adam's steps without the elements that point up the current gradient.
+    r"""Cautious AdamW: Adam's steps without the elements that point along the current gradient.
 
     .. math::
       p \leftarrow p - \eta \left( s \, \phi \, u + \lambda p \right), \qquad
       \phi = 1[u g > 0],
 
-    with Adam's :math:`u` (that of `grams` with the sign of :math:`m`), and the scale :math:`s` of
-    `with_gradient_direction`. State and arithmetic are float32 (float64 for float64 parameters):
-    two floats a parameter, as Adam's.
+    with Adam's :math:`u` and the scale :math:`s` of `with_gradient_direction`. State and arithmetic
+    are as in `grams`.
 
     Args:
       learning_rate: A float or an optax schedule.
-      b1: Decay of the first moment.
-      b2: Decay of the second moment.
-      eps: Added to the root of the second moment.
+      b1, b2, eps, eps_placement, bias_correction, mu_dtype, state_bits: As in `grams`.
       weight_decay: Decoupled decay :math:`\lambda`, which is not masked.
-      scale: What the kept elements of a weight are multiplied by: ``"mean_clamped"``,
-        ``"count_plus_one"`` (the paper) or ``"none"``: see `with_gradient_direction`.
-      eps_placement: Before or after bias correction: see `grams`; the official code's is before.
-      bias_correction: See `grams`.
-      decay_placement: Whether the weights decay as they are before the step, or after it: see
-        `galore`.
-      weight_decay_mask: Which leaves decay: as ``mask`` of ``optax.adamw``.
-      mu_dtype: Of the first moment; float32 if None.
-      state_bits: Bits of the moments between steps, 8 or 4: see `low_bit`; None for float32.
-      weight_dimension_numbers: Which axes are those of stacked layers, each with a scale of its
-        own: see `with_gradient_direction`.
+      scale: Factor of the remaining elements of a weight: ``"mean_clamped"``, ``"count_plus_one"``
+        (the paper) or ``"none"``.
+      decay_placement, weight_decay_mask: As in `grams`.
+      weight_dimension_numbers: Which axes are those of stacked layers, each with its own scale: see
+        `with_gradient_direction`.
 
     Returns:
-      The optimizer. It needs ``params`` only to decay them.
+      The optimizer. It needs ``params`` only for weight decay.
 
     Raises:
       ValueError: If ``scale`` or a placement is unknown, or ``b1`` or ``b2`` not in [0, 1).

@@ -1,7 +1,7 @@
 """NAG-GS: momentum as a semi-implicit Gauss-Seidel step of an accelerated gradient flow.
 
-The paper's x and v are the parameters and a point that they are drawn to. Kept is v - x alone: in
-the gradients' own scale, it may be stored in few bits, and needs no parameters.
+The state is the paper's v - x: it has the gradients' scale, so it can be quantized, and needs no
+parameters.
 """
 
 import math
@@ -17,7 +17,7 @@ from lowrank_optax.quantization import Bits
 from lowrank_optax.states import LowBitState, in_float32
 from lowrank_optax.states.arguments import refuse_unused
 from lowrank_optax.states.assemble import has_no_decay, with_state_bits
-from lowrank_optax.states.precision import keep_dtypes, scalar_dtype, value_at, widened
+from lowrank_optax.states.precision import keep_dtypes, scalar_dtype, to_float32, value_at
 
 
 class ScaleByNagGsState(NamedTuple):
@@ -25,10 +25,10 @@ class ScaleByNagGsState(NamedTuple):
 
     Attributes:
       count: Number of updates so far, int32.
-      gamma: The damping of the next update, a float32 scalar (float64 if a parameter is); ``()`` if
-        it is constant.
-      momentum: The paper's v - x, in the parameters' shapes, in float32 (float64 of float64
-        parameters) or in ``state_dtype``.
+      gamma: Damping of the next update, a float32 scalar (float64 if a parameter is); ``()`` if it
+        is constant.
+      momentum: The paper's v - x in the parameters' shapes, in float32 (float64 for float64
+        parameters) or ``state_dtype``.
     """
 
     count: Any
@@ -45,11 +45,10 @@ def scale_by_nag_gs(
     paper_start: bool = False,
     state_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""The update of NAG-GS, with its sign and its learning rate: nothing has to follow.
+    r"""The complete update of NAG-GS: no ``optax.scale_by_learning_rate`` may follow.
 
-    The learning rate :math:`\alpha` is part of the method and enters it non-linearly, so no
-    ``optax.scale_by_learning_rate`` may scale the result. With the momentum :math:`m` (zero at
-    first), for a gradient :math:`g`
+    The learning rate :math:`\alpha` enters the method nonlinearly. With momentum :math:`m`, zero at
+    first, and gradient :math:`g`,
 
     .. math::
       m \leftarrow \frac{\gamma m - \alpha g}{(1 + \alpha)(\gamma + \alpha\mu)}, \qquad
@@ -59,17 +58,17 @@ def scale_by_nag_gs(
     Arithmetic is float32 at least; updates have the gradients' dtype. Parameters are not needed.
 
     Args:
-      learning_rate: The step :math:`\alpha` of the integrator, a float or an optax schedule. It is
-        no rate of gradient descent: see `to_heavy_ball`.
-      mu: The strong convexity assumed, above 0, and what gamma tends to. With ``constant_gamma``
-        it may be 0.
-      gamma: The first :math:`\gamma`, above 0: the inertia of the flow.
-      constant_gamma: Keep gamma as it is (NAG4, and what the official PyTorch code does): the
-        method is then gradient descent with the learning rate and momentum of `to_heavy_ball`.
-      paper_start: Let the first update move gamma alone, as Algorithm 1 and the official JAX code,
-        instead of taking a gradient step.
-      state_dtype: Dtype of the momentum; None for the parameters', but float32 at least.
-        bfloat16 is safe. List it in the ``static_args`` of ``optax.inject_hyperparams``.
+      learning_rate: Step :math:`\alpha` of the integrator, a float or an optax schedule; for the
+        equivalent rate of gradient descent see `to_heavy_ball`.
+      mu: Assumed strong convexity, above 0, which gamma converges to. With ``constant_gamma`` it
+        may be 0.
+      gamma: First :math:`\gamma`, above 0: the inertia of the flow.
+      constant_gamma: Whether gamma stays constant (NAG4, and the official PyTorch code): the method
+        is then gradient descent with the learning rate and momentum of `to_heavy_ball`.
+      paper_start: Whether the first update only changes gamma, as in Algorithm 1 and the official
+        JAX code, instead of a gradient step.
+      state_dtype: Dtype of the momentum; None for the parameters', float32 at least. bfloat16 is
+        safe. List it in the ``static_args`` of ``optax.inject_hyperparams``.
 
     Returns:
       A transformation with the state `ScaleByNagGsState`.
@@ -90,21 +89,28 @@ def scale_by_nag_gs(
       Leplat et al., NAG-GS: Semi-Implicit, Accelerated and Robust Stochastic Optimizer, 2022,
       https://arxiv.org/abs/2209.14937, Algorithm 1.
     """
-    _check(learning_rate, mu, gamma, constant_gamma)
+    if isinstance(learning_rate, int | float) and not 0 <= learning_rate < math.inf:
+        raise ValueError(f"learning_rate={learning_rate!r} must be a number of at least 0.")
+    if isinstance(gamma, int | float) and not 0 < gamma < math.inf:
+        raise ValueError(f"gamma={gamma!r} must be a number above 0.")
+    if isinstance(mu, int | float) and constant_gamma and not 0 <= mu < math.inf:
+        raise ValueError(f"mu={mu!r} must be a number of at least 0.")
+    if isinstance(mu, int | float) and not constant_gamma and not 0 < mu < math.inf:
+        raise ValueError(
+            f"mu={mu!r} must be a number above 0, since gamma tends to it; with "
+            "constant_gamma=True it may be 0."
+        )
 
     def init_fn(params: optax.Params) -> ScaleByNagGsState:
-        dtype_of = lambda p: jnp.promote_types(p.dtype, jnp.float32)
-        zeros = jax.tree.map(
-            lambda p: jnp.zeros_like(p, dtype_of(p) if state_dtype is None else state_dtype), params
-        )
+        def zeros(p: jax.Array) -> jax.Array:
+            default = jnp.promote_types(p.dtype, jnp.float32)
+            return jnp.zeros_like(p, default if state_dtype is None else state_dtype)
+
         own_gamma = () if constant_gamma else jnp.array(gamma, scalar_dtype(params))
-        return ScaleByNagGsState(jnp.zeros([], jnp.int32), own_gamma, zeros)
+        return ScaleByNagGsState(jnp.zeros([], jnp.int32), own_gamma, jax.tree.map(zeros, params))
 
     def update_fn(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        **extra_args: Any,
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, ScaleByNagGsState]:
         del params, extra_args
         dtype = scalar_dtype(updates)
@@ -115,13 +121,13 @@ def scale_by_nag_gs(
         times = lambda factor, x: factor.astype(x.dtype) * x
         moved = jax.tree.map(
             lambda m, g: times(scale * damping, m) - times(scale * alpha, g),
-            widened(state.momentum),
-            widened(updates),
+            to_float32(state.momentum),
+            to_float32(updates),
         )
-        if paper_start:  # v is x still
+        if paper_start:  # v still equals x
             moved = jax.tree.map(lambda m: jnp.where(state.count == 0, 0, m), moved)
         new = jax.tree.map(lambda m, g: times(alpha, m).astype(g.dtype), moved, updates)
-        # As a difference: it comes to rest at mu.
+        # As a difference: it converges to mu exactly.
         next_gamma = damping + alpha / (1 + alpha) * (convexity - damping)
         return new, ScaleByNagGsState(
             optax.safe_increment(state.count),
@@ -145,37 +151,33 @@ def nag_gs(
     state_dtype: Any = None,
     state_bits: Bits | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""NAG-GS: momentum whose best step on quadratics has a closed form; half the state of Adam.
+    r"""NAG-GS: momentum whose best step on quadratics has a closed form, with half of Adam's state.
 
-    One semi-implicit Gauss-Seidel step of size :math:`\alpha` of a damped accelerated flow:
+    It is a semi-implicit Gauss-Seidel step of size :math:`\alpha` of a damped accelerated flow:
 
     .. math::
       v \leftarrow \frac{\gamma v + \alpha\mu x - \alpha g(x)}{\gamma + \alpha\mu}, \qquad
       \gamma \leftarrow \frac{\gamma + \alpha\mu}{1 + \alpha}, \qquad
       x \leftarrow \frac{x + \alpha v}{1 + \alpha}.
 
-    Kept is v - x: one tensor for each parameter. The method is gradient descent with momentum in
-    other coordinates, with a rate and a momentum that `to_heavy_ball` tells: compare at those.
+    In other coordinates this is gradient descent with momentum: `to_heavy_ball` returns its
+    learning rate and momentum, at which methods should be compared.
 
     Args:
-      learning_rate: The step :math:`\alpha`, a float or an optax schedule. The official code takes
-        0.05 (JAX) or 0.01 (PyTorch), the official experiments 0.05 to 0.5.
-      mu: As in `scale_by_nag_gs`; the default is the official code's.
-      gamma: As in `scale_by_nag_gs`; the official code takes 1.5 (JAX) or 1.0 (PyTorch).
-      constant_gamma: As in `scale_by_nag_gs`.
-      paper_start: As in `scale_by_nag_gs`.
-      weight_decay: Decoupled decay: each update takes off so much of the weights, times the
-        learning rate of the heavy ball that the update is, as in SGD with that rate.
-      weight_decay_mask: Which leaves decay: as ``mask`` of ``optax.adamw``.
-      state_dtype: As in `scale_by_nag_gs`.
+      learning_rate: Step :math:`\alpha`, a float or an optax schedule. The official code has 0.05
+        (JAX) or 0.01 (PyTorch), the official experiments 0.05 to 0.5.
+      mu, constant_gamma, paper_start, state_dtype: As in `scale_by_nag_gs`.
+      gamma: As in `scale_by_nag_gs`; the official code has 1.5 (JAX) or 1.0 (PyTorch).
+      weight_decay: Decoupled decay, as in SGD with the learning rate of `to_heavy_ball`.
+      weight_decay_mask: Which leaves decay, as ``mask`` of ``optax.adamw``.
       state_bits: Bits of the momentum between steps, 8 or 4: see `low_bit`; None for
         ``state_dtype``.
 
     Returns:
-      The optimizer. Parameters are needed for weight decay only.
+      The optimizer. It needs ``params`` only for weight decay.
 
     Raises:
-      ValueError: As `scale_by_nag_gs`, and if ``state_bits`` is none of 8, 4, 32 and None.
+      ValueError: As `scale_by_nag_gs`, and if ``state_bits`` is not 8, 4, 32 or None.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro, optax
@@ -206,19 +208,7 @@ def nag_gs(
         refuse_unused(nag_gs, f"weight_decay={weight_decay}", weight_decay_mask=weight_decay_mask)
         return tx
 
-    def decay_of(state: ScaleByNagGsState, dtype: Any) -> jax.Array:
-        alpha = value_at(learning_rate, state.count, dtype)
-        rate = to_heavy_ball(alpha, mu, gamma if constant_gamma else state.gamma).learning_rate
-        if paper_start:
-            rate = jnp.where(state.count == 0, 0, rate)
-        return weight_decay * jnp.asarray(rate, dtype)
-
-    return _with_decay(tx, decay_of, weight_decay_mask)
-
-
-def _with_decay(tx: Any, decay_of: Any, mask: Any) -> optax.GradientTransformationExtraArgs:
-    """``tx``, and the weights made smaller by a share that depends on its state before it."""
-    wide = in_float32(tx)  # one rounding of the sum
+    tx = in_float32(tx)  # one rounding of the sum
 
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
@@ -227,29 +217,17 @@ def _with_decay(tx: Any, decay_of: Any, mask: Any) -> optax.GradientTransformati
             raise ValueError(
                 "nag_gs with weight_decay needs params: call tx.update(grads, state, params)."
             )
-        new, after = wide.update(updates, state, params, **extra_args)
-        own = state.inner if isinstance(state, LowBitState) else state
-        decay = optax.add_decayed_weights(-decay_of(own, scalar_dtype(updates)), mask)
-        params = widened(params)
+        new, after = tx.update(updates, state, params, **extra_args)
+        before: Any = state.inner if isinstance(state, LowBitState) else state
+        dtype = scalar_dtype(updates)
+        alpha = value_at(learning_rate, before.count, dtype)
+        rate = to_heavy_ball(alpha, mu, gamma if constant_gamma else before.gamma).learning_rate
+        if paper_start:
+            rate = jnp.where(before.count == 0, 0, rate)
+        decay = optax.add_decayed_weights(
+            -weight_decay * jnp.asarray(rate, dtype), weight_decay_mask
+        )
+        params = to_float32(params)
         return decay.update(new, decay.init(params), params)[0], after
 
-    return keep_dtypes(optax.GradientTransformationExtraArgs(wide.init, update_fn))
-
-
-def _check(learning_rate: Any, mu: Any, gamma: Any, constant_gamma: bool) -> None:
-    """Refuses numbers out of range; what is traced is left alone."""
-    if _is_number(learning_rate) and not 0 <= learning_rate < math.inf:
-        raise ValueError(f"learning_rate={learning_rate!r} must be a number of at least 0.")
-    if _is_number(gamma) and not 0 < gamma < math.inf:
-        raise ValueError(f"gamma={gamma!r} must be a number above 0.")
-    if _is_number(mu) and constant_gamma and not 0 <= mu < math.inf:
-        raise ValueError(f"mu={mu!r} must be a number of at least 0.")
-    if _is_number(mu) and not constant_gamma and not 0 < mu < math.inf:
-        raise ValueError(
-            f"mu={mu!r} must be a number above 0, since gamma tends to it; with "
-            "constant_gamma=True it may be 0."
-        )
-
-
-def _is_number(x: Any) -> bool:
-    return isinstance(x, int | float)
+    return keep_dtypes(optax.GradientTransformationExtraArgs(tx.init, update_fn))

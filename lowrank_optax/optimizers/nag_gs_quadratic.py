@@ -1,4 +1,4 @@
-"""What NAG-GS does on a quadratic, in closed form; and the heavy ball that it is."""
+"""NAG-GS on a quadratic in closed form, and its equivalent heavy ball."""
 
 import math
 from typing import Any, NamedTuple
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 
 class HeavyBall(NamedTuple):
-    """The arguments of ``optax.sgd`` that give the same iterates.
+    """The arguments of ``optax.sgd`` with the same iterates.
 
     Attributes:
       learning_rate: Factor of the momentum buffer.
@@ -19,13 +19,12 @@ class HeavyBall(NamedTuple):
 
 
 class NagGsQuadratic(NamedTuple):
-    """Answer of `nag_gs_quadratic`.
+    """Result of `nag_gs_quadratic`.
 
     Attributes:
-      learning_rate: The step with the fastest convergence.
-      critical_learning_rate: The step from which on it diverges; infinite if none does.
-      spectral_radius: What the error is multiplied by in a step, in the long run, at
-        ``learning_rate``.
+      learning_rate: Step with the fastest convergence.
+      critical_learning_rate: Smallest step that diverges; infinite if all steps converge.
+      spectral_radius: Asymptotic factor of the error per step at ``learning_rate``.
     """
 
     learning_rate: float
@@ -34,7 +33,7 @@ class NagGsQuadratic(NamedTuple):
 
 
 def to_heavy_ball(learning_rate: Any, mu: Any, gamma: Any) -> HeavyBall:
-    r"""The learning rate and momentum of the gradient descent that NAG-GS is.
+    r"""The learning rate and momentum of the gradient descent that is equivalent to NAG-GS.
 
     With the step :math:`\alpha` and a constant :math:`\gamma`, the iterates are exactly those of
     ``optax.sgd(learning_rate, momentum)`` with
@@ -44,13 +43,13 @@ def to_heavy_ball(learning_rate: Any, mu: Any, gamma: Any) -> HeavyBall:
       \beta = \frac{\gamma}{(1 + \alpha)(\gamma + \alpha\mu)}, \qquad
       \frac{\eta}{1 - \beta} = \frac{\alpha}{\mu + \gamma + \alpha\mu}.
 
-    The last is how far a constant gradient moves the weights in a step, in the long run. Where
-    gamma moves, these are the values of the step that begins with it.
+    The last is the long-run step of a constant gradient. If gamma changes, these are the values of
+    the step that begins with it.
 
     Args:
-      learning_rate: The step :math:`\alpha`. All three may be numbers or arrays.
+      learning_rate: Step :math:`\alpha`; all three may be numbers or arrays.
       mu: As in `nag_gs`.
-      gamma: As in `nag_gs`; with ``gamma=mu``, where the moving one tends to.
+      gamma: As in `nag_gs`; ``gamma=mu`` is the limit if gamma is not constant.
 
     Returns:
       A `HeavyBall`, of the arguments' broadcast shape.
@@ -73,18 +72,13 @@ def nag_gs_quadratic(mu: float, L: float, gamma: float) -> NagGsQuadratic:
     .. math::
       \alpha_c = \frac{\mu + \gamma + \sqrt{(\mu + \gamma)^2 + 4 \gamma c}}{c}
 
-    is the step of the fastest convergence for :math:`c = L - \mu`, and the largest with any for
-    :math:`c = L - 2\mu` (if that is not positive, every step converges). The spectral radius at the
-    best is :math:`1 / \min(1 + \alpha, 1 + \alpha\mu/\gamma)`, least of all with
-    :math:`\gamma = \mu`, where it is Polyak's
-    :math:`(\sqrt\kappa - 1) / (\sqrt\kappa + 1)` for :math:`\kappa = L/\mu`.
-
-    The paper's step :math:`(\mu + \gamma + 2\sqrt{\gamma L}) / (L - \mu)` is the same for
-    :math:`\gamma = \mu`, and else below the best by little.
+    is the step of fastest convergence for :math:`c = L - \mu`, and the largest one that converges
+    for :math:`c = L - 2\mu` (if that is not positive, every step converges). The former has the
+    spectral radius :math:`1 / \min(1 + \alpha, 1 + \alpha\mu/\gamma)`.
 
     Args:
-      mu: The smallest eigenvalue, above 0.
-      L: The largest, at least ``mu``.
+      mu: Smallest eigenvalue, above 0.
+      L: Largest eigenvalue, at least ``mu``.
       gamma: As in `nag_gs`, above 0.
 
     Returns:
@@ -100,8 +94,8 @@ def nag_gs_quadratic(mu: float, L: float, gamma: float) -> NagGsQuadratic:
       1.0 1.0938 0.5
 
     Reference:
-      Leplat et al., NAG-GS, 2022, https://arxiv.org/abs/2209.14937; the exact best step for
-      any gamma is derived on the page on NAG-GS.
+      Leplat et al., NAG-GS, 2022, https://arxiv.org/abs/2209.14937; the page on NAG-GS derives the
+      best step for any gamma.
     """
     if not 0 < mu < math.inf:
         raise ValueError(f"mu={mu!r} must be a number above 0.")
@@ -121,28 +115,25 @@ def nag_gs_quadratic(mu: float, L: float, gamma: float) -> NagGsQuadratic:
 def nag_gs_stationary_variance(
     learning_rate: Any, mu: Any, gamma: Any, curvature: Any, noise: Any
 ) -> Any:
-    r"""The variance of an iterate of NAG-GS that a noisy gradient keeps from coming to rest.
+    r"""The stationary variance of the iterates of NAG-GS with noisy gradients.
 
     Along an eigenvector of a quadratic with eigenvalue :math:`\lambda`, with a constant gamma and
-    gradient noise of the standard deviation :math:`\sigma_g`, independent from step to step,
+    independent gradient noise of standard deviation :math:`\sigma_g`,
 
     .. math::
       \mathrm{Var}\, x = \frac{\eta \, \sigma_g^2 (1 + \beta)}
         {(1 - \beta) \lambda \, (2 (1 + \beta) - \eta \lambda)}
 
-    where :math:`\eta, \beta` are of `to_heavy_ball`. The noise :math:`\sigma \, dW` of the
-    paper's stochastic differential equation acts as gradient noise of
-    :math:`\sigma_g = \gamma \sigma / \sqrt\alpha`.
+    with :math:`\eta, \beta` of `to_heavy_ball`.
 
     Args:
-      learning_rate: The step :math:`\alpha`. All may be numbers or arrays.
-      mu: As in `nag_gs`.
-      gamma: As in `nag_gs`.
-      curvature: The eigenvalue :math:`\lambda`, above 0.
-      noise: The standard deviation :math:`\sigma_g`.
+      learning_rate: Step :math:`\alpha`; all arguments may be numbers or arrays.
+      mu, gamma: As in `nag_gs`.
+      curvature: Eigenvalue :math:`\lambda`, above 0.
+      noise: Standard deviation :math:`\sigma_g`.
 
     Returns:
-      The variance, a float32 array of the broadcast shape; infinite where the step is unstable.
+      A float32 array of the broadcast shape; infinite where the step is unstable.
 
     Example:
       >>> from lowrank_optax.optimizers import nag_gs_stationary_variance

@@ -1,4 +1,4 @@
-"""Data-parallel workers, each at weights of its own: devices on a mesh axis, or groups in turn."""
+"""Data-parallel workers with weights of their own: devices on a mesh axis, or groups in turn."""
 
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -9,36 +9,29 @@ from jax.sharding import NamedSharding
 import optax
 
 from lowrank_optax.matrices.paths import path_string
-from lowrank_optax.states.precision import widened
+from lowrank_optax.states.precision import to_float32
 
 AxisName: TypeAlias = str | tuple[str, ...]
 
 
-def names_of(axis_name: AxisName | None) -> tuple[str, ...]:
-    """The names of the mesh axes."""
-    if axis_name is None:
-        return ()
-    return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+def _names(axes: Any) -> set[str]:
+    """The names in an axis name, or in an entry of a ``PartitionSpec``."""
+    return {axes} if isinstance(axes, str) else set(axes or ())
 
 
 def refuse_sharded(params: Any, axis_name: AxisName | None) -> None:
-    """Raises ValueError if a parameter, seen from outside of ``shard_map``, lies over the axis."""
+    """Refuses parameters that, outside of ``shard_map``, are sharded over the workers' axis."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         sharding = getattr(leaf, "sharding", None)
-        if isinstance(sharding, NamedSharding):
-            entries = [(e,) if isinstance(e, str) else e or () for e in sharding.spec]
-            if {name for entry in entries for name in entry} & set(names_of(axis_name)):
-                raise ValueError(_sharded(path_string(path), axis_name))
+        entries = sharding.spec if isinstance(sharding, NamedSharding) else ()
+        if any(_names(entry) & _names(axis_name) for entry in entries):
+            raise ValueError(_sharded(path_string(path), axis_name))
 
 
 def own_weights(params: Any, axis_name: AxisName | None) -> Any:
-    """The parameters as the worker's own: gradients of them are not summed over workers.
-
-    Raises:
-      ValueError: If they differ from worker to worker.
-    """
+    """The parameters as the worker's own: their gradients are not summed over workers."""
     manual = jax.sharding.get_abstract_mesh().manual_axes
-    if not set(names_of(axis_name)) & set(manual):  # one worker, or `jax.vmap` with an axis name
+    if not _names(axis_name) & set(manual):  # one worker, or `jax.vmap` with an axis name
         return params
 
     def own(path: Any, leaf: jax.Array) -> jax.Array:
@@ -59,21 +52,18 @@ def _sharded(path: str, axis_name: AxisName | None) -> str:
     )
 
 
-def mean(tree: Any, axis_name: AxisName | None) -> Any:
-    """The mean over the workers of a mesh axis."""
-    return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
-
-
-def worker_keys(key: jax.Array, axis_name: AxisName | None, groups: int) -> jax.Array:
-    """A key for each group here: those of the same workers, however they lie on devices."""
+def worker_keys(key: jax.Array, axis_name: AxisName | None, groups: int | None) -> jax.Array:
+    """A key for the worker, or each group here: the same however workers lie on devices."""
     device = 0 if axis_name is None else jax.lax.axis_index(axis_name)
+    if groups is None:
+        return jax.random.fold_in(key, device)
     return jax.vmap(jax.random.fold_in, (None, 0))(key, device * groups + jnp.arange(groups))
 
 
 def number_of_workers(
     workers: int | None, axis_name: AxisName | None, local_groups: int | None
 ) -> int:
-    """The number of workers on all devices; raises ValueError if it is not clear."""
+    """The number of workers on all devices."""
     groups = local_groups or 1
     if workers is None and axis_name is not None:
         raise ValueError(
@@ -90,11 +80,7 @@ def number_of_workers(
 
 
 def own_gradients(previous: Any, params: Any, groups: int | None) -> Any:
-    """The last gradients of the workers here: ``[groups, ...]``, or of one as the parameters.
-
-    Raises:
-      ValueError: If there are more or fewer.
-    """
+    """The last gradients of the workers here: ``[groups, ...]``, or as the parameters for one."""
 
     def own(path: Any, gradient: jax.Array, weight: jax.Array) -> jax.Array:
         leading = gradient.shape[: gradient.ndim - weight.ndim]
@@ -114,31 +100,25 @@ def own_gradients(previous: Any, params: Any, groups: int | None) -> Any:
 def over_groups(
     worker: Callable[..., tuple[Any, Any, Any]], params: Any, groups: int, inputs: Any
 ) -> tuple[Any, Any, Any]:
-    """Runs ``worker(*inputs) -> (value, gradient, kept)`` for groups in turn.
+    """Runs ``worker(*inputs) -> (value, gradient, saved)`` for groups in turn.
 
-    Args:
-      worker: What a group does.
-      params: The weights, for the shapes of gradients.
-      groups: Number of groups.
-      inputs: Trees of arrays ``[groups, ...]``.
-
-    Returns:
-      The values, stacked; the mean of the gradients; and what is kept, stacked.
+    Inputs are trees of arrays ``[groups, ...]``; returns the stacked values, the mean of the
+    gradients, and the stacked saved trees.
     """
     for path, leaf in jax.tree_util.tree_leaves_with_path(inputs):
         if jnp.shape(leaf)[:1] != (groups,):
             raise ValueError(
                 f"with local_groups={groups}, positional arguments of the loss need a first axis "
                 f"of {groups}; an array at {path_string(path)!r} has the shape {jnp.shape(leaf)}. "
-                "What all groups share is given by keyword."
+                "Pass by keyword what all groups share."
             )
 
     def body(total: Any, group: Any) -> tuple[Any, Any]:
-        value, gradient, kept = worker(*group)
+        value, gradient, saved = worker(*group)
         total = jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, gradient)
-        return total, (value, kept)
+        return total, (value, saved)
 
-    zeros = optax.tree.zeros_like(widened(params))
-    total, (values, kept) = jax.lax.scan(body, zeros, inputs, length=groups)
+    zeros = optax.tree.zeros_like(to_float32(params))
+    total, (values, saved) = jax.lax.scan(body, zeros, inputs, length=groups)
     average = jax.tree.map(lambda t, w: (t / groups).astype(w.dtype), total, params)
-    return values, average, kept
+    return values, average, saved

@@ -1,4 +1,4 @@
-"""Memory of ranks that fell, given back: smaller arrays for the same state, made between steps."""
+"""Smaller arrays for a state whose ranks fell, made between steps."""
 
 from collections.abc import Callable
 import math
@@ -15,26 +15,25 @@ from lowrank_optax.states import LowBitState
 
 
 def compact(state: Any, report: Callable[[str], Any] | None = None) -> Any:
-    """The state with what belongs to unused directions cut away; call it between steps.
+    """Cuts what belongs to unused directions from the state; call it between steps.
 
     For optimizers whose rank is data (`adarankgrad`, or any with ``subspaces.adaptive_rank``): each
-    basis, and each array of the inner state in its projected shape, is cut to the largest active
+    basis, and each array of the inner state with the projected shape, is cut to the largest active
     rank of its leaf, rounded up to one of 1, 2, 3, 4, 6, 8, 12, 16, 24, … so that a jitted step is
     recompiled at most twice for each halving. The next updates are the same; ranks can not grow
-    beyond what is left. (A square matrix of full rank whose moments were kept at refreshes is left
-    as it is: its state does not tell which axis is the compressed one.)
+    beyond that. (A square matrix of full rank is not cut if ``on_refresh="keep"``: its state does
+    not tell which axis is the compressed one.)
 
     Args:
-      state: Any optax state with a `ScaleByProjectionState` somewhere in it, of concrete arrays.
-      report: Called with a sentence that gives the bytes before and after, as ``print``.
+      state: Optax state of concrete arrays, with a `ScaleByProjectionState` somewhere in it.
+      report: Function that gets a sentence with the bytes before and after, as ``print``.
 
     Returns:
       The smaller state, of the same structure.
 
     Raises:
-      ValueError: If there is no rank in the state that could have fallen, or moments are in 8 or 4
-        bits.
-      jax.errors.ConcretizationTypeError: Under ``jit``: shapes can not change there.
+      ValueError: If the state has no adaptive rank, or moments in 8 or 4 bits.
+      jax.errors.ConcretizationTypeError: Under ``jit``, where shapes can not change.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
@@ -84,7 +83,7 @@ def _compacted(
 ) -> ScaleByProjectionState:
     if not isinstance(state.basis, AdaptiveBasis):
         return state
-    ranks = {  # by path: batch axes, rank that is allocated, rank that is to be
+    ranks = {  # by path: batch axes, allocated rank, new rank
         normalised_path(path): (basis.ndim - 2, basis.shape[-1], _needed(basis, rank))
         for (path, basis), rank in zip(
             jax.tree_util.tree_leaves_with_path(state.basis.basis),
@@ -96,7 +95,7 @@ def _compacted(
     for path, x in jax.tree_util.tree_leaves_with_path(shrinkable):
         owner = owner_of(path, ranks)
         if owner is not None and _axis(x, *ranks[owner]) is None:
-            ranks[owner] = (*ranks[owner][:2], ranks[owner][1])  # left as it is
+            ranks[owner] = (*ranks[owner][:2], ranks[owner][1])  # not cut
     for path, _ in jax.tree_util.tree_leaves_with_path(state.basis.basis):
         _, old, new = ranks[normalised_path(path)]
         if new < old:
@@ -129,18 +128,15 @@ def _needed(basis: jax.Array, rank: jax.Array) -> int:
 def _axis(x: jax.Array, batch_ndim: int, old: int, new: int) -> int | None:
     """The axis of the projected size, counted from the end; 0 if there is none, None if unknown.
 
-    Where both axes have that size, for a square matrix of full rank, the one whose unused part is
-    zero, as rotated and reset moments are; moments that were kept do not tell.
+    If both axes have that size, for a square matrix of full rank, it is the one whose unused part
+    is zero, as that of rotated and reset moments is.
     """
     axes = [axis for axis in range(-x.ndim + batch_ndim, 0) if x.shape[axis] == old]
     if len(axes) < 2 or new == old:
         return axes[0] if axes else 0
-    empty = [axis for axis in axes if not jnp.any(_tail(x, axis, new))]
+    tail = lambda axis: jax.lax.slice_in_dim(x, new, None, axis=x.ndim + axis)
+    empty = [axis for axis in axes if not jnp.any(tail(axis))]
     return empty[0] if len(empty) == 1 or (empty and not jnp.any(x)) else None
-
-
-def _tail(x: jax.Array, axis: int, start: int) -> jax.Array:
-    return jax.lax.slice_in_dim(x, start, None, axis=x.ndim + axis)
 
 
 def _bytes(tree: Any) -> int:

@@ -1,5 +1,10 @@
-"""One leaf's part of a projected update: its basis before the inner update, its result after it."""
+"""One leaf on its way through an update: basis, projection, and what is made of the answer.
 
+The refresh of each leaf is a conditional of its own, and so is that of each slice of one that is
+updated in slices.
+"""
+
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -7,12 +12,19 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.matrices import from_matrix, to_matrix
-from lowrank_optax.projection import transfer
+from lowrank_optax.matrices.arithmetic import branch
+from lowrank_optax.projection.inner_moments import (
+    Moments,
+    OnRefresh,
+    averages_of,
+    corrected_first_moment,
+    reset,
+    rotated,
+)
 from lowrank_optax.projection.refresh import Energies, RefreshRule
-from lowrank_optax.projection.residuals import Residual, Step
-from lowrank_optax.projection.subspaces import Subspace
-from lowrank_optax.projection.subspaces.base import select
-from lowrank_optax.projection.view import LeafView, View, zeros_per_matrix
+from lowrank_optax.projection.residuals.base import Residual, Step
+from lowrank_optax.projection.subspaces.base import Subspace, all_finite, select
+from lowrank_optax.projection.view import View, compute_dtype, zeros_per_matrix
 
 
 class Parts(NamedTuple):
@@ -22,27 +34,24 @@ class Parts(NamedTuple):
     subspace: Subspace
     residual: Residual
     refresh: RefreshRule
-    on_refresh: transfer.OnRefresh
+    on_refresh: OnRefresh
     scale: Any
     averages: Any = None
 
     def with_averages(self) -> "Parts":
-        """With how moments average, as in `transfer.averages_of`."""
+        """With how the inner optimizer's moments average, as `averages_of` says."""
         needs = self.subspace.follow_momentum, self.residual.needs_moments
-        return self._replace(averages=transfer.averages_of(self.inner, self.on_refresh, *needs))
+        return self._replace(averages=averages_of(self.inner, self.on_refresh, *needs))
 
     @property
     def each_alone(self) -> bool:
-        """Whether the inner optimizer is run on each leaf alone."""
-        return (
-            self.on_refresh != "keep"
-            or self.subspace.follow_momentum
-            or self.residual.needs_moments
-        )
+        """Whether the inner optimizer runs on each leaf separately."""
+        needs_moments = self.subspace.follow_momentum or self.residual.needs_moments
+        return self.on_refresh != "keep" or needs_moments
 
 
 class LeafState(NamedTuple):
-    """What is kept for a matrix leaf besides its inner state."""
+    """State of a matrix leaf besides its inner state."""
 
     basis: Any
     next_refresh: Any
@@ -50,146 +59,211 @@ class LeafState(NamedTuple):
     residual: Any
 
 
-class Prepared(NamedTuple):
-    """A matrix leaf before its basis is looked at.
+class When(NamedTuple):
+    """The step of an update: the number of optimizer steps before it, and its PRNG key."""
+
+    count: jax.Array
+    may_refresh: Any  # True, or a traced bool while gradients accumulate
+    key: jax.Array
+
+
+class Leaf(NamedTuple):
+    """A leaf on its way through an update.
 
     Attributes:
-      matrix: The gradient with what the residual rule added, ``[*batch, m, n]``; None if it arrived
+      view: How it is projected; None if it is not a matrix.
+      gradient: Gradient as it arrived.
+      param: Array of the shape of the update.
+      state: State of the leaf; None if it is not a matrix.
+      inner: Inner state of the leaf; None if the inner optimizer runs on the whole tree.
+      matrix: Gradient with what the residual rule added, ``[*batch, m, n]``; None if it arrived
         projected.
-      leaf: The gradient as it arrived.
-      state: What is kept for the leaf.
-      inner: Its own inner state; None if the inner optimizer runs on the whole tree.
-      leaf_view: How it is projected.
+      projected: Gradient in the subspace, or just in the dtype of the arithmetic.
+      last: The leaf before its refresh.
     """
 
-    matrix: jax.Array | None
-    leaf: jax.Array
-    state: LeafState
+    view: Any
+    gradient: jax.Array
+    param: Any
+    state: Any
     inner: Any
-    leaf_view: LeafView
-
-    @property
-    def view(self) -> View:
-        return self.leaf_view.view
-
-
-class Advanced(NamedTuple):
-    """A matrix leaf ready for the inner update."""
-
-    state: LeafState
-    inner: Any
-    matrix: jax.Array | None
-    projected: jax.Array
-    last_basis: Any
-    leaf_view: LeafView
-    refreshed: jax.Array
-    moments: transfer.Moments | None
+    matrix: jax.Array | None = None
+    projected: Any = None
+    last: Any = None
 
 
 def init_leaf(parts: Parts, view: View, phase: float) -> LeafState:
-    """The state before the first gradient; ``phase`` is the leaf's place among all, below 1."""
+    """The state before the first gradient; ``phase`` is the leaf's position among all, below 1."""
     if parts.subspace.shared:
-        due = jnp.zeros((), jnp.int32)
+        first = jnp.zeros((), jnp.int32)
     else:
-        due = zeros_per_matrix(view, jnp.int32) + parts.refresh.first_due(phase)
+        first = zeros_per_matrix(view, jnp.int32) + parts.refresh.first_refresh(phase)
     return LeafState(
-        parts.subspace.init(view), due, parts.refresh.init(view), parts.residual.init(view)
+        parts.subspace.init(view), first, parts.refresh.init(view), parts.residual.init(view)
     )
 
 
-def prepare_leaf(
-    parts: Parts,
-    leaf: jax.Array,
-    like: Any,
-    leaf_view: LeafView,
-    state: LeafState,
-    inner: Any,
-) -> Prepared:
+def prepare(parts: Parts, leaf: Leaf) -> Leaf:
     """The leaf as a batch of matrices, with what the residual rule adds to it.
 
-    A leaf that has the projected shape already (as a layer gives it that projects in its backward
-    pass) is taken as it is. Its basis, though due, then waits for the next whole gradient.
+    A gradient may have the projected shape already, from a layer that projects in its backward
+    pass. Its basis then waits for a refresh until the next whole gradient.
     """
-    spec, view = leaf_view.spec, leaf_view.view
-    matrix = None
-    if leaf.shape == like.shape:
-        matrix = to_matrix(leaf, spec)
+    gradient, view = leaf.gradient, leaf.view
+    to_compute_dtype = lambda: gradient.astype(compute_dtype(gradient.dtype))
+    if view is None:
+        return leaf._replace(state=None, projected=to_compute_dtype())
+    if gradient.shape == leaf.param.shape:
+        matrix = to_matrix(gradient, view.spec)
         if parts.residual.before is not None:
-            matrix = parts.residual.before(state.residual, matrix)
-    else:
-        _check_projected(parts, leaf, view)
-    return Prepared(matrix, leaf, state, inner, leaf_view)
-
-
-def project_leaf(parts: Parts, prepared: Prepared, state: LeafState, inner: Any) -> Advanced:
-    """The leaf with its basis as it is to be used, and its inner state moved along."""
-    matrix, view, last = prepared.matrix, prepared.view, prepared.state
-    if matrix is None:
-        projected = prepared.leaf.astype(view.dtype)
-    else:
-        projected = parts.subspace.project(state.basis, matrix, view)
-    moments = None
-    if parts.residual.needs_moments:
-        moments = transfer.Moments.around(prepared.inner, inner, view, parts.averages)
-    refreshed = state.next_refresh != last.next_refresh
-    return Advanced(
-        state=state,
-        inner=inner,
-        matrix=matrix,
-        projected=projected,
-        last_basis=last.basis,
-        leaf_view=prepared.leaf_view,
-        refreshed=refreshed,
-        moments=moments,
-    )
-
-
-def finish_leaf(
-    parts: Parts,
-    advanced: Advanced,
-    answer: jax.Array,
-    like: Any,
-    dtype: Any,
-    count: jax.Array,
-) -> tuple[jax.Array, LeafState]:
-    """The leaf's update, of the shape of ``like``, and its new state."""
-    spec, view = advanced.leaf_view.spec, advanced.leaf_view.view
-    state, matrix, projected = advanced.state, advanced.matrix, advanced.projected
-    step = Step(
-        matrix=matrix,
-        projected=projected,
-        answer=answer.astype(view.dtype),
-        scale=parts.scale,
-        count=count,
-        basis=state.basis,
-        last_basis=advanced.last_basis,
-        moments=advanced.moments,
-        subspace=parts.subspace,
-        view=view,
-    )
-    update, residual = parts.residual.update(state.residual, step)
-    basis, due, statistics = state.basis, state.next_refresh, state.statistics
-    if matrix is not None:
-        if parts.refresh.observe is not None:
-            squares = lambda x: jnp.sum(jnp.square(x.astype(view.dtype)), axis=(-2, -1))
-            energies = Energies(squares(projected), squares(matrix))
-            due, statistics = parts.refresh.observe(statistics, count, due, energies)
-        if parts.subspace.track is not None:
-            # A basis just found is the best for this gradient: what is left to follow is noise.
-            tracked = parts.subspace.track(basis, matrix, projected, view)
-            basis = select(~advanced.refreshed, tracked, basis)
-    new = LeafState(basis, due, statistics, residual)
-    return from_matrix(update.astype(dtype), spec, like), new
-
-
-def _check_projected(parts: Parts, leaf: jax.Array, view: View) -> None:
-    if leaf.shape != view.projected_shape:
+            matrix = parts.residual.before(leaf.state.residual, matrix)
+        return leaf._replace(matrix=matrix)
+    if gradient.shape != view.projected_shape:
         raise ValueError(
-            f"the gradient of {view.path!r} has the shape {leaf.shape}: neither that of its "
+            f"the gradient of {view.path!r} has the shape {gradient.shape}: neither that of its "
             f"parameter nor {view.projected_shape}, that of its projection."
         )
     if parts.residual.needs_gradient:
         raise ValueError(
-            f"the gradient of {view.path!r} arrived projected, as {leaf.shape}, but the residual "
-            "rule needs it whole; take residual='drop'."
+            f"the gradient of {view.path!r} arrived projected, as {gradient.shape}, but the "
+            "residual rule needs it whole; take residual='drop'."
         )
+    return leaf._replace(projected=to_compute_dtype())
+
+
+def project_all(parts: Parts, leaves: Sequence[Leaf], when: When) -> list[Leaf]:
+    """The prepared leaves in their bases, after the refresh of those that need one."""
+    may_refresh = parts.subspace.refreshes or parts.on_refresh != "keep"
+    if parts.subspace.shared:  # a gradient that arrived projected belongs to the basis so far
+        may_refresh &= all(leaf.projected is None for leaf in leaves if leaf.view is not None)
+    return [_project(parts, leaf, when, may_refresh) for leaf in leaves]
+
+
+def _project(parts: Parts, leaf: Leaf, when: When, may_refresh: bool) -> Leaf:
+    if leaf.matrix is None:
+        return leaf._replace(last=leaf)
+    state, inner = _refreshed(parts, leaf, when) if may_refresh else (leaf.state, leaf.inner)
+    projected = parts.subspace.project(state.basis, leaf.matrix, leaf.view)
+    return leaf._replace(state=state, inner=inner, projected=projected, last=leaf)
+
+
+def projected_param(parts: Parts, leaf: Leaf) -> jax.Array:
+    """The parameter as the inner optimizer gets it."""
+    if leaf.view is None:
+        return leaf.param
+    matrix = to_matrix(leaf.param, leaf.view.spec)
+    return parts.subspace.project(leaf.state.basis, matrix, leaf.view)
+
+
+def _refreshed(parts: Parts, leaf: Leaf, when: When) -> tuple[LeafState, Any]:
+    """The states of a leaf after a refresh, if it needs one."""
+    matrix: Any = leaf.matrix
+    hold = lambda: (leaf.state, leaf.inner)
+    needed = (when.count >= leaf.state.next_refresh) & when.may_refresh
+    if parts.subspace.shared:
+        refresh = lambda: _refresh(parts, leaf, when, needed)
+        # A new seed is cheaper than a branch.
+        return refresh() if parts.on_refresh == "keep" else branch(needed, refresh, hold)
+
+    def usable() -> jax.Array:
+        finite = all_finite(matrix, matrix.ndim - 2) & jnp.any(matrix != 0, axis=(-2, -1))
+        return needed & finite
+
+    if parts.refresh.always and when.may_refresh is True:
+        return _refresh(parts, leaf, when, usable())
+
+    def refresh_usable() -> tuple[LeafState, Any]:
+        # Two branches: the gradient is read only where a refresh is needed, and may be useless for
+        # long, as the zero gradient of a frozen layer.
+        able = usable()
+        return branch(jnp.any(able), lambda: _refresh(parts, leaf, when, able), hold)
+
+    return branch(jnp.any(needed), refresh_usable, hold)
+
+
+def _refresh(parts: Parts, leaf: Leaf, when: When, able: jax.Array) -> tuple[LeafState, Any]:
+    """The states with a new basis, for those of the batch that are ``able`` to find a good one."""
+    view, state, inner, subspace = leaf.view, leaf.state, leaf.inner, parts.subspace
+    if subspace.shared:
+        new, chosen = subspace.refresh(when.key, None, state.basis, None, None), able
+    else:
+        momentum = None
+        if subspace.follow_momentum:
+            momentum = corrected_first_moment(inner, view, parts.averages, when.count)
+        new = subspace.refresh(when.key, leaf.matrix, state.basis, momentum, view)
+        chosen = able & all_finite(new, len(view.batch))
+    basis = select(chosen, new, state.basis)
+    overlap = None
+    if parts.refresh.compares:  # the mean squared cosine of the principal angles
+        eye = jnp.eye(view.rank, dtype=view.dtype)
+        eye = jnp.broadcast_to(eye, (*view.batch, *eye.shape))
+        small = view._replace(partition=view.small_partition)
+        cosines = subspace.rotate(state.basis, basis, eye, small)
+        overlap = jnp.sum(jnp.square(cosines), axis=(-2, -1)) / view.rank
+    following, statistics = parts.refresh.schedule(
+        state.statistics, when.count, state.next_refresh, overlap
+    )
+    if parts.on_refresh != "keep":
+        if parts.on_refresh == "reset":
+            zeros = subspace.project(basis, jnp.zeros(view.shape, view.dtype), view)
+            moved = reset(parts.inner, inner, zeros, view)
+        else:
+            rotate = lambda x, squared=False: subspace.rotate(state.basis, basis, x, view, squared)
+            averages = parts.averages if parts.on_refresh == "rotate_moments" else None
+            moved = rotated(inner, rotate, view, averages)
+        inner = select(jnp.broadcast_to(chosen, view.batch), moved, inner)
+    new_state = LeafState(
+        basis,
+        jnp.where(chosen, following, state.next_refresh).astype(state.next_refresh.dtype),
+        select(chosen, statistics, state.statistics),
+        state.residual,
+    )
+    return new_state, inner
+
+
+def refresh_without_leaves(
+    parts: Parts, basis: Any, next_refresh: jax.Array, when: When
+) -> LeafState:
+    """What all leaves share after the refresh, where no leaf has it."""
+    needed = (when.count >= next_refresh) & when.may_refresh
+    new = parts.subspace.refresh(when.key, None, basis, None, None)
+    following, _ = parts.refresh.schedule((), when.count, next_refresh, None)
+    following = jnp.where(needed, following, next_refresh).astype(next_refresh.dtype)
+    return LeafState(select(needed, new, basis), following, (), ())
+
+
+def finish(
+    parts: Parts, leaf: Leaf, answer: jax.Array, count: jax.Array
+) -> tuple[jax.Array, LeafState | None]:
+    """The leaf's update from the inner optimizer's answer, and its new state."""
+    view, state, last, matrix = leaf.view, leaf.state, leaf.last, leaf.matrix
+    if view is None:
+        return answer.astype(leaf.gradient.dtype), None
+    moments = None
+    if parts.residual.needs_moments:
+        moments = Moments.around(last.inner, leaf.inner, view, parts.averages)
+    step = Step(
+        matrix=matrix,
+        projected=leaf.projected,
+        answer=answer.astype(view.dtype),
+        scale=parts.scale,
+        count=count,
+        basis=state.basis,
+        last_basis=last.state.basis,
+        moments=moments,
+        subspace=parts.subspace,
+        view=view,
+    )
+    update, residual = parts.residual.update(state.residual, step)
+    basis, following, statistics = state.basis, state.next_refresh, state.statistics
+    if matrix is not None and parts.refresh.observe is not None:
+        squares = lambda x: jnp.sum(jnp.square(x.astype(view.dtype)), axis=(-2, -1))
+        energies = Energies(squares(leaf.projected), squares(matrix))
+        following, statistics = parts.refresh.observe(statistics, count, following, energies)
+    if matrix is not None and parts.subspace.track is not None:
+        # A basis just found is the best for this gradient: what is left to follow is noise.
+        refreshed = state.next_refresh != last.state.next_refresh
+        tracked = parts.subspace.track(basis, matrix, leaf.projected, view)
+        basis = select(~refreshed, tracked, basis)
+    update = from_matrix(update.astype(leaf.gradient.dtype), view.spec, leaf.param)
+    return update, LeafState(basis, following, statistics, residual)

@@ -1,6 +1,5 @@
-"""A limit on how fast the norm of an update may grow from step to step: Fira's cure for spikes."""
+"""A limit on how fast the norm of an update may grow from step to step (Fira)."""
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -24,8 +23,8 @@ class LimitNormGrowthState(NamedTuple):
     """State of `limit_norm_growth`.
 
     Attributes:
-      norm: The last norm after limiting, float32 (float64 of float64 updates): ``[*batch]`` for a
-        stack of matrices, a scalar for other leaves. Zero as long as there was none.
+      norm: Last norm after limiting, float32 (float64 of float64 updates): ``[*batch]`` for a stack
+        of matrices, a scalar for other leaves; zero at first.
     """
 
     norm: Any
@@ -39,8 +38,8 @@ def limit_norm_growth(
     .. math::
       S \leftarrow S \cdot \min(1, \; \gamma \, \lVert S_{t-1} \rVert_F / \lVert S \rVert_F)
 
-    The first update passes, and so does one after an update of norm zero. One float is kept for
-    each matrix: the layers of a stack are limited one by one.
+    The first update passes, and so does one after an update of norm zero. The layers of a stack are
+    limited one by one; the state is one float per matrix.
 
     Args:
       gamma: Largest growth from one step to the next: 1.01 in Fira and APOLLO, 1.1 in SUMO.
@@ -48,7 +47,7 @@ def limit_norm_growth(
         ``lowrank_optax.matrices.resolve_dimension_numbers``. Other leaves have one norm each.
 
     Raises:
-      ValueError: If ``gamma`` is not positive.
+      ValueError: If `gamma` is not positive.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro, numpy as np
@@ -77,12 +76,10 @@ def limit_norm_growth(
         del params
         specs = resolve_dimension_numbers(weight_dimension_numbers, updates)
         leaves, treedef = jax.tree.flatten(updates)
-        limit = functools.partial(_limit_leaf, gamma)
-        pairs = list(map(limit, leaves, specs, treedef.flatten_up_to(state.norm)))
-        return (
-            treedef.unflatten([update for update, _ in pairs]),
-            LimitNormGrowthState(treedef.unflatten([norm for _, norm in pairs])),
-        )
+        rows = zip(leaves, specs, treedef.flatten_up_to(state.norm), strict=True)
+        pairs = [_limited(*row, gamma) for row in rows]
+        new, norms = (treedef.unflatten([pair[i] for pair in pairs]) for i in (0, 1))
+        return new, LimitNormGrowthState(norms)
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -90,7 +87,7 @@ def limit_norm_growth(
 def growth_factor(
     norm: jax.Array, previous: jax.Array, gamma: float
 ) -> tuple[jax.Array, jax.Array]:
-    """What a norm is to be multiplied by, and the norm to remember; all of one shape and dtype."""
+    """The factor that limits a norm, and the norm to save; all of one shape and dtype."""
     allowed = gamma * (previous + _TINY)
     limited = (previous > 0) & (norm > allowed)
     factor = jnp.where(limited, allowed / jnp.where(limited, norm, 1), 1)
@@ -105,17 +102,16 @@ def _zero_norms(leaf: jax.Array, spec: Any) -> jax.Array:
     return explicit_sharding.zeros(matrix.shape[:-2], compute_dtype(leaf.dtype), partition)
 
 
-def _limit_leaf(
-    gamma: float, leaf: jax.Array, spec: Any, previous: jax.Array
+def _limited(
+    leaf: jax.Array, spec: Any, previous: jax.Array, gamma: float
 ) -> tuple[jax.Array, jax.Array]:
-    wide = leaf.astype(compute_dtype(leaf.dtype))
-    if spec is None:
-        factor, norm = growth_factor(jnp.sqrt(jnp.sum(jnp.square(wide))), previous, gamma)
-        return (leaf * factor).astype(leaf.dtype), norm.astype(previous.dtype)
-    matrix = to_matrix(leaf, spec)
-    squares = jnp.square(to_matrix(wide, spec))
-    factor, norm = growth_factor(jnp.sqrt(jnp.sum(squares, axis=(-2, -1))), previous, gamma)
+    matrix = leaf if spec is None else to_matrix(leaf, spec)
+    squares = jnp.square(matrix.astype(compute_dtype(leaf.dtype)))
+    norm = jnp.sqrt(jnp.sum(squares, axis=None if spec is None else (-2, -1)))
+    factor, norm = growth_factor(norm, previous, gamma)
     norm = norm.astype(previous.dtype)
+    if spec is None:
+        return (leaf * factor).astype(leaf.dtype), norm
     limited = (matrix * factor[..., None, None]).astype(leaf.dtype)
     limited = explicit_sharding.constrain(limited, matrix_partition(leaf, spec))
     return from_matrix(limited, spec, leaf), norm

@@ -1,17 +1,22 @@
 """A loop over slices of arrays along their first axes, which writes each result where it was read.
 
-What keeps it in place is the compiler's business, and differs from one to the other: see `run`.
+How a compiler is made to keep it in place differs from one to the other: see `run`.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-from jax.experimental.layout import Layout, with_layout_constraint
 import jax.numpy as jnp
 
+from lowrank_optax.compat.jax import (
+    Literal,
+    draws_random_bits,
+    in_default_layout,
+    jaxpr_as_fun,
+    new_jaxpr,
+)
 from lowrank_optax.matrices import explicit_sharding
-from lowrank_optax.slices.draws import drawn_before
 
 Step = Callable[[Any, Any, jax.Array], Any]
 
@@ -20,10 +25,10 @@ class Cut(NamedTuple):
     """How the first axis of a leaf is cut: static.
 
     Attributes:
-      size: Of the axis.
-      rows: Of each slice; the last may have fewer.
-      shards: In how many equal parts the axis may lie on devices. A slice has as many rows of each,
-        so that no device reads another's.
+      size: Size of the axis.
+      rows: Number of rows of each slice; the last may have fewer.
+      shards: Number of equal parts of the axis on devices. A slice has the same number of rows of
+        each, so that no device reads another's.
     """
 
     size: int
@@ -31,7 +36,7 @@ class Cut(NamedTuple):
     shards: int = 1
 
     @property
-    def turns(self) -> int:
+    def full_slices(self) -> int:
         """Number of slices of ``rows``."""
         return self.size // self.rows
 
@@ -48,17 +53,16 @@ class Cut(NamedTuple):
 
 
 def run(step: Step, carried: Any, read: Any, cut: Cut) -> Any:
-    """``carried`` after ``step`` has been run on each slice of it, in the memory it lies in.
+    """``carried`` after ``step`` has been run on each slice of it, in place.
 
     Every array has the rows of the leaf along its first axis, or a multiple or a share of them.
 
-    On accelerators a barrier around the results of a step makes of each an array of one slice that
-    is then copied into its place: fused into each write, the arithmetic would read one carried
-    array after another has been written, and the compiler keep a copy of it, whole. The compiler
-    for CPUs drops barriers, but does not look into a loop whose turns it cannot count (nor into a
-    conditional, within which it uses one thread only); and since it neither reads nor writes a part
-    of an array of bfloat16, but converts the whole to and fro for each, such arrays go through the
-    loop as integers of the same bits.
+    On accelerators a barrier makes each result of a step an array of one slice that is then copied:
+    fused into each write, the arithmetic would read one carried array after another has been
+    written, and the compiler would copy all of it. The compiler for CPUs drops barriers, but does
+    not look into a loop whose iterations it cannot count (nor into a conditional, within which it
+    uses one thread only). It also converts a whole bfloat16 array to and fro for each part that is
+    read or written, so such arrays go through the loop as integers of the same bits.
 
     Args:
       step: ``step(carried, read, row) -> carried`` of one slice, whose first row is ``row``.
@@ -68,21 +72,45 @@ def run(step: Step, carried: Any, read: Any, cut: Cut) -> Any:
     """
     steps = {}
     for rows in filter(None, (cut.rows, cut.rest)):
-        part = jax.tree.map(lambda x, rows=rows: taken(x, 0, rows, cut), (carried, read))
-        steps[rows] = drawn_before(step, *part, jnp.int32(0))
+        part = jax.tree.map(lambda x, rows=rows: rows_of(x, 0, rows, cut), (carried, read))
+        steps[rows] = _drawn_before(step, *part, jnp.int32(0))
     return jax.lax.platform_dependent(
         carried,
         read,
-        cpu=lambda carried, read: _run(steps, carried, read, cut, _AS_BITS),
-        default=lambda carried, read: _run(steps, carried, read, cut, _AS_IS),
+        cpu=lambda carried, read: _run(steps, carried, read, cut, _in_loop_of_one, _bits),
+        default=lambda carried, read: _run(steps, carried, read, cut, _behind_barrier, lambda x: x),
     )
 
 
-class _Way(NamedTuple):
-    """How slices are held apart, and how arrays are carried."""
+def _drawn_before(function: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
+    """The function, for arguments of these types, with the random numbers it always draws drawn.
 
-    apart: Callable[[Step], Step]
-    carry: Callable[[jax.Array], jax.Array]
+    A random basis is drawn from one seed wherever it is used, and compilers move no draw out of a
+    loop.
+    """
+    traced, result = jax.make_jaxpr(function, return_shape=True)(*arguments)
+    program = traced.jaxpr
+    known = set(program.constvars)
+    before, drawn = [], []
+    for equation in program.eqns:
+        inputs = [x for x in equation.invars if not isinstance(x, Literal)]
+        if not equation.effects and known.issuperset(inputs):
+            known.update(equation.outvars)
+            before.append(equation)
+            if draws_random_bits(equation):
+                drawn.append(equation)
+    outside = [x for equation in drawn for x in equation.outvars]
+    after = [equation for equation in program.eqns if equation not in drawn]
+    part = lambda *of: jaxpr_as_fun(new_jaxpr(*of, name="slice"))
+    draw = part(program.constvars, outside, before)
+    run = part([*program.constvars, *outside, *program.invars], program.outvars, after)
+    numbers = draw(*traced.consts) if drawn else []
+
+    def of_slice(*arguments: Any) -> Any:
+        results = run(*traced.consts, *numbers, *jax.tree.leaves(arguments))
+        return jax.tree.unflatten(jax.tree.structure(result), results)
+
+    return of_slice
 
 
 def _behind_barrier(step: Step) -> Step:
@@ -95,49 +123,51 @@ def _behind_barrier(step: Step) -> Step:
 
 
 def _in_rows(x: jax.Array) -> jax.Array:
-    """``x`` stored in the order of its axes, where that is what an argument of its shape is.
+    """``x`` stored in the order of its axes, if an argument of its shape is.
 
-    Otherwise what suits one slice's arithmetic is asked of the whole array, by a copy of it.
+    Otherwise the whole array would be copied into the layout that suits one slice's arithmetic.
     """
     if x.ndim < 2 or x.shape[-1] % 128 or x.shape[-2] % 32:
         return x
-    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+    return in_default_layout(x)
 
 
 def _in_loop_of_one(step: Step) -> Step:
-    def taken(carried: Any, read: Any, row: jax.Array) -> Any:
-        turns = (row >= 0).astype(jnp.int32)  # one, which the compiler does not find out
-        once = lambda turn: (turn[0] + 1, step(turn[1], read, row))
-        return jax.lax.while_loop(lambda turn: turn[0] < turns, once, (jnp.int32(0), carried))[1]
+    def looped(carried: Any, read: Any, row: jax.Array) -> Any:
+        one = (row >= 0).astype(jnp.int32)  # which the compiler cannot infer
+        once = lambda loop: (loop[0] + 1, step(loop[1], read, row))
+        return jax.lax.while_loop(lambda loop: loop[0] < one, once, (jnp.int32(0), carried))[1]
 
-    return taken
+    return looped
 
 
 def _bits(x: jax.Array) -> jax.Array:
-    narrow = x.dtype in (jnp.bfloat16, jnp.float16)
-    return jax.lax.bitcast_convert_type(x, jnp.uint16) if narrow else x
+    in_16_bits = x.dtype in (jnp.bfloat16, jnp.float16)
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if in_16_bits else x
 
 
-_AS_IS = _Way(_behind_barrier, lambda x: x)
-_AS_BITS = _Way(_in_loop_of_one, _bits)
-
-
-def _run(steps: Mapping[int, Step], carried: Any, read: Any, cut: Cut, way: _Way) -> Any:
+def _run(
+    steps: Mapping[int, Step],
+    carried: Any,
+    read: Any,
+    cut: Cut,
+    apart: Callable[[Step], Step],
+    carry: Callable[[jax.Array], jax.Array],
+) -> Any:
+    """See `run`; ``apart`` keeps slices apart, and arrays are carried as ``carry`` makes them."""
     types = jax.tree.map(lambda x: x.dtype, (carried, read))
-    carried, read = jax.tree.map(way.carry, (carried, read))
-
-    def slices(carried: Any, first: Any, rows: int) -> tuple[Any, Any]:
-        of_row = jax.tree.map(lambda x: taken(x, first, rows, cut), (carried, read))
-        return jax.tree.map(_as, of_row, types)
+    carried, read = jax.tree.map(carry, (carried, read))
 
     def after(carried: Any, first: Any, rows: int) -> Any:
-        new = way.apart(steps[rows])(*slices(carried, first, rows), first)
-        return jax.tree.map(lambda x, part: _put(x, way.carry(part), first, cut), carried, new)
+        parts = jax.tree.map(lambda x: rows_of(x, first, rows, cut), (carried, read))
+        written, only_read = jax.tree.map(_as, parts, types)
+        new = apart(steps[rows])(written, only_read, first)
+        return jax.tree.map(lambda x, part: _put(x, carry(part), first, cut), carried, new)
 
-    turn = lambda i, carried: after(carried, (i * cut.rows).astype(jnp.int32), cut.rows)
-    carried = jax.lax.fori_loop(0, cut.turns, turn, carried)
+    one = lambda i, carried: after(carried, (i * cut.rows).astype(jnp.int32), cut.rows)
+    carried = jax.lax.fori_loop(0, cut.full_slices, one, carried)
     if cut.rest:
-        carried = after(carried, jnp.int32(cut.turns * cut.rows), cut.rest)
+        carried = after(carried, jnp.int32(cut.full_slices * cut.rows), cut.rest)
     return jax.tree.map(_as, carried, types[0])
 
 
@@ -145,19 +175,19 @@ def _as(x: jax.Array, dtype: Any) -> jax.Array:
     return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
 
 
-def taken(x: jax.Array, first: Any, rows: int, cut: Cut) -> jax.Array:
+def rows_of(x: jax.Array, first: Any, rows: int, cut: Cut) -> jax.Array:
     """The part of ``x`` that belongs to rows of the leaf."""
     split = _split(x, cut.shards)
     axis = split.ndim - x.ndim
     size = part_of(x.shape[0], rows, cut.size) // cut.shards
-    part = jax.lax.dynamic_slice_in_dim(split, _place(first, x, cut), size, axis)
+    part = jax.lax.dynamic_slice_in_dim(split, _start(first, x, cut), size, axis)
     return explicit_sharding.merge_axes(part, 0, 2) if axis else part
 
 
 def _put(x: jax.Array, part: jax.Array, first: Any, cut: Cut) -> jax.Array:
     split, part = _split(x, cut.shards), _split(part, cut.shards)
     axis = split.ndim - x.ndim
-    new = jax.lax.dynamic_update_slice_in_dim(split, part, _place(first, x, cut), axis)
+    new = jax.lax.dynamic_update_slice_in_dim(split, part, _start(first, x, cut), axis)
     return explicit_sharding.merge_axes(new, 0, 2) if axis else new
 
 
@@ -165,18 +195,18 @@ def _split(x: jax.Array, shards: int) -> jax.Array:
     return x if shards == 1 else explicit_sharding.split_axis(x, 0, (x.shape[0] // shards,))
 
 
-def _place(first: Any, x: jax.Array, cut: Cut) -> Any:
+def _start(first: Any, x: jax.Array, cut: Cut) -> Any:
     """Where rows of the leaf from ``first`` on begin in ``x``, within each shard."""
     same = x.shape[0] == cut.size
-    place = first if same else first // cut.rows * part_of(x.shape[0], cut.rows, cut.size)
-    return place // cut.shards
+    start = first if same else first // cut.rows * part_of(x.shape[0], cut.rows, cut.size)
+    return start // cut.shards
 
 
 def part_of(size: int, rows: int, of: int) -> int:
     """How much of an axis of ``size`` belongs to ``rows`` of a leaf's ``of``.
 
     Raises:
-      ValueError: If that is no whole number.
+      ValueError: If that is not a whole number.
     """
     if size * rows % of:
         raise ValueError(f"an axis of {size} has no part for {rows} rows of {of}.")

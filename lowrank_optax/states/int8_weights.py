@@ -9,8 +9,8 @@ import optax
 
 from lowrank_optax.matrices.paths import is_whole, leaves_by_path, path_string
 from lowrank_optax.quantization import Affine, BlockFormat, code_map, dequantize, quantize
+from lowrank_optax.slices.call import Whole, keys_of_rows, whole_of
 from lowrank_optax.slices.update import update_in_slices
-from lowrank_optax.slices.whole import Whole, keys_of_rows, whole_of
 from lowrank_optax.states.precision import in_float32
 
 INT8 = BlockFormat(code_map("affine", 8), 256)
@@ -178,7 +178,7 @@ def update_int8_weights(
         return treedef.unflatten(new), Int8WeightsState(count, inner_state)
 
     core = optax.GradientTransformationExtraArgs(init_fn, update_fn)
-    in_codes = lambda call: list(map(_is_int8, call.likes))
+    in_codes = lambda call: list(map(_is_int8, call.params))
     return core._replace(update=update_in_slices(core, in_codes, [inner]))
 
 

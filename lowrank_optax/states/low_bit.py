@@ -32,15 +32,15 @@ from lowrank_optax.quantization import (
     quantize,
 )
 from lowrank_optax.quantization.blocks import same_layout
-from lowrank_optax.slices.call import Call
-from lowrank_optax.slices.update import update_in_slices
-from lowrank_optax.slices.whole import (
+from lowrank_optax.slices.call import (
+    Call,
     CannotCutError,
     Whole,
     keys_of_rows,
     shapes_of_state,
     whole_of,
 )
+from lowrank_optax.slices.update import update_in_slices
 from lowrank_optax.states.moment_names import (
     FIRST_MOMENTS,
     SECOND_MOMENTS,

@@ -36,9 +36,9 @@ def in_float32(
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, Any]:
-        return inner.update(widened(updates), state, widened(params), **extra_args)
+        return inner.update(to_float32(updates), state, to_float32(params), **extra_args)
 
-    init_fn = lambda params: inner.init(widened(params))
+    init_fn = lambda params: inner.init(to_float32(params))
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
@@ -60,7 +60,7 @@ def keep_dtypes(
     return optax.GradientTransformationExtraArgs(tx.init, update_fn)
 
 
-def widened(tree: Any) -> Any:
+def to_float32(tree: Any) -> Any:
     """The tree with floats of fewer than 32 bits converted to float32."""
     narrow = lambda x: jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits < 32
     return jax.tree.map(lambda x: x.astype(jnp.float32) if narrow(x) else x, tree)

@@ -14,8 +14,8 @@ import optax
 
 from lowrank_optax.matrices.draws import drawn
 from lowrank_optax.matrices.paths import leaves_by_path, path_string
+from lowrank_optax.slices.call import Whole, keys_of_rows
 from lowrank_optax.slices.update import update_in_slices
-from lowrank_optax.slices.whole import Whole, keys_of_rows
 
 Rounding = Literal["stochastic", "compensated"]
 
@@ -125,7 +125,7 @@ def round_updates(
     core = optax.GradientTransformationExtraArgs(init_fn, update_fn)
     if not stochastic:
         return core  # one pass over whole leaves, without a temporary
-    in_bfloat16 = lambda call: list(map(_is_bfloat16, call.likes))
+    in_bfloat16 = lambda call: list(map(_is_bfloat16, call.params))
     return core._replace(update=update_in_slices(core, in_bfloat16, []))
 
 

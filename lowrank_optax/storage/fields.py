@@ -1,4 +1,4 @@
-"""Fields of a JSON file: what each may be, said once, and refused by name where it is not that."""
+"""Fields of a JSON file: what each may be, and errors that name those that are not."""
 
 from collections.abc import Callable, Mapping
 import math
@@ -80,11 +80,11 @@ OBJECT = Kind("an object", lambda x: isinstance(x, Mapping))
 
 
 def wrong_fields(content: Mapping[str, Any], kinds: Mapping[str, Kind]) -> list[str]:
-    """What is the matter with each field of ``content`` that is not of its kind.
+    """A sentence for each field of ``content`` that is not of its kind.
 
     Args:
-      content: The fields; those without a kind, and kinds without a field, are passed over.
-      kinds: By name.
+      content: The fields; those without a kind, and kinds without a field, are ignored.
+      kinds: Kinds by name.
     """
     return [
         f"{name} must be {kind.what}, got {_repr(content[name])}"

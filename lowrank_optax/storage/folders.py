@@ -28,7 +28,7 @@ class FolderKind(NamedTuple):
 
 @contextlib.contextmanager
 def replaced_folder(folder: Path, kind: FolderKind) -> Iterator[Path]:
-    """A folder to write into, which takes the place of `folder` if the body succeeds.
+    """A folder to write into, which replaces `folder` if the body succeeds.
 
     Files of an earlier folder that do not belong to its kind are copied.
 
@@ -69,7 +69,7 @@ def _check_replaceable(folder: Path, kind: FolderKind) -> None:
 
 
 def _swap(staging: Path, folder: Path) -> None:
-    """Puts `staging` in the place of `folder`; killed half-way, `folder` is beside it as .old."""
+    """Replaces `folder` by `staging`; killed half-way, `folder` is beside it as .old."""
     if not folder.exists():
         os.rename(staging, folder)
         return

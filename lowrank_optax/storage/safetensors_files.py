@@ -65,6 +65,7 @@ class TensorReader:
     """The tensors of some files, read one at a time. A context manager.
 
     Attributes:
+        folder: the folder of the files.
         shapes: name to shape, from the headers of the files.
         dtypes: name to dtype as safetensors spells it (`"F32"`, `"BF16"`, ...).
         files: name to the file that holds it.
@@ -81,7 +82,7 @@ class TensorReader:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
         self.files: dict[str, str] = {}
-        self._folder, self._paths = folder, files
+        self.folder, self._paths = folder, files
         self._missing_package, self._what = missing_package, what
         self._handles: dict[str, Any] = {}
         self._stack = contextlib.ExitStack()
@@ -92,7 +93,7 @@ class TensorReader:
             safetensors, damaged = import_safetensors(self._missing_package), {}
             for file in self._paths:
                 try:
-                    handle = safetensors.safe_open(self._folder / file, framework="numpy")
+                    handle = safetensors.safe_open(self.folder / file, framework="numpy")
                     self._read_header(file, stack.enter_context(handle))
                 except FileNotFoundError:
                     damaged[file] = "missing"
@@ -100,7 +101,7 @@ class TensorReader:
                     damaged[file] = str(error)
             if damaged:
                 what = "files in {} are damaged, truncated or missing"
-                raise CheckpointMismatchError(self._folder, what=what, files=damaged)
+                raise CheckpointMismatchError(self.folder, what=what, files=damaged)
             self._stack = stack.pop_all()
         return self
 
@@ -142,7 +143,7 @@ class TensorReader:
             },
         }
         if any(problems.values()):
-            raise CheckpointMismatchError(self._folder, what=self._what, **problems)
+            raise CheckpointMismatchError(self.folder, what=self._what, **problems)
 
     def read(self, name: str) -> np.ndarray:
         """One tensor as it is stored.
@@ -154,7 +155,7 @@ class TensorReader:
             return self._handles[name].get_tensor(name)
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{name} in {self._folder / self.files[name]} is of dtype {self.dtypes[name]}, "
+                f"{name} in {self.folder / self.files[name]} is of dtype {self.dtypes[name]}, "
                 "which cannot be read"
             ) from error
 

@@ -96,8 +96,8 @@ def test_what_is_trained_decides_what_is_kept_anyway() -> None:
     model = nn.Sequential([nn.Dense(8), nn.gelu, nn.Dense(2)])
     few = FewBit(model, 4)
     variables = jax.eval_shape(few.init, jax.random.key(0), X)
-    assert few.report(variables, X).rows[0].kept_for == ("product",)
-    assert few.report(variables, X, wrt="adapters").rows[0].kept_for == ()
+    assert few.report(variables, X).rows[0].saved_for == ("product",)
+    assert few.report(variables, X, wrt="adapters").rows[0].saved_for == ()
 
 
 @pytest.mark.slow

@@ -95,7 +95,7 @@ def test_a_decoder_computes_the_same_and_its_graph_comes_back(options: dict[str,
     report = quantize_model(model, 4, inputs=(TOKENS,))
     assert report.calls is not None
     (row,) = report.calls.rows
-    assert (row.function, row.count, row.kept_for) == ("silu", 2, ("multiplication",))
+    assert (row.function, row.count, row.saved_for) == ("silu", 2, ("multiplication",))
     assert "decoder.py" in row.source
     assert row.remat == ("remat" in options)
     assert_close(call(model, TOKENS), before, 100)
@@ -200,11 +200,11 @@ def test_the_report_knows_what_is_trained() -> None:
     model = sequential()
     report = quantize_model(model, inputs=(jax.ShapeDtypeStruct((4, 6), jnp.float32),))
     assert report.calls is not None
-    assert [row.kept_for for row in report.calls.rows] == [("product",), ()]
+    assert [row.saved_for for row in report.calls.rows] == [("product",), ()]
     lro.adapters.attach(model, lro.adapters.LoRAFA(rank=2), "layers/0", rngs=0)
     report = quantize_model(model, inputs=(X,), wrt=lro.adapters.trainable)
     assert report.calls is not None
-    assert [row.kept_for for row in report.calls.rows] == [(), ()]
+    assert [row.saved_for for row in report.calls.rows] == [(), ()]
     assert "(the model)" in str(report)
     assert "few bits pay" in str(report)
     assert "Give inputs=" in str(quantize_model(model))

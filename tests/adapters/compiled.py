@@ -12,9 +12,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from lowrank_optax.adapters.layer_calls import Part, adapted_output
 from lowrank_optax.adapters.operands import Lookup, Rows
 
-OF_OPERANDS = {"apply", "before", "branch"}
+OF_OPERANDS = {"layer_output", "switched_off", "times"}
 FUNCTIONS = OF_OPERANDS | {
     "delta",
     "deltas",
@@ -23,6 +24,7 @@ FUNCTIONS = OF_OPERANDS | {
     "init_shared",
     "merged",
     "original",
+    "removed_weight",
     "stack_arrays",
     "to_lora",
     "unmerged",
@@ -43,6 +45,20 @@ class Compiled:
 def compiled(kind: type) -> Callable[..., Any]:
     """The class of a method, whose instances are `Compiled`."""
     return lambda **options: Compiled(kind(**options))
+
+
+def layer_output(method: Any, p: Any, x: Any, y: Any, *, key: Any = None, **layer: Any) -> Any:
+    """A layer's output with this adapter alone, as a model computes it."""
+    if isinstance(method, Compiled):
+        return _called(method.method, "layer_output", p, x, y, key=key, **layer)
+    return adapted_output([Part(method, p, key=key)], x, y, **layer)
+
+
+def switched_off(method: Any, p: Any, x: Any, y: Any) -> Any:
+    """The output of a layer whose only adapter is switched off."""
+    if isinstance(method, Compiled):
+        return _called(method.method, "switched_off", p, x, y)
+    return adapted_output([Part(method, p, None)], x, y, weight=y)
 
 
 def on_host(tree: Any) -> Any:
@@ -80,4 +96,7 @@ def _run(method: Any, name: str, operand: Any, fixed: Any, arrays: dict[str, Any
     if operand is not None:
         kind, *rest = operand
         args[1] = kind(args[1], *rest)
+    outputs = {"layer_output": layer_output, "switched_off": switched_off}
+    if name in outputs:
+        return outputs[name](method, *args, **given)
     return getattr(method, name)(*args, **given)

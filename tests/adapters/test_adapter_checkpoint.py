@@ -9,15 +9,11 @@ import orbax.checkpoint as ocp
 import pytest
 
 import lowrank_optax as lro
+from tests.adapters import methods
 from tests.adapters.peft_files import Model, adapted, output
 
 OWN = nnx.Any(lro.adapters.AdapterParam, lro.adapters.AdapterConstant, lro.adapters.AlsoTrained)
-METHODS = {
-    "lora": lro.adapters.LoRA(rank=2, alpha=5),
-    "ranks": lro.adapters.LoRA(rank=(1, 3, 2), alpha=5),
-    "shared": lro.adapters.LoTR(rank=2, alpha=5),
-    "base_changed": lro.adapters.PiSSA(rank=2, alpha=5),
-}
+METHODS = {**methods.METHODS, "ranks": lro.adapters.LoRA(rank=(1, 3, 2), alpha=5)}
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import pytest
 import lowrank_optax as lro
 from lowrank_optax.adapters.base import parameter_count
 from lowrank_optax.adapters.operands import Rows
-from tests.adapters.compiled import compiled, gradient
+from tests.adapters.compiled import compiled, gradient, layer_output
 
 AFLoRA = compiled(lro.adapters.AFLoRA)
 
@@ -39,7 +39,7 @@ def test_forward_and_merge_are_the_formula(alpha: float | None) -> None:
     params = moved(method.init(KEY, WEIGHTS))
     for layer in range(L):
         p, weight = method.layer_arrays(params, layer), WEIGHTS[layer]
-        y = method.apply(p, Rows(X), X @ weight, weight=weight)
+        y = layer_output(method, p, Rows(X), X @ weight, weight=weight)
         c = 1.0 if alpha is None else alpha / R
         expected = reference(p, np.asarray(X, np.float64), np.asarray(weight, np.float64), c)
         np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
@@ -55,7 +55,7 @@ def test_the_start_is_the_base_and_only_b_has_a_gradient() -> None:
 
     def output(trainable: dict[str, jax.Array]) -> jax.Array:
         p = method.layer_arrays(params._replace(trainable=trainable), 0)
-        return method.apply(p, Rows(X), base, weight=WEIGHTS[0])
+        return layer_output(method, p, Rows(X), base, weight=WEIGHTS[0])
 
     np.testing.assert_array_equal(output(params.trainable), base)
     slopes = gradient(lambda t: jnp.sum(jnp.sin(output(t))), params.trainable)
@@ -120,7 +120,7 @@ def test_backward_keeps_no_input_of_the_layer_once_factors_are_frozen() -> None:
     frozen = {name: p[name] for name in ("A", "B")}
 
     def branch(vectors: dict[str, jax.Array], x: jax.Array) -> jax.Array:
-        return method.method.branch(frozen | vectors, Rows(x))
+        return method.method.times(frozen | vectors, Rows(x))
 
     of_vectors = {name: p[name] for name in ("d", "b")}
     back = jax.eval_shape(lambda *args: jax.vjp(branch, *args)[1], of_vectors, X)

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import lowrank_optax as lro
-from lowrank_optax.adapters.freezing_scores import kth_smallest, matrix_scores
+from lowrank_optax.adapters.training.aflora_scores import kth_smallest, matrix_scores
 
 # The specification's run: 20 epochs of 50 steps, one of warm-up, seven tenths frozen.
 RUN = {"total_steps": 1000, "warmup_steps": 50, "final_steps": 700}

@@ -11,7 +11,7 @@ import pytest
 import lowrank_optax as lro
 from lowrank_optax.adapters.base import parameter_count
 from lowrank_optax.adapters.operands import Lookup, Rows
-from tests.adapters.compiled import Compiled, compiled, gradient, on_host, times
+from tests.adapters.compiled import Compiled, compiled, gradient, layer_output, on_host, times
 
 DoRA = compiled(lro.adapters.DoRA)
 KEY = jax.random.key(0)
@@ -50,7 +50,7 @@ def plain(x, w, bias=None):
 
 
 def run(method, p, x, w, bias=None, **options):
-    return method.apply(p, Rows(x), plain(x, w, bias), weight=w, bias=bias, **options)
+    return layer_output(method, p, Rows(x), plain(x, w, bias), weight=w, bias=bias, **options)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_no_array_of_the_weights_shape_is_made():
     method = DoRA(rank=3)
     p = method.layer_arrays(trained(method, np.asarray(w[None])), 0)
     eager = method.method
-    loss = lambda p: jnp.sum(jnp.sin(eager.apply(p, Rows(x), x @ w, weight=w, bias=None)))
+    loss = lambda p: jnp.sum(jnp.sin(layer_output(eager, p, Rows(x), x @ w, weight=w, bias=None)))
     text = str(jax.make_jaxpr(jax.value_and_grad(loss))(p))
     made = [line for line in text.splitlines() if "=" in line and "f32[33,21]" in line]
     made += [line for line in text.splitlines() if "=" in line and "f32[21,33]" in line]
@@ -163,7 +163,7 @@ def test_with_lengths_equal_to_the_norms_it_is_lora():
     p = method.layer_arrays(trained(method, w[None]), 0)
     p["magnitude"] = reference(p, w, 2 / 3)[1].astype(np.float32)
     size = np.abs(x) @ (np.abs(w) + 2 / 3 * np.abs(p["A"]) @ np.abs(p["B"]))
-    expected = lora.apply(p, Rows(x), x @ w, weight=w)
+    expected = layer_output(lora, p, Rows(x), x @ w, weight=w)
     assert_close(run(method, p, x, w), expected, 100, size=size)
 
 
@@ -228,7 +228,7 @@ def test_an_embedding_looks_up_rows_of_the_merged_table():
     method = DoRA(rank=3, alpha=5)
     start = start_of(method, table, embedding=True)
     index = np.array([[3, 7], [0, 29]])
-    look = lambda p: method.apply(p, Lookup(index), table[0][index], weight=table[0])
+    look = lambda p: layer_output(method, p, Lookup(index), table[0][index], weight=table[0])
     np.testing.assert_array_equal(look(method.layer_arrays(start, 0)), table[0][index])
     p = method.layer_arrays(trained(method, table), 0)
     np.testing.assert_allclose(

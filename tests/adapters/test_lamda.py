@@ -12,9 +12,9 @@ import pytest
 
 import lowrank_optax as lro
 from lowrank_optax.adapters.base import parameter_count
-from lowrank_optax.adapters.lamda import CoreInit
+from lowrank_optax.adapters.methods.lamda import CoreInit
 from lowrank_optax.adapters.operands import Rows
-from tests.adapters.compiled import compiled, gradient
+from tests.adapters.compiled import compiled, gradient, layer_output, switched_off
 
 LaMDA, LoRA = compiled(lro.adapters.LaMDA), compiled(lro.adapters.LoRA)
 KEY = jax.random.key(0)
@@ -43,7 +43,7 @@ def test_the_start_is_the_base_model(core_init: Any, alpha: float | None) -> Non
     params = method.init(KEY, WEIGHTS)
     for layer in range(L):
         p, base = method.layer_arrays(params, layer), base_of(params)[layer]
-        y = method.apply(p, Rows(X), X @ base, weight=base)
+        y = layer_output(method, p, Rows(X), X @ base, weight=base)
         if core_init in ("zero", "code"):
             np.testing.assert_array_equal(y, X @ WEIGHTS[layer])
         else:
@@ -80,7 +80,7 @@ def test_merging_is_exact_and_undone(core_init: Any) -> None:
     params = trained(method.init(KEY, WEIGHTS))
     for layer in range(L):
         p, base = method.layer_arrays(params, layer), base_of(params)[layer]
-        y = method.apply(p, Rows(X), X @ base, weight=base)
+        y = layer_output(method, p, Rows(X), X @ base, weight=base)
         merged = method.merged(p, base).weight
         np.testing.assert_allclose(X @ merged, y, atol=1e-5)
         assert_close(method.unmerged(p, merged), base, 100)
@@ -94,7 +94,7 @@ def test_the_original_is_found_again_whatever_was_trained(core_init: Any) -> Non
         p, base = method.layer_arrays(params, layer), base_of(params)[layer]
         np.testing.assert_allclose(method.original(p, base), WEIGHTS[layer], atol=1e-5)
         np.testing.assert_allclose(
-            method.before(p, Rows(X), X @ base), X @ WEIGHTS[layer], atol=1e-5
+            switched_off(method, p, Rows(X), X @ base), X @ WEIGHTS[layer], atol=1e-5
         )
         first, second = method.to_lora(p)
         assert first.shape[-1] == R  # A is the same before and after: no 2r is needed
@@ -118,7 +118,7 @@ def test_backward_keeps_r_numbers_a_row_and_not_the_input(dtype: Any) -> None:
     frozen = {name: p[name] for name in params.frozen}
 
     def branch(trained: dict[str, jax.Array], x: jax.Array) -> jax.Array:
-        own = method.method.branch(frozen | trained, Rows(x))
+        own = method.method.times(frozen | trained, Rows(x))
         return x @ jnp.asarray(params.base[0], dtype) + own
 
     of_trained = {name: p[name] for name in ("S", "B")}
@@ -132,7 +132,7 @@ def test_with_its_core_at_one_it_is_lora_with_a_frozen_first_factor() -> None:
     method, lora = LaMDA(rank=R, alpha=6.0, core_init="code"), LoRA(rank=R, alpha=6.0)
     params = trained(method.init(KEY, WEIGHTS))
     p = method.layer_arrays(params, 0) | {"S": np.eye(R, dtype=np.float32)}
-    loss = lambda method: lambda b: jnp.sum(jnp.sin(method.branch(p | {"B": b}, Rows(X))))
+    loss = lambda method: lambda b: jnp.sum(jnp.sin(method.times(p | {"B": b}, Rows(X))))
     value, slope = jax.jit(jax.value_and_grad(loss(method)))(p["B"])
     expected, expected_slope = jax.jit(jax.value_and_grad(loss(lora)))(p["B"])
     assert_close(value, expected, size=X.shape[0] * D_OUT)
@@ -173,7 +173,7 @@ def test_layers_of_smaller_ranks_are_as_if_they_were_alone(core_init: Any) -> No
         np.testing.assert_allclose(base, alone.base[0], atol=1e-5)
 
     def loss(trainable: dict[str, jax.Array]) -> jax.Array:
-        return jnp.sum(jnp.sin(X @ base + method.branch(p | trainable, Rows(X))))
+        return jnp.sum(jnp.sin(X @ base + method.times(p | trainable, Rows(X))))
 
     trainable = {name: p[name] for name in ("S", "B")}
     slopes = gradient(loss, trainable)
@@ -233,8 +233,8 @@ def test_weight_decay_can_leave_the_pretrained_part_alone() -> None:
     """By a mask, or towards the start: with no gradient nothing moves."""
     params = LaMDA(rank=R).init(KEY, WEIGHTS).trainable
     none = jax.tree.map(np.zeros_like, params)
-    mask = lro.schedules.decay_mask(exclude=r"(^|/)[SB]$")
-    towards = lro.schedules.add_weight_decay(0.1, learning_rate=0.5, anchor="initial")
+    mask = lro.training.decay_mask(exclude=r"(^|/)[SB]$")
+    towards = lro.training.add_weight_decay(0.1, learning_rate=0.5, anchor="initial")
     for tx in (
         optax.adamw(0.5, weight_decay=0.1, mask=mask),
         optax.chain(optax.adam(0.5), towards),

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import lowrank_optax as lro
-from lowrank_optax.adapters.freezing_rows import last_steps
+from lowrank_optax.adapters.training.lamda_freezing import last_steps
 
 
 def rows_frozen(tx: Any, shape: tuple[int, ...], steps: int) -> np.ndarray:

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import lowrank_optax as lro
+from tests.adapters.methods import METHODS
 
 Adapted = lro.adapters.linen.Adapted
 LORA = lro.adapters.LoRA(rank=2, alpha=4)
@@ -158,9 +159,7 @@ def test_the_gradient_of_a_shared_factor_is_the_sum_of_the_layers():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "method", [LORA, LOTR, lro.adapters.PiSSA(rank=1), lro.adapters.DoRA(rank=2)], ids=str
-)
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_merge_unmerge_and_detach(method):
     adapted, base, variables = _attached(Net("scan"), method)
     start = _run(adapted, variables)

@@ -12,7 +12,7 @@ import pytest
 import lowrank_optax as lro
 from lowrank_optax.adapters.base import parameter_count
 from lowrank_optax.adapters.operands import Lookup, Rows
-from tests.adapters.compiled import compiled, gradient, times
+from tests.adapters.compiled import compiled, gradient, layer_output, times
 
 LoRA = compiled(lro.adapters.LoRA)
 KEY = jax.random.key(0)
@@ -35,7 +35,7 @@ def trained(method, weights, seed=1, **options):
 
 def run(method, params, x, weights, layer=0, **options):
     p, w = method.layer_arrays(params, layer), weights[layer]
-    return method.apply(p, Rows(x), times(x, w), weight=w, **options)
+    return layer_output(method, p, Rows(x), times(x, w), weight=w, **options)
 
 
 @pytest.mark.parametrize("initial", ["kaiming_uniform", "he_uniform", "gaussian"])
@@ -85,7 +85,7 @@ def test_embeddings_start_the_other_way_round_and_as_the_base():
     np.testing.assert_allclose(np.std(params.trainable["B"]), 1, rtol=0.4)
     index = np.array([[3, 7], [0, 49]])
     p = method.layer_arrays(params, 0)
-    y = method.apply(p, Lookup(index), table[0][index], weight=table[0])
+    y = layer_output(method, p, Lookup(index), table[0][index], weight=table[0])
     np.testing.assert_array_equal(y, table[0][index])
 
 
@@ -94,7 +94,7 @@ def test_an_embedding_looks_up_rows_of_the_merged_table():
     method = LoRA(rank=3, alpha=5)
     p = method.layer_arrays(trained(method, table, embedding=True), 0)
     index = np.array([[3, 7], [0, 49]])
-    y = method.apply(p, Lookup(index), table[0][index], weight=table[0])
+    y = layer_output(method, p, Lookup(index), table[0][index], weight=table[0])
     size = np.abs(table[0]) + 5 / 3 * np.abs(p["A"]) @ np.abs(p["B"])
     assert_close(y, method.merged(p, table[0]).weight[index], size=size[index])
 
@@ -103,7 +103,7 @@ def test_the_worked_example():
     p = {"A": np.array([[1], [2]], np.float32), "B": np.array([[3, -1]], np.float32)}
     method, w = LoRA(rank=1, alpha=4), np.zeros((2, 2), np.float32)
     assert_close(method.delta(p, w), [[12, -4], [24, -8]])
-    y = method.apply(p, Rows(np.ones((1, 2), np.float32)), w[:1], weight=w)
+    y = layer_output(method, p, Rows(np.ones((1, 2), np.float32)), w[:1], weight=w)
     assert_close(y, [[36, -12]])
 
 
@@ -146,10 +146,10 @@ def test_batch_axes_are_as_many_loras(batch):
     a, b, w, x = (
         normal(i, *batch, *shape) for i, shape in enumerate([(5, 2), (2, 4), (5, 4), (6, 5)])
     )
-    y = method.apply({"A": a, "B": b}, Rows(x), x @ w, weight=w)
+    y = layer_output(method, {"A": a, "B": b}, Rows(x), x @ w, weight=w)
     for index in np.ndindex(*batch):
         p = {"A": a[index], "B": b[index]}
-        one = method.apply(p, Rows(x[index]), x[index] @ w[index], weight=w[index])
+        one = layer_output(method, p, Rows(x[index]), x[index] @ w[index], weight=w[index])
         assert_close(y[index], one)
 
 
@@ -157,7 +157,9 @@ def test_gradients_have_their_closed_forms():
     weights, x, g = normal(0, 1, 7, 5), normal(1, 4, 7), normal(2, 4, 5)
     method = LoRA(rank=3, alpha=2)
     params = trained(method, weights)
-    loss = lambda p, x: jnp.sum(g * method.apply(p, Rows(x), x @ weights[0], weight=weights[0]))
+    loss = lambda p, x: jnp.sum(
+        g * layer_output(method, p, Rows(x), x @ weights[0], weight=weights[0])
+    )
     got, dx = gradient(loss, method.layer_arrays(params, 0), x, argnums=(0, 1))
     s = 2 / 3
     a, b = (np.asarray(params.trainable[k][0], np.float64) for k in "AB")
@@ -170,7 +172,9 @@ def test_at_the_start_only_b_has_a_gradient_and_a_step_projects_the_full_one():
     weights, x, g = normal(0, 1, 7, 5), normal(1, 4, 7), normal(2, 4, 5)
     method, rate = LoRA(rank=3, alpha=2), 0.1
     p = method.layer_arrays(method.init(KEY, weights), 0)
-    loss = lambda p: jnp.sum(g * method.apply(p, Rows(x), x @ weights[0], weight=weights[0]))
+    loss = lambda p: jnp.sum(
+        g * layer_output(method, p, Rows(x), x @ weights[0], weight=weights[0])
+    )
     grads = gradient(loss, p)
     assert not grads["A"].any()
     moved = {k: x - rate * grads[k] for k, x in p.items()}
@@ -229,7 +233,7 @@ def test_ranks_of_their_own_are_as_many_loras(stabilized):
 
     @functools.partial(jax.jit, static_argnums=0)
     def found(method, p, w):
-        y = lambda p: method.apply(p, Rows(x), x @ w, weight=w)
+        y = lambda p: layer_output(method, p, Rows(x), x @ w, weight=w)
         return method.delta(p, w), y(p), jax.grad(lambda p: jnp.sum(g * y(p)))(p)
 
     for layer, rank in enumerate(method.rank):

@@ -10,6 +10,7 @@ import pytest
 import lowrank_optax as lro
 from lowrank_optax.adapters.base import parameter_count
 from lowrank_optax.adapters.operands import Lookup, Rows
+from tests.adapters.compiled import layer_output
 
 LoRA, LoRAFA = lro.adapters.LoRA, lro.adapters.LoRAFA
 KEY = jax.random.key(0)
@@ -33,7 +34,9 @@ def test_starts_as_the_base_model_with_half_the_parameters():
     assert set(params.trainable) == {"B"}
     assert set(params.frozen) == {"A"}
     assert parameter_count(params.trainable) == 2 * 3 * 5
-    y = method.apply(method.layer_arrays(params, 1), Rows(x), x @ weights[1], weight=weights[1])
+    y = layer_output(
+        method, method.layer_arrays(params, 1), Rows(x), x @ weights[1], weight=weights[1]
+    )
     np.testing.assert_array_equal(y, x @ weights[1])
     np.testing.assert_array_equal(
         params.frozen["A"], LoRA(rank=3).init(KEY, weights).trainable["A"]
@@ -46,7 +49,7 @@ def test_output_and_gradients_are_those_of_lora():
     p = arrays(LoRAFA(rank=3, alpha=5))
 
     def loss(b, x, method):
-        return jnp.sum(g * method.apply(p | {"B": b}, Rows(x), x @ w, weight=w))
+        return jnp.sum(g * layer_output(method, p | {"B": b}, Rows(x), x @ w, weight=w))
 
     (fa, of_fa), (plain, of_plain) = (
         jax.value_and_grad(loss, argnums=(0, 1))(p["B"], x, kind(rank=3, alpha=5))
@@ -84,8 +87,8 @@ def test_of_an_embedding_the_trained_factor_is_the_zero_one():
     params = method.init(KEY, table, embedding=True)
     assert not params.trainable["B"].any()
     p = method.layer_arrays(params, 0)
-    look = lambda b: method.apply(
-        p | {"B": b}, Lookup(index), table[0][index], weight=jnp.asarray(table[0])
+    look = lambda b: layer_output(
+        method, p | {"B": b}, Lookup(index), table[0][index], weight=jnp.asarray(table[0])
     )
     np.testing.assert_array_equal(look(p["B"]), table[0][index])
     assert jax.grad(lambda b: look(b).sum())(p["B"]).all()
@@ -97,7 +100,7 @@ def scanned(method, w, params):
     def loss(trainable, x):
         def layer(x, of_layer):
             w, p = of_layer
-            return method.apply(p, Rows(x), x @ w, weight=w), None
+            return layer_output(method, p, Rows(x), x @ w, weight=w), None
 
         return jnp.sum(jax.lax.scan(layer, x, (w, trainable | params.frozen))[0])
 
@@ -127,7 +130,7 @@ def test_jax_lists_the_input_as_a_residual_only_if_a_is_trained(trained, capsys)
 
     def loss(free):
         every = free | constant
-        return jnp.sum(method.apply(every, Rows(every["x"]), every["x"] @ w, weight=w))
+        return jnp.sum(layer_output(method, every, Rows(every["x"]), every["x"] @ w, weight=w))
 
     print_saved_residuals(loss, {k: everything[k] for k in trained})
     listed = capsys.readouterr().out
@@ -184,7 +187,7 @@ def test_no_gradient_of_the_weight_is_in_the_program(method):
 
     def loss(trainable, x):
         p = method.layer_arrays(params._replace(trainable=trainable), 0)
-        return jnp.sum(jnp.sin(method.apply(p, Rows(x), x @ w[0], weight=w[0])))
+        return jnp.sum(jnp.sin(layer_output(method, p, Rows(x), x @ w[0], weight=w[0])))
 
     program = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(params.trainable, x)
     shapes = set(products(program.jaxpr))
@@ -201,8 +204,8 @@ def temporaries(method, activation, layers=8, tokens=512, width=64, hidden=256):
     def loss(trained, frozen, up, down, x):
         def layer(x, of_layer):
             up, down, p, q = of_layer
-            h = activation(method.apply(p, Rows(x), x @ up, weight=up))
-            return x + method.apply(q, Rows(h), h @ down, weight=down), None
+            h = activation(layer_output(method, p, Rows(x), x @ up, weight=up))
+            return x + layer_output(method, q, Rows(h), h @ down, weight=down), None
 
         p, q = (t | f for t, f in zip(trained, frozen, strict=True))
         return jnp.mean(jnp.square(jax.lax.scan(layer, x, (up, down, p, q))[0]))

@@ -8,6 +8,7 @@ import pytest
 
 import lowrank_optax as lro
 from lowrank_optax.adapters.operands import Lookup, Patches, Rows
+from tests.adapters.compiled import layer_output
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -83,7 +84,7 @@ def test_linear_layers_agree_forward_backward_and_merged(name, bias):
 
     def ours(p, x):
         base = x @ w + (0 if b is None else b)
-        return method.apply(p | constants(p, w), Rows(x), base, weight=w, bias=b)
+        return layer_output(method, p | constants(p, w), Rows(x), base, weight=w, bias=b)
 
     mine, pull = jax.vjp(ours, p, jnp.asarray(numpy(x), jnp.float32))
     assert_agrees(mine, numpy(y))
@@ -114,7 +115,9 @@ def test_dora_with_dropout_agrees(bias):
     dropping = lro.adapters.DoRA(rank=RANK, alpha=ALPHA, dropout=0.5)
     operand = MaskedRows(rows, jnp.asarray(numpy(mask), jnp.float32))
     base = rows @ w + (0 if b is None else b)
-    y = dropping.apply(p | constants(p, w), operand, base, weight=w, bias=b, key=jax.random.key(0))
+    y = layer_output(
+        dropping, p | constants(p, w), operand, base, weight=w, bias=b, key=jax.random.key(0)
+    )
     assert_agrees(y, numpy(model(x)))
 
 
@@ -154,7 +157,9 @@ def test_embeddings_agree(name):
         magnitude = numpy(layer.lora_magnitude_vector["default"].weight).ravel()
         p["magnitude"] = jnp.asarray(magnitude, jnp.float32)
     look = jnp.asarray(index.numpy())
-    ours = lambda p: method.apply(p | constants(p, table), Lookup(look), table[look], weight=table)
+    ours = lambda p: layer_output(
+        method, p | constants(p, table), Lookup(look), table[look], weight=table
+    )
     mine, pull = jax.vjp(ours, p)
     assert_agrees(mine, numpy(y))
     (of_p,) = pull(jnp.asarray(numpy(g), jnp.float32))
@@ -185,7 +190,8 @@ def test_convolutions_agree(name):
         )
 
     p = arrays_of(layer, flat)
-    ours = lambda p: method.apply(
+    ours = lambda p: layer_output(
+        method,
         p | constants(p, w),
         Patches(images, convolve),
         convolve(images, w) + bias,

@@ -11,7 +11,7 @@ import pytest
 import lowrank_optax as lro
 from lowrank_optax.adapters.base import AdapterParams, parameter_count
 from lowrank_optax.adapters.operands import Rows
-from tests.adapters.compiled import compiled, gradient, on_host, times
+from tests.adapters.compiled import compiled, gradient, layer_output, on_host, switched_off, times
 
 LoTR = compiled(lro.adapters.LoTR)
 KEY = jax.random.key(0)
@@ -69,7 +69,7 @@ def test_output_delta_merge_and_lora_are_the_formula(initial: Any, share: Any) -
     for layer in range(3):
         p = method.layer_arrays(params, layer)
         exact = np.asarray(base[layer], np.float64) + expected[layer]
-        output = method.apply(p, Rows(x), x @ base[layer], weight=base[layer])
+        output = layer_output(method, p, Rows(x), x @ base[layer], weight=base[layer])
         size = np.abs(x) @ sizes[layer]
         assert_close(output, np.asarray(x, np.float64) @ exact, size=size, dtype=np.float32)
         merged = method.merged(p, base[layer])
@@ -89,7 +89,7 @@ def test_the_start_is_the_model_bit_for_bit(initial: Any, zero: Any) -> None:
     params = method.init(KEY, weights)
     for layer in range(3):
         p, y = method.layer_arrays(params, layer), x @ weights[layer]
-        np.testing.assert_array_equal(method.apply(p, Rows(x), y, weight=weights[layer]), y)
+        np.testing.assert_array_equal(layer_output(method, p, Rows(x), y, weight=weights[layer]), y)
 
 
 @pytest.mark.parametrize("share", SHARES)
@@ -107,10 +107,10 @@ def test_the_residual_start_computes_the_models_function_and_gives_the_weight_ba
     for layer in range(3):
         base, y = params.base[layer], x @ weights[layer]
         p, size = method.layer_arrays(params, layer), np.abs(x) @ sizes[layer]
-        output = method.apply(p, Rows(x), x @ base, weight=base)
+        output = layer_output(method, p, Rows(x), x @ base, weight=base)
         assert_close(output, y, size=size)
         p = method.layer_arrays(trained, layer)
-        assert_close(method.before(p, Rows(x), x @ base), y, size=size)
+        assert_close(switched_off(method, p, Rows(x), x @ base), y, size=size)
         assert_close(method.original(p, base), weights[layer], size=sizes[layer])
 
 
@@ -121,7 +121,7 @@ def test_only_the_cores_have_a_gradient_at_the_start_and_it_is_the_closed_form()
 
     def loss(trainable: Any) -> jax.Array:
         p = method.layer_arrays(AdapterParams(trainable, {}), 0)
-        return jnp.sum(method.apply(p, Rows(x), x @ weights[0], weight=weights[0]) ** 2)
+        return jnp.sum(layer_output(method, p, Rows(x), x @ weights[0], weight=weights[0]) ** 2)
 
     slopes = gradient(loss, params.trainable)
     assert not slopes["A"].any()
@@ -140,7 +140,7 @@ def test_the_gradient_of_the_input_is_the_whole_layers() -> None:
     method = LoTR(rank=2, alpha=3)
     params = moved(method.init(KEY, weights))
     p, w = method.layer_arrays(params, 0), weights[0]
-    slopes = gradient(lambda x: jnp.sum(method.apply(p, Rows(x), x @ w, weight=w)), x)
+    slopes = gradient(lambda x: jnp.sum(layer_output(method, p, Rows(x), x @ w, weight=w)), x)
     exact = np.asarray(w, np.float64) + deltas_in_float64(params, 1.5)[0]
     np.testing.assert_allclose(slopes, np.ones((4, 5)) @ exact.T, atol=2e-5)
 
@@ -202,8 +202,8 @@ def test_one_layer_is_a_lora_with_an_inner_core() -> None:
     for core in (np.eye(2, dtype=np.float32), p["core"]):
         as_lora = {"A": p["A"] @ core, "B": p["B"].T}
         np.testing.assert_allclose(
-            method.apply({**p, "core": core}, Rows(x), y, weight=weights[0]),
-            lora.apply(as_lora, Rows(x), y, weight=weights[0]),
+            layer_output(method, {**p, "core": core}, Rows(x), y, weight=weights[0]),
+            layer_output(lora, as_lora, Rows(x), y, weight=weights[0]),
             atol=2e-5,
         )
 
@@ -217,7 +217,9 @@ def test_other_bases_of_the_same_subspace_give_the_same_output() -> None:
     )
     core = np.linalg.inv(turn_in) @ p["core"] @ np.linalg.inv(turn_out).T
     turned = {"A": p["A"] @ turn_in, "core": core, "B": p["B"] @ turn_out}
-    outputs = [method.apply(q, Rows(x), x @ weights[0], weight=weights[0]) for q in (p, turned)]
+    outputs = [
+        layer_output(method, q, Rows(x), x @ weights[0], weight=weights[0]) for q in (p, turned)
+    ]
     np.testing.assert_allclose(*outputs, atol=2e-5)
 
 
@@ -267,7 +269,7 @@ def test_arrays_are_float32_on_a_bfloat16_model_and_outputs_are_not() -> None:
 
         def output(params: AdapterParams, method: Any = method) -> jax.Array:
             p = method.layer_arrays(params, 1)
-            return method.apply(p, Rows(x), times(x, weights[1]), weight=weights[1])
+            return layer_output(method, p, Rows(x), times(x, weights[1]), weight=weights[1])
 
         assert shapes_of(output, params).dtype == jnp.bfloat16
     narrow = shapes_of(LoTR(rank=2, param_dtype=jnp.bfloat16).init, KEY, weights)

@@ -12,7 +12,7 @@ import pytest
 
 import lowrank_optax as lro
 from lowrank_optax.adapters.base import parameter_count
-from lowrank_optax.adapters.lotr_groups import layer_of
+from lowrank_optax.adapters.methods.lotr import layer_of
 from lowrank_optax.models import Decoder, decoder_config
 
 nnx = pytest.importorskip("flax.nnx")

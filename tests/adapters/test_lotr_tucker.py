@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import lowrank_optax as lro
-from lowrank_optax.adapters.tucker import TuckerFactors, unfolding_vectors
+from lowrank_optax.adapters.methods.tucker import TuckerFactors, unfolding_vectors
 from tests.adapters.compiled import compiled
 
 # Few shapes and ranks, many values: each is compiled.

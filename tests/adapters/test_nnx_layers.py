@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import lowrank_optax as lro
-from lowrank_optax.adapters.nnx import placed
+from lowrank_optax.adapters.adapted_layers import spec_of
 from lowrank_optax.matrices import from_matrix, to_matrix
 from lowrank_optax.models import DecoderConfig
 from tests.adapters.nnx_models import call, randomized
@@ -103,8 +103,8 @@ def changed_weight(layer: Any) -> Any:
     change = adapter.method.alpha / adapter.method.rank * p["A"] @ p["B"]
     plain = lro.adapters.detach(nnx.clone(layer))
     kernel = kernel_of(plain)
-    spec, _ = placed(plain)
-    add = lambda w, change: from_matrix(to_matrix(w, spec) + change, spec, like=w)
+    spec = spec_of(plain).axes
+    add = lambda w, change: from_matrix(to_matrix(w, spec) + change, spec, w)
     kernel[...] = jax.jit(add)(kernel[...], change.astype(np.float32))
     return plain
 
@@ -143,7 +143,7 @@ def test_a_layer_starts_bit_for_bit_and_has_the_gradients_of_the_changed_weight(
     loss = lambda layer, x: jnp.sum(jnp.sin(layer(x)))
     slopes = lambda wrt: nnx.jit(nnx.grad(loss, argnums=(nnx.DiffState(0, wrt), 1)))
     of_plain, by_input = slopes(nnx.Param)(plain, x)
-    spec = placed(plain)[0]
+    spec = spec_of(plain).axes
     of_matrix = np.asarray(jax.jit(lambda w: to_matrix(w, spec))(of_plain["kernel"][...]))
     arrays = layer.adapters["default"].arrays
     a, b = (np.asarray(arrays[k][...], np.float64) for k in "AB")

@@ -13,7 +13,8 @@ import pytest
 
 import lowrank_optax as lro
 from lowrank_optax.adapters.base import AdapterParams, Arrays, Weights, product
-from lowrank_optax.adapters.operands import Operand, Rows
+from lowrank_optax.adapters.operands import Operand
+from tests.adapters import methods
 from tests.adapters.nnx_models import (
     Scanned,
     Unrolled,
@@ -50,11 +51,8 @@ class Moved(lro.adapters.LowRank):
     def factors(self, p: Arrays) -> tuple[jax.Array, jax.Array]:
         return p["A"], p["B"]
 
-    def before(self, p: Arrays, x: Operand, y: jax.Array) -> jax.Array:
-        return y + Rows(x @ p["A0"]) @ p["B0"]
-
-    def original(self, p: Arrays, base: jax.Array) -> jax.Array:
-        return base + product(p["A0"], p["B0"])
+    def removed_factors(self, p: Arrays) -> tuple[jax.Array, jax.Array]:
+        return p["A0"], p["B0"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,8 +67,8 @@ class Scaled(lro.adapters.LowRank):
     def factors(self, p: Arrays) -> tuple[jax.Array, jax.Array]:
         raise NotImplementedError
 
-    def apply(self, p: Arrays, x: Operand, y: jax.Array, **_: Any) -> jax.Array:
-        return y * (1 + p["s"])
+    def branch(self, p: Arrays, x: Operand, *, y: jax.Array, **_: Any) -> jax.Array:
+        return y * p["s"]
 
     def delta(self, p: Arrays, weight: jax.Array) -> jax.Array:
         return p["s"][..., None, None] * weight
@@ -83,7 +81,7 @@ def model_of(kind: str, dtype: Any = jnp.float32) -> Any:
     return {"unrolled": Unrolled, "scanned": Scanned}[kind](2, nnx.Rngs(0), dtype)
 
 
-METHODS = {"LoRA": LoRA(rank=2, alpha=3), "LoTR": lro.adapters.LoTR(rank=2), "moved": Moved(rank=1)}
+METHODS = {**methods.METHODS, "moved": Moved(rank=1)}
 
 
 @pytest.mark.slow

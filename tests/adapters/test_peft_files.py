@@ -571,6 +571,33 @@ def test_one_folder_under_two_names_is_one_function(tmp_path):
     assert_close(model(INPUTS), put(Small(), LORA, "head", "c")(INPUTS))
 
 
+def test_values_in_a_model_with_a_merged_adapter_are_not_replaced(tmp_path):
+    source = put(Small(), LORA, "mlp")
+    lro.adapters.also_train(source, "head/kernel")
+    save_peft(source, tmp_path / "a", name="a", names=SMALL)
+    model = put(Small(), LORA, "mlp", "b")
+    lro.adapters.also_train(model, "head/kernel")
+    put(model, LORA, "mlp", "c")
+    lro.adapters.merge(model, "c")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="'c' of mlp is merged into the weight: unmerge"):
+        load_peft(model, tmp_path / "a", name="a", names=SMALL)
+    assert snapshot(model) == before
+
+
+def test_values_that_were_trained_before_there_was_an_adapter_are_replaced(tmp_path):
+    source = put(Small(), LORA, "mlp", "default")
+    lro.adapters.also_train(source, "head/kernel")
+    source.head.kernel.set_value(2 * source.head.kernel[...])
+    save_peft(source, tmp_path / "a", names=SMALL)
+    model = Small()
+    lro.adapters.also_train(model, "head/kernel")
+    load_peft(model, tmp_path / "a", names=SMALL)
+    assert_close(model(INPUTS), source(INPUTS), 100)
+    lro.adapters.detach(model)
+    assert_close(model(INPUTS), Small()(INPUTS))
+
+
 @pytest.mark.parametrize("method", ["dora", "pissa"])
 def test_a_weight_with_values_of_adapters_has_no_adapter_computed_from_it(tmp_path, method):
     model = put(Small(), LORA, "mlp")

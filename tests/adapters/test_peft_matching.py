@@ -2,14 +2,7 @@
 
 import pytest
 
-from lowrank_optax.adapters.peft.config import PeftConfig
-from lowrank_optax.adapters.peft.matching import (
-    alpha_of,
-    is_saved,
-    is_target,
-    rank_of,
-    scale_of,
-)
+from lowrank_optax.adapters.peft.config import PeftConfig, is_saved
 
 Q0, Q1 = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"
 
@@ -56,7 +49,7 @@ Q0, Q1 = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"
     ],
 )
 def test_modules_are_selected_as_in_peft(name, config, expected):
-    assert is_target(name, PeftConfig(**config)) is expected
+    assert PeftConfig(**config).is_target(name) is expected
 
 
 def test_the_first_pattern_in_the_files_order_counts():
@@ -67,10 +60,10 @@ def test_the_first_pattern_in_the_files_order_counts():
         alpha_pattern={"q_proj": 3},
     )
     names = (Q0, Q1, "model.layers.0.self_attn.v_proj", "model.my_q_proj")
-    assert [rank_of(n, config) for n in names] == [4, 2, 8, 8]
-    assert [alpha_of(n, config) for n in names] == [3, 3, 16, 16]
-    assert scale_of(Q0, config) == 3 / 4
-    assert scale_of(Q0, PeftConfig(r=16, lora_alpha=2, use_rslora=True)) == 0.5
+    assert [config.rank_of(n) for n in names] == [4, 2, 8, 8]
+    assert [config.alpha_of(n) for n in names] == [3, 3, 16, 16]
+    assert config.scale_of(Q0) == 3 / 4
+    assert PeftConfig(r=16, lora_alpha=2, use_rslora=True).scale_of(Q0) == 0.5
 
 
 def test_what_is_in_modules_to_save_is_saved():

@@ -11,7 +11,7 @@ import pytest
 import lowrank_optax as lro
 from lowrank_optax.adapters.base import Arrays, parameter_count
 from lowrank_optax.adapters.operands import Lookup, Rows
-from tests.adapters.compiled import compiled, gradient, times
+from tests.adapters.compiled import compiled, gradient, layer_output, switched_off, times
 
 PiSSA = compiled(lro.adapters.PiSSA)
 KEY = jax.random.key(0)
@@ -48,7 +48,7 @@ def size_of(p: Arrays, base: np.ndarray, scale: float) -> np.ndarray:
 
 
 def output(method: Any, p: Arrays, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    return method.apply(p, Rows(x), times(x, weight), weight=weight)
+    return layer_output(method, p, Rows(x), times(x, weight), weight=weight)
 
 
 @every_scale
@@ -116,7 +116,7 @@ def test_the_converted_lora_on_the_original_weight_gives_the_same(
     np.testing.assert_allclose(method.unmerged(p, merged.weight), base, atol=1e-5)
     np.testing.assert_allclose(method.original(p, base), w[0], atol=1e-6)
     y = output(method, p, x, base)
-    before = method.before(p, Rows(x), x @ base)
+    before = switched_off(method, p, Rows(x), x @ base)
     np.testing.assert_allclose(before, x @ w[0], atol=5e-6)
     assert np.abs(y - before).max() > 0.1
 
@@ -263,7 +263,7 @@ def test_rows_of_an_embedding_are_looked_up() -> None:
     method = PiSSA(rank=2)
     params = method.init(KEY, w, embedding=True)
     p, base = method.layer_arrays(params, 0), params.base[0]
-    y = method.apply(p, Lookup(index), base[index], weight=base)
+    y = layer_output(method, p, Lookup(index), base[index], weight=base)
     np.testing.assert_allclose(y, w[0][np.asarray(index)], atol=1e-6)
 
 

@@ -9,6 +9,7 @@ import pytest
 
 import lowrank_optax as lro
 from lowrank_optax.adapters.operands import Rows
+from tests.adapters.compiled import layer_output
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -64,7 +65,9 @@ def test_the_start_is_pefts(alpha: float, rank_stabilized: bool) -> None:
         np.testing.assert_allclose(np.abs(p[name]), np.abs(theirs[name]), atol=1e-5)
     x = np.random.default_rng(0).standard_normal((5, D_IN)).astype(np.float32)
     bias = layer.base_layer.bias.detach().numpy()
-    y = method.apply(p, Rows(jnp.asarray(x)), x @ params.base[0] + bias, weight=params.base[0])
+    y = layer_output(
+        method, p, Rows(jnp.asarray(x)), x @ params.base[0] + bias, weight=params.base[0]
+    )
     np.testing.assert_allclose(y, layer(torch.tensor(x)).detach().numpy(), atol=1e-5)
     np.testing.assert_allclose(y, x @ weight + bias, atol=1e-5)
 
@@ -98,7 +101,7 @@ def test_after_training_outputs_gradients_and_merged_weights_are_pefts(
     p = {"A_0": start["A"], "B_0": start["B"]}
 
     def output(trained: dict[str, jax.Array]) -> jax.Array:
-        return method.apply(p | trained, Rows(jnp.asarray(x)), x @ base + bias, weight=base)
+        return layer_output(method, p | trained, Rows(jnp.asarray(x)), x @ base + bias, weight=base)
 
     np.testing.assert_allclose(output(now), of_peft.detach().numpy(), atol=1e-5)
     found = jax.grad(lambda trained: jnp.sum(g * output(trained)))(now)

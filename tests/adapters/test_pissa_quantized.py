@@ -140,7 +140,7 @@ def test_what_needs_the_original_weight_is_refused() -> None:
     for use, reason in (
         (lambda: method.to_lora(p), "no change of low rank"),
         (lambda: method.original(p, base), "cannot give the weight back"),
-        (lambda: method.before(p, x, x @ base), "cannot be switched off"),
+        (lambda: method.removed(p, x), "cannot be switched off"),
     ):
         with pytest.raises(TypeError, match=rf"nf4_rounds=1\) .*{reason}.*quantized"):
             use()

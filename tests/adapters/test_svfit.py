@@ -11,7 +11,7 @@ import pytest
 import lowrank_optax as lro
 from lowrank_optax.adapters.base import Arrays, parameter_count
 from lowrank_optax.adapters.operands import Rows
-from tests.adapters.compiled import compiled, gradient, times
+from tests.adapters.compiled import compiled, gradient, layer_output, times
 
 SVFit = compiled(lro.adapters.SVFit)
 KEY = jax.random.key(0)
@@ -28,7 +28,7 @@ def initial(method: Any, weights: np.ndarray) -> tuple[Any, list[Arrays]]:
 
 
 def output(method: Any, p: Arrays, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    return method.apply(p, Rows(x), times(x, weight), weight=weight)
+    return layer_output(method, p, Rows(x), times(x, weight), weight=weight)
 
 
 def residual_form(w: np.ndarray, s: np.ndarray) -> np.ndarray:
@@ -112,7 +112,7 @@ def test_turning_inputs_and_weight_together_changes_no_step() -> None:
     @jax.jit
     @jax.grad
     def slope(t: jax.Array, p: Arrays, inputs: np.ndarray, weight: np.ndarray) -> jax.Array:
-        y = method.method.apply(p | {"t": t}, Rows(inputs), inputs @ weight, weight=weight)
+        y = layer_output(method.method, p | {"t": t}, Rows(inputs), inputs @ weight, weight=weight)
         return jnp.mean((y - goal) ** 2)
 
     for inputs, weight in ((x, w), (x @ turn, turn.T @ w)):
@@ -215,8 +215,8 @@ def test_backward_keeps_the_rank_and_not_the_width_of_each_token() -> None:
     w, x = normal(0, 1, width, width), normal(1, tokens, width)
     method = SVFit(rank=rank)
     _, (p,) = initial(method, w)
-    forward = lambda t: method.method.apply(
-        p | {"t": t}, Rows(x), np.zeros((tokens, width), np.float32), weight=w[0]
+    forward = lambda t: layer_output(
+        method.method, p | {"t": t}, Rows(x), np.zeros((tokens, width), np.float32), weight=w[0]
     )
     kept = jax.eval_shape(lambda t: jax.vjp(forward, t)[1], p["t"])
     shapes = [leaf.shape for leaf in jax.tree.leaves(kept)]

@@ -12,7 +12,7 @@ import numpy as np
 import pretrain
 import pytest
 
-from lowrank_optax.schedules import GradientNoise
+from lowrank_optax.training import GradientNoise
 from tests.examples.interruptions import forget_end
 from tests.examples.logs import read_losses
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_optax.kernels import AdamScalars
-from lowrank_optax.kernels.moments import coded_shapes
+from lowrank_optax.kernels.adam import coded_shapes
 from lowrank_optax.quantization import BlockFormat, Quantized, code_map, dequantize, quantize
 from tests.quantization.tables import assert_same_codes
 
@@ -26,45 +26,25 @@ def formats_of(bits: int, block: int) -> Formats:
 
 
 class Step(NamedTuple):
-    """Arguments of `low_bit_adam`, or with a basis of `projected_adam`."""
+    """Arguments of `low_bit_adam`."""
 
     gradient: jax.Array
-    basis: jax.Array | None
     first: Any
     second: Any
     param: jax.Array | None
 
-    @property
-    def arguments(self) -> tuple[Any, ...]:
-        return tuple(self) if self.basis is not None else (self.gradient, *self[2:])
-
 
 def step_of(
-    shape: tuple[int, ...],
-    formats: Formats | None,
-    rank: int | None = None,
-    axis: int = -2,
-    dtype: Any = jnp.float32,
-    seed: int = 0,
+    shape: tuple[int, ...], formats: Formats, dtype: Any = jnp.float32, seed: int = 0
 ) -> Step:
     """A step in the middle of a run: nothing in it is zero."""
     rng = np.random.default_rng(seed)
     normal = lambda *size: rng.normal(size=size)
     array = lambda x, dtype=jnp.float32: jnp.asarray(np.asarray(x, dtype))  # compiles nothing
-    batch, basis, moment = shape[:-2], None, shape
-    if rank is not None:
-        d = shape[axis]
-        basis = array(np.linalg.qr(normal(*batch, d, rank))[0])
-        moment = (*batch, rank, shape[-1]) if axis == -2 else (*shape[:-1], rank)
-    first = array(0.1 * normal(*moment))
-    second = array(normal(*moment) ** 2 + 0.1)
-    if formats is not None:
-        largest, least = formats[1].map.largest, formats[1].map.least_positive
-        first = random_codes(moment, formats[0], rng)
-        # Over a second moment near zero the rounding of a projected gradient would count.
-        second = random_codes(moment, formats[1], rng, least if rank is None else largest // 2)
+    first = random_codes(shape, formats[0], rng)
+    second = random_codes(shape, formats[1], rng, formats[1].map.least_positive)
     gradient, param = (array(normal(*shape), dtype) for _ in range(2))
-    return Step(gradient, basis, first, second, param)
+    return Step(gradient, first, second, param)
 
 
 def random_codes(
@@ -89,34 +69,23 @@ def coded(moments: Any, formats: Formats) -> list[Quantized]:
 
 
 def expected_of(
-    step: Step, formats: Formats | None, axis: int = -2, s: AdamScalars = SCALARS
+    step: Step, formats: Formats, s: AdamScalars = SCALARS
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """The new parameter (or the update) and both moments before they are put in codes."""
     g = np.asarray(step.gradient, np.float64)
-    if step.basis is not None:
-        basis = np.asarray(step.basis, np.float64)
-        g = np.swapaxes(basis, -1, -2) @ g if axis == -2 else g @ basis
-    moments = [step.first, step.second]
-    if formats is not None:
-        moments = decoded(moments, formats, g.shape)
+    moments = decoded([step.first, step.second], formats, g.shape)
     first, second = (np.asarray(x, np.float64) for x in moments)
     first = s.b1 * first + (1 - s.b1) * g
     second = s.b2 * second + (1 - s.b2) * g * g
     update = s.scale * (first / s.correction1) / (np.sqrt(second / s.correction2) + s.eps)
-    if step.basis is not None:
-        update = basis @ update if axis == -2 else update @ np.swapaxes(basis, -1, -2)
     if step.param is None:
         return update, [first, second]
     p = np.asarray(step.param, np.float64)
     return p - s.learning_rate * (update + s.weight_decay * p), [first, second]
 
 
-def assert_moments(found: list[Any], expected: list[np.ndarray], formats: Formats | None) -> None:
-    """That moments are the expected ones, or their codes, but for ties in the last place."""
-    if formats is None:
-        for x, wanted in zip(found, expected, strict=True):
-            assert_close(x, wanted, 100)
-        return
+def assert_moments(found: list[Any], expected: list[np.ndarray], formats: Formats) -> None:
+    """That moments are the codes of the expected ones, but for ties in the last place."""
     codes = coded([np.asarray(x, np.float32) for x in expected], formats)
     for x, wanted, fmt in zip(found, codes, formats, strict=True):
         assert_same_codes(x.codes, wanted.codes, fmt.map.bits)

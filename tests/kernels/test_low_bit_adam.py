@@ -64,7 +64,7 @@ EIGHT_BITS, FOUR_BITS = (64, 256), (2, 4, 21, 128)
 
 @functools.partial(jax.jit, static_argnames=("formats", "implementation", "interpret"))
 def run_jitted(step: Step, scalars: AdamScalars, **options: Any) -> Any:
-    return low_bit_adam(*step.arguments, scalars, **options)
+    return low_bit_adam(*step, scalars, **options)
 
 
 def run(
@@ -109,7 +109,7 @@ def test_a_kernel_says_what_it_does_not_support_and_none_falls_back(
     step = step_of(shape, formats)
     with pytest.raises(NotImplementedError, match=f"{implementation}: .*{why}"):
         run(implementation, step, formats)
-    jax.eval_shape(lambda *args: low_bit_adam(*args, SCALARS, formats=formats), *step.arguments)
+    jax.eval_shape(lambda *args: low_bit_adam(*args, SCALARS, formats=formats), *step)
 
 
 @pytest.mark.parametrize("implementation", ["mosaic_tpu", "xla", "triton"])
@@ -208,7 +208,7 @@ def test_first_step_is_adams_whatever_the_codes() -> None:
     zero = lambda moment: jax.tree.map(lambda x: jnp.asarray(np.zeros_like(x)), moment)
     step = step._replace(first=zero(step.first), second=zero(step.second))
     scalars = SCALARS._replace(correction1=1 - 0.9, correction2=1 - 0.99, scale=1.0)
-    update, *_ = jax.jit(lambda x: low_bit_adam(*x, scalars, formats=formats))(step.arguments)
+    update, *_ = jax.jit(lambda x: low_bit_adam(*x, scalars, formats=formats))(step)
     np.testing.assert_allclose(update, np.sign(step.gradient), rtol=1e-3)  # eps
 
 
@@ -217,6 +217,6 @@ def test_arguments_that_do_not_agree_are_refused() -> None:
     step = step_of((8, 256), formats)
     other = step_of((8, 128), formats)
     with pytest.raises(ValueError, match="param of shape"):
-        low_bit_adam(*step._replace(param=other.param).arguments, SCALARS, formats=formats)
+        low_bit_adam(*step._replace(param=other.param), SCALARS, formats=formats)
     with pytest.raises(ValueError, match="second has codes and scales of shapes"):
-        low_bit_adam(*step._replace(second=other.second).arguments, SCALARS, formats=formats)
+        low_bit_adam(*step._replace(second=other.second), SCALARS, formats=formats)

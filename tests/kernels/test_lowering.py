@@ -10,8 +10,8 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from kernels.steps import SCALARS, formats_of
 import pytest
 
-from lowrank_optax.kernels import low_bit_adam, projected_adam
-from lowrank_optax.kernels.moments import coded_shapes
+from lowrank_optax.kernels import low_bit_adam
+from lowrank_optax.kernels.adam import coded_shapes
 from lowrank_optax.quantization import Quantized
 
 TRITON = export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
@@ -37,19 +37,6 @@ def low_bit(shape: tuple[int, ...], bits: int, implementation: Any) -> tuple[Cal
     return step, (struct(shape), *coded(shape, formats), struct(shape))
 
 
-def projected(axis: int, bits: int, implementation: Any) -> tuple[Callable, Any]:
-    formats = None if bits == 32 else formats_of(bits, 128)
-    shape = (2, 128, 384) if axis == -2 else (2, 384, 128)
-    moment = (2, 128, 384) if axis == -2 else (2, 384, 128)
-    moments = [struct(moment)] * 2 if formats is None else coded(moment, formats)
-
-    def step(g, basis, m, v, p):
-        options = {"axis": axis, "formats": formats, "implementation": implementation}
-        return projected_adam(g, basis, m, v, p, SCALARS, **options)
-
-    return step, (struct(shape, jnp.bfloat16), struct((2, 128, 128)), *moments, struct(shape))
-
-
 def has_kernel(exported: export.Exported) -> bool:
     text = exported.mlir_module()
     return "tpu_custom_call" in text or "triton" in text
@@ -68,14 +55,6 @@ def test_low_bit_adam_lowers_for_tpus(shape: Any, bits: int, implementation: Any
         return
     exported = export.export(jax.jit(step), platforms=["tpu"])(*arguments)
     assert has_kernel(exported) != refused
-
-
-@pytest.mark.combinations(1)
-@pytest.mark.parametrize("bits", [32, 8, 4])
-@pytest.mark.parametrize("axis", [-2, -1])
-def test_projected_adam_lowers_for_tpus(axis: int, bits: int) -> None:
-    step, arguments = projected(axis, bits, None)
-    assert has_kernel(export.export(jax.jit(step), platforms=["tpu"])(*arguments))
 
 
 @pytest.mark.combinations(1)

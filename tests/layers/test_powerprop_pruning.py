@@ -159,5 +159,5 @@ def test_bad_arguments_are_refused() -> None:
     )
     with pytest.raises(ValueError, match=r"mask of 'up/kernel' has the shape \(2, 2\)"):
         tx("up").init(PARAMS)
-    with pytest.raises(ValueError, match="'side/kernel', which is no parameter"):
+    with pytest.raises(ValueError, match="'side/kernel', which is not a parameter"):
         tx("side").init(PARAMS)

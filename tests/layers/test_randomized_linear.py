@@ -281,10 +281,10 @@ def test_forward_mode_says_that_it_does_not_exist() -> None:
         ({"fraction": 1.5}, "at most 1"),
         ({"fraction": float("nan")}, "fraction=nan"),
         ({"fraction": True}, "fraction=True"),
-        ({"size": 0}, "size=0 must be an integer, 1 at least"),
+        ({"size": 0}, "size=0 must be an integer of at least 1"),
         ({"size": 2.5}, "size=2.5"),
         ({"size": 2, "min_size": 0}, "min_size=0"),
-        ({"size": 2, "min_size": 5, "max_size": 4}, "max_size=4 must be min_size=5"),
+        ({"size": 2, "min_size": 5, "max_size": 4}, "max_size=4 must be at least min_size=5"),
     ],
 )
 def test_bad_sketches_are_refused(options: dict[str, Any], message: str) -> None:
@@ -307,7 +307,7 @@ def test_bad_arguments_are_refused() -> None:
     call = lambda *args, **options: randomized_linear(
         *args, **{"key": KEY, "sketch": Sketch(size=2)} | options
     )
-    with pytest.raises(TypeError, match=r"sketch=0\.1 must be a Sketch"):
+    with pytest.raises(TypeError, match=r"sketch=0\.1 must be a lro\.layers\.Sketch"):
         call(x, kernel, sketch=0.1)
     with pytest.raises(ValueError, match=r"x \(4, 6\) and kernel \(5, 6\)"):
         call(x, kernel.T)

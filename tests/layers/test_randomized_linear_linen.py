@@ -20,6 +20,7 @@ X = np.random.default_rng(0).standard_normal((2, 8, 3), np.float32)
 T = np.random.default_rng(1).standard_normal((2, 8, 4), np.float32)
 QUARTER = Sketch("rows", fraction=0.25)
 Dense = lro.layers.linen.RandomizedDense
+Randomized = lro.layers.linen.Randomized
 
 
 @functools.partial(jax.jit, static_argnames=("module", "deterministic"))
@@ -162,3 +163,97 @@ def test_a_flax_layer_that_multiplies_by_other_means_is_refused(
     monkeypatch.setattr(nn.Dense, "__call__", lambda layer, x: x @ kernel)
     with pytest.raises(RuntimeError, match="called its attribute dot_general 0 times"):
         module.apply(variables, X, rngs={"sketch": jax.random.key(0)})
+
+
+class Stack(nn.Module):
+    """Two layers and a head, made of one class or the other."""
+
+    dense: Any = nn.Dense
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = jnp.tanh(self.dense(5, name="up")(x))
+        return nn.Dense(4, name="lm_head")(self.dense(4, name="down")(x))
+
+
+def test_a_module_that_is_intercepted_is_one_made_of_randomized_layers() -> None:
+    layers = Stack(functools.partial(Dense, sketch=QUARTER))
+    variables = initial(Stack())
+    for sketch in (QUARTER, {"up|down": QUARTER}):
+        module = Randomized(Stack(), sketch)
+        for seed in (None, 1):
+            found = gradients(module, variables, seed)
+            jax.tree.map(assert_close, found, gradients(layers, variables, seed))
+    some = gradients(Randomized(Stack(), {"up": QUARTER}), variables, 1)
+    expected = gradients(Stack(), variables, None)
+    assert_close(some["down"]["kernel"], expected["down"]["kernel"])
+    assert not np.allclose(some["up"]["kernel"], expected["up"]["kernel"])
+
+
+def test_an_intercepted_module_with_adapters_has_both() -> None:
+    adapted = lro.adapters.linen.Adapted(Stack(), lro.adapters.LoRA(rank=1), "up")
+    variables = jax.tree.map(lambda a: a + 0.1, adapted.init(jax.random.key(0), X))
+    with_key = {"rngs": {"sketch": jax.random.key(1)}}
+    expected = adapted.apply(variables, X)
+    assert_close(Randomized(adapted, QUARTER).apply(variables, X, **with_key), expected)
+
+
+class Inner(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nn.Dense(4, name="up")(x)
+
+
+Compiled = nn.jit(Inner)
+
+
+def test_intercepted_layers_of_a_module_that_is_compiled_already() -> None:
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return Compiled(name="inner")(x)
+
+    variables = Outer().init(jax.random.key(0), X)
+    slope = lambda module: jax.grad(
+        lambda v: jnp.sum(module.apply(v, X, rngs={"sketch": jax.random.key(1)}) ** 2)
+    )(variables)["params"]["inner"]["up"]["kernel"]
+    exact = slope(Outer())
+    assert not np.allclose(slope(Randomized(Outer(), QUARTER)), exact)
+    np.testing.assert_array_equal(slope(Outer()), exact)
+
+
+def test_intercepted_layers_that_would_not_be_sketched_are_refused() -> None:
+    variables = initial(Stack())
+    with pytest.raises(ValueError, match=r"sketch='query' matches no nn\.Dense layer; near"):
+        gradients(Randomized(Stack(), {"up": QUARTER, "query": QUARTER}), variables, 1)
+    with pytest.raises(TypeError, match=r"must be a lro\.layers\.Sketch"):
+        Randomized(Stack(), 0.1)  # type: ignore[arg-type]
+    own = lambda *args, **kwargs: jax.lax.dot_general(*args, **kwargs)
+    module = Randomized(nn.Dense(4, dot_general=own), {"": QUARTER})
+    with pytest.raises(ValueError, match="dot_general="):
+        gradients(module, initial(nn.Dense(4)), 1)
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_intercepted_layers_of_a_scan_need_its_stream(split: bool) -> None:
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+            return nn.Dense(3, name="up")(x), None
+
+    split_rngs = {"params": True, "sketch": True} if split else {"params": True}
+    scan = nn.scan(Layer, variable_axes={"params": 0}, split_rngs=split_rngs, length=2)()
+    variables = scan.init(jax.random.key(0), X, None)
+    rngs = {"sketch": jax.random.key(1)}
+    module = Randomized(scan, {"up": QUARTER})
+
+    def gradient(module: Any) -> jax.Array:
+        loss = lambda v: jnp.sum(module.apply(v, X, None, rngs=rngs)[0] ** 2)
+        return jax.grad(loss)(variables)["params"]["up"]["kernel"]
+
+    if split:
+        pairs = zip(gradient(module), gradient(scan), strict=True)
+        assert not any(np.allclose(found, exact) for found, exact in pairs)
+    else:
+        with pytest.raises(ValueError, match="up gets no key: give the scan"):
+            gradient(module)

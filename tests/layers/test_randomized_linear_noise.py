@@ -219,5 +219,5 @@ def test_bad_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="no noise was measured"):
         choose_sketches(model)
     noise = sketch_noise(model, loss, X, T)
-    with pytest.raises(ValueError, match="'up', which is no randomized layer"):
+    with pytest.raises(ValueError, match="'up', which is not a randomized layer"):
         choose_sketches(net({"down": Sketch("rows", size=3)}), {"up": noise["up"]})

@@ -19,9 +19,12 @@ from lowrank_optax.layers import (
     minibatch_variance,
     randomized_linear,
 )
-from lowrank_optax.layers.randomized.chosen_rows import row_chances
-from lowrank_optax.layers.randomized.sketch import SketchKind
-from lowrank_optax.layers.randomized.transforms import cosine_transform, hadamard_transform
+from lowrank_optax.layers.randomized.sketch import (
+    SketchKind,
+    cosine_transform,
+    hadamard_transform,
+    row_chances,
+)
 
 KINDS = get_args(SketchKind)
 WORKED_X = np.array([[1.0, 0], [0, 2], [1, 1], [2, -1]])

@@ -291,7 +291,8 @@ def test_matrices_work_where_flax_cannot_be_imported() -> None:
 import sys
 sys.modules["flax"] = None
 import jax.numpy as jnp, optax
-from lowrank_optax.matrices import selection_table, weight_dimension_numbers
+from lowrank_optax.matrices import weight_dimension_numbers
+from lowrank_optax.modules.selection_table import selection_table
 params = {"up": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
 specs = weight_dimension_numbers(params, exclude="bias")
 print(selection_table(params, specs, optax.adam(1e-3)).rows[1].view, "flax.nnx" in sys.modules)

@@ -59,14 +59,14 @@ class Case:
         self.project = jax.jit(lambda basis, g: rule.project(basis, g, view))
         self.lift = jax.jit(lambda basis, x: rule.lift(basis, x, view))
         self.turn = jax.jit(
-            lambda old, new, x, squared=False: rule.turn(old, new, x, view, squared),
+            lambda old, new, x, squared=False: rule.rotate(old, new, x, view, squared),
             static_argnums=3,
         )
         self._found = jax.jit(lambda key, g: rule.refresh(key, g, rule.init(view), None, view))
         self._dense = jax.jit(self._lifted_identity)
         self._first = jax.jit(self._refreshed)
         self._turned = jax.jit(
-            lambda old, new, x: {s: rule.turn(old, new, x, view, s) for s in (False, True)}
+            lambda old, new, x: {s: rule.rotate(old, new, x, view, s) for s in (False, True)}
         )
 
     def found(self, matrix: jax.Array, seed: int = 0) -> Any:

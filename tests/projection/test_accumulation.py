@@ -41,7 +41,7 @@ def test_it_is_projecting_the_mean_gradient_while_the_basis_stays(
         lro.subspaces.fixed(BASIS),
         side="rows",
         on_refresh=on_refresh,
-        others=others,
+        non_matrix_transform=others,
         accumulate_steps=steps,
     )
     accumulated = run(make(MICRO), _start(), _gradients())
@@ -113,7 +113,7 @@ def test_accumulated_bfloat16_gradients_are_summed_in_float32() -> None:
 
 @pytest.mark.parametrize("residual", ["fira", "gradient_scaling", "error_feedback", "raw", "sign"])
 def test_a_residual_rule_that_needs_whole_gradients_is_refused(residual: Any) -> None:
-    with pytest.raises(ValueError, match=r"accumulate_steps=2 keeps projected gradients only"):
+    with pytest.raises(ValueError, match=r"accumulate_steps=2 adds up projected gradients"):
         lro.scale_by_projection(
             optax.identity(), lro.subspaces.svd(2), residual=residual, accumulate_steps=2
         )

@@ -82,7 +82,7 @@ def test_moments_of_many_optimizers_can_be_rotated(name: str) -> None:
     params, gradients = _params(), _with_bias(normal_gradients(SHAPE, 3))
     others = optax.adam(0.1)
     kept, rotated = (
-        _projected(INNER[name](), on_refresh=how, refresh_every=2, others=others)
+        _projected(INNER[name](), on_refresh=how, refresh_every=2, non_matrix_transform=others)
         for how in ("keep", "rotate_moments")
     )
     one, other = (run(tx, params, gradients)[-1][0] for tx in (kept, rotated))
@@ -92,7 +92,7 @@ def test_moments_of_many_optimizers_can_be_rotated(name: str) -> None:
 @EVERY_INNER
 def test_any_optimizer_can_be_reset(name: str) -> None:
     params, gradients = _params(), _with_bias(normal_gradients(SHAPE, 3))
-    options = {"refresh_every": 2, "others": optax.adam(0.1)}
+    options = {"refresh_every": 2, "non_matrix_transform": optax.adam(0.1)}
     tx = _projected(INNER[name](), on_refresh="reset", **options)
     (_, _), (middle, _), (last, _) = run(tx, params, gradients)
     again = run(tx, middle, gradients[2:])[-1][0]
@@ -103,7 +103,7 @@ def test_any_optimizer_can_be_reset(name: str) -> None:
 def test_other_leaves_get_the_transformation_given_for_them(on_refresh: Any) -> None:
     params, gradients = _params(), _with_bias(normal_gradients(SHAPE, 3))
     options = {"scale": 0.5, "on_refresh": on_refresh}
-    tx = _projected(optax.scale_by_adam(), others=optax.adamw(0.3), **options)
+    tx = _projected(optax.scale_by_adam(), non_matrix_transform=optax.adamw(0.3), **options)
     alone = _projected(optax.scale_by_adam(), **options)
     seen, kernel = (run(t, params, gradients)[-1][0] for t in (tx, alone))
     bias = run(optax.adamw(0.3), params, gradients)[-1][0]["bias"]
@@ -113,17 +113,17 @@ def test_other_leaves_get_the_transformation_given_for_them(on_refresh: Any) -> 
 
 def test_the_state_of_other_leaves_is_theirs_alone() -> None:
     params = _params()
-    state = _projected(optax.scale_by_adam(), others=optax.trace(0.9)).init(params)
+    state = _projected(optax.scale_by_adam(), non_matrix_transform=optax.trace(0.9)).init(params)
     assert isinstance(state.inner.mu["bias"], optax.MaskedNode)
-    assert isinstance(state.others.trace["kernel"], optax.MaskedNode)
+    assert isinstance(state.non_matrix_transform.trace["kernel"], optax.MaskedNode)
     assert state.inner.mu["kernel"].shape == (4, 12)
-    assert state.others.trace["bias"].shape == (12,)
+    assert state.non_matrix_transform.trace["bias"].shape == (12,)
 
 
-def test_an_optimizer_whose_state_differs_from_leaf_to_leaf_needs_others() -> None:
+def test_an_optimizer_whose_state_differs_from_leaf_to_leaf_needs_another_for_the_rest() -> None:
     params = _params()
     tx = _projected(optax.contrib.muon(0.1), on_refresh="reset")
-    with pytest.raises(ValueError, match="give others="):
+    with pytest.raises(ValueError, match="give non_matrix_transform="):
         tx.init(params)
 
 
@@ -174,7 +174,7 @@ def test_other_leaves_have_their_own_transformation_whatever_becomes_of_the_mome
         lro.subspaces.svd(2),
         on_refresh=on_refresh,
         refresh_every=2,
-        others=optax.scale(3.0),
+        non_matrix_transform=optax.scale(3.0),
     )
     state = tx.init(params)
     for _ in range(3):

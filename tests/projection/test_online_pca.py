@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import lowrank_optax as lro
-from lowrank_optax.projection.subspaces.online_pca import pca_gradient
+from lowrank_optax.projection.subspaces.following import pca_gradient
 from tests.projection.rules import AXES, Case, decaying, normal
 from tests.projection.runs import first, run
 

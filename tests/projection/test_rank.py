@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import lowrank_optax as lro
-from lowrank_optax.projection.rank import check_rank, resolve_rank
+from lowrank_optax.projection.view import check_rank, resolve_rank
 
 SHAPE = (12, 64, 256)
 

@@ -17,7 +17,7 @@ STACKED = lro.View((2, 4, 8), -2, 2)
 
 def _due(rule: lro.refresh.RefreshRule, phase: float, steps: int) -> list[int]:
     """The counts at which a leaf of this phase is refreshed."""
-    found, due, statistics = [], rule.first_due(phase), rule.init(VIEW)
+    found, due, statistics = [], rule.first_refresh(phase), rule.init(VIEW)
     for count in range(steps):
         if count >= int(due):
             found.append(count)

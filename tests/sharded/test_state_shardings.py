@@ -260,7 +260,7 @@ def refused(mesh: Mesh) -> dict[str, tuple[Any, type[Exception], str]]:
             ValueError,
             r"'layers'.*\(2, 8, 16\)",
         ),
-        "a leaf missing": ({"wide": good["wide"]}, ValueError, "tree like params"),
+        "a leaf missing": ({"wide": good["wide"]}, ValueError, "structure of params"),
     }
 
 

@@ -1,7 +1,6 @@
 """What would come out otherwise in slices runs whole, whatever hides it."""
 
 from collections.abc import Callable
-import types
 from typing import Any
 
 from close import assert_close
@@ -14,7 +13,6 @@ import pytest
 
 import lowrank_optax as lro
 from lowrank_optax.slices import CannotCutError
-from lowrank_optax.slices.programs import scan_operands
 
 SMALL = {"min_size": 100, "block_size": 32}
 SHAPES = {"embed": (130, 16), "up": (6, 16, 32), "down": (6, 32, 16), "bias": (7,)}
@@ -386,16 +384,3 @@ def test_outside_of_jit_leaves_are_whole(monkeypatch: pytest.MonkeyPatch) -> Non
     tx.update(params, tx.init(params), params)
     with pytest.raises(AssertionError, match="cut"):
         jax.eval_shape(tx.update, params, tx.init(params), params)
-
-
-def test_the_operands_of_a_scan_are_counted() -> None:
-    def turn(carry: Any, x: jax.Array) -> Any:
-        return {"a": carry["a"] + x, "b": carry["b"] * x * weight}, carry["a"]
-
-    weight = jnp.ones(3)
-    carry = {"a": jnp.zeros(3), "b": jnp.ones(3)}
-    (scan,) = jax.make_jaxpr(lambda *args: jax.lax.scan(turn, *args))(carry, jnp.ones((4, 3))).eqns
-    assert sum(scan_operands(scan)) == len(scan.invars) - 1
-    assert scan_operands(scan)[1] == 2
-    with pytest.raises(NotImplementedError, match="what a scan carries; its parameters are new"):
-        scan_operands(types.SimpleNamespace(params={"new": 1}, invars=[]))

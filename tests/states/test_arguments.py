@@ -35,5 +35,5 @@ def test_what_is_no_transformation_is_refused(name: str) -> None:
 def test_other_arguments_are_named() -> None:
     with pytest.raises(TypeError, match=r"^optimizer=3 must be an optax transformation"):
         lro.subspaces.online_pca(2, 3)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"^others=3 must be an optax transformation"):
-        lro.scale_by_projection(optax.identity(), lro.subspaces.svd(2), others=3)  # type: ignore
+    with pytest.raises(TypeError, match=r"^non_matrix_transform=3 must be an optax transformation"):
+        lro.scale_by_projection(optax.identity(), lro.subspaces.svd(2), non_matrix_transform=3)  # type: ignore

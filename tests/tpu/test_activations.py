@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from lowrank_optax.activations import few_bit, kept_for_backward
+from lowrank_optax.activations import few_bit
 from lowrank_optax.layers import Sketch, randomized_linear
 from lowrank_optax.models import Decoder, decoder_config
+from lowrank_optax.planning import saved_residuals
 
 pytestmark = pytest.mark.slow
 
@@ -55,7 +56,7 @@ def mlp_bytes(
     a, b = {"a": of(LAYERS, WIDTH, HIDDEN)}, {"b": of(LAYERS, HIDDEN, WIDTH)}
     given = (a, b) if frozen else (a | b, {})
     loss = mlp_loss(activation, sketch)
-    report = kept_for_backward(loss, *given, of(TOKENS, WIDTH), compiled=False)
+    report = saved_residuals(loss, *given, of(TOKENS, WIDTH), compiled=False)
     compiled = compile_for("v5e", jax.grad(loss), *given, of(TOKENS, WIDTH))
     return report.total_bytes, compiled.memory_analysis().temp_size_in_bytes
 
@@ -95,7 +96,7 @@ def test_a_decoder_saves_what_is_counted(compile_for: Callable[..., Any]) -> Non
     for bits in (None, 4):
         types = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16, "activation_bits": bits}
         model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), **types))  # noqa: B023
-        kept[bits] = kept_for_backward(decoder_loss, model, tokens, compiled=False).total_bytes
+        kept[bits] = saved_residuals(decoder_loss, model, tokens, compiled=False).total_bytes
         graphdef, params = nnx.split(model)
         gradient = jax.grad(lambda p, t: decoder_loss(nnx.merge(graphdef, p), t))  # noqa: B023
         compiled = compile_for("v5e", gradient, nnx.as_pure(params), tokens)

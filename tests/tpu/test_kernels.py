@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from kernels.steps import SCALARS, formats_of
 import pytest
 
-from lowrank_optax.kernels import low_bit_adam, projected_adam
-from lowrank_optax.kernels.moments import coded_shapes
+from lowrank_optax.kernels import low_bit_adam
+from lowrank_optax.kernels.adam import coded_shapes
 from lowrank_optax.quantization import Quantized
 
 pytestmark = pytest.mark.slow
@@ -29,7 +29,7 @@ def _nbytes(tree: Any) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def _assert_in_one_pass(compiled: Any, donated: Any, given: Any, times: float = 3) -> None:
+def _assert_in_one_pass(compiled: Any, donated: Any, given: Any) -> None:
     """In place, no temporaries to speak of, and few bytes moved beside each operand once.
 
     At these sizes those are scales in padded rows, and what is fetched to faster memory.
@@ -38,7 +38,7 @@ def _assert_in_one_pass(compiled: Any, donated: Any, given: Any, times: float = 
     assert "tpu_custom_call" in compiled.as_text()
     assert memory.alias_size_in_bytes >= _nbytes(donated)
     assert memory.temp_size_in_bytes < 0.5 * _nbytes(donated)
-    assert moved < times * (_nbytes(given) + 2 * _nbytes(donated))
+    assert moved < 3 * (_nbytes(given) + 2 * _nbytes(donated))
 
 
 @pytest.mark.parametrize(
@@ -59,28 +59,3 @@ def test_low_bit_adam_is_one_pass_in_place(
     arguments = (gradient, *moments, gradient, SCALAR_STRUCTS)
     compiled = compile_for(chip, step, *arguments, donate_argnums=(1, 2, 3))
     _assert_in_one_pass(compiled, (moments, gradient), gradient)
-
-
-@pytest.mark.parametrize("bits", [32, 8, 4])
-@pytest.mark.parametrize("axis", [-2, -1])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_projected_adam_is_one_pass_in_place(
-    compile_for: Callable[..., Any], chip: str, bits: int, axis: int, dtype: Any
-) -> None:
-    formats = None if bits == 32 else formats_of(bits, 128)
-    shape, moment = (2, 512, 1024), (2, 128, 1024)
-    if axis == -1:
-        shape, moment = (2, 1024, 512), (2, 1024, 128)
-    step = lambda *args: projected_adam(*args, axis=axis, formats=formats)
-    gradient, basis = _struct(shape, dtype), _struct((2, 512, 128))
-    moments = [_struct(moment)] * 2 if formats is None else _coded(moment, formats)
-    arguments = (gradient, basis, *moments, gradient, SCALAR_STRUCTS)
-    compiled = compile_for(chip, step, *arguments, donate_argnums=(2, 3, 4))
-    _assert_in_one_pass(compiled, (moments, gradient), (gradient, basis))
-
-
-def test_a_matrix_stored_by_columns_is_not_copied(compile_for: Callable[..., Any]) -> None:
-    gradient, moment = _struct((512, 1100)), _struct((128, 1100))
-    arguments = (gradient, _struct((512, 128)), moment, moment, gradient, SCALAR_STRUCTS)
-    compiled = compile_for("v5e", projected_adam, *arguments, donate_argnums=(2, 3, 4))
-    _assert_in_one_pass(compiled, arguments[2:5], arguments[:2], times=1.15)

@@ -32,7 +32,7 @@ def test_no_optimizer_moves_more_bytes_than_it_has_to(compile_for: Any) -> None:
     """The compiler counts 9 arrays for AdamW, which reads 4 and writes 3; so for the others."""
     monitored = optax.chain(
         optax.adamw(RATE),
-        lro.schedules.monitor_weight_decay(learning_rate=RATE, weight_decay=1e-4),
+        lro.training.monitor_weight_decay(learning_rate=RATE, weight_decay=1e-4),
     )
     optimizers = {
         "nag_gs": (lro.nag_gs(RATE), 7),
@@ -40,7 +40,7 @@ def test_no_optimizer_moves_more_bytes_than_it_has_to(compile_for: Any) -> None:
         "grams": (lro.grams(RATE), 9),
         "with_gradient_direction(adamw)": (lro.with_gradient_direction(optax.adamw(RATE)), 9),
         "powerprop_updates(adamw)": (lro.layers.powerprop_updates(optax.adamw(RATE), 2.0), 9),
-        "one_cycle(adamw)": (lro.schedules.one_cycle(optax.adamw, 1000, RATE), 9),
+        "one_cycle(adamw)": (lro.training.one_cycle(optax.adamw, 1000, RATE), 9),
         "extrapolate(adamw)": (lro.extrapolate(optax.adamw(RATE), RATE), 11),
         "cautious_adamw, not rescaled": (lro.cautious_adamw(RATE, scale="none"), 9),
         # The share of elements that is kept must be known before the first of them moves.

@@ -1,8 +1,8 @@
 """Adapter folders of Hugging Face PEFT: what is in them, how a Flax model reads and writes them.
 
-`config` and `matching` are the JSON file and what it selects, `layouts` the tensors of a layer,
-`folders` the files; `module_names` finds a model's layers by their PyTorch names, `saving` and
-`loading` join the two. `conversion` works on folders alone, without a model.
+`config` is the JSON file and what it selects, `tensors` the other file and the layout of a layer,
+`checking` compares both with a base, which is a Flax model (`module_names`) or files
+(`base_files`). `loading`, `saving` and `conversion` are what a user calls.
 """
 
 __all__: list[str] = []  # its names are used by the files above it, or exported there

@@ -1,72 +1,64 @@
 """The modules of a base model, or of an adapter alone, as its files show them."""
 
 from collections.abc import Mapping
+import math
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from lowrank_optax.adapters.peft.layouts import Layout
-
-Shapes = Mapping[str, tuple[int, ...]]
+from lowrank_optax.adapters.peft.tensors import Layout, Shapes, Tied
+from lowrank_optax.storage.fields import (
+    BOOLEAN,
+    NULL,
+    OBJECT,
+    POSITIVE_INTEGER,
+    TEXT,
+    list_of,
+    wrong_fields,
+)
+from lowrank_optax.storage.safetensors_files import TensorReader
 
 # Types of models in whose layers transformers' Conv1D stores weights as [in, out]; their heads are
 # Linear.
 _CONV1D_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+# Last names of embeddings and of heads.
+_TABLES = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in", "shared")
+_HEADS = ("lm_head", "embed_out", "output", "decoder")
+# Parts of the names of architectures that predict tokens.
+_PREDICTING = (
+    "ForCausalLM", "LMHead", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining",
+)  # fmt: skip
+_KINDS = {
+    "architectures": list_of(TEXT) | NULL,
+    "model_type": TEXT | NULL,
+    "text_config": OBJECT | NULL,
+    "tie_word_embeddings": BOOLEAN | NULL,
+    "vocab_size": POSITIVE_INTEGER | NULL,
+}
 
 
 class FileModule(NamedTuple):
     """A module as files show it.
 
     Attributes:
-      parameters: Shapes of its own tensors: ``weight``, ``bias``, ....
-      adapter: Shapes of the tensors that an adapter has for it.
-      inputs_first: Whether the weight may be stored as [in, out]; its shape decides, unless it is
-        square.
+      shapes: Shapes of its own tensors: ``weight``, ``bias``, ....
+      layout: Layout of its weight; None if it is not a layer.
     """
 
-    parameters: Shapes
-    adapter: Shapes
-    inputs_first: bool = False
+    shapes: Shapes
+    layout: Layout | None
 
     @property
     def is_layer(self) -> bool:
         """Whether adapters can be attached to it."""
-        return 2 <= len(self.parameters.get("weight", ())) <= 5
-
-    def shapes(self) -> Shapes:
-        """PyTorch's shapes of its parameters."""
-        return self.parameters
-
-    def layout(self) -> Layout | None:
-        """How its weight lies; None if it is no layer that adapters can be attached to."""
-        if not self.is_layer:
-            return None
-        shape = self.parameters["weight"]
-        if len(shape) > 2:
-            return Layout("convolution", int(np.prod(shape[1:])), shape[0], shape[2:])
-        outputs, inputs = shape
-        if "lora_embedding_A" in self.adapter:
-            return Layout("embedding", outputs, inputs)
-        if self.inputs_first and self._outputs() in (None, inputs):
-            return Layout("linear", outputs, inputs, inputs_first=True)
-        return Layout("linear", inputs, outputs)
-
-    def _outputs(self) -> int | None:
-        shape = self.adapter.get("lora_B.weight")
-        return shape[0] if shape else None
+        return self.layout is not None
 
 
 def modules_of_base(
     shapes: Shapes, adapter: Mapping[str, Shapes], config: Mapping[str, Any], fan_in_fan_out: bool
 ) -> dict[str, FileModule]:
-    """The modules of a base model by name.
+    """The modules of a base model by name, from the shapes of its tensors and of an adapter's.
 
-    Args:
-      shapes: Shapes of its tensors.
-      adapter: Shapes of an adapter's tensors, by module and what follows its name.
-      config: Fields of its config.json; the model_type decides how weights are stored.
-      fan_in_fan_out: The field of the adapter's configuration, used where there is no model_type
-        or it is that of a custom program (auto_map). PEFT ignores the field in a Linear.
+    The model_type in its config.json decides how weights are stored, and ``fan_in_fan_out`` where
+    there is none or it is that of a custom program (auto_map). PEFT ignores the field in a Linear.
     """
     own: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, shape in shapes.items():
@@ -74,10 +66,27 @@ def modules_of_base(
         own.setdefault(module, {})[parameter] = shape
     return {
         module: FileModule(
-            of, adapter.get(module, {}), _may_be_conv1d(module, config, fan_in_fan_out)
+            of,
+            _layout(of, adapter.get(module, {}), _may_be_conv1d(module, config, fan_in_fan_out)),
         )
         for module, of in own.items()
     }
+
+
+def _layout(shapes: Shapes, adapter: Shapes, inputs_first: bool) -> Layout | None:
+    """The layout of a weight, [in, out] if ``inputs_first`` and the adapter's shape allows it."""
+    weight = shapes.get("weight", ())
+    if not 2 <= len(weight) <= 5:
+        return None
+    if len(weight) > 2:
+        return Layout("convolution", math.prod(weight[1:]), weight[0], weight[2:])
+    outputs, inputs = weight
+    if "lora_embedding_A" in adapter:
+        return Layout("embedding", outputs, inputs)
+    adapted_outputs = (adapter.get("lora_B.weight") or (inputs,))[0]
+    if inputs_first and adapted_outputs == inputs:
+        return Layout("linear", outputs, inputs, inputs_first=True)
+    return Layout("linear", inputs, outputs)
 
 
 def _may_be_conv1d(module: str, config: Mapping[str, Any], fan_in_fan_out: bool) -> bool:
@@ -87,33 +96,69 @@ def _may_be_conv1d(module: str, config: Mapping[str, Any], fan_in_fan_out: bool)
     part = config.get(module.partition(".")[0])  # of a model made of two
     kind = part.get("model_type") if isinstance(part, Mapping) else None
     kind = kind or config.get("model_type")
-    if kind is None or "auto_map" in config:  # nobody knows, or a program of the model's own
+    if kind is None or "auto_map" in config:
         return fan_in_fan_out
     return kind in _CONV1D_TYPES
 
 
 def modules_of_adapter(adapter: Mapping[str, Shapes]) -> dict[str, FileModule]:
-    """The modules that an adapter's tensors ask for, where there is no base to compare with.
-
-    Raises:
-      ValueError: If one has tensors of an adapter, but not both of its factors.
-    """
-    return {module: _module_of(module, shapes) for module, shapes in adapter.items()}
-
-
-def _module_of(module: str, shapes: Shapes) -> FileModule:
-    if not any(name.startswith("lora_") for name in shapes):
-        return FileModule(shapes, {})
-    names = ("lora_embedding_A", "lora_embedding_B")
-    if "lora_embedding_A" not in shapes:
+    """The modules that an adapter's tensors require, where there is no base to compare with."""
+    modules = {}
+    for module, shapes in adapter.items():
+        if not any(name.startswith("lora_") for name in shapes):
+            modules[module] = FileModule(shapes, _layout(shapes, {}, False))
+            continue
         names = ("lora_A.weight", "lora_B.weight")
-    a, b = (shapes.get(name, ()) for name in names)
-    if len(a) < 2 or len(b) < 2:
-        raise ValueError(
-            f"the adapter of {module} has {', '.join(sorted(shapes))}, and not both of its factors "
-            f"{' and '.join(names)}."
-        )
-    parameters = {"weight": (a[1], b[0]) if "embedding" in names[0] else (b[0], *a[1:])}
-    if "base_layer.bias" in shapes:
-        parameters["bias"] = (b[0],)
-    return FileModule(parameters, shapes)
+        if "lora_embedding_A" in shapes:
+            names = ("lora_embedding_A", "lora_embedding_B")
+        a, b = (shapes.get(name, ()) for name in names)
+        if len(a) < 2 or len(b) < 2:
+            raise ValueError(
+                f"the adapter of {module} has {', '.join(sorted(shapes))}, and not both of its "
+                f"factors {' and '.join(names)}."
+            )
+        own = {"weight": (a[1], b[0]) if "lora_embedding_A" in shapes else (b[0], *a[1:])}
+        if "base_layer.bias" in shapes:
+            own["bias"] = (b[0],)
+        modules[module] = FileModule(own, _layout(own, shapes, False))
+    return modules
+
+
+def tied_in_files(config: Mapping[str, Any], reader: TensorReader) -> Tied | None:
+    """The tied modules of a model's folder.
+
+    A configuration that leaves `tie_word_embeddings` out has its type's default, which for most is
+    true. So only one that says false, or a head with values of its own, shows that they are not
+    tied; another table with as many rows, such as GPT-2's of positions, does not.
+    """
+    text = config.get("text_config")
+    wrong = wrong_fields(config, _KINDS) or wrong_fields(text or {}, _KINDS)
+    if wrong:
+        raise ValueError(f"config.json of the base: {'; '.join(wrong)}.")
+    both = [config, text or {}]
+    said = [c["tie_word_embeddings"] for c in both if c.get("tie_word_embeddings") is not None]
+    rows = next((c["vocab_size"] for c in both if c.get("vocab_size")), None)
+    architectures = config.get("architectures") or ["ForCausalLM"]
+    has_head = any(kind in name for name in architectures for kind in _PREDICTING)
+    if (said and not said[0]) or not has_head:
+        return None
+    tables = {
+        name.removesuffix(".weight"): shape
+        for name, shape in reader.shapes.items()
+        if name.endswith(".weight")
+        and len(shape) == 2
+        and not any(part.isdigit() for part in name.split("."))  # not of a layer
+    }
+    last = lambda name: name.rpartition(".")[2]
+    heads = [name for name in tables if last(name) in _HEADS]
+    others = [name for name in tables if name not in heads]
+    named = [name for name in others if last(name) in _TABLES]
+    embeddings = named or [name for name in others if tables[name][0] == rows]
+    embeddings.sort(key=lambda name: tables[name][0] != rows)
+    if not embeddings:
+        return Tied("lm_head", "lm_head") if "lm_head" in tables else None
+    embedding = embeddings[0]
+    equal = [name for name in heads if reader.equal(f"{embedding}.weight", f"{name}.weight")]
+    if heads and not equal:
+        return None
+    return Tied(embedding, equal[-1] if equal else "lm_head")

@@ -1,12 +1,19 @@
-"""adapter_config.json: what of it this library understands, and what it refuses by name."""
+"""adapter_config.json: what of it is supported or refused by name, and which modules it selects.
+
+A module is named by its dotted path in the PyTorch model, ``model.layers.0.self_attn.q_proj``.
+"""
 
 from collections.abc import Mapping
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+import re
+from typing import Any, TypeVar
 import warnings
 
+from lowrank_optax.adapters.methods.dora import DoRA
+from lowrank_optax.adapters.methods.lora import LoRA
+from lowrank_optax.adapters.methods.pissa import PiSSA
 from lowrank_optax.storage.fields import (
     BOOLEAN,
     FRACTION,
@@ -24,8 +31,9 @@ from lowrank_optax.storage.fields import (
 CONFIG_FILE = "adapter_config.json"
 
 Names = str | tuple[str, ...] | None
+T = TypeVar("T")
 
-# What changes the function and is not done here. Each is refused unless it is off.
+# Fields that change the function and are not supported. Each is refused unless it is off.
 _REFUSED = {
     "alora_invocation_tokens": "adapters that switch on at a token",
     "arrow_config": "routing among adapters",
@@ -39,7 +47,7 @@ _REFUSED = {
     "use_qalora": "QALoRA, whose inputs are pooled",
     "velora_config": "VeLoRA, whose backward pass is another",
 }
-# Understood by others, and of no effect on what the adapter computes.
+# Fields without effect on what the adapter computes.
 _HARMLESS = {
     "auto_mapping",
     "base_model_name_or_path",
@@ -79,7 +87,7 @@ _KINDS = {
 MERGE_IN_PEFT = (
     "Merge it in PEFT (`merge_and_unload`), save the merged model, and load that instead."
 )
-# Those after which the base is what it was; of "pissa" the residual is computed again.
+# Those that leave the base as it was; the residual of "pissa" is computed again.
 _INITIALS = (True, False, None, "gaussian", "orthogonal", "eva", "mica", "pissa")
 
 
@@ -89,7 +97,7 @@ class UnsupportedConfigError(ValueError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PeftConfig:
-    """An adapter_config.json of the LoRA family, fields as there.
+    """An adapter_config.json of the LoRA family, with the fields it has there.
 
     Attributes:
       others: Every further field, as it was read: they are written again.
@@ -113,32 +121,104 @@ class PeftConfig:
     ensure_weight_tying: bool | None = False
     others: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-    def scale(self, rank: int, alpha: float) -> float:
-        """``alpha / rank``, or ``alpha / sqrt(rank)`` of rsLoRA."""
-        return alpha / (rank**0.5 if self.use_rslora else rank)
+    @property
+    def is_pissa(self) -> bool:
+        return self.init_lora_weights == "pissa"
 
-    def to_json(self) -> str:
-        """The text of the file: sorted keys, two spaces."""
+    def content(self) -> dict[str, Any]:
+        """The fields of the file."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         others = fields.pop("others")
-        fixed = {"peft_type": "LORA", "inference_mode": True}
-        lists = {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
-        return json.dumps(fixed | dict(others) | lists, indent=2, sort_keys=True) + "\n"
+        return {"peft_type": "LORA", "inference_mode": True, **others, **fields}
+
+    def is_target(self, module: str) -> bool:
+        """Whether a module is adapted, by PEFT's rules.
+
+        Example:
+          >>> config = PeftConfig(target_modules=("q_proj",), layers_to_transform=1)
+          >>> [config.is_target(f"model.layers.{i}.self_attn.q_proj") for i in range(3)]
+          [False, True, False]
+        """
+        targets = self.target_modules
+        if not targets or (self.exclude_modules and is_named(module, self.exclude_modules)):
+            return False
+        if any(re.match(rf"(^|.*\.){m}($|\..*)", module) for m in as_tuple(self.modules_to_save)):
+            return False
+        layers = self.layers_to_transform
+        if isinstance(targets, str) or module in targets or layers is None or layers == ():
+            return is_named(module, targets)
+        return is_named(module, targets) and self.layer_of(module) in as_tuple(layers)
+
+    def layer_of(self, module: str) -> int | None:
+        """The number that ``layers_to_transform`` means; None for a module outside of layers."""
+        if self.layers_pattern:
+            patterns = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in as_tuple(self.layers_pattern)]
+        else:
+            patterns = [r".*?\.[^.]*\.(\d+)\."]
+        found = (re.match(pattern, module) for pattern in patterns)
+        return next((int(match[1]) for match in found if match), None)
+
+    def rank_of(self, module: str) -> int:
+        """The rank of a module's adapter."""
+        return _by_pattern(module, self.rank_pattern, self.r)
+
+    def alpha_of(self, module: str) -> float:
+        """The alpha of a module's adapter."""
+        return _by_pattern(module, self.alpha_pattern, self.lora_alpha)
+
+    def scale_of(self, module: str) -> float:
+        """``alpha / rank``, or ``alpha / sqrt(rank)`` of rsLoRA."""
+        rank = self.rank_of(module)
+        return self.alpha_of(module) / (rank**0.5 if self.use_rslora else rank)
+
+    def method(self, module: str | None = None) -> LoRA | PiSSA:
+        """The method that the file holds, with its general rank and alpha or those of a module."""
+        options: dict[str, Any] = {
+            "rank": self.r if module is None else self.rank_of(module),
+            "alpha": self.lora_alpha if module is None else self.alpha_of(module),
+            "rank_stabilized": self.use_rslora,
+        }
+        if self.is_pissa:
+            return PiSSA(**options)
+        return (DoRA if self.use_dora else LoRA)(dropout=self.lora_dropout, **options)
+
+
+def as_tuple(value: T | tuple[T, ...] | None) -> tuple[T, ...]:
+    """The values of a field that may hold one value, several or null."""
+    return value if isinstance(value, tuple) else () if value is None else (value,)
+
+
+def is_named(module: str, names: Names) -> bool:
+    """Whether names mean a module: a regular expression of all of it, or names or their ends."""
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(module == n or module.endswith(f".{n}") for n in names or ())
+
+
+def is_saved(module: str, modules_to_save: Names) -> bool:
+    """Whether a module is one of ``modules_to_save``, or inside one."""
+    return any(
+        module.endswith(m) or re.match(rf"(^|.*\.){re.escape(m)}\.", module)
+        for m in as_tuple(modules_to_save)
+    )
+
+
+def has_pattern(module: str, pattern: str) -> bool:
+    """Whether a key of ``rank_pattern`` or ``alpha_pattern`` means a module."""
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+
+
+def _by_pattern(module: str, patterns: Mapping[str, T], default: T) -> T:
+    """The value of the first pattern, in the file's order, that the name ends with."""
+    return next((patterns[p] for p in patterns if has_pattern(module, p)), default)
 
 
 def read_json(folder: Path) -> dict[str, Any]:
-    """The object in a folder's adapter_config.json.
-
-    Raises:
-      FileNotFoundError: If there is none; sub-folders that have one are listed.
-      ValueError: If it is no JSON object.
-    """
+    """The object in a folder's adapter_config.json."""
     file = folder / CONFIG_FILE
     if not file.exists():
         inside = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG_FILE}"))
         more = f"; its folders {', '.join(inside)} do" if inside else ""
-        if (folder / "config.json").exists() and not more:
-            more = ": it is a model's folder, not an adapter's"
         raise FileNotFoundError(f"{folder} holds no {CONFIG_FILE}{more}.")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -150,32 +230,50 @@ def read_json(folder: Path) -> dict[str, Any]:
 
 
 def parse_config(content: Mapping[str, Any], source: str = CONFIG_FILE) -> PeftConfig:
-    """The configuration in an object of adapter_config.json.
-
-    Args:
-      content: The object.
-      source: Where it is from, for messages.
+    """The configuration in an object of adapter_config.json, which is from a file of that name.
 
     Raises:
       UnsupportedConfigError: If a field that changes what the adapter computes has a value that is
         not supported: each by name, with its value.
       ValueError: If a field has a value that it cannot have.
-
-    Warns:
-      UserWarning: If there are fields that are not known here and not off.
     """
-    _check_type(content, source)
+    kind = content.get("peft_type")
+    if kind is None:
+        raise UnsupportedConfigError(f"{source} has no peft_type, so no known meaning.")
+    if str(kind).upper() == "BONE":
+        raise UnsupportedConfigError(
+            f"{source}: peft_type='BONE' is an old name, PEFT calls it MISS now: rename BONE to "
+            "MISS, and `.bone_` in the tensors' names to `.miss_`, as `lowrank-optax convert` "
+            "does. Neither is supported here yet."
+        )
+    if str(kind).upper() != "LORA":
+        raise UnsupportedConfigError(
+            f"{source}: peft_type={kind!r} is not supported, only 'LORA' is. {MERGE_IN_PEFT}"
+        )
     refused = [f"{k}={content[k]!r} ({why})" for k, why in _REFUSED.items() if content.get(k)]
     initial = content.get("init_lora_weights", True)
     if initial not in _INITIALS:
-        refused.append(f"init_lora_weights={initial!r} ({_about_initial(initial)})")
+        about = "unknown"
+        if initial in ("olora", "loftq", "corda", "lora_ga"):
+            about = "it belongs to a base that it changed: have PEFT convert it as it saves"
+        elif str(initial).startswith("pissa_niter"):
+            about = "its residual is random: have PEFT convert it into a plain LoRA as it saves"
+        refused.append(f"init_lora_weights={initial!r} ({about})")
     if initial == "pissa" and content.get("use_dora"):
         refused.append("use_dora=True with init_lora_weights='pissa' (DoRA of a residual)")
     if refused:
         raise UnsupportedConfigError(
             f"{source} has {'; '.join(refused)}: unsupported. {MERGE_IN_PEFT}"
         )
-    wrong = wrong_fields(content, _KINDS) + _wrong_together(content)
+    wrong = wrong_fields(content, _KINDS)
+    layers, pattern = (content.get(f"layers_{k}") for k in ("to_transform", "pattern"))
+    if isinstance(content.get("target_modules"), str) and (layers not in (None, []) or pattern):
+        wrong.append(
+            "layers_to_transform and layers_pattern select layers of a list in target_modules, "
+            f"which is the regular expression {content['target_modules']!r}"
+        )
+    if pattern and layers is None:
+        wrong.append(f"layers_pattern={pattern!r} needs layers_to_transform, which is null")
     if wrong:
         raise ValueError(f"{source} is damaged: {'; '.join(wrong)}.")
     own = {f.name for f in dataclasses.fields(PeftConfig)} - {"others"}
@@ -193,41 +291,3 @@ def parse_config(content: Mapping[str, Any], source: str = CONFIG_FILE) -> PeftC
     for name in ("rank_pattern", "alpha_pattern"):
         given[name] = given.get(name) or {}
     return PeftConfig(**given, others={k: v for k, v in content.items() if k not in own})
-
-
-def _wrong_together(content: Mapping[str, Any]) -> list[str]:
-    """Fields that PEFT refuses beside others."""
-    layers, pattern = (content.get(f"layers_{k}") for k in ("to_transform", "pattern"))
-    wrong = []
-    if isinstance(content.get("target_modules"), str) and (layers not in (None, []) or pattern):
-        wrong.append(
-            "layers_to_transform and layers_pattern select layers of a list in target_modules, "
-            f"which is the regular expression {content['target_modules']!r}"
-        )
-    if pattern and layers is None:
-        wrong.append(f"layers_pattern={pattern!r} needs layers_to_transform, which is null")
-    return wrong
-
-
-def _check_type(content: Mapping[str, Any], source: str) -> None:
-    kind = content.get("peft_type")
-    if kind is None:
-        raise UnsupportedConfigError(f"{source} has no peft_type, so no known meaning.")
-    if str(kind).upper() == "BONE":
-        raise UnsupportedConfigError(
-            f"{source}: peft_type='BONE' is an old name, PEFT calls it MISS now: rename BONE to "
-            "MISS, and `.bone_` in the tensors' names to `.miss_`, as `lowrank-optax convert` "
-            "does. Neither is supported here yet."
-        )
-    if str(kind).upper() != "LORA":
-        raise UnsupportedConfigError(
-            f"{source}: peft_type={kind!r} is not supported, only 'LORA' is. {MERGE_IN_PEFT}"
-        )
-
-
-def _about_initial(initial: Any) -> str:
-    if isinstance(initial, str) and initial.startswith("pissa_niter"):
-        return "its residual base is random: have PEFT convert it into a plain LoRA as it saves"
-    if initial in ("olora", "loftq", "corda", "lora_ga"):
-        return "it belongs to a base that it changed: have PEFT convert it as it saves"
-    return "unknown"

@@ -1,7 +1,6 @@
 """Adapters' folders changed into others, and folded into weights, without a model."""
 
 from collections.abc import Mapping
-import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,14 +10,21 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 import numpy as np
 
-from lowrank_optax.adapters.peft.base_files import modules_of_adapter, modules_of_base
-from lowrank_optax.adapters.peft.config import CONFIG_FILE, PeftConfig, parse_config, read_json
-from lowrank_optax.adapters.peft.expected import expected_tensors, file_shapes, read_tensors
-from lowrank_optax.adapters.peft.folders import PREFIX, open_tensors, write_folder
-from lowrank_optax.adapters.peft.forms import method_of
-from lowrank_optax.adapters.peft.layouts import Layout
-from lowrank_optax.adapters.peft.matching import alpha_of, rank_of
-from lowrank_optax.adapters.peft.tied import tied_in_files
+from lowrank_optax.adapters.methods.lora import LoRA
+from lowrank_optax.adapters.methods.pissa import PiSSA
+from lowrank_optax.adapters.peft.base_files import (
+    modules_of_adapter,
+    modules_of_base,
+    tied_in_files,
+)
+from lowrank_optax.adapters.peft.checking import checked_tensors
+from lowrank_optax.adapters.peft.config import CONFIG_FILE, parse_config, read_json
+from lowrank_optax.adapters.peft.tensors import (
+    PREFIX,
+    AdapterFolder,
+    open_tensors,
+    shapes_by_module,
+)
 from lowrank_optax.storage.safetensors_files import TensorReader
 
 
@@ -34,34 +40,8 @@ class BaseModel(NamedTuple):
     reader: TensorReader
 
 
-class AdapterFolder(NamedTuple):
-    """The content of an adapter's folder.
-
-    Attributes:
-      content: Fields of its adapter_config.json.
-      tensors: Tensors of its adapter_model.safetensors, by the names there.
-    """
-
-    content: Mapping[str, Any]
-    tensors: Mapping[str, np.ndarray]
-
-
-def read_adapter(path: str | os.PathLike) -> AdapterFolder:
-    """Reads a folder of any kind of PEFT's adapters."""
-    content = read_json(Path(path))
-    with open_tensors(Path(path)) as reader:
-        return AdapterFolder(content, {name: reader.read(name) for name in reader.shapes})
-
-
-def write_adapter(path: str | os.PathLike, adapter: AdapterFolder) -> None:
-    """Writes a folder, which takes the place of an earlier one when it is complete."""
-    text = json.dumps(adapter.content, indent=2, sort_keys=True) + "\n"
-    tensors = {name: np.ascontiguousarray(x) for name, x in adapter.tensors.items()}
-    write_folder(path, text, tensors)
-
-
 def cast(adapter: AdapterFolder, dtype: DTypeLike) -> AdapterFolder:
-    """The same in another dtype; integers stay."""
+    """The same adapter in another dtype; integers stay."""
     floating = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
     return adapter._replace(
         tensors={
@@ -84,33 +64,28 @@ def rename_bone(adapter: AdapterFolder) -> AdapterFolder:
 def to_plain_lora(path: str | os.PathLike, base: BaseModel | None) -> AdapterFolder:
     """The same change of the base as a LoRA whose alpha is its rank: scales are folded in.
 
-    Args:
-      path: The folder of a LoRA, rsLoRA or PiSSA.
-      base: The base model, which PiSSA needs, and with which others are compared if it is given.
+    PiSSA needs the base model; others are compared with it if it is given.
 
     Raises:
       TypeError: If it is DoRA, whose change is of full rank.
       ValueError: If it is PiSSA and there is no base; or the adapter is not supported, damaged, or
         of another base.
     """
-    checked = _Checked(Path(path), base)
-    config = checked.config
-    pissa = config.init_lora_weights == "pissa"
-    if pissa and base is None:
+    checked = _CheckedFolder(Path(path), base)
+    config, tensors = checked.config, {}
+    if config.is_pissa and base is None:
         raise ValueError("init_lora_weights='pissa': its base is needed to convert it (--base).")
-    tensors = {}
     for module, of_module in checked.tensors.items():
-        tensors |= {f"{PREFIX}{module}.{name}": x for name, x in checked.trained(module).items()}
+        new = checked.trained(module)
         # What PEFT saves as PiSSA's base is the residual, and that of a LoRA is the whole weight.
-        if "base_layer.weight" in of_module and not pissa:
-            name = f"{PREFIX}{module}.base_layer.weight"
-            tensors[name] = of_module["base_layer.weight"]
-        if module in checked.expected.layers:
-            layer = checked.layer(module)
-            a, b = (np.asarray(x) for x in layer.method.to_lora(layer.p))
-            packed = layer.layout.pack(a, b)
-            tensors |= {f"{PREFIX}{module}.{name}": x for name, x in packed.items()}
-    factor = 2 if pissa else 1
+        if "base_layer.weight" in of_module and not config.is_pissa:
+            new["base_layer.weight"] = of_module["base_layer.weight"]
+        if module in checked.layouts:
+            method, p, _ = checked.layer(module)
+            a, b = (np.asarray(x) for x in method.to_lora(p))
+            new |= checked.layouts[module].pack(a, b)
+        tensors |= {f"{PREFIX}{module}.{name}": x for name, x in new.items()}
+    factor = 2 if config.is_pissa else 1
     pattern = {p: factor * rank for p, rank in config.rank_pattern.items()}
     changed = {
         "r": factor * config.r,
@@ -134,8 +109,8 @@ class Merging:
     """
 
     def __init__(self, path: str | os.PathLike, base: BaseModel) -> None:
-        self._checked, self._base = _Checked(Path(path), base), base
-        layers, tied = self._checked.expected.layers, self._checked.expected.tied
+        self._checked, self._base = _CheckedFolder(Path(path), base), base
+        layers, tied = self._checked.layouts, self._checked.tied
         if tied and not layers.keys().isdisjoint(tied):
             raise ValueError(
                 f"{', '.join(m for m in tied if m in layers)}: the base model ties its embedding "
@@ -152,11 +127,10 @@ class Merging:
         self.names = {
             name
             for name in (*self._replaced, *(f"{module}.weight" for module in layers))
-            if name in base.reader.shapes  # but for a head that is tied
+            if name in base.reader.shapes  # except a head that is tied
         }
-        base.reader.check(
-            {name: base.reader.shapes[name] for name in self.names}, ignore=lambda _: True
-        )
+        shapes = {name: base.reader.shapes[name] for name in self.names}
+        base.reader.check(shapes, ignore=lambda _: True)
 
     def tensor(self, name: str) -> np.ndarray:
         """A tensor: summed in float32, rounded once to the base's dtype."""
@@ -165,26 +139,27 @@ class Merging:
             return self._replaced[name].astype(old.dtype)
         if name not in self.names:
             return old
-        layer = self._checked.layer(name.removesuffix(".weight"))
-        merged = np.asarray(layer.method.merged(layer.p, layer.base).weight)
-        return layer.layout.pack_weight(merged).astype(old.dtype)
+        module = name.removesuffix(".weight")
+        method, p, base = self._checked.layer(module)
+        merged = np.asarray(method.merged(p, base).weight)
+        return self._checked.layouts[module].pack_weight(merged).astype(old.dtype)
 
 
-class _Checked:
+class _CheckedFolder:
     """A folder's configuration and tensors, after they have been compared with the base."""
 
     def __init__(self, folder: Path, base: BaseModel | None) -> None:
-        self.content = read_json(folder)
+        self.content, self.base = read_json(folder), base
         self.config = parse_config(self.content, str(folder / CONFIG_FILE))
-        self.base, found = base, file_shapes(folder)
-        if base is None:
-            modules, tied = modules_of_adapter(found), None
-        else:
-            shapes, fan_in_fan_out = base.reader.shapes, self.config.fan_in_fan_out
-            modules = modules_of_base(shapes, found, base.config, fan_in_fan_out)
-            tied = tied_in_files(base.config, base.reader)
-        self.expected = expected_tensors(modules, self.config, found, tied)
-        self.tensors = read_tensors(folder, self.expected)
+        with open_tensors(folder) as reader:
+            found, self.tied = shapes_by_module(reader), None
+            if base is None:
+                modules = modules_of_adapter(found)
+            else:
+                shapes, fan_in_fan_out = base.reader.shapes, self.config.fan_in_fan_out
+                modules = modules_of_base(shapes, found, base.config, fan_in_fan_out)
+                self.tied = tied_in_files(base.config, base.reader)
+            self.layouts, self.tensors = checked_tensors(reader, modules, self.config, self.tied)
 
     def trained(self, module: str) -> dict[str, np.ndarray]:
         """The module's own parameters that the file has trained values of."""
@@ -194,40 +169,24 @@ class _Checked:
             if not name.startswith("lora_") and name != "base_layer.weight"
         }
 
-    def layer(self, module: str) -> "_Layer":
-        """The adapter of a module."""
-        layout = self.expected.layers[module].layout()
-        assert layout is not None  # it is a layer
-        weight = None if self.base is None else self.base.reader.read(f"{module}.weight")
-        return _Layer(module, self.tensors[module], self.config, layout, weight)
-
-
-class _Layer:
-    """One module's adapter: its method, its arrays, and (with a base) its weight."""
-
-    def __init__(
-        self,
-        module: str,
-        tensors: Mapping[str, np.ndarray],
-        config: PeftConfig,
-        layout: Layout,
-        tensor: np.ndarray | None,
-    ) -> None:
-        self.layout = layout
-        self.method = method_of(config, rank_of(module, config), alpha_of(module, config))
+    def layer(self, module: str) -> tuple[LoRA | PiSSA, dict[str, jax.Array], Any]:
+        """The method of a layer, its arrays and, if there is a base, the weight they add to."""
+        tensors, layout = self.tensors[module], self.layouts[module]
+        method = self.config.method(module)
         a, b = layout.unpack(tensors)
-        self.p = {"A": jnp.asarray(a), "B": jnp.asarray(b)}
-        if tensor is None:
-            return
+        p = {"A": jnp.asarray(a), "B": jnp.asarray(b)}
+        if self.base is None:
+            return method, p, None
+        tensor = self.base.reader.read(f"{module}.weight")
         own = tensors.get("base_layer.weight", tensor).astype(tensor.dtype)
         weight, base = (jnp.asarray(layout.unpack_weight(x)) for x in (tensor, own))
         # PiSSA decomposes the base model's weight, and the file's own base is the residual.
-        pissa = config.init_lora_weights == "pissa"
-        params = self.method.init(jax.random.key(0), (weight if pissa else base)[None])
-        self.p = self.method.layer_arrays(params, 0) | self.p
+        start = weight if self.config.is_pissa else base
+        params = method.init(jax.random.key(0), start[None])
+        p = method.layer_arrays(params, 0) | p
         if params.base is not None and "base_layer.weight" not in tensors:
             base = params.base[0]
-        self.base = base
-        if config.use_dora:
+        if self.config.use_dora:
             magnitude = tensors["lora_magnitude_vector"].astype(np.float32)
-            self.p["magnitude"] = jnp.asarray(magnitude.reshape(-1))
+            p["magnitude"] = jnp.asarray(magnitude.reshape(-1))
+        return method, p, base

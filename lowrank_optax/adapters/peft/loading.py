@@ -5,7 +5,7 @@ import contextlib
 import os
 import pathlib
 import re
-from typing import Any, NamedTuple
+from typing import Any
 import warnings
 
 from flax import nnx
@@ -13,15 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_optax.adapters.attaching import attach
-from lowrank_optax.adapters.base import Adapter
-from lowrank_optax.adapters.nnx import adapted_layers
-from lowrank_optax.adapters.own_values import (
-    check_can_claim,
-    claim,
-    live_in,
-    parameters_of,
-    values_of,
-)
+from lowrank_optax.adapters.own_values import check_can_claim, claim, live_in, values_of
+from lowrank_optax.adapters.peft.checking import checked_tensors
 from lowrank_optax.adapters.peft.config import (
     CONFIG_FILE,
     MERGE_IN_PEFT,
@@ -30,18 +23,18 @@ from lowrank_optax.adapters.peft.config import (
     parse_config,
     read_json,
 )
-from lowrank_optax.adapters.peft.expected import (
-    Expected,
-    expected_tensors,
-    file_shapes,
-    read_tensors,
+from lowrank_optax.adapters.peft.module_names import (
+    ModuleNames,
+    Slot,
+    module_slots,
+    tied_in_model,
 )
-from lowrank_optax.adapters.peft.forms import method_of
-from lowrank_optax.adapters.peft.matching import alpha_of, rank_of, scale_of
-from lowrank_optax.adapters.peft.module_names import ModuleNames, Slot, module_slots
-from lowrank_optax.adapters.peft.tied import may_be_tied, tied_in_model
-from lowrank_optax.adapters.switching import deactivate
+from lowrank_optax.adapters.peft.tensors import Tensors, open_tensors
+from lowrank_optax.adapters.switching import deactivate, disabled
 from lowrank_optax.matrices.selection import Path, path_string
+
+# Modules, PyTorch's names of their parameters, and tensors.
+Values = list[tuple[Slot, str, np.ndarray]]
 
 
 def load_peft(
@@ -57,16 +50,16 @@ def load_peft(
     Reads LoRA, rsLoRA, DoRA and PiSSA, with regular expressions, lists, ranks and alphas by
     pattern, ``modules_to_save`` and trained biases, of linear layers, embeddings and convolutions.
     Everything is compared before anything is attached: the file's tensors must be those that its
-    configuration asks of this model. Layers that the model has stacked are stacked.
+    configuration requires of this model. Layers that the model has stacked are stacked.
 
-    Values of ``modules_to_save`` and biases stand in the model's parameters, as those of
-    `also_train`, while the adapter is active. Only one of two adapters with values of one parameter
-    can be: the one that was there is deactivated.
+    While the adapter is active, the model's parameters have the file's values of
+    ``modules_to_save`` and biases, as those of `also_train`. Only one of two adapters with values
+    of one parameter can be active: the earlier one is deactivated.
 
     Args:
       model: An NNX model with the weights of the adapter's base model.
       path: The folder, with adapter_config.json and adapter_model.safetensors.
-      name: What the adapter is called in the model.
+      name: Name of the adapter in the model.
       names: What PyTorch calls the modules, as for `save_peft`.
       rngs: Source of dropout.
 
@@ -91,31 +84,32 @@ def load_peft(
     folder = pathlib.Path(path)
     config = parse_config(read_json(folder), str(folder / CONFIG_FILE))
     slots = module_slots(model, names)
-    tied = tied_in_model(model, slots)
-    expected = expected_tensors(slots, config, file_shapes(folder), tied)
-    _check_orientation(expected, config)
-    tensors = read_tensors(folder, expected)
+    with open_tensors(folder) as reader:
+        layouts, tensors = checked_tensors(reader, slots, config, tied_in_model(model, slots))
     with values_of(model, name):  # not those of other adapters
-        values = _own_values(expected, tensors)
-    for embedding in {m for m in tensors if "weight" in tensors[m]} & slots.keys():
-        if isinstance(slots[embedding].module, nnx.Embed) and may_be_tied(model, slots, embedding):
+        trained, bases = _own_values(config, slots, tensors)
+    for module in tensors:
+        if "weight" in tensors[module] and _may_be_head(model, slots, module):
             warnings.warn(
-                f"modules_to_save has {embedding}. If its table is the head's too in this model, "
+                f"modules_to_save has {module}. If its table is the head's too in this model, "
                 "the head changes with it, as in PEFT only with ensure_weight_tying=True.",
                 stacklevel=2,
             )
-    if config.init_lora_weights == "pissa" and config.lora_dropout:
+    if config.is_pissa and config.lora_dropout:
         warnings.warn(
             f"lora_dropout={config.lora_dropout} is left out: PiSSA has no dropout here.",
             stacklevel=2,
         )
-    others = live_in(model, {one.path for one in values})
-    check_can_claim(model, {one.path for one in values})
-    _check_owners(model, others)
-    # PiSSA decomposes the weight of the model; of another method the file's base is the weight.
-    bases = [] if config.init_lora_weights == "pissa" else [x for x in values if not x.trained]
-    with _standing_in(bases):
-        _attach(model, name, config, expected.layers, tensors, rngs)
+    paths = {slot.path_of(parameter) for slot, parameter, _ in bases + trained}
+    check_can_claim(model, paths)
+    others = {owner: of for owner, of in live_in(model, paths).items() if owner != name}
+    # `disabled` refuses merged adapters before the model is changed. PiSSA decomposes the weight
+    # of the model; of another method the file's base is the weight.
+    with (
+        disabled(model, *others) if others else contextlib.nullcontext(),
+        _standing_in([] if config.is_pissa else bases),
+    ):
+        _attach(model, name, config, {m: slots[m] for m in layouts}, tensors, rngs)
     if others:
         deactivate(model, *others)
         warnings.warn(
@@ -124,8 +118,23 @@ def load_peft(
             "`activate` one of them.",
             stacklevel=2,
         )
-    _set_parameters(model, name, values)
+    for values in (bases, trained):
+        variables = {slot.path_of(p): slot.variable(p) for slot, p, _ in values}
+        claim(model, variables, name, trained=values is trained)
+        for slot, parameter, value in values:
+            slot.write(parameter, value)
     return model
+
+
+def _may_be_head(model: Any, slots: Mapping[str, Slot], module: str) -> bool:
+    """Whether this is a table that may be the head's too: the model has no other head."""
+    if module not in slots or not isinstance(slots[module].module, nnx.Embed):
+        return False
+    if hasattr(getattr(model, "config", None), "tie_word_embeddings"):
+        return False
+    rows = slots[module].shapes["weight"][0]
+    others = (slot.shapes.get("weight") for other, slot in slots.items() if other != module)
+    return all(shape is None or shape[0] != rows for shape in others)
 
 
 def _attach(
@@ -133,160 +142,100 @@ def _attach(
     name: str,
     config: PeftConfig,
     layers: Mapping[str, Slot],
-    tensors: Mapping[str, Mapping[str, np.ndarray]],
+    tensors: Mapping[str, Tensors],
     rngs: nnx.Rngs | int,
 ) -> None:
-    by_path: dict[tuple[str, ...], list[str]] = {}
+    by_path: dict[Path, dict[str, Slot]] = {}
     for module, slot in layers.items():
-        by_path.setdefault(slot.path, []).append(module)
-    method = method_of(config)
-    ranks, alphas, places = {}, {}, {}
-    for path, modules in by_path.items():
-        pattern = f"^{re.escape(path_string(path))}$"
-        places[path] = _Place(path, {m: layers[m] for m in modules}, config)
-        ranks[pattern] = places[path].ranks()
-        alphas[pattern] = alpha_of(modules[0], config)
-        places[path].check(method)
-    where = lambda path, layer: tuple(map(str, path)) in by_path
-    attach(model, method, where, rngs=rngs, name=name, rank_pattern=ranks, alpha_pattern=alphas)
-    for place in places.values():
-        place.fill(name, tensors)
-
-
-class _Place:
-    """A Flax layer, or stack of them, and PyTorch's modules that are adapted in it."""
-
-    def __init__(self, path: tuple[str, ...], slots: dict[str, Slot], config: PeftConfig) -> None:
-        self.path, self.slots, self.config = path, slots, config
-        self.module = next(iter(slots.values())).module
-        self.rank_of = {slot.index: rank_of(m, config) for m, slot in slots.items()}
-        self.scale_of = {slot.index: scale_of(m, config) for m, slot in slots.items()}
-
-    def batch(self) -> tuple[int, ...]:
-        axes = len(next(iter(self.rank_of)))
-        parameter = next(x for x in vars(self.module).values() if isinstance(x, nnx.Param))
-        return parameter.shape[:axes]
-
-    def ranks(self) -> int | tuple[int, ...]:
-        """One rank, or one for each layer of the stack if ranks or scales differ."""
-        indices = list(np.ndindex(self.batch()))
-        ranks, scales = set(self.rank_of.values()), set(self.scale_of.values())
-        if len(self.rank_of) == len(indices) and len(ranks) == len(scales) == 1:
-            return ranks.pop()
-        return tuple(self.rank_of.get(index, 1) for index in indices)
-
-    def check(self, method: Adapter) -> None:
-        """Layers of a stack without an adapter have one of scale zero, where that is nothing."""
-        whole = len(self.rank_of) == np.prod(self.batch(), dtype=int)
-        if not whole and (self.config.use_dora or self.config.init_lora_weights == "pissa"):
-            raise UnsupportedConfigError(
-                f"{type(method).__name__} of {len(self.rank_of)} of the {np.prod(self.batch())} "
-                f"layers stacked at {path_string(self.path)}: load it into a model whose layers "
-                "are not stacked."
-            )
-
-    def fill(self, name: str, tensors: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-        """Sets the adapter's arrays to the file's tensors."""
-        arrays = self.module.adapters[name].arrays
-        values = {k: np.zeros(v.shape, v.dtype) for k, v in arrays.items() if k in ("A", "B")}
-        for key in ("magnitude", "rank_scale"):
-            if key in arrays:
-                values[key] = np.zeros(arrays[key].shape, arrays[key].dtype)
-        for module, slot in self.slots.items():
-            layout, rank = slot.layout(), self.rank_of[slot.index]
+        by_path.setdefault(slot.path, {})[module] = slot
+    pattern = {path: f"^{re.escape(path_string(path))}$" for path in by_path}
+    attach(
+        model,
+        config.method(),
+        lambda path, layer: tuple(map(str, path)) in by_path,
+        rngs=rngs,
+        name=name,
+        rank_pattern={pattern[path]: _ranks(config, group) for path, group in by_path.items()},
+        alpha_pattern={pattern[p]: config.alpha_of(next(iter(g))) for p, g in by_path.items()},
+    )
+    for group in by_path.values():
+        arrays = next(iter(group.values())).adapters[name].arrays
+        keys = {"A", "B", "magnitude", "rank_scale"} & arrays.keys()
+        values = {key: np.zeros(arrays[key].shape, arrays[key].dtype) for key in keys}
+        for module, slot in group.items():
+            rank, index, of_module = config.rank_of(module), slot.index, tensors[module]
+            layout = slot.layout
             assert layout is not None  # only layers are targets
-            a, b = layout.unpack(tensors[module])
-            values["A"][slot.index][:, :rank], values["B"][slot.index][:rank] = a, b
-            if "magnitude" in values:
-                magnitude = tensors[module]["lora_magnitude_vector"]
-                values["magnitude"][slot.index] = magnitude.reshape(-1)
-            if "rank_scale" in values:
-                values["rank_scale"][slot.index][:rank] = self.scale_of[slot.index]
+            a, b = layout.unpack(of_module)
+            values["A"][index][:, :rank], values["B"][index][:rank] = a, b
+            if "magnitude" in keys:
+                values["magnitude"][index] = of_module["lora_magnitude_vector"].reshape(-1)
+            if "rank_scale" in keys:
+                values["rank_scale"][index][:rank] = config.scale_of(module)
         for key, value in values.items():
             arrays[key].set_value(jnp.asarray(value))
 
 
-class _Values(NamedTuple):
-    """Values of the model's own parameters that a file holds.
+def _ranks(config: PeftConfig, group: Mapping[str, Slot]) -> int | tuple[int, ...]:
+    """The rank of a Flax layer, or one for each layer of a stack if ranks or scales differ.
 
-    Attributes:
-      slot: The module.
-      parameter: PyTorch's name of the parameter.
-      value: Its tensor.
-      trained: Whether it is trained on; the base of an adapted embedding is not.
+    Layers of the stack without an adapter have one of scale zero.
+
+    Raises:
+      UnsupportedConfigError: If an adapter of scale zero would not leave a layer as it is.
     """
+    slot = next(iter(group.values()))
+    ranks = {slot.index: config.rank_of(module) for module, slot in group.items()}
+    layers = list(np.ndindex(slot.stack))
+    if len(group) < len(layers) and (config.use_dora or config.is_pissa):
+        raise UnsupportedConfigError(
+            f"{type(config.method()).__name__} of {len(group)} of the {len(layers)} layers stacked "
+            f"at {path_string(slot.path)}: load it into a model whose layers are not stacked."
+        )
+    scales = {config.scale_of(module) for module in group}
+    if len(group) == len(layers) and len(set(ranks.values())) == len(scales) == 1:
+        return ranks[slot.index]
+    return tuple(ranks.get(index, 1) for index in layers)
 
-    slot: Slot
-    parameter: str
-    value: np.ndarray
-    trained: bool
 
-    @property
-    def variable(self) -> Any:
-        return getattr(self.slot.module, self.slot.parameters()[self.parameter])
+def _own_values(
+    config: PeftConfig, slots: Mapping[str, Slot], tensors: Mapping[str, Tensors]
+) -> tuple[Values, Values]:
+    """Trained values of the model's own parameters, and bases that are not the model's.
 
-    @property
-    def path(self) -> Path:
-        return (*self.slot.path, self.slot.parameters()[self.parameter])
-
-
-def _check_orientation(expected: Expected[Slot], config: PeftConfig) -> None:
-    """A square weight of transformers' Conv1D cannot be told from a Linear's."""
-    for module, tensor in expected.shapes if config.fan_in_fan_out else ():
-        layout = expected.modules[module].layout() if tensor == "weight" else None
+    Raises:
+      UnsupportedConfigError: If a square weight may be of transformers' Conv1D or of a Linear.
+    """
+    trained, bases = [], []
+    for module, of_module in tensors.items():
+        if module not in slots:
+            continue  # a head that is tied to its embedding
+        slot = slots[module]
+        layout = slot.layout if config.fan_in_fan_out and "weight" in of_module else None
         if layout and layout.kind == "linear" and layout.d_in == layout.d_out:
             raise UnsupportedConfigError(
                 f"fan_in_fan_out=True with {module} in modules_to_save, a square weight, which "
                 f"PyTorch may hold as [in, out] or [out, in]: unsupported. {MERGE_IN_PEFT}"
             )
-
-
-def _own_values(
-    expected: Expected[Slot], tensors: Mapping[str, Mapping[str, np.ndarray]]
-) -> list[_Values]:
-    """What the file holds of the model's own parameters, but for bases that are the model's."""
-    found = []
-    for module, of_module in tensors.items():
-        if module not in expected.modules:
-            continue  # a head that is tied to its embedding
         for tensor, value in of_module.items():
-            parameter = tensor.removeprefix("base_layer.")
-            if parameter not in ("weight", "bias"):
-                continue
-            one = _Values(expected.modules[module], parameter, value, tensor != "base_layer.weight")
-            if one.trained or (one.slot.cast(parameter, value) != one.slot.read(parameter)).any():
-                found.append(one)
-    return found
+            if tensor in ("weight", "bias", "base_layer.bias"):
+                trained.append((slot, tensor.removeprefix("base_layer."), value))
+            elif tensor == "base_layer.weight":
+                own = slot.read("weight")
+                if (value.astype(own.dtype) != own).any():
+                    bases.append((slot, "weight", value))
+    return trained, bases
 
 
 @contextlib.contextmanager
-def _standing_in(values: list[_Values]) -> Iterator[None]:
-    """While open, the parameters have these values; what is computed from them is the file's."""
-    before = [(one.variable, one.variable.get_value()) for one in values]
-    for one in values:
-        one.slot.write(one.parameter, one.value)
+def _standing_in(values: Values) -> Iterator[None]:
+    """While open, the parameters have these values."""
+    variables = [slot.variable(parameter) for slot, parameter, _ in values]
+    before = [variable.get_value() for variable in variables]
+    for slot, parameter, value in values:
+        slot.write(parameter, value)
     try:
         yield
     finally:
-        for variable, value in reversed(before):
+        for variable, value in zip(reversed(variables), reversed(before), strict=True):
             variable.set_value(value)
-
-
-def _check_owners(model: Any, owners: Mapping[str, list[str]]) -> None:
-    for path, layer in adapted_layers(model):
-        for adapter in layer.adapters.values():
-            if adapter.merged and adapter.name in owners:
-                raise ValueError(
-                    f"{owners[adapter.name][0]} has values of the adapter {adapter.name!r}, which "
-                    f"is merged into {path_string(path)}, and the file has others: unmerge the "
-                    "model first."
-                )
-
-
-def _set_parameters(model: Any, name: str, values: list[_Values]) -> None:
-    parameters = parameters_of(model)
-    for trained in (False, True):
-        paths = {one.path for one in values if one.trained is trained}
-        claim(model, {path: parameters[path] for path in paths}, name, trained=trained)
-    for one in values:
-        one.slot.write(one.parameter, one.value)

@@ -1,6 +1,6 @@
 """The layers of a Flax model by the names they have in PyTorch."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 import itertools
 import math
 import re
@@ -10,17 +10,24 @@ from flax import nnx
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_optax.adapters import sites
-from lowrank_optax.adapters.nnx import AdapterParam, weight
-from lowrank_optax.adapters.peft.layouts import Layout
+from lowrank_optax.adapters.adapted_layers import (
+    AdapterParam,
+    AlsoTrained,
+    LayerAdapter,
+    set_weight_matrix,
+    weight_matrix,
+    weight_shape,
+)
+from lowrank_optax.adapters.peft.tensors import Layout, Tied
 from lowrank_optax.matrices.selection import Path, near, path_string
-from lowrank_optax.matrices.views import from_matrix, matrix_shape, to_matrix
+from lowrank_optax.modules.select import modules_by_path
+from lowrank_optax.modules.spec import usable_weight
 
 ModuleNames: TypeAlias = Mapping[str, str] | Callable[[str], str | None]
 """PyTorch's names of modules by their paths. In a mapping, ``{}`` in a path is the number of a
-layer, which a stack has not, and in a name where it goes: ``"blocks/{}/attention/query":
-"model.layers.{}.self_attn.q_proj"``. A function of a path returns a name, None for modules that
-PyTorch has not, and ``{}`` where the numbers of a stack go."""
+layer, which the path of a stack lacks, and in a name where it goes: ``"blocks/{}/attention/query":
+"model.layers.{}.self_attn.q_proj"``. A function of a path returns a name with ``{}`` where the
+numbers of a stack go, or None for modules that PyTorch does not have."""
 
 _WEIGHTS = ("kernel", "embedding", "scale")
 
@@ -31,28 +38,34 @@ class Slot(NamedTuple):
     Attributes:
       path: Path of the Flax module.
       module: The Flax module, perhaps a stack.
-      index: Its place in the stack; empty if there is none.
+      index: Its index in the stack; empty if there is none.
     """
 
-    path: tuple[str, ...]
+    path: Path
     module: Any
     index: tuple[int, ...]
 
     @property
+    def stack(self) -> tuple[int, ...]:
+        """Sizes of the axes along which the module is stacked."""
+        return _parameters(self.module)[0].shape[: len(self.index)]
+
+    @property
+    def adapters(self) -> Mapping[str, LayerAdapter]:
+        """The adapters of the layer by name."""
+        return getattr(self.module, "adapters", {})
+
+    @property
     def is_layer(self) -> bool:
         """Whether adapters can be attached to it."""
-        return sites.weight_of(self.module) is not None
+        return usable_weight(self.module) is not None
 
+    @property
     def layout(self) -> Layout | None:
-        """How its weight lies; None if it is no layer that adapters can be attached to.
-
-        Raises:
-          ValueError: If its name has not as many ``{}`` as the weight has stack axes.
-        """
+        """How its weight is laid out; None if it is not a layer."""
         if not self.is_layer:
             return None
-        value, spec = weight(self.module)
-        *batch, d_in, d_out = matrix_shape(value.shape, spec)
+        *batch, d_in, d_out = weight_shape(self.module)
         if len(batch) != len(self.index):
             raise ValueError(
                 f"{path_string(self.path)}: its weight is a stack of {tuple(batch)} matrices, but "
@@ -61,15 +74,12 @@ class Slot(NamedTuple):
         if isinstance(self.module, nnx.Embed):
             return Layout("embedding", d_in, d_out)
         if isinstance(self.module, nnx.Conv):
-            return Layout("convolution", d_in, d_out, value.shape[len(batch) : -2])
+            return Layout("convolution", d_in, d_out, self.module.kernel.shape[len(batch) : -2])
         return Layout("linear", d_in, d_out)
 
+    @property
     def parameters(self) -> dict[str, str]:
-        """The module's own parameters: PyTorch's name (``weight``, ``bias``) to Flax's.
-
-        Raises:
-          ValueError: If one has no such name.
-        """
+        """The module's own parameters: PyTorch's name (``weight``, ``bias``) to Flax's."""
         own = [
             name
             for name, x in vars(self.module).items()
@@ -80,52 +90,52 @@ class Slot(NamedTuple):
             raise ValueError(f"{path_string(self.path)}: {foreign} have no name in PyTorch.")
         return {"bias" if name == "bias" else "weight": name for name in own}
 
+    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """PyTorch's shapes of its parameters."""
-        layout = self.layout()
+        layout = self.layout
         return {
             parameter: layout.weight_shape
             if layout and parameter == "weight"
-            else (math.prod(self._variable(parameter).shape[len(self.index) :]),)
-            for parameter in self.parameters()
+            else (math.prod(self.variable(parameter).shape[len(self.index) :]),)
+            for parameter in self.parameters
         }
+
+    def variable(self, parameter: str) -> Any:
+        """The variable of a parameter."""
+        return getattr(self.module, self.parameters[parameter])
+
+    def path_of(self, parameter: str) -> Path:
+        """The path of a parameter in the Flax model."""
+        return (*self.path, self.parameters[parameter])
 
     def read(self, parameter: str) -> np.ndarray:
         """A parameter in PyTorch's layout."""
-        layout = self.layout()
+        layout = self.layout
         if layout is None or parameter == "bias":
-            value = np.asarray(self._variable(parameter)[...])[self.index]
-            return value.reshape(-1)
-        value, spec = weight(self.module)
-        return layout.pack_weight(np.asarray(to_matrix(value, spec))[self.index])
-
-    def cast(self, parameter: str, tensor: np.ndarray) -> np.ndarray:
-        """PyTorch's tensor in the model's own dtype."""
-        return tensor.astype(self._variable(parameter).get_value().dtype)
+            return np.asarray(self.variable(parameter)[...])[self.index].reshape(-1)
+        return layout.pack_weight(np.asarray(weight_matrix(self.module))[self.index])
 
     def write(self, parameter: str, tensor: np.ndarray) -> None:
         """Sets a parameter from PyTorch's tensor, in the model's own dtype."""
-        layout, variable = self.layout(), self._variable(parameter)
+        layout, variable = self.layout, self.variable(parameter)
         if layout is None or parameter == "bias":
             value = np.array(variable[...])
             value[self.index] = tensor.reshape(value[self.index].shape).astype(value.dtype)
+            variable.set_value(jnp.asarray(value))
         else:
-            old, spec = weight(self.module)
-            matrices = np.array(to_matrix(old, spec))
+            matrices = np.array(weight_matrix(self.module))
             matrices[self.index] = layout.unpack_weight(tensor).astype(matrices.dtype)
-            value = from_matrix(jnp.asarray(matrices), spec, like=old)
-        variable.set_value(jnp.asarray(value))
+            set_weight_matrix(self.module, jnp.asarray(matrices))
 
-    def _variable(self, parameter: str) -> Any:
-        return getattr(self.module, self.parameters()[parameter])
+
+def also_trained(module: Any) -> list[str]:
+    """Flax's names of the module's parameters that `also_train` trains."""
+    return [name for name, x in vars(module).items() if isinstance(x, AlsoTrained)]
 
 
 def module_slots(model: Any, names: ModuleNames | None) -> dict[str, Slot]:
     """Every module of the model that PyTorch has, by its name there.
-
-    Args:
-      model: An NNX model.
-      names: What the modules are called; None for the model's own ``huggingface_names``.
 
     Raises:
       ValueError: If there are no names, two modules have one name, or a path of a mapping matches
@@ -139,47 +149,48 @@ def module_slots(model: Any, names: ModuleNames | None) -> dict[str, Slot]:
             'are called in PyTorch, for example names={"layers/{}/query": "layers.{}.q_proj"}.'
         )
     name_of = names if callable(names) else _by_template(names)
-    modules = dict(_modules(model))
+    inside = {"adapters", "adapter_groups", "own_values"}
+    having = modules_by_path(model, lambda module: bool(_parameters(module)))
+    modules = {path: module for path, module in having.items() if not inside & set(path)}
     found: dict[str, Slot] = {}
     for path, module in modules.items():
         template = name_of(path_string(path))
         if template is None:
             continue
-        for name, slot in _of_stack(template, path, module):
+        stack = _parameters(module)[0].shape[: template.count("{}")]
+        for index in itertools.product(*map(range, stack)):
+            name = template.format(*index)
             if name in found:
                 both = f"{path_string(found[name].path)} and {path_string(path)}"
                 raise ValueError(f"names: {both} are both called {name}.")
-            found[name] = slot
+            found[name] = Slot(path, module, index)
     if not found:
-        paths = ", ".join(path_string(path) for path in list(modules)[:5])
-        raise ValueError(f"names has none of the model's modules, which are {paths}, ....")
+        some = ", ".join(path_string(path) for path in list(modules)[:5])
+        raise ValueError(f"names has none of the model's modules, which are {some}, ....")
     if not callable(names):
-        known = {} if of_model is None or callable(of_model) else of_model
         # A model's own names are those of all models of its class.
-        _check_all_match([path for path in names if path not in known], modules)
+        known = {} if of_model is None or callable(of_model) else of_model
+        matches = lambda pattern: any(_pattern(pattern).match(path_string(p)) for p in modules)
+        idle = [pattern for pattern in names if pattern not in known and not matches(pattern)]
+        if idle:
+            raise ValueError(
+                f"names has {', '.join(map(repr, idle))}, which match no module of the model with "
+                f"parameters of its own; {near(modules, idle[0])}"
+            )
     return found
 
 
-def _modules(model: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Modules that have parameters of their own."""
-    for path, module in nnx.iter_modules(model):
-        path = tuple(map(str, path))
-        inside = {"adapters", "adapter_groups", "own_values"} & set(path)
-        if not inside and any(isinstance(x, nnx.Param) for x in vars(module).values()):
-            yield path, module
-
-
-def _of_stack(template: str, path: tuple[str, ...], module: Any) -> Iterator[tuple[str, Slot]]:
-    """The modules of a stack, or the one that is none."""
-    axes = template.count("{}")
-    params = [x for x in vars(module).values() if isinstance(x, nnx.Param)]
-    for index in itertools.product(*map(range, params[0].shape[:axes])):
-        yield template.format(*index), Slot(path, module, index)
+def _parameters(module: Any) -> list[Any]:
+    return [x for x in vars(module).values() if isinstance(x, nnx.Param)]
 
 
 def _by_template(names: Mapping[str, str]) -> Callable[[str], str | None]:
-    """A function of a path: ``{}`` stands for a number, or in a stack for none."""
-    unequal = [f"{path!r}: {name!r}" for path, name in names.items() if _holes(path, name)]
+    """A function of a path: ``{}`` stands for a number, or for none in a stack."""
+    unequal = [
+        f"{path!r}: {name!r}"
+        for path, name in names.items()
+        if not path.count("/{}") == path.count("{}") == name.count("{}")
+    ]
     if unequal:
         raise ValueError(f"names has paths with other numbers of {{}} than names: {unequal}.")
     patterns = [(_pattern(path), name) for path, name in names.items()]
@@ -197,15 +208,9 @@ def _pattern(path: str) -> re.Pattern[str]:
     return re.compile(re.escape(path).replace(re.escape("/{}"), r"(?:/(\d+))?") + "$")
 
 
-def _check_all_match(patterns: list[str], modules: Iterable[Path]) -> None:
-    paths = [path_string(path) for path in modules]
-    idle = [path for path in patterns if not any(map(_pattern(path).match, paths))]
-    if idle:
-        raise ValueError(
-            f"names has {', '.join(map(repr, idle))}, which match no module of the model with "
-            f"parameters of its own; {near(modules, idle[0])}"
-        )
-
-
-def _holes(path: str, name: str) -> bool:
-    return path.count("/{}") != name.count("{}") or path.count("{}") != name.count("{}")
+def tied_in_model(model: Any, slots: Mapping[str, Slot]) -> Tied | None:
+    """The tied modules of a model whose configuration says that there are any."""
+    if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        return None
+    tables = [name for name, slot in slots.items() if isinstance(slot.module, nnx.Embed)]
+    return Tied(tables[0], "lm_head") if tables else None

@@ -1,31 +1,34 @@
 """Writing the adapter of a Flax model as a folder of Hugging Face PEFT."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
-import dataclasses
+from collections.abc import Mapping
 import os
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax import nnx
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 import numpy as np
 
-from lowrank_optax.adapters.hosting import sharing
-from lowrank_optax.adapters.nnx import AlsoTrained, adapted_layers, check_names
+from lowrank_optax.adapters.adapted_layers import check_names, sharing
+from lowrank_optax.adapters.low_rank import LowRank
+from lowrank_optax.adapters.methods.dora import DoRA
+from lowrank_optax.adapters.methods.lora import LoRA
+from lowrank_optax.adapters.methods.lora_fa import LoRAFA
+from lowrank_optax.adapters.methods.pissa import PiSSA
 from lowrank_optax.adapters.own_values import values_of
 from lowrank_optax.adapters.peft.config import PeftConfig
-from lowrank_optax.adapters.peft.folders import PREFIX, write_folder
-from lowrank_optax.adapters.peft.module_names import ModuleNames, Slot, module_slots
-from lowrank_optax.adapters.peft.pieces import (
-    Piece,
-    adapter_pieces,
-    trained_parameters,
-    written_bases,
+from lowrank_optax.adapters.peft.module_names import (
+    ModuleNames,
+    Slot,
+    also_trained,
+    module_slots,
+    tied_in_model,
 )
-from lowrank_optax.adapters.peft.tied import tied_in_model
+from lowrank_optax.adapters.peft.tensors import PREFIX, AdapterFolder, Tensors, write_adapter
 from lowrank_optax.matrices.selection import path_string
+from lowrank_optax.modules.select import modules_by_path
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -50,8 +53,8 @@ def save_peft(
     embedding which is the model's head too. Layers of a stack become modules of their own, with
     their own ranks.
 
-    The folder is written beside ``path`` and takes its place at the end: a save that fails leaves
-    an earlier one as it was.
+    The folder is written beside ``path`` and replaces it at the end: a save that fails leaves an
+    earlier one as it was.
 
     Args:
       model: An NNX model with adapters.
@@ -62,7 +65,7 @@ def save_peft(
         function of a path. None for the model's own ``huggingface_names``, which the decoder of
         `lowrank_optax.models` has.
       as_lora: True for a plain LoRA with the scale folded in, of any method; False for PiSSA as
-        PEFT has it (which decomposes the base anew when it loads); None as said above.
+        PEFT has it (which decomposes the base again when it loads); None as said above.
       base_model: ``base_model_name_or_path``: where PEFT finds the base model.
       task_type: What PEFT makes of it: ``"CAUSAL_LM"``, ``"SEQ_CLS"``, None, ....
       dtype: Dtype of the tensors: float32, bfloat16 or float16.
@@ -98,45 +101,161 @@ def save_peft(
     slots = module_slots(model, names)
     with values_of(model, name), sharing(model):
         _check_named(model, slots, name)
-        pieces = dict(adapter_pieces(slots, name, as_lora))
-        saved = dict(trained_parameters(slots, pieces))
-        bases = dict(written_bases(slots, pieces, name))
+        pieces = {m: p for m, slot in slots.items() if (p := _piece(slot, name, as_lora))}
+        saved = {m: x for m, slot in slots.items() if (x := _trained(slot, m in pieces))}
+        bases = {m: slots[m].read("weight") for m in pieces if _holds_base(m, slots[m], name)}
     tied = tied_in_model(model, slots)
     ties = tied is not None and tied.embedding in saved and tied.embedding not in pieces
-    others = {"base_model_name_or_path": base_model, "task_type": task_type}
-    config = dataclasses.replace(_config(pieces, slots, saved, others), ensure_weight_tying=ties)
+    content = {
+        **_config(pieces, slots, saved).content(),
+        "base_model_name_or_path": base_model,
+        "task_type": task_type,
+        "ensure_weight_tying": ties,
+    }
     if tied and ties:
         saved[tied.head] = saved[tied.embedding]
     arrays = [(module, piece.tensors) for module, piece in pieces.items()] + list(saved.items())
     tensors = {
-        f"{PREFIX}{module}.{tensor}": np.ascontiguousarray(np.asarray(x).astype(jnp.dtype(dtype)))
+        f"{PREFIX}{module}.{tensor}": x.astype(jnp.dtype(dtype))
         for module, of_module in arrays
         for tensor, x in of_module.items()
     }
     # In the model's dtype: `load_peft` compares them with the weights of the model.
     tensors |= {f"{PREFIX}{module}.base_layer.weight": x for module, x in bases.items()}
-    write_folder(path, config.to_json(), tensors)
+    write_adapter(path, AdapterFolder(content, tensors))
 
 
 def _check_named(model: Any, slots: Mapping[str, Slot], name: str) -> None:
-    """Everything that is to be saved has a name in PyTorch."""
+    """Raises ValueError unless everything that is to be saved has a name in PyTorch."""
     known = {slot.path for slot in slots.values()}
-    wanted = [path for path, layer in adapted_layers(model) if name in layer.adapters]
-    wanted += [
-        tuple(map(str, path))
-        for path, module in nnx.iter_modules(model)
-        if any(isinstance(x, AlsoTrained) for x in vars(module).values())
-    ]
-    unknown = sorted({path_string(path) for path in wanted if path not in known})
+    is_saved = lambda x: bool(name in getattr(x, "adapters", {}) or also_trained(x))
+    unknown = [path_string(p) for p in modules_by_path(model, is_saved) if p not in known]
     if unknown:
-        raise ValueError(f"names has no PyTorch name of {', '.join(unknown)}.")
+        raise ValueError(f"names has no PyTorch name of {', '.join(sorted(unknown))}.")
+
+
+class _Piece(NamedTuple):
+    """The adapter of one module: rank, alpha, fields that say the method, tensors by name."""
+
+    rank: int
+    alpha: float
+    fields: Mapping[str, Any]
+    tensors: Tensors
+
+
+def _piece(slot: Slot, name: str, as_lora: bool | None) -> _Piece | None:
+    """The adapter of a module; None if it has none, as a layer between those `load_peft` adapts."""
+    if name not in slot.adapters:
+        return None
+    adapter, where, layout = slot.adapters[name], path_string(slot.path), slot.layout
+    assert layout is not None  # it has an adapter
+    # One layer's arrays; shared ones have no stack axes.
+    method: Any = adapter.method
+    p = {k: x if k in method.shared else x[slot.index] for k, x in adapter.p().items()}
+    scales = np.asarray(p["rank_scale"]) if "rank_scale" in p else None
+    if scales is not None and not scales.any():
+        return None
+    if adapter.strength != 1:
+        raise ValueError(
+            f"{where}: the adapter's strength is {adapter.strength}, which a file does not hold: "
+            "set it to 1 by `activate`."
+        )
+    fields, dropout = _form(method, as_lora), {"lora_dropout": getattr(method, "dropout", 0.0)}
+    if fields is None:  # a plain LoRA of the same change of the original weight
+        a, b = (np.asarray(x.astype(jnp.float32)) for x in method.to_lora(p))
+        if isinstance(method, LowRank) and isinstance(method.rank, tuple):
+            used = np.any(a, axis=0) & np.any(b, axis=1)  # the others are padding
+            used[0] |= not used.any()
+            a, b = a[:, used], b[used]
+        fields = {"use_rslora": False, "use_dora": False, "init_lora_weights": True}
+        return _Piece(a.shape[1], a.shape[1], fields | dropout, layout.pack(a, b))
+    if layout.kind != "linear" and fields["init_lora_weights"] == "pissa":
+        raise ValueError(f"{where}: PEFT has PiSSA of linear layers only; leave as_lora out.")
+    if layout.kind == "embedding" and fields["use_dora"]:
+        raise ValueError(f"{where}: DoRA of an embedding cannot be saved in PEFT's files.")
+    # Rows beyond a layer's own rank are padding.
+    used = slice(None) if scales is None else scales != 0
+    arrays = {key: np.asarray(x) for key, x in p.items()}
+    a, b = arrays["A"][:, used], arrays["B"][used]
+    rank = a.shape[1]
+    scale = method.scale_of(method.max_rank) if scales is None else scales[used][0]
+    # The alpha that gives this scale: the method's or a short number, if it does.
+    per_alpha = rank**0.5 if fields["use_rslora"] else rank
+    exact = float(scale) * per_alpha
+    short = (rank if method.alpha is None else method.alpha, float(f"{exact:.6g}"))
+    gives = lambda alpha: np.float32(alpha / per_alpha) == np.float32(scale)
+    alpha = next(filter(gives, short), exact)
+    return _Piece(rank, alpha, fields | dropout, layout.pack(a, b, arrays.get("magnitude")))
+
+
+def _form(method: Any, as_lora: bool | None) -> dict[str, Any] | None:
+    """The fields with which PEFT computes a method from its own ``A, B``; None for a plain LoRA."""
+    is_pissa, has_form = type(method) is PiSSA, type(method) in (LoRA, LoRAFA, DoRA)
+    if as_lora or (as_lora is None and not has_form):
+        return None
+    if not (has_form or is_pissa):
+        raise TypeError(
+            f"as_lora=False: PEFT has no {type(method).__name__}; leave it out for a plain LoRA."
+        )
+    if is_pissa and (method.power_iterations is not None or method.nf4_rounds):
+        raise ValueError(
+            "as_lora=False: PEFT computes PiSSA's residual base again, by an exact decomposition "
+            f"and in full precision, which is not that of {method}; leave it out for a plain LoRA."
+        )
+    return {
+        "use_rslora": method.rank_stabilized,
+        "use_dora": isinstance(method, DoRA),
+        "init_lora_weights": "pissa" if is_pissa else True,
+    }
+
+
+def _trained(slot: Slot, adapted: bool) -> Tensors:
+    """All parameters of a module of which `also_train` trains one; the bias of an adapted one."""
+    trained = also_trained(slot.module)
+    if not trained:
+        return {}
+    if not adapted:
+        _check_unchanged(slot)
+        return {parameter: slot.read(parameter) for parameter in slot.parameters}
+    if slot.parameters["weight"] in trained:
+        raise ValueError(
+            f"{path_string(slot.path)}: its weight is trained itself and has an adapter, which "
+            "PEFT cannot hold; merge the adapter or train only one of them."
+        )
+    return {"base_layer.bias": slot.read("bias")}
+
+
+def _holds_base(module: str, slot: Slot, name: str) -> bool:
+    """Whether the file holds the weight that an adapter is beside.
+
+    PEFT writes those of embeddings and heads, by their names; here also those of which the adapter
+    has values of its own.
+    """
+    if slot.adapters[name].method.changes_base:
+        return False  # the weight is a residual, and not the base of a plain LoRA
+    own = getattr(slot.module, "own_values", {})
+    holds = module.rpartition(".")[2] in ("embed_tokens", "lm_head")
+    holds = holds or slot.parameters["weight"] in own
+    if holds:
+        _check_unchanged(slot)
+    return holds
+
+
+def _check_unchanged(slot: Slot) -> None:
+    """Raises ValueError where an adapter has changed the layer's weight itself."""
+    for name, adapter in slot.adapters.items():
+        where = f"{path_string(slot.path)}: its weight is saved, and the adapter {name!r}"
+        if adapter.merged:
+            raise ValueError(f"{where} is merged into it: unmerge {name!r} first.")
+        if adapter.method.changes_base:
+            method = type(adapter.method).__name__
+            raise ValueError(
+                f"{where} ({method}) has changed it to a residual: detach {name!r} first."
+            )
 
 
 def _config(
-    pieces: Mapping[str, Piece],
-    slots: Mapping[str, Slot],
-    saved: Mapping[str, Mapping[str, Any]],
-    others: Mapping[str, Any],
+    pieces: Mapping[str, _Piece], slots: Mapping[str, Slot], saved: Mapping[str, Tensors]
 ) -> PeftConfig:
     fields = {tuple(sorted(p.fields.items())) for p in pieces.values()}
     if len(fields) != 1:
@@ -148,22 +267,17 @@ def _config(
     rank = Counter(p.rank for p in pieces.values()).most_common(1)[0][0]
     alpha = Counter(p.alpha for p in pieces.values()).most_common(1)[0][0]
     biases = any("base_layer.bias" in of_module for of_module in saved.values())
-    modules = tuple(sorted(m for m in saved if m not in pieces))
+    # Last names where all layers of that name are adapted, else whole names.
+    last = lambda module: module.rpartition(".")[2]
+    others = {last(m) for m, slot in slots.items() if m not in pieces and slot.is_layer}
+    targets = {m if last(m) in others else last(m) for m in pieces}
     return PeftConfig(
         r=rank,
         lora_alpha=alpha,
-        target_modules=_targets(pieces, slots),
+        target_modules=tuple(sorted(targets)),
         rank_pattern={re.escape(m): p.rank for m, p in pieces.items() if p.rank != rank},
         alpha_pattern={re.escape(m): p.alpha for m, p in pieces.items() if p.alpha != alpha},
-        modules_to_save=modules or None,
+        modules_to_save=tuple(sorted(saved.keys() - pieces.keys())) or None,
         bias="lora_only" if biases else "none",
-        others=others,
         **dict(next(iter(fields))),
     )
-
-
-def _targets(adapted: Iterable[str], slots: Mapping[str, Slot]) -> tuple[str, ...]:
-    """Last names where all layers of that name are adapted, else whole names."""
-    last = lambda module: module.rpartition(".")[2]
-    others = {last(m) for m, slot in slots.items() if m not in adapted and slot.is_layer}
-    return tuple(sorted({m if last(m) in others else last(m) for m in adapted}))

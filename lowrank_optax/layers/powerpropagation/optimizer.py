@@ -1,4 +1,4 @@
-"""Powerpropagation as a part of the optimizer: the parameters are the weights themselves."""
+"""Powerpropagation in the optimizer: the parameters are the weights themselves."""
 
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -6,9 +6,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.layers.powerpropagation.power import Alpha, power, root, slope
-from lowrank_optax.layers.powerpropagation.reparameterisation import check_alpha, refuse_zeros
-from lowrank_optax.layers.powerpropagation.where import Where, map_selected
+from lowrank_optax.layers.powerpropagation.reparameterisation import (
+    Alpha,
+    Where,
+    check_alpha,
+    map_selected,
+    power,
+    refuse_zeros,
+    root,
+    slope,
+)
 from lowrank_optax.states.arguments import transformation
 from lowrank_optax.states.moment_names import moment_kinds
 from lowrank_optax.states.precision import in_float32, keep_dtypes
@@ -22,10 +29,10 @@ def powerprop_updates(
     mode: Mode | None = None,
     where: Where = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""An optimizer that trains :math:`\theta` while the parameters are the weights :math:`w`.
+    r"""Train :math:`\theta` by ``inner`` while the parameters are the weights :math:`w`.
 
-    At each step :math:`\theta = \mathrm{sign}(w) |w|^{1/\alpha}` is found from the weights, moved,
-    and the update is the difference it makes to them:
+    Each step computes :math:`\theta = \mathrm{sign}(w) |w|^{1/\alpha}` from the weights, moves it,
+    and returns the difference that this makes to the weights:
 
     .. math::
       \text{plain:} \quad u &= \mathrm{inner}(\alpha |\theta|^{\alpha-1} \, \partial L/\partial w,
@@ -34,36 +41,37 @@ def powerprop_updates(
       \mathrm{inner}(\partial L/\partial w, \; w), \\
       \Delta w &= f(\theta + u) - f(\theta), \qquad f(\theta) = \theta |\theta|^{\alpha - 1}.
 
-    ``"plain"`` is ``inner`` on what `powerprop` reparameterises: of gradient descent, a small step
-    changes a weight by :math:`-\eta \alpha^2 |w|^{2 - 2/\alpha} \, \partial L/\partial w`. An
-    optimizer that normalises gradients, as Adam does, cancels one of the two factors;
-    ``"weight_space"`` gives it back: :math:`-\eta \alpha^2 |w|^{2 - 2/\alpha}` times its direction.
+    ``"plain"`` makes the steps of ``inner`` on the parameters of `powerprop`: a small step of
+    gradient descent changes a weight by
+    :math:`-\eta \alpha^2 |w|^{2 - 2/\alpha} \, \partial L/\partial w`. An optimizer that normalises
+    gradients, such as Adam, cancels one of the two factors; ``"weight_space"`` restores it:
+    :math:`-\eta \alpha^2 |w|^{2 - 2/\alpha}` times Adam's direction.
 
-    There is nothing to export, evaluation and pruning see the weights, the loss is not touched, and
-    ``alpha`` may change at any step. The state is ``inner``'s. A weight of zero stays zero by
-    gradients alone; momentum may move it in mode ``"plain"``: see `mask_updates` for pruned ones.
+    Nothing has to be exported, and ``alpha`` may change at any step. The state is that of
+    ``inner``. Gradients leave a weight of zero at zero; momentum may move it in mode ``"plain"``:
+    use `mask_updates` for pruned ones.
 
-    Weight decay in ``inner``: in mode ``"plain"`` it acts on :math:`\theta`, so that decoupled
-    decay by a factor :math:`1 - \eta \lambda` takes :math:`(1 - \eta\lambda)^\alpha` to ``w``. In
-    mode ``"weight_space"`` it is part of the direction, so small weights hardly decay. Decay that
-    is chained behind acts on ``w`` as ever.
+    Weight decay in ``inner`` acts on :math:`\theta` in mode ``"plain"``: decoupled decay by a
+    factor :math:`1 - \eta \lambda` multiplies ``w`` by :math:`(1 - \eta\lambda)^\alpha`. In mode
+    ``"weight_space"`` it is part of the direction, so small weights hardly decay. Decay that is
+    chained after this transformation acts on ``w``.
 
     Args:
       inner: Any optax transformation with its learning rate, such as ``optax.sgd(0.1)``.
-      alpha: The exponent, at least 1. At the Python number 1 the result is ``inner``.
-      mode: In which space ``inner`` works; None for ``"weight_space"`` if its state has averages of
-        squared gradients (Adam, RMSprop, Adafactor, ...) and ``"plain"`` otherwise. Optimizers that
-        normalise without them (Lion, Muon, sign descent) are to be given ``"weight_space"``.
-      where: Which leaves, as for `powerprop`; ``inner`` treats the others as ever.
+      alpha: Exponent, at least 1. The Python number 1 returns ``inner``.
+      mode: Space in which ``inner`` works; None for ``"weight_space"`` if its state has averages of
+        squared gradients (Adam, RMSprop, Adafactor, ...) and ``"plain"`` otherwise. Give
+        ``"weight_space"`` for optimizers that normalise without them (Lion, Muon, sign descent).
+      where: Leaves, as for `powerprop`; ``inner`` trains the other leaves as usual.
 
     Returns:
       A transformation that needs ``params``. It computes in float32 for narrower dtypes; updates
-      have the gradients' dtypes.
+      have the dtypes of the gradients.
 
     Raises:
       ValueError: If ``alpha`` is below 1 (unless traced) or ``mode`` unknown; in ``init``, if a
         selected leaf is all zero; in ``update``, without ``params``.
-      TypeError: If ``alpha`` is no scalar, or ``where`` none of its kinds.
+      TypeError: If ``alpha`` is not a scalar, or ``where`` has another type.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro, optax
@@ -84,15 +92,15 @@ def powerprop_updates(
     if isinstance(alpha, int | float) and alpha == 1:
         return inner
 
-    def in_weight_space(state: optax.OptState) -> bool:
-        return mode == "weight_space" if mode else "unsigned" in moment_kinds(state)
-
+    in_weight_space = lambda state: (
+        mode == "weight_space" if mode else "unsigned" in moment_kinds(state)
+    )
     to_theta = lambda weights: map_selected(lambda w: root(w, alpha), where, weights)
 
     def init_fn(params: optax.Params) -> optax.OptState:
         refuse_zeros(params, alpha, where)
-        weight_space = in_weight_space(jax.eval_shape(inner.init, params))
-        return inner.init(params if weight_space else to_theta(params))
+        state = jax.eval_shape(inner.init, params)
+        return inner.init(params if in_weight_space(state) else to_theta(params))
 
     def update_fn(
         updates: optax.Updates,
@@ -112,7 +120,7 @@ def powerprop_updates(
         else:
             updates = map_selected(times_slope, where, updates, theta)
             updates, state = inner.update(updates, state, theta, **extra_args)
-        # Compiled, the two powers may round differently; no step is no update all the same.
+        # Compiled, the two powers may round differently; a step of zero is still no update.
         difference = lambda u, t: power(t + u, alpha) - power(t, alpha)
         step = lambda u, t: jnp.where(u == 0, 0, difference(u, t))
         return map_selected(step, where, updates, theta), state

@@ -1,24 +1,40 @@
-"""Powerpropagation: a weight is a power of what is trained, w = θ·|θ|^(α - 1).
+"""Powerpropagation: a weight is a power of a trained parameter, w = θ·|θ|^(α - 1).
 
-A gradient step is then the smaller the smaller a weight already is: the rich get richer, and many
-weights end near zero, so that pruning by magnitude costs less.
+The smaller a weight, the smaller its gradient steps: large weights learn fast, many weights end
+near zero, and pruning by magnitude costs less.
 """
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+import re
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_optax.layers.powerpropagation.power import Alpha, power, root
-from lowrank_optax.layers.powerpropagation.where import Where, map_selected, selected
-from lowrank_optax.matrices.paths import path_string
+from lowrank_optax.matrices import (
+    DimensionNumbersRule,
+    WeightDimensionNumbers,
+    resolve_dimension_numbers,
+)
+from lowrank_optax.matrices.names import named_kind
+from lowrank_optax.matrices.paths import is_whole, normalised_path, path_string
+from lowrank_optax.matrices.rules import default_rule
+from lowrank_optax.matrices.selection import check_patterns
+
+Alpha: TypeAlias = float | jax.Array
+"""A Python number, or a scalar array, which may be traced (a schedule)."""
+
+Where: TypeAlias = str | Callable[[str, tuple[int, ...]], bool] | None
+"""Leaves by a regular expression found in their path (``re.search``), by a function of path and
+shape, or (None) all matrices and convolutions, output layers included."""
 
 
 def powerprop(params: Any, alpha: Alpha, where: Where = None) -> Any:
-    r"""The weights of a model from what is trained: a pure map of trees, inside the loss.
+    r"""Compute the weights of a model from its trained parameters, inside the loss.
 
-    Element by element of the selected leaves,
+    Elementwise, for the selected leaves,
 
     .. math::
       w = \theta \, |\theta|^{\alpha - 1}, \qquad
@@ -26,25 +42,25 @@ def powerprop(params: Any, alpha: Alpha, where: Where = None) -> Any:
       \frac{\partial L}{\partial w}.
 
     The derivative is finite everywhere (written out naively it is NaN at zero for
-    :math:`\alpha < 2`): 0 at zero, and 1 for :math:`\alpha = 1`. So is the one with respect to a
-    traced ``alpha``, :math:`w \log |\theta|`, 0 at zero; stop it if a schedule sets ``alpha``
-    and something differentiates through. Backward keeps ``params`` alone. To export a model, call
-    this once and drop the reparameterisation.
+    :math:`\alpha < 2`): 0 at zero, and 1 for :math:`\alpha = 1`. The derivative with respect to a
+    traced ``alpha`` is :math:`w \log |\theta|`, 0 at zero; use ``stop_gradient`` if ``alpha`` comes
+    from a schedule that you differentiate through. Only ``params`` are saved for the backward pass.
+    To export a model, call this once and drop the reparameterisation.
 
     Args:
-      params: Any tree of arrays: what is trained, :math:`\theta`, as `powerprop_inverse` makes it.
-      alpha: The exponent, at least 1. At the Python number 1 ``params`` come back as they are.
-      where: Which leaves: a regular expression found in their path, a function of path and shape,
-        or None for all matrices and convolutions, output layers included: no biases, norms or
-        embeddings.
+      params: Tree of arrays :math:`\theta`, from `powerprop_inverse`.
+      alpha: Exponent, at least 1. The Python number 1 returns ``params`` unchanged.
+      where: Leaves to reparameterise: a regular expression found in their path, a function of path
+        and shape, or None for all matrices and convolutions, output layers included: no biases,
+        norms or embeddings.
 
     Returns:
-      A tree like ``params``, dtypes too; powers are computed in float32 (float64 for float64).
+      A tree like ``params``, with the same dtypes; powers are computed in float32 (float64 for
+      float64).
 
     Raises:
-      ValueError: If ``alpha`` is below 1 (unless traced), or ``where`` selects nothing by a regular
-        expression.
-      TypeError: If ``alpha`` is no scalar, or ``where`` none of its kinds.
+      ValueError: If ``alpha`` is below 1 (unless traced), or ``where`` selects nothing.
+      TypeError: If ``alpha`` is not a scalar, or ``where`` has another type.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro
@@ -64,24 +80,16 @@ def powerprop(params: Any, alpha: Alpha, where: Where = None) -> Any:
 
 
 def powerprop_inverse(weights: Any, alpha: Alpha, where: Where = None) -> Any:
-    r"""What is trained from weights, initial or pretrained: the inverse of `powerprop`.
+    r"""Compute the trained parameters from initial or pretrained weights: inverts `powerprop`.
 
     .. math:: \theta = \mathrm{sign}(w) \, |w|^{1 / \alpha}
 
-    A model starts as the same function it is without Powerpropagation.
-
-    Args:
-      weights: Any tree of arrays.
-      alpha: The exponent, at least 1.
-      where: Which leaves, as for `powerprop`.
-
-    Returns:
-      A tree like ``weights``, dtypes too.
+    The model starts as the same function as without Powerpropagation. Arguments other than
+    ``weights``, a tree of arrays, and dtypes are as for `powerprop`.
 
     Raises:
       ValueError: If a selected leaf is all zero and ``alpha`` is above 1, neither of them traced:
-        its gradient would be zero for ever. Otherwise as `powerprop`.
-      TypeError: As `powerprop`.
+        its gradient would always be zero. Other errors as for `powerprop`.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
@@ -91,7 +99,7 @@ def powerprop_inverse(weights: Any, alpha: Alpha, where: Where = None) -> Any:
       ['0.10', '-0.50']
 
     Reference:
-      Schwarz et al., 2021, https://arxiv.org/abs/2110.00296, the initialisation of section 2.
+      Schwarz et al., 2021, https://arxiv.org/abs/2110.00296, section 2.
     """
     check_alpha(alpha)
     refuse_zeros(weights, alpha, where)
@@ -99,27 +107,20 @@ def powerprop_inverse(weights: Any, alpha: Alpha, where: Where = None) -> Any:
 
 
 def change_alpha(params: Any, old: Alpha, new: Alpha, where: Where = None) -> Any:
-    r"""What is trained, for another exponent, with the weights as they are.
+    r"""Convert the trained parameters to another exponent; the weights stay the same.
 
     .. math::
       \theta \leftarrow \mathrm{sign}(\theta) \, |\theta|^{\alpha_\mathrm{old} /
       \alpha_\mathrm{new}}
 
-    The optimizer's moments belong to the old exponent: start them anew. (`powerprop_updates` has
-    no such trouble with the weights, which it keeps, nor in weight space with the moments.)
+    The optimizer's moments belong to the old exponent: initialise them again. (With
+    `powerprop_updates` the parameters are the weights, so nothing has to be converted.)
 
     Args:
-      params: Any tree of arrays, trained with the exponent ``old``.
-      old: The exponent so far, at least 1.
-      new: The exponent from now on, at least 1.
-      where: Which leaves, as for `powerprop`.
-
-    Returns:
-      A tree like ``params``, dtypes too.
-
-    Raises:
-      ValueError: If an exponent is below 1 (unless traced); otherwise as `powerprop`.
-      TypeError: As `powerprop`.
+      params: Tree of arrays, trained with the exponent ``old``.
+      old: Exponent so far, at least 1.
+      new: Exponent from now on, at least 1.
+      where: Leaves, as for `powerprop`, as are the dtypes and errors.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
@@ -129,8 +130,7 @@ def change_alpha(params: Any, old: Alpha, new: Alpha, where: Where = None) -> An
       ['0.09', '-0.25']
 
     Reference:
-      The modifier of https://github.com/neuralmagic/sparseml, which multiplies by a power that is
-      NaN at zero, and repairs it.
+      The modifier of https://github.com/neuralmagic/sparseml, which is NaN at zero before a repair.
     """
     check_alpha(old, "old")
     check_alpha(new, "new")
@@ -138,7 +138,7 @@ def change_alpha(params: Any, old: Alpha, new: Alpha, where: Where = None) -> An
 
 
 def check_alpha(alpha: Any, name: str = "alpha") -> None:
-    """Refuses exponents below 1; traced ones are left alone."""
+    """Refuse exponents below 1, unless traced."""
     if isinstance(alpha, jax.core.Tracer):
         return
     try:
@@ -153,23 +153,132 @@ def check_alpha(alpha: Any, name: str = "alpha") -> None:
 
 
 def refuse_zeros(weights: Any, alpha: Alpha, where: Where) -> None:
-    """An error for selected leaves of zeros alone, which would never train."""
+    """Raise for selected leaves that are all zero, which would never train."""
     if isinstance(alpha, jax.core.Tracer) or alpha == 1:
         return
+
+    def is_zero(w: Any) -> bool:
+        known = isinstance(w, jax.Array | np.ndarray) and not isinstance(w, jax.core.Tracer)
+        return known and w.size > 0 and not bool(jnp.any(w != 0))
+
     leaves = jax.tree_util.tree_leaves_with_path(weights)
-    dead = [
-        path_string(path)
-        for (path, leaf), chosen in zip(leaves, selected(weights, where), strict=True)
-        if chosen and _is_zero(leaf)
-    ]
-    if dead:
+    pairs = zip(leaves, selected(weights, where), strict=True)
+    zero = [path_string(path) for (path, leaf), chosen in pairs if chosen and is_zero(leaf)]
+    if zero:
         raise ValueError(
-            f"{', '.join(dead)}: all weights are zero, where Powerpropagation with alpha="
+            f"{', '.join(zero)}: all weights are zero, where Powerpropagation with alpha="
             f"{float(alpha):g} has no gradient; initialise them otherwise, or leave them out by "
             "`where`."
         )
 
 
-def _is_zero(w: Any) -> bool:
-    known = isinstance(w, jax.Array | np.ndarray) and not isinstance(w, jax.core.Tracer)
-    return known and w.size > 0 and not bool(jnp.any(w != 0))
+def selected(params: Any, where: Where, rule: DimensionNumbersRule = None) -> list[bool]:
+    """Whether each leaf is selected, in the order of ``jax.tree.leaves``; only real numbers are.
+
+    Raises:
+      ValueError: If ``where`` is not a regular expression, or selects no leaf of a whole tree.
+      TypeError: If ``where`` has another type.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    must_find = is_whole(params)
+    if where is None:
+        chosen = [spec is not None for spec in layer_matrices(params, rule)]
+    elif isinstance(where, str):
+        if must_find:
+            check_patterns("where", [where], [normalised_path(path) for path, _ in leaves], "leaf")
+        chosen = [bool(re.search(where, path_string(path))) for path, _ in leaves]
+    elif callable(where):
+        chosen = [bool(where(path_string(path), tuple(leaf.shape))) for path, leaf in leaves]
+    else:
+        raise TypeError(
+            f"where={where!r} must be a regular expression, a function of path and shape, or None."
+        )
+    is_real = [jnp.issubdtype(leaf.dtype, jnp.floating) for _, leaf in leaves]
+    both = [a and b for a, b in zip(chosen, is_real, strict=True)]
+    if must_find and not any(both):
+        names = ", ".join(path_string(path) for path, _ in leaves[:5])
+        raise ValueError(
+            f"where={where!r} selects none of the {len(leaves)} leaves ({names}): give a pattern "
+            "or a function that selects some of real numbers."
+        )
+    return both
+
+
+def layer_matrices(
+    params: Any, rule: DimensionNumbersRule = None
+) -> list[WeightDimensionNumbers | None]:
+    """How each leaf is a batch of matrices, None for other leaves; by default, by names."""
+    if rule is None:
+        # Output layers are layers here; other methods leave them out.
+        rule = lambda tree: default_rule(tree, lambda path: named_kind(path) in (None, "head"))
+    return resolve_dimension_numbers(rule, params)
+
+
+def map_selected(function: Callable[..., Any], where: Where, params: Any, *trees: Any) -> Any:
+    """``params`` with ``function`` of each selected leaf and of the same leaves of the trees."""
+    leaves, treedef = jax.tree.flatten(params)
+    matching = [treedef.flatten_up_to(tree) for tree in trees]
+    parts = zip(selected(params, where), leaves, *matching, strict=True)
+    return treedef.unflatten(
+        [function(leaf, *more) if chosen else leaf for chosen, leaf, *more in parts]
+    )
+
+
+def power(theta: jax.Array, alpha: Alpha) -> jax.Array:
+    """The weights ``θ·|θ|^(α - 1)`` of one array, in its dtype."""
+    if isinstance(alpha, int | float) and alpha == 1:
+        return theta
+    return _power_saving_theta(theta, jnp.asarray(alpha))
+
+
+def root(w: jax.Array, alpha: Alpha) -> jax.Array:
+    """The inverse of `power`; its derivative at 0 is 0 instead of infinite."""
+    if isinstance(alpha, int | float) and alpha == 1:
+        return w
+    w32, alpha = _to_float32(w, jnp.asarray(alpha))
+    return (w32 * _nonzero(w32) ** (1 / alpha - 1)).astype(w.dtype)
+
+
+def slope(theta: jax.Array, alpha: Alpha) -> jax.Array:
+    """The derivative ``α·|θ|^(α - 1)``, float32 or wider; its own derivative is finite too."""
+    theta32, alpha = _to_float32(theta, jnp.asarray(alpha))
+    at_zero = jnp.where(alpha == 1, 1.0, 0.0).astype(theta32.dtype)
+    return jnp.where(theta32 == 0, at_zero, alpha * _nonzero(theta32) ** (alpha - 1))
+
+
+@jax.custom_jvp
+def _power(theta: jax.Array, alpha: jax.Array) -> jax.Array:
+    theta32, alpha = _to_float32(theta, alpha)
+    # Unlike sign·|θ|^α, this is exactly θ for a traced alpha of 1.
+    return (theta32 * jnp.abs(theta32) ** (alpha - 1)).astype(theta.dtype)
+
+
+@partial(_power.defjvp, symbolic_zeros=True)
+def _power_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    theta, alpha = primals
+    w = _power(theta, alpha)
+    theta32, exponent = _to_float32(theta, alpha)
+    total = jnp.zeros_like(theta32)
+    theta_tangent, alpha_tangent = tangents
+    if not isinstance(theta_tangent, jax.custom_derivatives.SymbolicZero):
+        total += slope(theta, alpha) * theta_tangent
+    if not isinstance(alpha_tangent, jax.custom_derivatives.SymbolicZero):
+        size = _nonzero(theta32)
+        total += theta32 * size ** (exponent - 1) * jnp.log(size) * alpha_tangent
+    return w, total.astype(w.dtype)
+
+
+# The backward pass computes the slope again, and so saves theta alone.
+_power_saving_theta = jax.checkpoint(
+    _power, prevent_cse=False, policy=jax.checkpoint_policies.nothing_saveable
+)
+
+
+def _nonzero(x: jax.Array) -> jax.Array:
+    """Absolute values, with 1 for 0: their powers have finite derivatives."""
+    return jnp.where(x == 0, 1, jnp.abs(x))
+
+
+def _to_float32(theta: jax.Array, alpha: jax.Array) -> tuple[jax.Array, jax.Array]:
+    dtype = jnp.promote_types(theta.dtype, jnp.float32)
+    return theta.astype(dtype), alpha.astype(dtype)

@@ -8,18 +8,18 @@ from jax.typing import ArrayLike
 import numpy as np
 import optax
 
-from lowrank_optax.optimizers.mirror_sinkhorn.polytope import (
-    check_marginals,
-    in_float,
-    largest_finite,
-    nonzero,
-)
-from lowrank_optax.optimizers.mirror_sinkhorn.steps import (
+from lowrank_optax.optimizers.mirror_sinkhorn.iterates import (
     First,
     check_steps,
     columns_next,
     rate_at,
     scaled,
+)
+from lowrank_optax.optimizers.mirror_sinkhorn.polytope import (
+    check_marginals,
+    in_float,
+    largest_finite,
+    nonzero,
 )
 from lowrank_optax.states.precision import scalar_dtype
 
@@ -41,8 +41,8 @@ class MirrorSinkhornUpdatesState(NamedTuple):
 def coupling_from_logits(logits: jax.Array) -> jax.Array:
     """``exp(logits)``, through which gradients by the coupling arrive at the logits as they are.
 
-    `mirror_sinkhorn_updates` needs this: the true gradient by the logits is smaller by a factor of
-    the coupling, which cannot be divided out where that underflows.
+    `mirror_sinkhorn_updates` needs them so: the true gradient by the logits is smaller by a factor
+    of the coupling, which cannot be divided out where that underflows.
 
     Args:
       logits: Logarithm of a coupling, ``[..., n, m]``.
@@ -75,26 +75,26 @@ def mirror_sinkhorn_updates(
     r"""`mirror_sinkhorn` as an optax transformation: couplings trained beside other parameters.
 
     Every parameter is the logarithm :math:`L` of a coupling of unit mass, ``[..., n, m]``, and its
-    gradient is taken by the coupling, :math:`G = \partial \ell / \partial e^L`, as
-    `coupling_from_logits` does. The update, to be added as any other, is
+    gradient is taken by the coupling, :math:`G = \partial \ell / \partial e^L`, which is what
+    `coupling_from_logits` ensures. The update is
 
     .. math:: -\eta_t G + \log \nu - \operatorname{logsumexp}_i (L - \eta_t G),
 
-    and with :math:`\mu` and rows in the next step. It contains the step size and must act last:
-    chain nothing behind it, and no weight decay.
+    and the same with :math:`\mu` and rows in the next step. It contains the step size, and must be
+    the last transformation of a chain. Use no weight decay.
 
     Logits may start anywhere, at best at ``log(row_marginal)[:, None] + log(column_marginal)``.
-    Cells at -inf stay there. For averages, which noisy gradients ask for, average couplings:
+    Cells at -inf stay there. With noisy gradients, average couplings:
     ``optax.incremental_update(exp(logits), average, 1 / (step + 1))``; and see
     `round_to_polytope`.
 
-    Arithmetic is in float32, updates are of the gradients' dtype; keep logits in float32. Gradients
-    that are not finite make updates that are not, as in optax, but never get into the state.
+    Arithmetic is in float32, updates have the gradients' dtype; store logits in float32. Updates of
+    gradients that are not finite are not finite, as in optax, but the state stays finite.
 
     Args:
       row_marginal: :math:`\mu`, ``[n]``, for all matrices; scaled to unit mass. None is uniform,
         whatever the number of rows.
-      column_marginal: :math:`\nu`, ``[m]``, likewise.
+      column_marginal: :math:`\nu`, ``[m]``, in the same way.
       bound: As in `mirror_sinkhorn`.
       learning_rate: As in `mirror_sinkhorn`.
       first: As in `mirror_sinkhorn`.
@@ -132,23 +132,9 @@ def mirror_sinkhorn_updates(
             check_marginals(x, x)
     given = bound is not None or learning_rate is not None
 
-    def logs(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-        return _log_marginal(row_marginal, shape[-2]), _log_marginal(column_marginal, shape[-1])
-
     def init_fn(params: optax.Params) -> MirrorSinkhornUpdatesState:
         for path, x in jax.tree_util.tree_leaves_with_path(params):
-            name, shape = jax.tree_util.keystr(path), x.shape
-            if len(shape) < 2:
-                raise ValueError(
-                    f"mirror_sinkhorn_updates: {name} has shape {shape}, but a coupling has two "
-                    "axes at least: choose the couplings by optax.partition or optax.masked."
-                )
-            marginals = {"row_marginal": row_marginal, "column_marginal": column_marginal}
-            for (which, y), size in zip(marginals.items(), shape[-2:], strict=True):
-                if y is not None and np.size(y) != size:
-                    raise ValueError(
-                        f"{which} has {np.size(y)} entries, but {name} has shape {shape}."
-                    )
+            _check_leaf(jax.tree_util.keystr(path), x.shape, row_marginal, column_marginal)
         start = lambda x: jnp.zeros(x.shape[:-2], scalar_dtype(x))
         bounds = () if given else jax.tree.map(start, params)
         return MirrorSinkhornUpdatesState(jnp.zeros([], jnp.int32), bounds)
@@ -162,7 +148,8 @@ def mirror_sinkhorn_updates(
 
         def one(gradient: jax.Array, logits: jax.Array, largest: ArrayLike) -> jax.Array:
             g, old = _allowed(gradient, logits)
-            log_rows, log_columns = logs(g.shape)
+            log_rows = _log_marginal(row_marginal, g.shape[-2])
+            log_columns = _log_marginal(column_marginal, g.shape[-1])
             delta = jnp.asarray(largest_finite(log_rows) + largest_finite(log_columns), g.dtype)
             rate = rate_at(state.count, learning_rate, jnp.asarray(largest, g.dtype), delta)
             moved = old - rate[..., None, None] * g
@@ -173,17 +160,12 @@ def mirror_sinkhorn_updates(
             )
             return jnp.where(jnp.isneginf(old), 0, new - old).astype(gradient.dtype)
 
-        def larger(gradient: jax.Array, logits: jax.Array, bound: jax.Array) -> jax.Array:
-            g, _ = _allowed(gradient, logits)
-            sizes = jnp.where(jnp.isfinite(g), jnp.abs(g), 0)
-            return jnp.maximum(bound, sizes.max(axis=(-2, -1), initial=0).astype(bound.dtype))
-
         bounds = state.bound
         if given:
             known = 0.0 if bound is None else bound
             new = jax.tree.map(lambda g, x: one(g, x, known), updates, params)
         else:
-            bounds = jax.tree.map(larger, updates, params, bounds)
+            bounds = jax.tree.map(_larger, updates, params, bounds)
             new = jax.tree.map(one, updates, params, bounds)
         count = jnp.asarray(optax.safe_increment(state.count))
         return new, MirrorSinkhornUpdatesState(count, bounds)
@@ -197,8 +179,26 @@ def _allowed(gradient: jax.Array, logits: jax.Array) -> list[jax.Array]:
     return [jnp.where(jnp.isneginf(old), 0, g), old]
 
 
+def _larger(gradient: jax.Array, logits: jax.Array, bound: jax.Array) -> jax.Array:
+    g, _ = _allowed(gradient, logits)
+    sizes = jnp.where(jnp.isfinite(g), jnp.abs(g), 0)
+    return jnp.maximum(bound, sizes.max(axis=(-2, -1), initial=0).astype(bound.dtype))
+
+
 def _log_marginal(marginal: ArrayLike | None, size: int) -> jax.Array:
     if marginal is None:
         return jnp.full(size, -jnp.log(float(max(size, 1))))
     (values,) = in_float(marginal)
     return jnp.log(values / nonzero(values.sum()))
+
+
+def _check_leaf(name: str, shape: tuple[int, ...], *marginals: ArrayLike | None) -> None:
+    if len(shape) < 2:
+        raise ValueError(
+            f"mirror_sinkhorn_updates: {name} has shape {shape}, but a coupling has two axes at "
+            "least: choose the couplings by optax.partition or optax.masked."
+        )
+    names = ("row_marginal", "column_marginal")
+    for which, x, size in zip(names, marginals, shape[-2:], strict=True):
+        if x is not None and np.size(x) != size:
+            raise ValueError(f"{which} has {np.size(x)} entries, but {name} has shape {shape}.")

@@ -1,9 +1,9 @@
-"""Mirror Sinkhorn (arXiv 2211.10420): gradient steps and half-scalings of a coupling, in one loop.
+"""Mirror Sinkhorn: gradient steps and half-scalings of a coupling, in one loop.
 
 A coupling of two distributions is a matrix of given row and column sums. To minimise a convex
 function of it, each step multiplies it by the exponential of a gradient and makes the sums of its
-rows or of its columns right, in turn. Sinkhorn's algorithm would make both right many times between
-two gradients, and needs a temperature; here the step size is the only choice, and known.
+rows or of its columns right, in turn. Sinkhorn's algorithm makes both right, many times over,
+between two gradients, and needs a temperature; here the step size is the only choice, and known.
 """
 
 from collections.abc import Callable
@@ -15,14 +15,10 @@ from jax.typing import ArrayLike
 import numpy as np
 import optax
 
-from lowrank_optax.optimizers.mirror_sinkhorn.polytope import (
-    largest_finite,
-    polytope,
-    round_to_polytope,
-)
-from lowrank_optax.optimizers.mirror_sinkhorn.steps import (
+from lowrank_optax.optimizers.mirror_sinkhorn.iterates import (
     Average,
     First,
+    check_average,
     check_steps,
     columns_next,
     next_average,
@@ -30,6 +26,11 @@ from lowrank_optax.optimizers.mirror_sinkhorn.steps import (
     read_average,
     scaled,
     start_average,
+)
+from lowrank_optax.optimizers.mirror_sinkhorn.polytope import (
+    largest_finite,
+    polytope,
+    round_to_polytope,
 )
 
 
@@ -41,7 +42,7 @@ class MirrorSinkhornState(NamedTuple):
       log_coupling: Logarithm of the current iterate, of unit mass, ``[n, m]``; -inf where no mass
         may be.
       average: Average of the iterates, of unit mass, ``[n, m]``; ``()`` for "last".
-      earlier: For "suffix" the average of the window before, ``[n, m]``; otherwise ``()``.
+      earlier: Average of the window before, ``[n, m]``, for "suffix"; otherwise ``()``.
       bound: The largest ``|gradient|`` so far, or the one that was given, ``[]``.
       rates: The sum of all step sizes, ``[]``: the inverse of the temperature at which Sinkhorn
         would give the current iterate, were it to converge there.
@@ -56,7 +57,7 @@ class MirrorSinkhornState(NamedTuple):
 
 
 class MirrorSinkhorn(NamedTuple):
-    """An online solver, of pure functions: the result of `mirror_sinkhorn`.
+    """What `mirror_sinkhorn` returns: an online solver, of pure functions.
 
     Attributes:
       init: ``init() -> state``, or ``init(coupling)`` from a coupling other than the independent
@@ -87,8 +88,8 @@ def mirror_sinkhorn(
 ) -> MirrorSinkhorn:
     r"""Mirror Sinkhorn: online minimisation of convex losses of a coupling, one step at a time.
 
-    From :math:`P_1 = \mu \nu^\top`, with the gradient :math:`G_t` at :math:`P_t`, noisy or not, of
-    a loss that may be another at every step,
+    From :math:`P_1 = \mu \nu^\top`, with the gradient :math:`G_t` at :math:`P_t` of a loss that may
+    be another at every step, or of which only noisy gradients are known,
 
     .. math::
       P' = P_t \odot \exp(-\eta_t G_t), \qquad
@@ -106,23 +107,23 @@ def mirror_sinkhorn(
     temperatures at which kernels would underflow, are fine. A gradient with a NaN or an infinity in
     an allowed cell leaves the state as it was, ``count`` too, which shows it.
 
-    The functions are pure and work under ``jit``, ``scan``, ``vmap`` (of all of it, over
-    marginals), donation and with arrays sharded by rows or columns.
+    The functions work under ``jit``, ``scan``, ``vmap`` (also over marginals), donation and with
+    arrays sharded by rows or columns.
 
     Args:
-      row_marginal: Row sums :math:`\mu`, ``[n]``. Rows of no mass are left out: so shorter problems
-        are padded.
+      row_marginal: Row sums :math:`\mu`, ``[n]``. Rows without mass stay empty, so that shorter
+        problems can be padded.
       column_marginal: Column sums :math:`\nu`, ``[m]``, of the same total, which need not be 1.
       bound: :math:`B`, the largest gradient entry to expect; a gradient beyond it is not clipped.
         None takes the largest so far, which never falls.
       learning_rate: :math:`\eta`, a float or a schedule of the number of steps before, instead of
         the rule above: a constant of size :math:`1/\sqrt T` if the number of steps is known.
-      average: Average of all iterates, "uniform", or "weighted" by :math:`\eta_t` as in the bound;
-        "suffix", of the last half to three quarters (from the last power of two below half);
-        "last", the last iterate alone.
-      first: Sums that the first step makes right.
-      mask: Where mass may be, ``[n, m]`` of bools; None for everywhere. Where no coupling fits into
-        the mask, the sums of ``plan`` stay wrong.
+      average: Average of the iterates that is the answer: "uniform"; "weighted" by
+        :math:`\eta_t`, as in the bound; "suffix", that of the last half to three quarters (from the
+        last power of two below half); "last", the last iterate.
+      first: Which sums the first step makes right.
+      mask: Where mass may be, ``[n, m]`` of bools; None for everywhere. Every row and column with
+        mass needs an allowed cell. If no coupling fits the mask, the sums of ``plan`` stay wrong.
 
     Returns:
       The solver, a `MirrorSinkhorn`.
@@ -130,8 +131,8 @@ def mirror_sinkhorn(
     Raises:
       ValueError: If marginals are not vectors, negative, not finite or of different totals, a mask
         leaves a row or column with mass no cell, both ``bound`` and ``learning_rate`` are given,
-        or an option is unknown. Traced values are not checked: there, ``column_marginal`` is scaled
-        to the total of ``row_marginal``.
+        or an option is unknown. Traced values are not looked at: there, ``column_marginal`` is
+        scaled to the total of ``row_marginal``.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro
@@ -150,7 +151,8 @@ def mirror_sinkhorn(
       Ballu and Berthet, Mirror Sinkhorn: Fast Online Optimization on Transport Polytopes, 2023,
       https://arxiv.org/abs/2211.10420, Algorithm 1 and Theorem 3.1.
     """
-    check_steps(learning_rate, bound, first, average)
+    check_steps(learning_rate, bound, first)
+    check_average(average)
     problem = polytope(row_marginal, column_marginal, mask)
     dtype, shape = problem.total.dtype, (problem.rows.size, problem.columns.size)
 
@@ -161,8 +163,9 @@ def mirror_sinkhorn(
             start = jnp.where(jnp.isneginf(start), start, given)
         largest = jnp.zeros([], dtype) if bound is None else jnp.array(bound, dtype)
         averages = start_average(average, jnp.exp(start))
-        count, rates = jnp.zeros([], jnp.int32), jnp.zeros([], dtype)
-        return MirrorSinkhornState(count, start, *averages, largest, rates)
+        return MirrorSinkhornState(
+            jnp.zeros([], jnp.int32), start, *averages, largest, jnp.zeros([], dtype)
+        )
 
     def update(gradient: ArrayLike, state: MirrorSinkhornState) -> MirrorSinkhornState:
         old = state.log_coupling
@@ -176,26 +179,27 @@ def mirror_sinkhorn(
             count = jnp.asarray(optax.safe_increment(state.count))
             rates = state.rates + rate
             couplings = jnp.exp(old), jnp.exp(new)
-            averages = state.average, state.earlier
-            averages = next_average(average, averages, couplings, count, rate, rates)
+            averages = next_average(
+                average, (state.average, state.earlier), couplings, count, rate, rates
+            )
             return MirrorSinkhornState(count, new, *averages, largest, rates)
 
-        half = jnp.where(columns_next(state.count, first), 1, 2)
-        choice = jnp.where(jnp.isfinite(g).all(), half, 0)
+        stay = lambda: state
         scale_columns = lambda: move(problem.log_columns, 0)
         scale_rows = lambda: move(problem.log_rows, 1)
-        return jax.lax.switch(choice, (lambda: state, scale_columns, scale_rows))
+        next_scaled = jnp.where(columns_next(state.count, first), 1, 2)
+        choice = jnp.where(jnp.isfinite(g).all(), next_scaled, 0)
+        return jax.lax.switch(choice, (stay, scale_columns, scale_rows))
 
     def coupling(state: MirrorSinkhornState) -> jax.Array:
         return problem.total * jnp.exp(state.log_coupling)
 
     def plan(state: MirrorSinkhornState, rounded: bool = True) -> jax.Array:
-        averages = state.average, state.earlier
-        mean = read_average(average, averages, jnp.exp(state.log_coupling), state.count)
-        mean = problem.total * mean
-        if rounded:
-            mean = round_to_polytope(mean, problem.rows, problem.columns, problem.mask)
-        return mean
+        averages, last = (state.average, state.earlier), jnp.exp(state.log_coupling)
+        mean = problem.total * read_average(average, averages, last, state.count)
+        if not rounded:
+            return mean
+        return round_to_polytope(mean, problem.rows, problem.columns, problem.mask)
 
     return MirrorSinkhorn(init, update, coupling, plan)
 
@@ -208,15 +212,15 @@ def minimize_over_couplings(
     key: jax.Array | None = None,
     state: MirrorSinkhornState | None = None,
 ) -> MirrorSinkhornState:
-    """Minimise a convex function of a coupling, given its gradient: steps of a solver in a scan.
+    """Minimises a convex function of a coupling, given its gradient: steps of a solver in a scan.
 
     Args:
-      solver: Solver from `mirror_sinkhorn`.
+      solver: What `mirror_sinkhorn` returns.
       gradient: ``gradient(coupling) -> [n, m]``; with a ``key``, ``gradient(coupling, key)``, an
         unbiased estimate of it, with a new key at every step.
       steps: Number of steps, a Python int.
-      key: PRNG key for the gradient; None if it needs none. It is combined with the number of steps
-        before, so that a run that goes on sees new numbers.
+      key: PRNG key for ``gradient``; None if it needs none. The number of steps before is folded
+        in: a run that goes on sees other numbers than the steps before it.
       state: State to go on from; None for ``solver.init()``.
 
     Returns:

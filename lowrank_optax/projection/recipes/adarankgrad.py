@@ -1,4 +1,4 @@
-"""AdaRankGrad: GaLore with a rank that falls, and subspaces left when they are done."""
+"""AdaRankGrad: GaLore with a rank that falls, and a refresh when the gradient has converged."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,16 +7,14 @@ import optax
 
 from lowrank_optax.matrices import DimensionNumbersRule
 from lowrank_optax.matrices.argument_names import explains_names
-from lowrank_optax.projection.rank import RankSpec
-from lowrank_optax.projection.recipes.chosen import chosen_inner, chosen_subspace
+from lowrank_optax.projection.inner_moments import OnRefresh
+from lowrank_optax.projection.recipes.assembly import chosen_subspace, projected_optimizer
 from lowrank_optax.projection.refresh import RefreshRule, when_converged
 from lowrank_optax.projection.subspaces import Subspace, adaptive_rank, randomized_svd
-from lowrank_optax.projection.transfer import OnRefresh
-from lowrank_optax.projection.transform import scale_by_projection
-from lowrank_optax.projection.view import Side
+from lowrank_optax.projection.view import RankSpec, Side
 from lowrank_optax.quantization import Bits
 from lowrank_optax.states.adam import EpsPlacement
-from lowrank_optax.states.assemble import DecayPlacement, optimizer
+from lowrank_optax.states.assemble import DecayPlacement
 
 
 @explains_names
@@ -46,44 +44,25 @@ def adarankgrad(
     seed: int = 0,
     weight_dimension_numbers: DimensionNumbersRule = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""AdaRankGrad: the rank of each matrix is the least that loses a share ``threshold`` of it.
+    r"""AdaRankGrad: each matrix has the least rank that loses at most a share of its gradient.
 
-    At a refresh the least rank is taken for which
-    :math:`\lVert G - P P^\top G \rVert_F \le \xi \lVert G \rVert_F`; moments are carried to the new
-    subspace, with LDAdam's rule for second moments (the paper's ``C V`` can be negative). A
-    subspace is left when its gradient has converged: see `refresh.when_converged`, the default with
-    an int, which is then its longest stay. Between steps, ``lowrank_optax.compact`` gives back the
-    memory of directions no longer used.
+    A refresh takes the least rank for which
+    :math:`\lVert G - P P^\top G \rVert_F \le \xi \lVert G \rVert_F`, and rotates the moments,
+    second ones by LDAdam's rule (the paper's ``C V`` can be negative). A basis is refreshed when
+    its gradient has converged: see `refresh.when_converged`. Between steps, ``compact`` frees the
+    memory of unused directions. Arguments not listed here are those of `galore`.
 
     Args:
-      learning_rate: A float or an optax schedule; GaLore's values.
-      rank: The largest rank, 128 if None: see `galore`.
-      refresh_every: Longest stay in a subspace; or one of ``lowrank_optax.refresh``.
+      learning_rate: Float or optax schedule; GaLore's values.
+      rank: Largest rank, 128 if None: see `galore`.
+      refresh_every: Largest number of steps in a subspace; or one of ``lowrank_optax.refresh``.
       scale: GaLore's :math:`\alpha`.
-      b1: Decay of the first moment.
-      b2: Decay of the second moment. New directions start without one: their first steps are up to
-        ``(1 - b1) / sqrt(1 - b2)`` times as large, 3.2 for these defaults, 1.0 for 0.99.
-      eps: Added to the root of the second moment.
-      weight_decay: Decoupled decay of the full weights.
-      min_rank: The least rank.
+      b2: Decay of the second moment, which new directions start without: their first steps are up
+        to ``(1 - b1) / sqrt(1 - b2)`` times as large, 3.2 for these defaults, 1.0 for 0.99.
+      min_rank: Least rank.
       rank_step: Distance from one rank considered to the next.
-      threshold: The share :math:`\xi` of a gradient's norm that may be lost.
-      monotone: Let ranks only fall.
-      inner: The optimizer in the subspace, if not Adam; leave ``b1``, ``b2`` and ``eps`` out then.
-      eps_placement: Whether ``eps`` is added before or after bias correction: see `galore`.
-      decay_placement: Whether the weights decay as they are before the step, or after it: see
-        `galore`.
-      weight_decay_mask: Which leaves decay: as ``mask`` of ``optax.adamw``.
-      subspace: How the basis is found, if not by ``subspaces.randomized_svd(rank)``.
-      on_refresh: What becomes of the moments when the basis turns: see `scale_by_projection`.
-      side: Which side of a matrix is compressed: see `scale_by_projection`.
-      accumulate_steps: Micro-batches to a step: see `scale_by_projection`.
-      state_bits: Bits of the moments between steps, 8 or 4: see `low_bit`; None for float32.
-      seed: Seed of the randomized range finder.
-      weight_dimension_numbers: Which leaves are matrices, and how: see `scale_by_projection`.
-
-    Returns:
-      The optimizer.
+      threshold: Share :math:`\xi` of a gradient's norm that may be lost.
+      monotone: Whether ranks may only fall.
 
     Raises:
       ValueError: If an argument is out of range.
@@ -104,9 +83,14 @@ def adarankgrad(
     if isinstance(refresh_every, int):
         refresh_every = when_converged(shortest=max(1, refresh_every // 4), longest=refresh_every)
     found = chosen_subspace(subspace, rank, 128, randomized_svd)
-    projected = scale_by_projection(
-        chosen_inner(adarankgrad, inner, b1, b2, eps, eps_placement),
+    return projected_optimizer(
+        adarankgrad,
+        learning_rate,
         adaptive_rank(found, min_rank, rank_step, threshold, monotone),
+        inner,
+        (b1, b2, eps, eps_placement),
+        (weight_decay, weight_decay_mask, decay_placement),
+        state_bits,
         on_refresh=on_refresh,
         refresh_every=refresh_every,
         scale=scale,
@@ -114,13 +98,4 @@ def adarankgrad(
         accumulate_steps=accumulate_steps,
         seed=seed,
         weight_dimension_numbers=weight_dimension_numbers,
-    )
-    return optimizer(
-        projected,
-        learning_rate,
-        weight_decay,
-        weight_decay_mask,
-        accumulate_steps=accumulate_steps,
-        state_bits=state_bits,
-        decay_placement=decay_placement,
     )

@@ -8,14 +8,12 @@ import optax
 from lowrank_optax.matrices import DimensionNumbersRule
 from lowrank_optax.matrices.argument_names import explains_names
 from lowrank_optax.projection import residuals
-from lowrank_optax.projection.rank import RankSpec
-from lowrank_optax.projection.recipes.chosen import chosen_inner, chosen_subspace
+from lowrank_optax.projection.recipes.assembly import chosen_subspace, projected_optimizer
 from lowrank_optax.projection.subspaces import Subspace, random
-from lowrank_optax.projection.transform import scale_by_projection
-from lowrank_optax.projection.view import Side
+from lowrank_optax.projection.view import RankSpec, Side
 from lowrank_optax.quantization import Bits
 from lowrank_optax.states.adam import EpsPlacement
-from lowrank_optax.states.assemble import DecayPlacement, optimizer
+from lowrank_optax.states.assemble import DecayPlacement
 
 
 @explains_names
@@ -41,44 +39,28 @@ def apollo(
     seed: int = 0,
     weight_dimension_numbers: DimensionNumbersRule = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""APOLLO: learning rates of columns estimated in a random subspace, of which a seed is kept.
+    r"""APOLLO: learning rates of columns, estimated in a random subspace that a seed describes.
 
-    With a Gaussian :math:`P`, drawn anew every ``refresh_every`` steps, :math:`R = P^\top G` and
+    With a Gaussian :math:`P`, drawn again every ``refresh_every`` steps, :math:`R = P^\top G` and
     :math:`N = \mathrm{Adam}(R)`, the update is
 
     .. math::
       \sqrt{\alpha} \; G \, \mathrm{diag}(\lVert N_j \rVert / \lVert R_j \rVert),
 
-    the growth of its norm being limited to ``gamma`` a step. For a weight ``[m, n]`` the state is
-    ``2·r·n`` floats (``m <= n``), one float, and one seed for all. Leaves that are not matrices get
-    plain Adam. Moments are kept when the basis changes, as in the official code.
+    and the growth of its norm is limited to ``gamma`` per step. For a weight ``[m, n]`` the state
+    is ``2·r·n + 1`` floats (``m <= n``), and one seed for all. Other leaves get plain Adam. Moments
+    are not rotated, as in the official code. Arguments not listed here are those of `galore`.
 
     Args:
-      learning_rate: A float or an optax schedule; 0.01 in the paper's pre-training.
+      learning_rate: Float or optax schedule; 0.01 in the paper's pre-training.
       rank: Size of the projection: see `galore`; None for a quarter of the smaller side.
       refresh_every: Steps from one random basis to the next.
-      scale: :math:`\alpha`, of which the root is taken (official code): 1; the width over the rank
-        in fine-tuning.
-      b1: Decay of the first moment.
-      b2: Decay of the second moment.
-      eps: Added to the root of the second moment.
-      weight_decay: Decoupled decay of the full weights.
+      scale: Factor :math:`\alpha`, whose root is applied (official code): 1; in fine-tuning the
+        width over the rank.
       gamma: Largest growth of the update's norm from step to step.
-      granularity: A factor for each column (``"channel"``) or one for each matrix (``"tensor"``).
-      inner: The optimizer in the subspace, if not Adam; leave ``b1``, ``b2`` and ``eps`` out then.
-        The limiter sees the norms that are applied.
-      eps_placement: Whether ``eps`` is added before or after bias correction: see `galore`.
-      decay_placement: Whether the weights decay as they are before the step, or after it: see
-        `galore`.
-      weight_decay_mask: Which leaves decay: as ``mask`` of ``optax.adamw``.
-      subspace: The subspace rule, if not ``subspaces.random(rank)``.
-      side: Which side of a matrix is compressed: see `scale_by_projection`.
-      state_bits: Bits of the moments between steps, 8 or 4: see `low_bit`; None for float32.
-      seed: Seed of the random bases.
-      weight_dimension_numbers: Which leaves are matrices, and how: see `scale_by_projection`.
-
-    Returns:
-      The optimizer.
+      granularity: ``"channel"``, a factor for each column, or ``"tensor"``, one for each matrix.
+      inner: See `galore`; the limiter then sees the norms that are applied.
+      subspace: Subspace rule instead of ``subspaces.random(rank)``.
 
     Raises:
       ValueError: If an argument is out of range.
@@ -96,23 +78,20 @@ def apollo(
     if isinstance(scale, int | float) and scale <= 0:
         raise ValueError(f"scale={scale!r} must be a positive number.")
     decays = (b1, b2) if inner is None else None
-    projected = scale_by_projection(
-        chosen_inner(apollo, inner, b1, b2, eps, eps_placement),
+    return projected_optimizer(
+        apollo,
+        learning_rate,
         chosen_subspace(subspace, rank, 0.25, random),
+        inner,
+        (b1, b2, eps, eps_placement),
+        (weight_decay, weight_decay_mask, decay_placement),
+        state_bits,
         residual=residuals.gradient_scaling(gamma, decays, granularity),
         refresh_every=refresh_every,
         scale=scale**0.5,
         side=side,
         seed=seed,
         weight_dimension_numbers=weight_dimension_numbers,
-    )
-    return optimizer(
-        projected,
-        learning_rate,
-        weight_decay,
-        weight_decay_mask,
-        state_bits=state_bits,
-        decay_placement=decay_placement,
     )
 
 
@@ -139,31 +118,12 @@ def apollo_mini(
 ) -> optax.GradientTransformationExtraArgs:
     r"""APOLLO-Mini: `apollo` of rank one, with one factor for each matrix.
 
-    The state of a matrix is two rows: less than plain momentum keeps for its bias.
+    The state of a matrix is two rows. Arguments not listed here are those of `apollo`.
 
     Args:
-      learning_rate: A float or an optax schedule; 0.01 in the paper's pre-training.
+      learning_rate: Float or optax schedule; 0.01 in the paper's pre-training.
       rank: Size of the projection.
-      refresh_every: Steps from one random basis to the next.
-      scale: :math:`\alpha`, of which the root is taken: 128 in the paper.
-      b1: Decay of the first moment.
-      b2: Decay of the second moment.
-      eps: Added to the root of the second moment.
-      weight_decay: Decoupled decay of the full weights.
-      gamma: Largest growth of the update's norm from step to step.
-      inner: The optimizer in the subspace, if not Adam; leave ``b1``, ``b2`` and ``eps`` out then.
-        The limiter sees the norms that are applied.
-      eps_placement: Whether ``eps`` is added before or after bias correction: see `galore`.
-      decay_placement: Whether the weights decay as they are before the step, or after it: see
-        `galore`.
-      weight_decay_mask: Which leaves decay: as ``mask`` of ``optax.adamw``.
-      side: Which side of a matrix is compressed: see `scale_by_projection`.
-      state_bits: Bits of the moments between steps, 8 or 4: see `low_bit`; None for float32.
-      seed: Seed of the random bases.
-      weight_dimension_numbers: Which leaves are matrices, and how: see `scale_by_projection`.
-
-    Returns:
-      The optimizer.
+      scale: Factor :math:`\alpha`, whose root is applied: 128 in the paper.
 
     Raises:
       ValueError: If an argument is out of range.

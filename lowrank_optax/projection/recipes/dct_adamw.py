@@ -8,16 +8,14 @@ import optax
 from lowrank_optax.matrices import DimensionNumbersRule
 from lowrank_optax.matrices.argument_names import explains_names
 from lowrank_optax.projection import residuals
-from lowrank_optax.projection.rank import RankSpec
-from lowrank_optax.projection.recipes.chosen import chosen_inner
+from lowrank_optax.projection.inner_moments import OnRefresh
+from lowrank_optax.projection.recipes.assembly import projected_optimizer
 from lowrank_optax.projection.refresh import RefreshRule
 from lowrank_optax.projection.subspaces import dct
-from lowrank_optax.projection.transfer import OnRefresh
-from lowrank_optax.projection.transform import scale_by_projection
-from lowrank_optax.projection.view import Side
+from lowrank_optax.projection.view import RankSpec, Side
 from lowrank_optax.quantization import Bits
 from lowrank_optax.states.adam import EpsPlacement
-from lowrank_optax.states.assemble import DecayPlacement, optimizer
+from lowrank_optax.states.assemble import DecayPlacement
 
 
 @explains_names
@@ -43,40 +41,24 @@ def dct_adamw(
     seed: int = 0,
     weight_dimension_numbers: DimensionNumbersRule = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""DCT-AdamW: the basis is ``rank`` columns of one cosine matrix, chosen anew at every step.
+    r"""DCT-AdamW: the basis is ``rank`` columns of one cosine matrix, chosen at every step.
 
     With the indices :math:`I` of the largest rows of :math:`B^\top G`, :math:`P = B_{:, I}`, and
-    the update is :math:`P \, \mathrm{Adam}(P^\top G)`. Moments of indices that stay are kept, those
-    of new ones start at zero (``"rotate_moments"``, here a permutation). For a weight ``[m, n]``
+    the update is :math:`P \, \mathrm{Adam}(P^\top G)`. Indices that stay keep their moments,
+    new ones start with zeros (``"rotate_moments"``, here a permutation). For a weight ``[m, n]``
     the state is ``r`` integers and ``2·r·n`` floats (``m <= n``); error feedback adds ``m·n``
-    floats, or bytes. Leaves that are not matrices get plain AdamW.
+    floats, or bytes. Other leaves get plain AdamW. Arguments not listed here are those of `galore`.
 
     Args:
-      learning_rate: A float or an optax schedule.
-      rank: Number of columns: see `galore`.
       refresh_every: Steps from one choice to the next: see `galore`.
-      b1: Decay of the first moment.
-      b2: Decay of the second moment. New indices start without one: their first steps are up to
+      b2: Decay of the second moment, which new indices start without: their first steps are up to
         ``(1 - b1) / sqrt(1 - b2)`` times as large, 3.2 for these defaults (the code's), 1.0 for
         0.99.
-      eps: Added to the root of the second moment.
-      weight_decay: Decoupled decay of the full weights, before the update (as AdamW).
-      error_feedback: Keep what was not projected and add it to the next gradient, in 32 or 8 bits.
+      error_feedback: Bits of the residual that is added to the next gradient, 32 or 8; or None.
       order: Norm of the scores, 1 (the code) or 2.
-      transform: How coefficients are found: see `subspaces.dct`.
-      inner: The optimizer in the subspace, if not Adam; leave ``b1``, ``b2`` and ``eps`` out then.
-      eps_placement: Whether ``eps`` is added before or after bias correction: see `galore`.
-      decay_placement: Whether the weights decay as they are before the step, or after it: see
-        `galore`.
-      weight_decay_mask: Which leaves decay: as ``mask`` of ``optax.adamw``.
-      on_refresh: What becomes of the moments when the choice changes: see `scale_by_projection`.
-        ``"keep"`` is the code's default, in which indices inherit moments of others.
-      side: Which side of a matrix is compressed: see `scale_by_projection`.
-      seed: Not used by this rule.
-      weight_dimension_numbers: Which leaves are matrices, and how: see `scale_by_projection`.
-
-    Returns:
-      The optimizer.
+      transform: ``"products"`` or ``"fft"``, to compute coefficients: see `subspaces.dct`.
+      on_refresh: See `scale_by_projection`. ``"keep"`` is the code's default, by which indices
+        inherit moments of others.
 
     Raises:
       ValueError: If an argument is out of range.
@@ -94,21 +76,18 @@ def dct_adamw(
       Modoranu et al., SVD-Free Low-Rank Adaptive Gradient Optimization for Large Language Models,
       2025, https://arxiv.org/abs/2505.17967, Algorithm 1.
     """
-    projected = scale_by_projection(
-        chosen_inner(dct_adamw, inner, b1, b2, eps, eps_placement),
+    return projected_optimizer(
+        dct_adamw,
+        learning_rate,
         dct(rank, order, transform),
+        inner,
+        (b1, b2, eps, eps_placement),
+        (weight_decay, weight_decay_mask, decay_placement),
+        state_bits,
         residual="drop" if error_feedback is None else residuals.error_feedback(error_feedback),
         on_refresh=on_refresh,
         refresh_every=refresh_every,
         side=side,
         seed=seed,
         weight_dimension_numbers=weight_dimension_numbers,
-    )
-    return optimizer(
-        projected,
-        learning_rate,
-        weight_decay,
-        weight_decay_mask,
-        state_bits=state_bits,
-        decay_placement=decay_placement,
     )

@@ -1,4 +1,4 @@
-"""Fira: GaLore, and the rest of the gradient scaled column by column."""
+"""Fira: GaLore, and the residual of the gradient scaled column by column."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -8,16 +8,14 @@ import optax
 from lowrank_optax.matrices import DimensionNumbersRule
 from lowrank_optax.matrices.argument_names import explains_names
 from lowrank_optax.projection import residuals
-from lowrank_optax.projection.rank import RankSpec
-from lowrank_optax.projection.recipes.chosen import chosen_inner, chosen_subspace
+from lowrank_optax.projection.inner_moments import OnRefresh
+from lowrank_optax.projection.recipes.assembly import chosen_subspace, projected_optimizer
 from lowrank_optax.projection.refresh import RefreshRule
 from lowrank_optax.projection.subspaces import Subspace, randomized_svd
-from lowrank_optax.projection.transfer import OnRefresh
-from lowrank_optax.projection.transform import scale_by_projection
-from lowrank_optax.projection.view import Side
+from lowrank_optax.projection.view import RankSpec, Side
 from lowrank_optax.quantization import Bits
 from lowrank_optax.states.adam import EpsPlacement
-from lowrank_optax.states.assemble import DecayPlacement, optimizer
+from lowrank_optax.states.assemble import DecayPlacement
 
 
 @explains_names
@@ -44,7 +42,7 @@ def fira(
     seed: int = 0,
     weight_dimension_numbers: DimensionNumbersRule = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Fira: GaLore's state, and the part of the gradient outside the subspace applied as well.
+    r"""Fira: GaLore, and the residual of the gradient, each column scaled as Adam scaled it.
 
     With :math:`R = P^\top G`, :math:`N = \mathrm{Adam}(R)` and
     :math:`\phi_j = \lVert N_j \rVert / \lVert R_j \rVert` for each column, the update is (official
@@ -53,36 +51,16 @@ def fira(
     .. math::
       \alpha P N + (G - \alpha P R) \, \mathrm{diag}(\phi),
 
-    the growth of the second term's norm being limited to ``gamma`` a step. The paper's form has
-    :math:`\alpha` before both terms and :math:`G - P R`. The state is GaLore's and one float for
-    each matrix. Leaves that are not matrices get plain Adam.
+    and the growth of the second term's norm is limited to ``gamma`` per step. The paper's form has
+    :math:`\alpha` before both terms and :math:`G - P R`. The state is GaLore's and one float per
+    matrix. Other leaves get plain Adam. Arguments not listed here are those of `galore`.
 
     Args:
-      learning_rate: A float or an optax schedule; 0.01 in the paper's pre-training.
-      rank: Number of directions kept, 128 if None: see `galore`.
-      refresh_every: Steps from one basis to the next: see `galore`.
-      scale: :math:`\alpha`: 0.25 below 1B parameters, 0.0625 from there on.
-      b1: Decay of the first moment.
-      b2: Decay of the second moment.
-      eps: Added to the root of the second moment.
-      weight_decay: Decoupled decay of the full weights.
+      learning_rate: Float or optax schedule; 0.01 in the paper's pre-training.
+      scale: Factor :math:`\alpha`: 0.25 below 1B parameters, 0.0625 from there on.
       gamma: Largest growth of the residual's norm from step to step.
       residual_form: ``"code"``, which made the paper's numbers, or ``"paper"``.
-      inner: The optimizer in the subspace, if not Adam; leave ``b1``, ``b2`` and ``eps`` out then.
-        The limiter sees the norms that are applied.
-      eps_placement: Whether ``eps`` is added before or after bias correction: see `galore`.
-      decay_placement: Whether the weights decay as they are before the step, or after it: see
-        `galore`.
-      weight_decay_mask: Which leaves decay: as ``mask`` of ``optax.adamw``.
-      subspace: How the basis is found, if not by ``subspaces.randomized_svd(rank)``.
-      on_refresh: What becomes of the moments when the basis turns: see `scale_by_projection`.
-      side: Which side of a matrix is compressed: see `scale_by_projection`.
-      state_bits: Bits of the moments between steps, 8 or 4: see `low_bit`; None for float32.
-      seed: Seed of the randomized range finder.
-      weight_dimension_numbers: Which leaves are matrices, and how: see `scale_by_projection`.
-
-    Returns:
-      The optimizer.
+      inner: See `galore`; the limiter then sees the norms that are applied.
 
     Raises:
       ValueError: If an argument is out of range.
@@ -101,9 +79,14 @@ def fira(
       https://arxiv.org/abs/2410.01623, Algorithm 1.
     """
     decays = (b1, b2) if residual_form == "code" and inner is None else None
-    projected = scale_by_projection(
-        chosen_inner(fira, inner, b1, b2, eps, eps_placement),
+    return projected_optimizer(
+        fira,
+        learning_rate,
         chosen_subspace(subspace, rank, 128, randomized_svd),
+        inner,
+        (b1, b2, eps, eps_placement),
+        (weight_decay, weight_decay_mask, decay_placement),
+        state_bits,
         residual=residuals.fira(gamma, residual_form, decays),
         on_refresh=on_refresh,
         refresh_every=refresh_every,
@@ -111,12 +94,4 @@ def fira(
         side=side,
         seed=seed,
         weight_dimension_numbers=weight_dimension_numbers,
-    )
-    return optimizer(
-        projected,
-        learning_rate,
-        weight_decay,
-        weight_decay_mask,
-        state_bits=state_bits,
-        decay_placement=decay_placement,
     )

@@ -7,17 +7,15 @@ import optax
 
 from lowrank_optax.matrices import DimensionNumbersRule
 from lowrank_optax.matrices.argument_names import explains_names
-from lowrank_optax.projection.rank import RankSpec
-from lowrank_optax.projection.recipes.chosen import chosen_inner, chosen_subspace
+from lowrank_optax.projection.inner_moments import OnRefresh
+from lowrank_optax.projection.recipes.assembly import chosen_subspace, projected_optimizer
 from lowrank_optax.projection.refresh import RefreshRule
 from lowrank_optax.projection.subspaces import Subspace, quantized, randomized_svd
-from lowrank_optax.projection.subspaces.quantized import BasisBits
-from lowrank_optax.projection.transfer import OnRefresh
-from lowrank_optax.projection.transform import scale_by_projection
-from lowrank_optax.projection.view import Side
+from lowrank_optax.projection.subspaces.wrappers import BasisBits
+from lowrank_optax.projection.view import RankSpec, Side
 from lowrank_optax.quantization import Bits
 from lowrank_optax.states.adam import EpsPlacement
-from lowrank_optax.states.assemble import DecayPlacement, optimizer
+from lowrank_optax.states.assemble import DecayPlacement
 
 
 @explains_names
@@ -46,55 +44,48 @@ def galore(
 ) -> optax.GradientTransformationExtraArgs:
     r"""GaLore: Adam whose moments live in a low-rank projection of each gradient matrix.
 
-    With the basis :math:`P` (leading singular vectors of a gradient, found anew every
+    With the basis :math:`P` (leading singular vectors of a gradient, refreshed every
     ``refresh_every`` steps) and :math:`m \le n`,
 
     .. math::
       R_t = P^\top G_t, \qquad
       W_{t+1} = W_t - \eta \, (\alpha \, P \, \mathrm{Adam}(R_t) + \lambda W_t).
 
-    For a weight ``[m, n]`` the state is ``r·m + 2·r·n`` floats (``m <= n``) where Adam keeps
-    ``2·m·n``. Leaves that are not matrices (by default also embeddings and output heads) get plain
-    Adam.
+    For a weight ``[m, n]`` the state is ``r·m + 2·r·n`` floats (``m <= n``) where Adam has
+    ``2·m·n``. Other leaves (by default also embeddings and output heads) get plain Adam.
 
     Args:
-      learning_rate: A float or an optax schedule. The paper takes 0.01 for models up to 1B
-        parameters and 0.005 for 7B, with ``scale=0.25``: ten times an Adam rate, since the
-        product of both is what counts.
-      rank: Number of directions kept: an int, a fraction, ``{pattern: rank}`` or a function of path
-        and shape; 128 if None. The paper takes a quarter to a half of the model's width.
+      learning_rate: Float or optax schedule. The paper has 0.01 up to 1B parameters and 0.005 for
+        7B, with ``scale=0.25``: ten times an Adam rate, since the product of both counts.
+      rank: Number of directions: an int, a fraction, ``{pattern: rank}`` or a function of path and
+        shape; 128 if None. The paper has a quarter to a half of the model's width.
       refresh_every: Steps from one basis to the next (50 to 1000 all work in the paper), or one of
         ``lowrank_optax.refresh``.
-      scale: The paper's :math:`\alpha`, of projected leaves alone.
+      scale: Factor :math:`\alpha` of the updates of projected leaves.
       b1: Decay of the first moment.
       b2: Decay of the second moment.
-      eps: Added to the root of the second moment. The default is the official code's.
-      weight_decay: Decoupled decay :math:`\lambda`, of the full weights.
-      inner: The optimizer in the subspace, if not Adam; leave ``b1``, ``b2`` and ``eps`` out then.
-      eps_placement: Whether ``eps`` is added after the second moment is corrected for its start at
-        zero, as in the paper and in ``optax.adam``, or before, as in the official code, where it
-        acts as :math:`\epsilon / \sqrt{1 - \beta_2^t}` would after.
+      eps: Constant added to the root of the second moment. The default is the official code's.
+      weight_decay: Decoupled decay :math:`\lambda` of the full weights.
+      inner: Optimizer in the subspace instead of Adam; leave `b1`, `b2` and `eps` out then.
+      eps_placement: Whether to add `eps` after the bias correction of the second moment, as in the
+        paper and in ``optax.adam``, or before, as in the official code, where it acts as
+        :math:`\epsilon / \sqrt{1 - \beta_2^t}` would after.
       decay_placement: Whether the weights decay as they are before the step, as in
         ``optax.adamw``, or after it, as in the official code.
-      weight_decay_mask: Which leaves decay: as ``mask`` of ``optax.adamw``.
-      subspace: How the basis is found, if not by ``subspaces.randomized_svd(rank)``; leave
-        ``rank`` out then, the rule has its own.
+      weight_decay_mask: See ``mask`` of ``optax.adamw``.
+      subspace: Subspace rule instead of ``subspaces.randomized_svd(rank)``; leave `rank` out then.
       basis_bits: Bits of a basis between refreshes, 16 (bfloat16), 8 or 4 (Q-GaLore): see
         ``subspaces.quantized``; None for float32.
-      on_refresh: What becomes of the moments when the basis turns: see `scale_by_projection`.
-      side: Which side of a matrix is compressed: see `scale_by_projection`.
-      accumulate_steps: Micro-batches to a step: see `scale_by_projection`.
-      state_bits: Bits of the moments between steps, 8 or 4: see `low_bit`; None for float32.
+      on_refresh: See `scale_by_projection`.
+      side: See `scale_by_projection`.
+      accumulate_steps: See `scale_by_projection`.
+      state_bits: Bits of the moments between steps, 8 or 4 (see `low_bit`); None for float32.
       seed: Seed of the randomized range finder.
-      weight_dimension_numbers: Which leaves are matrices, and how: see `scale_by_projection`.
-
-    Returns:
-      The optimizer.
+      weight_dimension_numbers: See `scale_by_projection`.
 
     Raises:
-      TypeError: If ``rank`` is of another type.
-      ValueError: If ``rank`` or ``refresh_every`` is below 1, or ``side`` unknown, or an argument
-        has no effect with another one.
+      TypeError: If `rank` is of another type.
+      ValueError: If an argument is out of range, or has no effect with another one.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro, optax
@@ -116,9 +107,14 @@ def galore(
       https://arxiv.org/abs/2504.20437.
     """
     rule = chosen_subspace(subspace, rank, 128, randomized_svd)
-    projected = scale_by_projection(
-        chosen_inner(galore, inner, b1, b2, eps, eps_placement),
+    return projected_optimizer(
+        galore,
+        learning_rate,
         rule if basis_bits is None else quantized(rule, basis_bits),
+        inner,
+        (b1, b2, eps, eps_placement),
+        (weight_decay, weight_decay_mask, decay_placement),
+        state_bits,
         on_refresh=on_refresh,
         refresh_every=refresh_every,
         scale=scale,
@@ -126,13 +122,4 @@ def galore(
         accumulate_steps=accumulate_steps,
         seed=seed,
         weight_dimension_numbers=weight_dimension_numbers,
-    )
-    return optimizer(
-        projected,
-        learning_rate,
-        weight_decay,
-        weight_decay_mask,
-        accumulate_steps=accumulate_steps,
-        state_bits=state_bits,
-        decay_placement=decay_placement,
     )

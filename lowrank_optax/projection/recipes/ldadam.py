@@ -8,16 +8,14 @@ import optax
 from lowrank_optax.matrices import DimensionNumbersRule
 from lowrank_optax.matrices.argument_names import explains_names
 from lowrank_optax.projection import residuals
-from lowrank_optax.projection.rank import RankSpec
-from lowrank_optax.projection.recipes.chosen import chosen_inner, chosen_subspace
+from lowrank_optax.projection.recipes.assembly import chosen_subspace, projected_optimizer
 from lowrank_optax.projection.refresh import RefreshRule
 from lowrank_optax.projection.subspaces import Subspace, power_iteration, randomized_svd
-from lowrank_optax.projection.transform import scale_by_projection
-from lowrank_optax.projection.view import Side
+from lowrank_optax.projection.view import RankSpec, Side
 from lowrank_optax.quantization import Bits
 from lowrank_optax.states.adam import EpsPlacement
 from lowrank_optax.states.arguments import refuse_unused
-from lowrank_optax.states.assemble import DecayPlacement, optimizer
+from lowrank_optax.states.assemble import DecayPlacement
 
 
 @explains_names
@@ -42,7 +40,7 @@ def ldadam(
     seed: int = 0,
     weight_dimension_numbers: DimensionNumbersRule = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""LDAdam: one warm power iteration a step, moments rotated along, errors fed back.
+    r"""LDAdam: one warm power iteration per step, rotated moments, and error feedback.
 
     With :math:`A = G + E` and :math:`B = \rho P_{t-1} \hat M + (1 - \rho) A`,
 
@@ -51,35 +49,20 @@ def ldadam(
       E \leftarrow A - P_t R + \tfrac{b_1}{1 - b_1} (P_{t-1} M - P_t C M),
 
     with :math:`C = P_t^\top P_{t-1}`, and the update is :math:`P_t \, \mathrm{Adam}(R)` with
-    moments rotated from the last subspace. The error has the size of the weight, so with 32 bits
-    the state is no smaller than Adam's (the official code keeps it in the gradient's buffer);
-    8 bits or None make it so. Leaves that are not matrices get plain AdamW.
+    moments rotated from the last subspace. The error has the size of the weight: with 32 bits the
+    state is no smaller than Adam's (the official code saves it in the gradient's buffer); with 8
+    bits or None it is. Other leaves get plain AdamW. Arguments not listed here are those of
+    `galore`.
 
     Args:
-      learning_rate: A float or an optax schedule.
-      rank: Number of directions, 128 if None: see `galore`.
       refresh_every: Steps from one power iteration to the next: see `galore`.
-      b1: Decay of the first moment.
-      b2: Decay of the second moment.
-      eps: Added to the root of the second moment.
-      weight_decay: Decoupled decay of the full weights.
       rho: Weight :math:`\rho` of the momentum in what the subspace follows.
       error_feedback: Bits of the error, 32 or 8; None for no feedback.
-      inner: The optimizer in the subspace, if not Adam; leave ``b1``, ``b2`` and ``eps`` out then.
-        Its first moment must be a moving average of gradients; :math:`b_1` is read from it.
-      eps_placement: Whether ``eps`` is added before or after bias correction: see `galore`.
-      decay_placement: Whether the weights decay as they are before the step, or after it: see
-        `galore`.
-      weight_decay_mask: Which leaves decay: as ``mask`` of ``optax.adamw``.
-      subspace: The subspace rule, if not ``subspaces.power_iteration(rank, rho)``; leave ``rank``
-        and ``rho`` out then.
-      side: Which side of a matrix is compressed: see `scale_by_projection`.
-      state_bits: Bits of the moments between steps, 8 or 4: see `low_bit`; None for float32.
+      inner: See `galore`; its first moment must be a moving average of gradients, whose
+        :math:`b_1` is read from it.
+      subspace: Subspace rule instead of ``subspaces.power_iteration(rank, rho)``; leave `rank` and
+        `rho` out then.
       seed: Seed of the first basis, by a randomized range finder (in the code, an SVD).
-      weight_dimension_numbers: Which leaves are matrices, and how: see `scale_by_projection`.
-
-    Returns:
-      The optimizer.
 
     Raises:
       ValueError: If an argument is out of range.
@@ -100,21 +83,18 @@ def ldadam(
     followed = lambda rank: power_iteration(rank, rho, initial=randomized_svd(rank))
     if subspace is not None:
         refuse_unused(ldadam, "subspace", rho=rho)
-    projected = scale_by_projection(
-        chosen_inner(ldadam, inner, b1, b2, eps, eps_placement),
+    return projected_optimizer(
+        ldadam,
+        learning_rate,
         chosen_subspace(subspace, rank, 128, followed),
+        inner,
+        (b1, b2, eps, eps_placement),
+        (weight_decay, weight_decay_mask, decay_placement),
+        state_bits,
         residual=residuals.error_feedback(error_feedback, momentum=True) if keeps_error else "drop",
         on_refresh="rotate_moments",
         refresh_every=refresh_every,
         side=side,
         seed=seed,
         weight_dimension_numbers=weight_dimension_numbers,
-    )
-    return optimizer(
-        projected,
-        learning_rate,
-        weight_decay,
-        weight_decay_mask,
-        state_bits=state_bits,
-        decay_placement=decay_placement,
     )

@@ -7,15 +7,13 @@ import optax
 
 from lowrank_optax.matrices import DimensionNumbersRule
 from lowrank_optax.matrices.argument_names import explains_names
-from lowrank_optax.projection.rank import RankSpec
-from lowrank_optax.projection.recipes.chosen import chosen_inner
+from lowrank_optax.projection.recipes.assembly import projected_optimizer
 from lowrank_optax.projection.subspaces import Subspace, online_pca
-from lowrank_optax.projection.transform import scale_by_projection
-from lowrank_optax.projection.view import Side
+from lowrank_optax.projection.view import RankSpec, Side
 from lowrank_optax.quantization import Bits
 from lowrank_optax.states.adam import EpsPlacement
 from lowrank_optax.states.arguments import refuse_unused
-from lowrank_optax.states.assemble import DecayPlacement, optimizer
+from lowrank_optax.states.assemble import DecayPlacement
 
 
 @explains_names
@@ -41,44 +39,28 @@ def online_subspace_descent(
     seed: int = 0,
     weight_dimension_numbers: DimensionNumbersRule = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Online Subspace Descent: each basis follows its gradients by a step of online PCA a step.
+    r"""Online Subspace Descent: each basis takes one step of online PCA at every training step.
 
     The update is GaLore's, :math:`\alpha P \, \mathrm{Adam}(P^\top G)`; then :math:`P` takes one
     step down :math:`\lVert P P^\top A - A \rVert^2 + \lambda \lVert P^\top P - I \rVert^2` with
     :math:`A = G / \lVert G \rVert`. After the first step nothing is decomposed, and all steps cost
     the same: GaLore's two products and one more. For a weight ``[m, n]`` the state is
     ``3·r·m + 2·r·n`` floats (``m <= n``), or ``r·m + 2·r·n`` with plain gradient descent on the
-    basis. Leaves that are not matrices get plain Adam.
+    basis. Other leaves get plain Adam. Arguments not listed here are those of `galore`.
 
     Args:
-      learning_rate: A float or an optax schedule: 0.01 at 60M parameters, 0.001 at 350M and 1B.
-      rank: Number of directions: see `galore`.
-      subspace_learning_rate: Rate of the basis' Adam: 1/200 in the code, which multiplies it by the
-        schedule of the learning rate; give a schedule of the training step to do so. Steps whose
-        gradient is zero or not finite move no basis and are not counted.
+      learning_rate: Float or optax schedule: 0.01 at 60M parameters, 0.001 at 350M and 1B.
+      subspace_learning_rate: Learning rate of the basis' Adam: 1/200 in the code, which multiplies
+        it by the schedule of the learning rate; to do so, give a schedule of the training step.
+        Steps whose gradient is zero or not finite move no basis and are not counted.
       scale: GaLore's :math:`\alpha`.
-      b1: Decay of the first moment.
-      b2: Decay of the second moment.
-      eps: Added to the root of the second moment.
       weight_decay: Decoupled decay of the full weights (never of the bases; the code's AdamW decays
         them by 0.01).
-      penalty: :math:`\lambda`; 0.1 in the paper, absent (0) in the code.
-      subspace_optimizer: Optimizer of the bases, if not Adam; ``optax.sgd`` keeps no state and is
-        what the paper trains 7B with. It counts its own steps, from the second training step on.
-      initial: Rule of the first bases: ``subspaces.fixed`` of given ones, ``subspaces.svd(rank)``
+      penalty: Factor :math:`\lambda`; 0.1 in the paper, absent (0) in the code.
+      subspace_optimizer: Optimizer of the bases instead of Adam; the paper trains 7B with
+        ``optax.sgd``. It counts its own steps, from the second training step on.
+      initial: Rule for the first bases: ``subspaces.fixed`` of given ones, ``subspaces.svd(rank)``
         as in the code, or ``subspaces.randomized_svd(rank)`` if None.
-      inner: The optimizer in the subspace, if not Adam; leave ``b1``, ``b2`` and ``eps`` out then.
-      eps_placement: Whether ``eps`` is added before or after bias correction: see `galore`.
-      decay_placement: Whether the weights decay as they are before the step, or after it: see
-        `galore`.
-      weight_decay_mask: Which leaves decay: as ``mask`` of ``optax.adamw``.
-      side: Which side of a matrix is compressed: see `scale_by_projection`.
-      state_bits: Bits of the moments between steps, 8 or 4: see `low_bit`; None for float32.
-      seed: Seed of the first basis.
-      weight_dimension_numbers: Which leaves are matrices, and how: see `scale_by_projection`.
-
-    Returns:
-      The optimizer.
 
     Raises:
       ValueError: If an argument is out of range.
@@ -101,22 +83,19 @@ def online_subspace_descent(
         refuse_unused(online_subspace_descent, "subspace_optimizer", subspace_learning_rate=rate)
     adam = optax.adam(_one_step_later(rate) if callable(rate) else rate)
     moves = adam if subspace_optimizer is None else subspace_optimizer
-    projected = scale_by_projection(
-        chosen_inner(online_subspace_descent, inner, b1, b2, eps, eps_placement),
+    return projected_optimizer(
+        online_subspace_descent,
+        learning_rate,
         online_pca(rank, moves, penalty, initial),
+        inner,
+        (b1, b2, eps, eps_placement),
+        (weight_decay, weight_decay_mask, decay_placement),
+        state_bits,
         refresh_every=None,
         scale=scale,
         side=side,
         seed=seed,
         weight_dimension_numbers=weight_dimension_numbers,
-    )
-    return optimizer(
-        projected,
-        learning_rate,
-        weight_decay,
-        weight_decay_mask,
-        state_bits=state_bits,
-        decay_placement=decay_placement,
     )
 
 

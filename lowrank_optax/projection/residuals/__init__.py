@@ -2,10 +2,16 @@
 
 from typing import Any, Literal, TypeAlias
 
-from lowrank_optax.projection.residuals.base import Residual, Step
-from lowrank_optax.projection.residuals.error_feedback import QuantizedError, error_feedback
+from lowrank_optax.projection.residuals.base import (
+    QuantizedError,
+    Residual,
+    Step,
+    drop,
+    error_feedback,
+    raw,
+    sign,
+)
 from lowrank_optax.projection.residuals.scaling import Granularity, fira, gradient_scaling
-from lowrank_optax.projection.residuals.simple import drop, raw, sign
 
 ResidualSpec: TypeAlias = (
     Literal["drop", "raw", "sign", "fira", "gradient_scaling", "error_feedback"] | Residual

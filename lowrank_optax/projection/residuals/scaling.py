@@ -1,8 +1,8 @@
-"""Residual rules that scale the gradient by what the inner optimizer did to its projection.
+"""Residual rules that scale the gradient as the inner optimizer scaled its projection.
 
-Both take a factor for each column (each row, where columns are compressed): the norm of the inner
-optimizer's answer over that of the projected gradient. Fira scales the part outside the subspace
-with it, APOLLO the whole gradient. Both limit how fast the norm of the result may grow.
+Each column (each row, where columns are compressed) has a factor: the norm of the inner optimizer's
+answer over that of the projected gradient. Fira scales the part outside the subspace by it, APOLLO
+the whole gradient. Both limit how fast the norm of the result may grow.
 """
 
 from typing import Any, Literal
@@ -26,24 +26,25 @@ def fira(
     granularity: Granularity = "channel",
     floor: float = 0.0,
 ) -> Residual:
-    r"""Fira: the residual, column by column scaled as the inner optimizer scaled the projection.
+    r"""Adds the residual, each column scaled as the inner optimizer scaled the projection: Fira.
 
     .. math::
       \phi_j = \lVert N_j \rVert / \lVert R_j \rVert, \qquad S = (G - P R) \, \mathrm{diag}(\phi)
 
     and the update is :math:`\alpha (P N + S)` after the growth of :math:`\lVert S \rVert_F` is
-    limited. The official code differs: the residual is :math:`G - \alpha P R`, and ``S`` is not
-    multiplied by :math:`\alpha`, so that outside the subspace it is :math:`1/\alpha` times larger;
-    the paper's numbers were made with it. One float is kept for each matrix.
+    limited. In the official code, which made the paper's numbers, the residual is
+    :math:`G - \alpha P R`, and ``S`` is not multiplied by :math:`\alpha`, so that it is
+    :math:`1/\alpha` times larger outside the subspace. The state is one float per matrix.
 
     Args:
       gamma: Largest growth of the residual's norm from step to step; ``inf`` for no limit.
       form: ``"paper"`` or ``"code"``.
-      decays: ``(b1, b2)`` of an inner Adam: the limiter then sees norms without bias correction, as
-        in the official code; None limits what is applied.
-      granularity: A factor for each column, ``"channel"``, or one for the matrix, ``"tensor"``.
-      floor: Take a column's projected norm to be at least this share of its whole norm: against
-        huge factors where a gradient lies outside the subspace; 0 is parity, 1e-3 a safe value.
+      decays: Decays ``(b1, b2)`` of an inner Adam, to limit norms without bias correction as the
+        official code does; None limits the norms that are applied.
+      granularity: ``"channel"``, a factor for each column, or ``"tensor"``, one for the matrix.
+      floor: Least share of a column's whole norm that its projected norm is taken to be, against
+        huge factors where a gradient lies outside the subspace. The official code has 0; 1e-3 is
+        safe.
 
     Raises:
       ValueError: If an argument is out of range.
@@ -82,7 +83,7 @@ def fira(
         lifted = step.lift(step.scale * (step.answer - step.projected * factors))
         return lifted + matrix * outside, previous
 
-    return _with_norms(update)
+    return Residual(update, _zero_norms, needs_one_side=True)
 
 
 def gradient_scaling(
@@ -90,21 +91,19 @@ def gradient_scaling(
     decays: tuple[float, float] | None = None,
     granularity: Granularity = "channel",
 ) -> Residual:
-    r"""APOLLO: the whole gradient, column by column scaled as the inner optimizer scaled it.
+    r"""Applies the gradient, each column scaled as the inner optimizer scaled it: APOLLO.
 
     .. math::
       s_j = \lVert N_j \rVert / \lVert R_j \rVert, \qquad S = G \, \mathrm{diag}(s)
 
     with the growth of :math:`\lVert S \rVert_F` limited, times the transformation's ``scale``.
-    Nothing is lifted: one product a step, and the update has full rank. It keeps one float for each
-    matrix.
+    Nothing is lifted: a step takes one product, and the update has full rank. The state is one
+    float per matrix.
 
     Args:
       gamma: Largest growth of the update's norm from step to step; ``inf`` for no limit.
-      decays: ``(b1, b2)`` of an inner Adam: the limiter then sees norms without bias correction, as
-        in the official code; None limits what is applied.
-      granularity: A factor for each column, ``"channel"``, or one for the matrix, ``"tensor"``
-        (APOLLO-Mini).
+      decays: See `fira`.
+      granularity: See `fira`; ``"tensor"`` is APOLLO-Mini's.
 
     Raises:
       ValueError: If an argument is out of range.
@@ -134,12 +133,11 @@ def gradient_scaling(
         limit, previous = _limited(norm, previous, gamma, decays, step.count)
         return matrix * (step.scale * factors * limit[..., None, None]), previous
 
-    return _with_norms(update)
+    return Residual(update, _zero_norms, needs_one_side=True)
 
 
-def _with_norms(update: Any) -> Residual:
-    init = lambda view: zeros_per_matrix(view, view.dtype)
-    return Residual(update, init, needs_one_side=True)
+def _zero_norms(view: View) -> jax.Array:
+    return zeros_per_matrix(view, view.dtype)
 
 
 def _check(gamma: Any, granularity: Any) -> None:

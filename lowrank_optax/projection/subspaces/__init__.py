@@ -1,16 +1,17 @@
-"""Rules that find the subspace a gradient is projected to, one file each."""
+"""Rules that find the subspace a gradient is projected to."""
 
-from lowrank_optax.projection.subspaces.adaptive_rank import AdaptiveBasis, adaptive_rank
 from lowrank_optax.projection.subspaces.base import Subspace, from_basis
-from lowrank_optax.projection.subspaces.both_sides import TwoBases, both_sides
 from lowrank_optax.projection.subspaces.dct import dct
-from lowrank_optax.projection.subspaces.fixed import fixed
-from lowrank_optax.projection.subspaces.online_pca import TrackedBasis, online_pca
-from lowrank_optax.projection.subspaces.power_iteration import power_iteration
-from lowrank_optax.projection.subspaces.quantized import quantized
-from lowrank_optax.projection.subspaces.random import random
-from lowrank_optax.projection.subspaces.randomized_svd import randomized_svd
-from lowrank_optax.projection.subspaces.svd import svd
+from lowrank_optax.projection.subspaces.following import TrackedBasis, online_pca, power_iteration
+from lowrank_optax.projection.subspaces.singular_vectors import randomized_svd, svd
+from lowrank_optax.projection.subspaces.without_gradient import fixed, random
+from lowrank_optax.projection.subspaces.wrappers import (
+    AdaptiveBasis,
+    TwoBases,
+    adaptive_rank,
+    both_sides,
+    quantized,
+)
 
 __all__ = [
     "AdaptiveBasis",

@@ -1,8 +1,7 @@
 """What a subspace rule is, and the parts that rules share.
 
-Letters: a gradient matrix is ``[*batch, m, n]``; its compressed axis has size ``d``, and the rank
-is ``r``. A basis is ``[*batch, d, r]``, a projected gradient ``[*batch, r, n]`` or
-``[*batch, m, r]``: the other axis stays where it was, so that neither product needs a transpose.
+A gradient matrix is ``[*batch, m, n]``; its compressed axis has size ``d``, and the rank is ``r``.
+A basis is ``[*batch, d, r]``, a projected gradient ``[*batch, r, n]`` or ``[*batch, m, r]``.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -14,41 +13,40 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from lowrank_optax.matrices import explicit_sharding
-from lowrank_optax.matrices.bfloat16 import product_with_bfloat16
+from lowrank_optax.matrices.arithmetic import product_with_bfloat16
 from lowrank_optax.matrices.explicit_sharding import product
-from lowrank_optax.projection.rank import RankSpec, check_rank, resolve_rank
-from lowrank_optax.projection.view import View
+from lowrank_optax.projection.view import RankSpec, View, check_rank, resolve_rank
 
 
 class Subspace(NamedTuple):
     """A rule for finding and using a subspace of gradient matrices: pure functions.
 
-    What a rule keeps for a leaf is called its basis, though it may be less than one: column
+    The state of a rule for a leaf is called its basis, though it may be less than one: column
     indices, or a seed. It is an array, or a NamedTuple of arrays; each has the batch axes first, or
-    is a scalar that belongs to the whole leaf. All functions take the leaf's `View` last. Make one
-    with `from_basis`, which derives projection and lifting from the basis as a matrix.
+    is a scalar that belongs to the whole leaf. All functions take the leaf's `View` last. Make a
+    rule with `from_basis`, which derives projection and lifting from the basis as a matrix.
 
     Attributes:
-      rank: The rank, as `resolve_rank` reads it.
-      init: ``init(view) -> basis``: what stands for the basis before the first refresh.
+      rank: Rank, as `resolve_rank` reads it.
+      init: ``init(view) -> basis``: the basis before the first refresh.
       refresh: ``refresh(key, matrix, basis, momentum, view) -> basis``: the basis for this
         gradient. ``basis`` is the last one, ``momentum`` the bias-corrected first moment in it for
-        rules that ``follow_momentum``, otherwise None. The result may be anything at all for a zero
-        or non-finite matrix: the caller then keeps the last one.
+        rules that ``follow_momentum``, otherwise None. The result for a zero or non-finite matrix
+        is not used.
       project: ``project(basis, matrix, view) -> projected``.
       lift: ``lift(basis, projected, view) -> matrix``, the adjoint of project.
-      turn: ``turn(old, new, projected, view, squared=False)``: an array of the projected shape,
-        from one basis into another: ``C x`` with ``C = new·old``, or ``(C∘C) x`` for a variance.
+      rotate: ``rotate(old, new, projected, view, squared=False)``: an array of the projected shape,
+        from one basis into another: ``C x`` with ``C = newᵀ old``, or ``(C∘C) x`` for a variance.
       track: ``track(basis, matrix, projected, view) -> basis``: moves the basis a little after
         every step; None for rules that only refresh.
-      shared: Whether one basis serves all leaves and needs no gradient. Its refresh is given
+      shared: Whether one basis serves all leaves and needs no gradient. Its refresh gets
         ``matrix=None`` and ``view=None``.
       orthonormal: Whether ``PᵀP = I``.
-      turns: Whether there is anything to refresh.
-      follow_momentum: Whether ``refresh`` wants the first moment.
-      kept: An example of what is kept for a leaf, of which only the structure counts.
-      size: ``size(basis)``: the rank its arrays have, where it may have been cut by
-        `lowrank_optax.compact`; None where it is the view's.
+      refreshes: Whether a refresh ever changes the basis.
+      follow_momentum: Whether ``refresh`` needs the first moment.
+      example: Example of a leaf's basis, of which only the tree structure is used.
+      size: ``size(basis)``: the rank of its arrays, where `lowrank_optax.compact` may have cut it;
+        None where it is the view's.
       patterns: Patterns of paths by the argument that holds them; each must match a matrix.
 
     Example:
@@ -57,7 +55,7 @@ class Subspace(NamedTuple):
       >>> view = lro.View.of(gradient, axis=-1, rank=rule.rank)
       >>> basis = rule.refresh(jax.random.key(0), gradient, rule.init(view), None, view)
       >>> lifted = rule.lift(basis, rule.project(basis, gradient, view), view)
-      >>> bool(jnp.allclose(lifted, gradient, atol=1e-5))  # a matrix of rank one is kept whole
+      >>> bool(jnp.allclose(lifted, gradient, atol=1e-5))  # a matrix of rank one is unchanged
       True
 
     Reference:
@@ -69,20 +67,20 @@ class Subspace(NamedTuple):
     refresh: Callable[[jax.Array, Any, Any, jax.Array | None, Any], Any]
     project: Callable[[Any, jax.Array, View], jax.Array]
     lift: Callable[[Any, jax.Array, View], jax.Array]
-    turn: Callable[..., jax.Array]
+    rotate: Callable[..., jax.Array]
     track: Callable[[Any, jax.Array, jax.Array, View], Any] | None = None
     shared: bool = False
     orthonormal: bool = True
-    turns: bool = True
+    refreshes: bool = True
     follow_momentum: bool = False
-    kept: Any = 0
+    example: Any = 0
     size: Callable[[Any], int] | None = None
     patterns: Mapping[str, Collection[str]] = MappingProxyType({})
 
     @property
-    def keeps_one_array(self) -> bool:
-        """Whether each leaf's basis is one array, and nothing is kept beside it."""
-        return not self.shared and jax.tree.structure(self.kept) == jax.tree.structure(0)
+    def stores_one_array(self) -> bool:
+        """Whether the state for each leaf is one array."""
+        return not self.shared and jax.tree.structure(self.example) == jax.tree.structure(0)
 
 
 def from_basis(
@@ -91,25 +89,25 @@ def from_basis(
     *,
     init: Callable[[View], Any] | None = None,
     matrix_of: Callable[[Any, View], jax.Array] | None = None,
-    turn: Callable[..., jax.Array] | None = None,
+    rotate: Callable[..., jax.Array] | None = None,
     **attributes: Any,
 ) -> Subspace:
     """A rule from how its basis is found, and how the basis is read as a matrix ``[*batch, d, r]``.
 
     Args:
-      rank: The rank.
-      refresh: As `Subspace` says.
-      init: As `Subspace` says; zeros ``[*batch, d, r]`` if None.
+      rank: See `Subspace`.
+      refresh: See `Subspace`.
+      init: See `Subspace`; zeros ``[*batch, d, r]`` if None.
       matrix_of: ``matrix_of(basis, view)``; the basis itself if None.
-      turn: As `Subspace` says; products with ``newᵀ old`` if None.
-      **attributes: The other attributes of `Subspace`.
+      rotate: See `Subspace`; products with ``newᵀ old`` if None.
+      **attributes: Other attributes of `Subspace`.
     """
     dense = (lambda basis, view: basis) if matrix_of is None else matrix_of
 
-    def turn_dense(
+    def rotate_dense(
         old: Any, new: Any, projected: jax.Array, view: View, squared: bool = False
     ) -> jax.Array:
-        return turned(dense(old, view), dense(new, view), projected, view, squared)
+        return rotated(dense(old, view), dense(new, view), projected, view, squared)
 
     patterns = {"rank": tuple(rank)} if isinstance(rank, Mapping) else {}
     attributes["patterns"] = patterns | attributes.get("patterns", {})
@@ -119,7 +117,7 @@ def from_basis(
         refresh=refresh,
         project=lambda basis, matrix, view: project(dense(basis, view), matrix, view),
         lift=lambda basis, projected, view: lift(dense(basis, view), projected, view),
-        turn=turn_dense if turn is None else turn,
+        rotate=rotate_dense if rotate is None else rotate,
         **attributes,
     )
 
@@ -131,15 +129,10 @@ def zero_basis(view: View) -> jax.Array:
 
 
 def zero_basis_before(initial: Subspace) -> Callable[[View], jax.Array]:
-    """`zero_basis` of a rule whose first basis another one finds, with `first_basis`.
-
-    Raises:
-      ValueError: If that rule keeps anything but its basis as one array of floats; in the function
-        that is returned, if it has another rank.
-    """
-    if initial.track is not None or not initial.keeps_one_array:
+    """`zero_basis` for a rule whose first basis another one finds, with `first_basis`."""
+    if initial.track is not None or not initial.stores_one_array:
         raise ValueError(
-            "initial must keep its basis as one array, as randomized_svd and fixed do."
+            "initial must store its basis as one array, as randomized_svd and fixed do."
         )
 
     def init(view: View) -> jax.Array:
@@ -150,7 +143,7 @@ def zero_basis_before(initial: Subspace) -> Callable[[View], jax.Array]:
             )
         dtype = jax.eval_shape(lambda: initial.init(view)).dtype
         if not jnp.issubdtype(dtype, jnp.floating):
-            raise ValueError(f"initial must keep its basis as floats; it keeps {dtype}.")
+            raise ValueError(f"initial must store its basis as floats; it stores {dtype}.")
         return zero_basis(view)
 
     return init
@@ -159,8 +152,8 @@ def zero_basis_before(initial: Subspace) -> Callable[[View], jax.Array]:
 def first_basis(
     initial: Subspace, key: jax.Array, matrix: Any, basis: jax.Array, view: View
 ) -> jax.Array:
-    """The basis ``[*batch, d, r]`` that a rule finds, or, if it finds none, keeps."""
-    if not initial.turns:  # the basis may have been compacted since
+    """The basis ``[*batch, d, r]`` that a rule finds, or always has."""
+    if not initial.refreshes:  # the basis may have been compacted since
         whole = view._replace(rank=resolve_rank(initial.rank, view.path, view.shape))
         return initial.init(whole)[..., : basis.shape[-1]]
     return initial.refresh(key, matrix, basis, None, view)
@@ -179,7 +172,7 @@ def lift(basis: jax.Array, projected: jax.Array, view: View) -> jax.Array:
     return product(letters, basis, projected.astype(basis.dtype), view.partition)
 
 
-def turned(
+def rotated(
     old: jax.Array, new: jax.Array, projected: jax.Array, view: View, squared: bool
 ) -> jax.Array:
     """``C x`` (or ``x Cᵀ`` for columns) with ``C = newᵀ old``, or with its entries squared."""
@@ -193,7 +186,7 @@ def times(matrix: jax.Array, x: jax.Array, view: View, across: bool = False) -> 
     """The matrix and a thin one: the result ``[*batch, d, k]`` lies on the compressed axis.
 
     ``G x`` if rows are compressed, ``Gᵀ x`` if columns are; with ``across`` the other way round, on
-    the kept axis. Pass a bfloat16 gradient as it is: see `product_with_bfloat16`.
+    the other axis. Pass a bfloat16 gradient as it is: see `product_with_bfloat16`.
     """
     lands_on_rows = (view.axis == -2) != across
     letters = "...mn,...nk->...mk" if lands_on_rows else "...mn,...mk->...nk"
@@ -205,10 +198,10 @@ def times(matrix: jax.Array, x: jax.Array, view: View, across: bool = False) -> 
 
 
 def _cut_as(matrix: jax.Array, axis: int, thin: jax.Array) -> jax.Array:
-    """``thin [*batch, k, r]``, on explicit axes cut as the axis of the matrix that it meets.
+    """``thin [*batch, k, r]``, on explicit axes sharded as the axis of the matrix that it meets.
 
-    For a product with a replicated factor, or result, the partitioner gathers the whole matrix. On
-    automatic axes it does so with arguments of the program alone, and a barrier is enough.
+    For a product with a replicated factor or result, the partitioner gathers the whole matrix. On
+    automatic axes it does so only with arguments of the program, and a barrier is enough.
     """
     return explicit_sharding.constrain(thin, _cut_of(matrix, axis))
 
@@ -222,7 +215,7 @@ def _cut_of(matrix: jax.Array, axis: int) -> PartitionSpec | None:
 def agreeing(new: jax.Array, old: jax.Array) -> jax.Array:
     """``new`` with the sign of each vector chosen to agree with its predecessor's.
 
-    Signs of singular vectors are arbitrary; so chosen, moments that are kept keep their meaning.
+    Signs of singular vectors are arbitrary; with these, moments that are not rotated stay valid.
     """
     agreement = jnp.sum(new * old, axis=-2, keepdims=True)
     return jnp.where(agreement < 0, -new, new).astype(old.dtype)
@@ -239,13 +232,13 @@ def largest_entry(x: jax.Array) -> jax.Array:
     return jnp.where(largest == 0, 1, largest)
 
 
-def select(taken: jax.Array, new: Any, old: Any) -> Any:
-    """``new`` for those of the batch that are ``taken [*batch]``, ``old`` for the others."""
+def select(chosen: jax.Array, new: Any, old: Any) -> Any:
+    """``new`` for those of the batch that are ``chosen [*batch]``, ``old`` for the others."""
 
     def one(x: jax.Array, y: jax.Array) -> jax.Array:
         if jnp.ndim(y) == 0:
-            return jnp.where(jnp.any(taken), x, y).astype(y.dtype)
-        flags = taken.reshape(taken.shape + (1,) * (y.ndim - taken.ndim))
+            return jnp.where(jnp.any(chosen), x, y).astype(y.dtype)
+        flags = chosen.reshape(chosen.shape + (1,) * (y.ndim - chosen.ndim))
         return jnp.where(flags, x, y).astype(y.dtype)
 
     return jax.tree.map(one, new, old)

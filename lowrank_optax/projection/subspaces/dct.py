@@ -1,7 +1,7 @@
 """Columns of one fixed cosine matrix, chosen by how much of the gradient lies on each.
 
-The basis of a leaf is ``r`` indices: the columns are cosines that are computed where they are used.
-Nothing is decomposed, so the columns may be chosen anew at every step.
+The basis of a leaf is ``r`` indices; the columns are computed where they are used. Nothing is
+decomposed, so the columns may be chosen again at every step.
 """
 
 from collections.abc import Callable
@@ -13,9 +13,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from lowrank_optax.matrices import explicit_sharding
-from lowrank_optax.projection.rank import RankSpec
 from lowrank_optax.projection.subspaces import base
-from lowrank_optax.projection.view import View
+from lowrank_optax.projection.view import RankSpec, View
 
 _SMALLEST = 256  # halves below are not worth splitting further
 _EXACT_PRODUCTS = 1 << 15  # lengths below whose phases fit an int32
@@ -31,20 +30,20 @@ def dct(
     .. math::
       B_{jk} = \sqrt{2/d} \, \cos(\pi k (2j + 1) / 2d), \qquad B_{j0} = \sqrt{1/d}.
 
-    A gradient's coefficients ``Bᵀ G`` are scored by the norm of each row, and the indices of the
-    largest are kept, in ascending order: ``r`` integers instead of ``r·d`` floats. The coefficients
-    cost one product with a third of a full matrix, since cosines are symmetric (or an FFT), and the
-    result is a full-size temporary while the indices are chosen.
+    The coefficients ``Bᵀ G`` of a gradient are scored by the norm of each row, and the indices of
+    the largest are stored in ascending order: ``r`` integers instead of ``r·d`` floats. The
+    coefficients cost one product with a third of a full matrix, since cosines are symmetric (or an
+    FFT), and are a full-size temporary while the indices are chosen.
 
     Args:
-      rank: Number of columns kept; at most the smaller side of each matrix.
+      rank: Number of columns; at most the smaller side of each matrix.
       order: Norm of the scores: 1 (the authors' default) or 2, which captures the most energy that
         any ``rank`` columns can.
-      transform: ``"products"``, which runs on the matrix units and shards, or ``"fft"``.
+      transform: ``"products"``, which run on the matrix units and shard, or ``"fft"``.
 
     Raises:
-      TypeError: If ``rank`` is none.
-      ValueError: If ``rank`` is below 1, or one of the others unknown.
+      TypeError: If `rank` is of another type.
+      ValueError: If `rank` is below 1, or another argument unknown.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro
@@ -85,14 +84,13 @@ def dct(
         return jnp.sort(chosen, axis=-1).astype(jnp.int32)
 
     matrix_of = lambda basis, view: cosines(basis, view.length, view.dtype)
-    return base.from_basis(rank, refresh, init=init, matrix_of=matrix_of, turn=_turn)
+    return base.from_basis(rank, refresh, init=init, matrix_of=matrix_of, rotate=_rotate)
 
 
 def _whole_along_axis(matrix: jax.Array, view: View) -> PartitionSpec | None:
-    """A partition that does not cut the compressed axis: its devices share the kept one instead.
+    """A partition that does not shard the compressed axis, but the other one more.
 
-    So the gradient changes places among devices and is not gathered, unless the kept axis can not
-    be cut so often.
+    The gradient is then exchanged among devices and not gathered, unless the sizes do not divide.
     """
     if view.partition is None:
         return None
@@ -163,9 +161,9 @@ def scores_by_fft(matrix: jax.Array, size: Callable[[jax.Array], jax.Array]) -> 
     count = length // 2 + 1
     angle = jnp.arange(count, dtype=matrix.dtype) * (-math.pi / (2 * length))
     # The real part is coefficient k, the imaginary part that of d - k, negated.
-    turned = spectrum * jax.lax.complex(jnp.cos(angle), jnp.sin(angle))
-    low = jnp.sum(size(turned.real), axis=-2)
-    high = jnp.sum(size(turned.imag), axis=-2)[..., 1 : length - count + 1][..., ::-1]
+    rotated = spectrum * jax.lax.complex(jnp.cos(angle), jnp.sin(angle))
+    low = jnp.sum(size(rotated.real), axis=-2)
+    high = jnp.sum(size(rotated.imag), axis=-2)[..., 1 : length - count + 1][..., ::-1]
     return _first_scaled(jnp.concatenate([low, high], axis=-1), size)
 
 
@@ -183,17 +181,17 @@ def _modular_product(a: jax.Array, b: jax.Array, period: int) -> jax.Array:
     return (((high * b) % period) * 256 + low * b) % period
 
 
-def _turn(
+def _rotate(
     old: jax.Array, new: jax.Array, projected: jax.Array, view: View, squared: bool = False
 ) -> jax.Array:
-    """Rows of indices that stay are moved to their new place; those of new indices are zero."""
+    """Rows of indices that stay are moved to their new position; those of new ones are zero."""
     del squared  # the entries of this matrix are zeros and ones
     match = (new[..., :, None] == old[..., None, :]) & (new >= 0)[..., :, None]
     if view.partition is not None:
         letters = "...sr,...rn->...sn" if view.axis == -2 else "...sr,...mr->...ms"
         between = match.astype(projected.dtype)
         return base.product(letters, between, projected, view.projected_partition)
-    place, kept = jnp.argmax(match, axis=-1), jnp.any(match, axis=-1)
+    position, stays = jnp.argmax(match, axis=-1), jnp.any(match, axis=-1)
     spread = (lambda x: x[..., :, None]) if view.axis == -2 else (lambda x: x[..., None, :])
-    moved = jnp.take_along_axis(projected, spread(place), axis=view.axis)
-    return jnp.where(spread(kept), moved, 0)
+    moved = jnp.take_along_axis(projected, spread(position), axis=view.axis)
+    return jnp.where(spread(stays), moved, 0)

@@ -146,7 +146,7 @@ def supports(
     for x in (gradient,) if param is None else (gradient, param):
         if x.dtype not in (jnp.float32, jnp.bfloat16):
             return f"{x.dtype} is neither float32 nor bfloat16"
-    reason = reason_against_formats(formats, "TPU")
+    reason = reason_against_formats(formats)
     if reason is not None:
         return reason
     block = formats[0].block_size

@@ -59,7 +59,7 @@ def supports(
     for x in (gradient,) if param is None else (gradient, param):
         if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
             return f"{x.dtype} is not a float of 32 or 16 bits"
-    reason = reason_against_formats(formats, "Triton")
+    reason = reason_against_formats(formats)
     if reason is not None:
         return reason
     block, shape = formats[0].block_size, gradient.shape

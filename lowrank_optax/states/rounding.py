@@ -130,7 +130,7 @@ def round_updates(
 
 
 def _refuse_rounded(path: str, every: bool) -> None:
-    """Raise if every update is bfloat16; warn if only those of bfloat16 parameters are."""
+    """Raise if all updates are bfloat16; warn if only those of bfloat16 parameters are."""
     message = (
         f"round_updates was given bfloat16 updates, as of {path!r}, which are rounded already. It "
         "must come last in the chain, after the optimizer, and the optimizer in "

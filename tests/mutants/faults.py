@@ -159,7 +159,7 @@ OPTIMIZERS = (
     ),
     Fault(
         "second moment of Grams corrected by beta1",
-        "lowrank_optax/states/adam.py",
+        "lowrank_optax/states/assemble.py",
         "root = jnp.sqrt(1 - b2**steps)",
         "root = jnp.sqrt(1 - b1**steps)",
         ("tests/optimizers/test_grams.py",),

@@ -8,9 +8,8 @@ import optax
 from lowrank_optax.projection.subspaces import Subspace
 from lowrank_optax.projection.transform import scale_by_projection
 from lowrank_optax.projection.view import RankSpec
-from lowrank_optax.states.adam import scale_by_adam
 from lowrank_optax.states.arguments import refuse_unused
-from lowrank_optax.states.assemble import optimizer
+from lowrank_optax.states.assemble import optimizer, scale_by_adam
 
 
 def chosen_subspace(

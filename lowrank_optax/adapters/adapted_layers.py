@@ -63,8 +63,9 @@ class LayerAdapter(SharingModule):
         hold the change, and one of a merged model fits no model that is not merged.
       merge_checksum: While it is merged: what its arrays were, see `folding.checksum`.
       group: Name of the arrays it shares in ``model.adapter_groups``; None if it shares none.
-      active: Whether calls apply it.
-      strength: What its change is multiplied by.
+      active: Whether calls apply it. Like ``strength``, a part of the graph definition: compiled
+        functions of the model are compiled again when it changes.
+      strength: Factor of its change.
       deterministic: Whether nothing is dropped, as after ``model.eval()``.
     """
 

@@ -19,8 +19,8 @@ OnRefresh: TypeAlias = Literal["keep", "reset", "rotate", "rotate_moments"]
 
 # Arrays that do not depend on the basis: the coefficients of Muon's iteration.
 CONSTANTS = ("ns_coeffs",)
-# Sizes of gradients by which moments are checked: below any sensible threshold of clipping, above.
-_SIZES, _LARGE = (2.0**-10, 2.0**-12), 2.0**10
+# Sizes of gradients by which moments are checked: two below any sensible threshold of clipping.
+_SIZES = (2.0**-10, 2.0**-12, 2.0**10)
 
 
 def init_one(inner: optax.GradientTransformation, leaf: jax.Array, batch_ndim: int) -> Any:
@@ -45,11 +45,10 @@ class Average(NamedTuple):
       decays: Share that is left of it after a gradient of zero, at the first three steps: ``b1`` or
         ``b2`` of Adam.
       sizes: Its value for a constant gradient, over that gradient (over its square), for gradients
-        of two sizes; one for an average of the gradients themselves.
+        of two small sizes and a large one; one for an average of the gradients themselves.
       rounding: Relative error that rounding may give a size.
       alone: Whether it does not depend on other moments.
       offset: Its value after a gradient of zero, if all moments were zero.
-      large: Its size for a large gradient, which clipping makes smaller.
     """
 
     decays: tuple[Any, ...]
@@ -57,7 +56,6 @@ class Average(NamedTuple):
     rounding: Any
     alone: Any
     offset: Any
-    large: Any
 
     @property
     def traced(self) -> bool:
@@ -146,18 +144,15 @@ def _read_averages(inner: optax.GradientTransformationExtraArgs) -> Averages:
         left = [after(zeros, only(state, path)) for state in states]
         decays = tuple(x[path][0, 0].astype(signs.dtype) for x in left)
         apart = [jnp.abs(left[-1][other][0, 0]) < 1e-6 for other in orders if other != path]
-        given = (*_SIZES, _LARGE)
         offset, *weights = [
-            after(size * signs, only(states[-1], None))[path][0, 0] for size in (0, *given)
+            after(size * signs, only(states[-1], None))[path][0, 0] for size in (0, *_SIZES)
         ]
-        *sizes, large = (
-            x / y**order / (1 - decays[-1]) for x, y in zip(weights, given, strict=True)
-        )
+        sizes = [x / y**order / (1 - decays[-1]) for x, y in zip(weights, _SIZES, strict=True)]
         # In bfloat16 a decay of 0.9 is 0.898, and the weight of a gradient 0.1 still.
         rounding = 4 * jnp.finfo(left[-1][path].dtype).eps / jnp.maximum(1 - decays[-1], 1e-6)
         exact = tuple(jnp.where(jnp.abs(x - 1) < 1e-2, 1, x) for x in sizes)
         alone = functools.reduce(jnp.logical_and, apart, jnp.array(True))
-        found[path] = Average(decays, exact, rounding, alone, offset, large)
+        found[path] = Average(decays, exact, rounding, alone, offset)
     return found
 
 
@@ -168,8 +163,9 @@ def _agree(x: float, y: float, rounding: float) -> bool:
 
 def _check_first(path: Any, average: Average, follows: bool) -> None:
     """Refuses a first moment that is no average of gradients in units that are known."""
-    in_units = average.steady and _agree(*average.sizes, rounding=average.rounding)
-    if in_units and _agree(average.large, average.sizes[0], rounding=average.rounding):
+    small, smaller, large = average.sizes
+    in_units = average.steady and _agree(small, smaller, average.rounding)
+    if in_units and _agree(large, small, average.rounding):
         return
     rule, does = ("subspace", "follows") if follows else ("residual", "feeds back")
     reason = _disturbance(average) or (
@@ -190,7 +186,7 @@ def _check_pair(found: Averages, path: Any) -> None:
         return
     one, two = found[beside], found[path]
     rounding = one.rounding + two.rounding
-    fits = [_agree(x**2, y, rounding) for x, y in zip(one.sizes, two.sizes, strict=True)]
+    fits = [_agree(x**2, y, rounding) for x, y in zip(one.sizes[:2], two.sizes[:2], strict=True)]
     if not (all(fits) and one.steady and two.steady):
         first, second = (jax.tree_util.keystr(p) for p in (beside, path))
         raise ValueError(

@@ -1,15 +1,15 @@
 """Shardings of optimizer state from the shardings of the parameters.
 
 The state is traced once, without computing anything, on the parameters' mesh with explicit axes.
-There a sharding is part of an array's type, so each state array's follows from how it is made of
-the parameters, and nothing is guessed from names or shapes.
+There a sharding is part of an array's type, so that each state array's follows from how it is
+computed from the parameters; nothing is guessed from names or shapes.
 """
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 import optax
 
 from lowrank_optax.matrices.paths import path_string
@@ -72,15 +72,21 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, param_shardin
     if not callable(getattr(tx, "init", None)):
         raise TypeError(f"tx={tx!r} must be an optax transformation.")
     shardings = _for_each_parameter(params, param_shardings)
-    mesh = _the_mesh(shardings)
+    meshes = list(dict.fromkeys(sharding.mesh for sharding in shardings))
+    if len(meshes) != 1:
+        raise ValueError(f"param_shardings must be on one mesh; they are on {meshes}.")
+    (mesh,) = meshes
     explicit = mesh.abstract_mesh.update(axis_types=(AxisType.Explicit,) * len(mesh.axis_names))
+
+    def typed(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        on_explicit = NamedSharding(explicit, sharding.spec)
+        return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x), sharding=on_explicit)
+
     leaves, treedef = jax.tree.flatten(params)
-    typed = treedef.unflatten(
-        [_typed(x, s.spec, explicit) for x, s in zip(leaves, shardings, strict=True)]
-    )
+    shapes = treedef.unflatten(map(typed, leaves, shardings))
     try:
         with jax.sharding.use_abstract_mesh(explicit):
-            state = jax.eval_shape(tx.init, typed)
+            state = jax.eval_shape(tx.init, shapes)
     except Exception as error:
         error.add_note(
             "tx.init was traced for parameters sharded over explicit axes; a ShardingTypeError "
@@ -88,7 +94,8 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, param_shardin
             "optax.flatten does."
         )
         raise
-    return jax.tree.map(lambda x: NamedSharding(mesh, _partition(x)), state)
+    spec = lambda x: PartitionSpec() if x.sharding is None else x.sharding.spec
+    return jax.tree.map(lambda x: NamedSharding(mesh, spec(x)), state)
 
 
 def _for_each_parameter(params: Any, param_shardings: Any) -> list[NamedSharding]:
@@ -120,20 +127,3 @@ def _check(path: str, leaf: Any, sharding: Any) -> None:
             f"param_shardings at {path!r} does not fit the parameter of shape {jnp.shape(leaf)}: "
             f"{error}"
         ) from error
-
-
-def _the_mesh(shardings: list[NamedSharding]) -> Mesh | AbstractMesh:
-    meshes = list(dict.fromkeys(sharding.mesh for sharding in shardings))
-    if len(meshes) != 1:
-        raise ValueError(f"param_shardings must be on one mesh; they are on {meshes}.")
-    return meshes[0]
-
-
-def _typed(leaf: Any, spec: PartitionSpec, mesh: AbstractMesh) -> jax.ShapeDtypeStruct:
-    """The parameter's shape and dtype, with its sharding on the explicit mesh."""
-    sharding = NamedSharding(mesh, spec)
-    return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf), sharding=sharding)
-
-
-def _partition(x: jax.ShapeDtypeStruct) -> PartitionSpec:
-    return PartitionSpec() if x.sharding is None else x.sharding.spec

@@ -65,7 +65,7 @@ def test_every_public_name_is_on_an_api_page() -> None:
     missing = [
         f"{package.__name__}.{public}"
         for package in public_packages()
-        for public in package.__all__
+        for public in getattr(package, "__all__", ())  # none: not public
         if not any(getattr(package, public) is thing for thing in documented)
     ]
     assert not missing
@@ -134,3 +134,20 @@ def test_the_page_of_fine_tuning_has_every_flag_and_no_other() -> None:
     settings = pytest.importorskip("_finetune_settings")
     help_of_job = _flags_of_help(lambda: settings.parse(["--help"], ("lora",)))
     assert _flags_of_page("finetune.md") == help_of_job
+
+
+def test_the_rooms_of_the_architecture_page_exist() -> None:
+    text = (DOCS / "architecture.md").read_text()
+    rooms = text[text.index("## Rooms") : text.index("## How to add an adapter")]
+    found = re.findall(r"^\| (`[^|]+) \|", rooms, re.MULTILINE)
+    package, missing = Path(lowrank_optax.__file__).parent, []
+    for cell in found:
+        first, *others = re.findall(r"`([^`]+)`", cell)
+        folder = package / first if first.endswith("/") else (package / first).parent
+        paths = [package / first, *(folder / other for other in others)]
+        missing += [str(path) for path in paths if not path.exists()]
+    assert len(found) > 20
+    assert not missing
+    listed = {re.split(r"[/`]", cell.strip("`"))[0] for cell in found}
+    folders = {path.parent.name for path in package.glob("*/__init__.py")}
+    assert folders <= listed

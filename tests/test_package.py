@@ -29,7 +29,8 @@ before = set(sys.modules)
 import lowrank_optax as lro
 import jax._src.xla_bridge as bridge
 loaded = {name.partition(".")[0] for name in set(sys.modules) - before}
-packages = {"kernels", "matrices", "optimizers", "projection", "quantization", "slices", "states"}
+packages = {"compat", "kernels", "matrices", "modules", "optimizers", "projection", "quantization",
+            "slices", "states", "storage"}
 print(json.dumps({
     "loaded": [name for name in loaded if name not in sys.stdlib_module_names and name != "jax"],
     "initialized": bridge.backends_are_initialized(),

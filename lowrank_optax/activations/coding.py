@@ -1,8 +1,7 @@
-"""Step functions and tables of any size, evaluated elementwise: each in the way that is fastest.
+"""Step functions and tables of any size, evaluated elementwise in the fastest way.
 
-Up to some dozens of intervals that is a sum of comparisons: it fuses with what makes ``x``, needs
-no gather, which a TPU does slowly, and costs about 0.05 ns for each boundary and element on a CPU.
-Beyond, the boundaries are looked up by bins, at a cost that hardly grows with their number.
+Up to some dozens of intervals that is a sum of comparisons: it fuses with what makes ``x``, and a
+TPU is slow in gathers. More boundaries are looked up by bins, at a cost that hardly grows.
 """
 
 import functools
@@ -49,10 +48,10 @@ def _gathered(table: np.ndarray, index: jax.Array) -> jax.Array:
 
 @functools.lru_cache(maxsize=256)
 def _bins(boundaries: tuple[float, ...], codes: tuple[int, ...], dtype: str) -> tuple:
-    """Equal parts of the range of the boundaries, with one boundary in each if `MOST_BINS` do.
+    """Equal parts of the boundaries' range, with one boundary in each if `MOST_BINS` suffice.
 
-    Where they begin and how many there are per unit; then, for each, the code it begins with, and
-    rows of its boundaries and of what the code grows by at each (modulo 256).
+    The lowest boundary and the bins per unit; for each bin its first code, and rows of its
+    boundaries and of what the code grows by at each (modulo 256).
     """
     edges = np.asarray(boundaries, dtype)
     code = np.asarray(codes, np.uint8)

@@ -15,10 +15,14 @@ from flax import nnx
 import jax
 
 from lowrank_optax.adapters.base import Adapter
-from lowrank_optax.adapters.derivatives import refuse_derivative, warn_of_derivative
 from lowrank_optax.adapters.groups import KIND
-from lowrank_optax.adapters.layer_calls import view_call
-from lowrank_optax.adapters.outputs import Part, adapted_output
+from lowrank_optax.adapters.layer_calls import (
+    Part,
+    adapted_output,
+    refuse_derivative,
+    view_call,
+    warn_of_derivative,
+)
 from lowrank_optax.adapters.tied_tables import check_can_attend
 from lowrank_optax.matrices.selection import Where
 from lowrank_optax.matrices.views import from_matrix, matrix_shape, to_matrix
@@ -59,8 +63,9 @@ class LayerAdapter(SharingModule):
         hold the change, and one of a merged model fits no model that is not merged.
       merge_checksum: While it is merged: what its arrays were, see `folding.checksum`.
       group: Name of the arrays it shares in ``model.adapter_groups``; None if it shares none.
-      active: Whether calls apply it.
-      strength: What its change is multiplied by.
+      active: Whether calls apply it. Like ``strength``, a part of the graph definition: compiled
+        functions of the model are compiled again when it changes.
+      strength: Factor of its change.
       deterministic: Whether nothing is dropped, as after ``model.eval()``.
     """
 

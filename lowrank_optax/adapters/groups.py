@@ -78,7 +78,7 @@ def method_at(
 def check_patterns(
     names: Sequence[str], rank_pattern: Mapping[str, Any], alpha_pattern: Mapping[str, Any]
 ) -> None:
-    """Raises ValueError for a pattern that is found in none of the layers' names."""
+    """Raises ValueError for a pattern that is found in no layer's name."""
     layers = [tuple(name.split("/")) for name in names]
     for argument, patterns in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
         selection.check_patterns(argument, patterns, layers, "layer with this adapter")

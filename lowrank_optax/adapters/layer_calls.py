@@ -1,13 +1,16 @@
-"""One call of a layer as an adapter sees it: its input as rows, its output as rows."""
+"""A call of a layer with adapters: its input and output as rows, and what adapters add to it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import copy
+import functools
 import math
 from typing import Any, NamedTuple
+import warnings
 
 import jax
 import jax.numpy as jnp
 
+from lowrank_optax.adapters.base import Adapter, Arrays
 from lowrank_optax.adapters.operands import Lookup, Operand, Patches, Rows
 from lowrank_optax.compat.flax import set_class
 from lowrank_optax.matrices.flax_layers import einsum_letters, is_linen_module, kernel_axes
@@ -142,3 +145,108 @@ def _convolution(module: Any, kernel: jax.Array) -> Callable[[jax.Array, jax.Arr
         return nnx.Conv.__call__(plain, x)
 
     return convolve
+
+
+class Part(NamedTuple):
+    """One adapter in one call of a layer.
+
+    Attributes:
+      method: The adapter's method.
+      p: Its arrays.
+      strength: Factor of its change; None if it is switched off.
+      key: PRNG key for dropout.
+    """
+
+    method: Adapter
+    p: Arrays
+    strength: float | None = 1.0
+    key: jax.Array | None = None
+
+
+def adapted_output(
+    parts: Sequence[Part],
+    x: Operand,
+    y: jax.Array,
+    *,
+    weight: jax.Array,
+    bias: jax.Array | None = None,
+) -> jax.Array:
+    r"""The output :math:`y + \sum_i s_i \, \mathrm{branch}_i + (1 - s_i) \, \mathrm{removed}_i`.
+
+    It is summed in float32, except where one adapter alone is active, at strength 1.
+
+    Args:
+      parts: The adapters.
+      x: The layer's input.
+      y: Its own output ``[..., d_out]``.
+      weight: Its weight ``[d_in, d_out]``.
+      bias: Its bias ``[d_out]``.
+    """
+    active = [part.strength for part in parts if part.strength is not None]
+    dtype = y.dtype if active == [1] else jnp.float32
+
+    def plus(total: jax.Array, strength: float, change: jax.Array | None) -> jax.Array:
+        if change is None:
+            return total
+        change = change.astype(dtype)
+        return total + (change if strength == 1 else strength * change)
+
+    own = y.astype(dtype)
+    for part in parts:
+        if part.strength is None:
+            own = plus(own, 1, part.method.removed(part.p, x))
+    total = own
+    for method, p, strength, key in parts:
+        if strength is not None:
+            branch = method.branch(p, x, y=own, weight=weight, bias=bias, key=key)
+            total = plus(total, strength, branch)
+            if strength != 1:
+                total = plus(total, 1 - strength, method.removed(p, x))
+    return total.astype(y.dtype)
+
+
+def refuse_derivative(message: str, y: jax.Array, arrays: Any) -> jax.Array:
+    """The output ``y`` as it is; raises ValueError if a derivative by ``arrays`` is asked for.
+
+    Args:
+      message: Text of the error.
+      y: Any array.
+      arrays: Tree of arrays.
+    """
+    return _watched(functools.partial(_refuse, message), y, arrays)
+
+
+def warn_of_derivative(message: str, y: jax.Array, arrays: Any) -> jax.Array:
+    """The output ``y`` as it is; issues a UserWarning if a derivative by ``arrays`` is asked for.
+
+    Args:
+      message: Text of the warning.
+      y: Any array.
+      arrays: Tree of arrays.
+    """
+    return _watched(functools.partial(_warn, message), y, arrays)
+
+
+def _refuse(message: str) -> None:
+    raise ValueError(message)
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=2)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _watched(say: Callable[[], None], y: jax.Array, arrays: Any) -> jax.Array:
+    del say, arrays
+    return y
+
+
+def _watched_jvp(say: Callable[[], None], primals: Any, tangents: Any) -> tuple[Any, Any]:
+    (y, _), (y_dot, dots) = primals, tangents
+    zero = jax.custom_derivatives.SymbolicZero
+    if not all(isinstance(dot, zero) for dot in jax.tree.leaves(dots)):
+        say()
+    return y, y_dot
+
+
+_watched.defjvp(_watched_jvp, symbolic_zeros=True)

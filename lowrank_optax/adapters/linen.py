@@ -20,10 +20,8 @@ import jax.numpy as jnp
 
 from lowrank_optax.adapters import groups
 from lowrank_optax.adapters.base import Adapter, Arrays, counts_of, parameter_count
-from lowrank_optax.adapters.derivatives import warn_of_derivative
 from lowrank_optax.adapters.folding import Folding, MergeReport, check_can_unmerge
-from lowrank_optax.adapters.layer_calls import view_call
-from lowrank_optax.adapters.outputs import Part, adapted_output
+from lowrank_optax.adapters.layer_calls import Part, adapted_output, view_call, warn_of_derivative
 from lowrank_optax.adapters.summaries import AdapterSummary, SummaryRow, row_of
 from lowrank_optax.compat.flax import is_lifted_call
 from lowrank_optax.compat.jax import in_fresh_trace
@@ -785,7 +783,7 @@ def _with_matrices(
             node = node[name]
         boxed = node[layer.spec.weight]
         old = nn.meta.unbox(boxed)
-        new = from_matrix(matrix, layer.spec.axes, like=old).astype(old.dtype)
+        new = from_matrix(matrix, layer.spec.axes, param=old).astype(old.dtype)
         is_box = isinstance(boxed, nn.meta.AxisMetadata)
         node[layer.spec.weight] = boxed.replace_boxed(new) if is_box else new
     return {**variables, "params": params}

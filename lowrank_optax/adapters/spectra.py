@@ -26,6 +26,7 @@ class Spectrum(NamedTuple):
     v: jax.Array
 
 
+@functools.partial(jax.jit, static_argnames=("rank", "power_iterations", "oversample"))
 def truncated_svd(
     weights: jax.Array,
     rank: int,
@@ -71,11 +72,28 @@ def truncated_svd(
     check_power_iterations(power_iterations)
     if oversample < 0:
         raise ValueError(f"oversample={oversample!r} must be at least 0.")
-    if power_iterations is None:
-        key = None
-    elif key is None:
+    if power_iterations is not None and key is None:
         raise ValueError("key=None: a randomized SVD needs a key of jax.random.")
-    return _truncated(weights, key, min(rank, *weights.shape[-2:]), power_iterations, oversample)
+    rank = min(rank, *weights.shape[-2:])
+
+    def one(of_one: tuple[jax.Array, jax.Array | None]) -> Spectrum:
+        w, key = of_one[0].astype(jnp.float32), of_one[1]
+        if key is None or power_iterations is None:
+            u, s, vt = _svd(w)
+        else:
+            u, s, vt = _randomized(w, min(rank + oversample, *w.shape), power_iterations, key)
+        u, s, v = u[:, :rank], s[:rank], vt.mT[:, :rank]
+        # The largest entry of each left vector is positive.
+        largest = jnp.take_along_axis(u, jnp.argmax(jnp.abs(u), axis=0, keepdims=True), axis=0)
+        sign = jnp.where(largest < 0, -1.0, 1.0)
+        return Spectrum(u * sign, s, v * sign)
+
+    if weights.ndim == 2:
+        return one((weights, key))
+    stack = weights.reshape(-1, *weights.shape[-2:])
+    keys = None if key is None else jax.random.split(key, stack.shape[0])
+    found = jax.lax.map(one, (stack, keys))
+    return jax.tree.map(lambda x: x.reshape(*weights.shape[:-2], *x.shape[1:]), found)
 
 
 @jax.jit
@@ -104,34 +122,6 @@ def check_power_iterations(power_iterations: int | None) -> None:
         raise ValueError(
             f"power_iterations={power_iterations!r} must be at least 0, or None for an exact SVD."
         )
-
-
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))
-def _truncated(
-    weights: jax.Array,
-    key: jax.Array | None,
-    rank: int,
-    power_iterations: int | None,
-    oversample: int,
-) -> Spectrum:
-    def one(of_one: tuple[jax.Array, jax.Array | None]) -> Spectrum:
-        w, key = of_one[0].astype(jnp.float32), of_one[1]
-        if key is None or power_iterations is None:
-            u, s, vt = _svd(w)
-        else:
-            u, s, vt = _randomized(w, min(rank + oversample, *w.shape), power_iterations, key)
-        u, s, v = u[:, :rank], s[:rank], vt.mT[:, :rank]
-        # The largest entry of each left vector is positive.
-        largest = jnp.take_along_axis(u, jnp.argmax(jnp.abs(u), axis=0, keepdims=True), axis=0)
-        sign = jnp.where(largest < 0, -1.0, 1.0)
-        return Spectrum(u * sign, s, v * sign)
-
-    if weights.ndim == 2:
-        return one((weights, key))
-    stack = weights.reshape(-1, *weights.shape[-2:])
-    keys = None if key is None else jax.random.split(key, stack.shape[0])
-    found = jax.lax.map(one, (stack, keys))
-    return jax.tree.map(lambda x: x.reshape(*weights.shape[:-2], *x.shape[1:]), found)
 
 
 def _randomized(

@@ -14,7 +14,8 @@ def activate(model: Any, *names: str, strengths: Mapping[str, float] | None = No
 
     With several, a layer's output is :math:`y + \sum_i s_i (y_i - y)`, where :math:`y_i` is the
     output with adapter :math:`i` alone. Parameters that `also_train` trains have the values of the
-    adapter that they were trained with, or else the base's.
+    adapter that they were trained with, or else the base's. What is active, and how strongly, is in
+    the graph definition: compiled functions of the model are compiled again.
 
     Args:
       model: A model with adapters.

@@ -76,15 +76,13 @@ def in_place(values: Sequence[Any], result: Any, states: Sequence[Any]) -> dict[
     return aliases | {last + 1 + i: 1 + i for i in range(len(states))}
 
 
-def reason_against_formats(formats: tuple[BlockFormat, BlockFormat], device: str) -> str | None:
-    """Why no kernel for this device supports moments in these codes, or None."""
+def reason_against_formats(formats: tuple[BlockFormat, BlockFormat]) -> str | None:
+    """Why no kernel supports moments in these codes, or None."""
     first, second = formats
     if first.block_size != second.block_size:
         return "both moments must have the same block size"
     if first.map.bits != second.map.bits:
         return "both moments must have the same number of bits"
-    if any(fmt.map.name == "fp8" for fmt in formats):  # casts to float8
-        return f"codes of the map 'fp8' cannot be made in a {device} kernel"
     return None
 
 

@@ -34,8 +34,8 @@ def dispatch(
 
     Args:
       reference: Plain jax.numpy function.
-      modules: Module of each kernel by the name of the implementation, imported on use. Each has
-        ``supports(*args, **options)``, which returns None or a reason against, and
+      modules: Module of each kernel by its name, imported on use, with ``supports(*args,
+        **options)``, which returns None or a reason against, and
         ``run(*args, **options, interpret=False)``.
       implementation: None for the first kernel that fits, or else ``"xla"``, the reference; a name;
         or names in the order to try, of which one must fit.

@@ -146,7 +146,7 @@ def supports(
     for x in (gradient,) if param is None else (gradient, param):
         if x.dtype not in (jnp.float32, jnp.bfloat16):
             return f"{x.dtype} is neither float32 nor bfloat16"
-    reason = reason_against_formats(formats, "TPU")
+    reason = reason_against_formats(formats)
     if reason is not None:
         return reason
     block = formats[0].block_size
@@ -237,20 +237,20 @@ def _kernel(scalars_ref: Any, *refs: Any, tile: Tile) -> None:
             words = [ref[packed, columns].astype(jnp.int32) for ref in old[::2]]
             new_words: list[Any] = [0, 0]
             for p, (half, at, _) in enumerate(rows):
-                place = half, at, columns
+                at_values = half, at, columns
                 codes = [w if len(rows) == 1 else (w >> 4 * p) & 15 for w in words]
                 direction, coded = _step_in_chunk(
                     tile,
                     first_block + j,
                     scalars,
-                    values[0][place].astype(jnp.float32),
+                    values[0][at_values].astype(jnp.float32),
                     codes,
                     [each[p] for each in scales[0]],
                     [each[p] for each in scales[1]],
                 )
-                result[place] = (
-                    direction if len(values) == 1 else applied(direction, values[1][place], scalars)
-                )
+                if len(values) == 2:
+                    direction = applied(direction, values[1][at_values], scalars)
+                result[at_values] = direction
                 for k, (code, scale) in enumerate(coded):
                     new_words[k] |= code << 4 * p
                     scales[1][k][p] = scale

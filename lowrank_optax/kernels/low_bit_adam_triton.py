@@ -59,7 +59,7 @@ def supports(
     for x in (gradient,) if param is None else (gradient, param):
         if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
             return f"{x.dtype} is not a float of 32 or 16 bits"
-    reason = reason_against_formats(formats, "Triton")
+    reason = reason_against_formats(formats)
     if reason is not None:
         return reason
     block, shape = formats[0].block_size, gradient.shape
@@ -142,9 +142,9 @@ def _kernel(scalars_ref: Any, *refs: Any, formats: tuple[BlockFormat, BlockForma
         direction = adam_direction(*moments, s)
         new[h] = direction if len(values) == 1 else applied(direction, values[1][h], s)
         for k, f in enumerate(formats):
-            kept = jnp.where(jnp.isfinite(moments[k]), moments[k], 0)
-            scale = jnp.max(jnp.abs(kept), axis=-1)
+            finite = jnp.where(jnp.isfinite(moments[k]), moments[k], 0)
+            scale = jnp.max(jnp.abs(finite), axis=-1)
             new_refs[2 * k + 1][h] = scale
-            packed[k] = packed[k] | (encode_blocks(kept, scale[:, None], f) << 4 * h)
+            packed[k] = packed[k] | (encode_blocks(finite, scale[:, None], f) << 4 * h)
     for k in range(2):
         new_refs[2 * k][...] = packed[k].astype(jnp.uint8)

@@ -7,6 +7,7 @@ from typing import Any
 from flax import linen as nn
 import jax
 
+from lowrank_optax.compat.jax import in_fresh_trace
 from lowrank_optax.layers.powerpropagation.reparameterisation import (
     Where,
     powerprop,
@@ -173,7 +174,7 @@ class Randomized:
 
     The module and its variables are not changed: `apply` intercepts the calls of its layers. The
     keys come from ``make_rng("sketch")``: without such a key in ``rngs``, `apply` is that of the
-    module.
+    module. Each `apply` traces the module again, so call it inside ``jax.jit``.
 
     Args:
       module: Any Linen module, or an object with its ``init`` and ``apply``.
@@ -228,7 +229,8 @@ class Randomized:
             sketch = self._sketch_of(path_string(layer.path))
             return call(*args, **kwargs) if sketch is None else _sketched(call, layer, sketch, args)
 
-        with nn.intercept_methods(intercept):
+        # A module under nn.jit that was traced without the interceptor is traced again.
+        with nn.intercept_methods(intercept), in_fresh_trace():
             result = self.module.apply(variables, *args, rngs=rngs, **kwargs)
         patterns = self.sketch if isinstance(self.sketch, Mapping) else [""]
         check_patterns("sketch", patterns, paths, "nn.Dense layer")

@@ -18,7 +18,7 @@ def drawn(draw: Draw, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
       draw: Such as ``jax.random.uniform``.
       key: A key, or keys ``[rows]``. Where the first axis is no multiple of them, as of blocks that
         go over several rows, so many rows as make whole ones share the first one's key.
-      shape: Of the result.
+      shape: Shape of the result.
 
     Example:
       >>> import jax

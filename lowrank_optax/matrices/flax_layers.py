@@ -53,7 +53,7 @@ def read_layer(module: Any) -> list[Kernel] | None:
     return next((readers[t](module) for t in type(module).__mro__ if t in readers), None)
 
 
-def place(
+def infer_axes(
     kernel: Kernel, shape: tuple[int, ...], bias_shape: tuple[int, ...] | None
 ) -> tuple[WeightDimensionNumbers, tuple[int, ...]] | None:
     """Dimension numbers for a weight that may have more axes than its layer says.

@@ -8,9 +8,9 @@ import jax
 from lowrank_optax.compat.flax import is_nnx_state, linen_children
 from lowrank_optax.matrices.flax_layers import (
     Kernel,
+    infer_axes,
     is_linen_module,
     is_nnx_module,
-    place,
     read_layer,
 )
 from lowrank_optax.matrices.names import named_kind
@@ -168,14 +168,14 @@ def _read_layers(
         for kernel in kernels:
             if (*owner, *kernel.path) != names:
                 continue
-            placed = place(kernel, shapes[names], shapes.get((*names[:-1], "bias")))
-            if placed is None:
+            inferred = infer_axes(kernel, shapes[names], shapes.get((*names[:-1], "bias")))
+            if inferred is None:
                 continue
             # The layer's type says that it is no norm or embedding, whatever its name.
             of_head = named_kind("/".join(names)) == "head"
             wanted = kernel.by_default and not of_head
-            stacks[names] = placed[1]
-            specs[names] = placed[0] if wanted or names in included else None
+            stacks[names] = inferred[1]
+            specs[names] = inferred[0] if wanted or names in included else None
     return specs, stacks
 
 

@@ -140,13 +140,13 @@ def to_matrix(x: jax.Array, spec: WeightDimensionNumbers) -> jax.Array:
     return explicit_sharding.reshape(matrix, shape, matrix_partition(x, spec))
 
 
-def from_matrix(matrix: jax.Array, spec: WeightDimensionNumbers, like: jax.Array) -> jax.Array:
-    """The inverse of `to_matrix`: an array of ``like``'s shape (and explicit sharding).
+def from_matrix(matrix: jax.Array, spec: WeightDimensionNumbers, param: jax.Array) -> jax.Array:
+    """The inverse of `to_matrix`: an array of ``param``'s shape (and explicit sharding).
 
     Args:
       matrix: An array ``[*batch, rows, columns]``.
       spec: The dimension numbers of the weight.
-      like: The weight, or anything with its shape.
+      param: The weight, or anything with its shape.
 
     Example:
       >>> import jax.numpy as jnp
@@ -157,10 +157,10 @@ def from_matrix(matrix: jax.Array, spec: WeightDimensionNumbers, like: jax.Array
     Reference:
       The convention of ``optax.contrib.muon``: https://optax.readthedocs.io
     """
-    axes = _axes(like.shape, spec)
+    axes = _axes(param.shape, spec)
     order = axes.order
-    permuted = tuple(like.shape[axis] for axis in order)
-    partition = explicit_sharding.partition_of(like)
+    permuted = tuple(param.shape[axis] for axis in order)
+    partition = explicit_sharding.partition_of(param)
     if matrix.shape != permuted:
         target = None if partition is None else PartitionSpec(*(partition[a] for a in order))
         matrix = explicit_sharding.reshape(matrix, permuted, target)

@@ -1,7 +1,7 @@
 """One decoder of the Llama family, for the examples, the planner and the tests."""
 
-from lowrank_optax.models.config import PRESETS, DecoderConfig, decoder_config
 from lowrank_optax.models.decoder import Decoder
+from lowrank_optax.models.decoder_config import PRESETS, DecoderConfig, decoder_config
 from lowrank_optax.models.generation import generate
 from lowrank_optax.models.huggingface import load_huggingface, save_huggingface
 from lowrank_optax.models.rotary import RopeScaling

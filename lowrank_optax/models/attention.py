@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from lowrank_optax.models.config import DecoderConfig
+from lowrank_optax.models.decoder_config import DecoderConfig
 from lowrank_optax.models.rotary import rotate
 
 

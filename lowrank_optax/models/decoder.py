@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from lowrank_optax.activations.block_codes import check_bits
 from lowrank_optax.activations.gating import swiglu
 from lowrank_optax.models.attention import Attention, KeyValueCache, RMSNorm
-from lowrank_optax.models.config import DecoderConfig
+from lowrank_optax.models.decoder_config import DecoderConfig
 from lowrank_optax.models.huggingface_config import MODULE_NAMES
 from lowrank_optax.models.rotary import inverse_frequencies, rotary_angles
 
@@ -141,7 +141,11 @@ class Decoder(nnx.Module):
         remat: Remat = None,
         activation_bits: int | None = None,
     ) -> None:
-        _check_remat(remat)
+        if not (remat is None or callable(remat) or remat in ("full", *REMAT_POLICIES)):
+            raise ValueError(
+                f"remat must be None, 'full', a checkpoint policy, or the name of one "
+                f"({', '.join(REMAT_POLICIES)}), got {remat!r}"
+            )
         check_bits(activation_bits, "activation_bits")
         self.config = config
         self.dtype = jnp.dtype(dtype)
@@ -196,7 +200,11 @@ class Decoder(nnx.Module):
         Returns:
             The logits, float32 [batch, length, vocab_size], and the cache with these tokens in.
         """
-        _check_tokens(tokens)
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(
+                "tokens must be integers of shape [batch, length], "
+                f"got {tokens.dtype} of shape {tokens.shape}"
+            )
         config = self.config
         frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         rotary = rotary_angles(position + jnp.arange(tokens.shape[1]), frequencies)
@@ -235,12 +243,12 @@ class Decoder(nnx.Module):
             return x, (cache, nnx.state(block, nnx.RngCount))
 
         if self.remat is not None:
+            policy = self.remat
+            if isinstance(policy, str):
+                policy = None if policy == "full" else getattr(jax.checkpoint_policies, policy)
             # A scan already keeps XLA from merging the recomputation with the first pass.
             call = jax.checkpoint(
-                call,
-                static_argnums=0,
-                policy=_policy(self.remat),
-                prevent_cse=not self.scan_layers,
+                call, static_argnums=0, policy=policy, prevent_cse=not self.scan_layers
             )
         if isinstance(self.blocks, nnx.List):
             caches = []
@@ -271,26 +279,3 @@ def _make_blocks(
         return nnx.List([make(rngs) for _ in range(config.num_hidden_layers)])
     stacked = nnx.vmap(make, in_axes=0, out_axes=0)
     return nnx.split_rngs(splits=config.num_hidden_layers)(stacked)(rngs)
-
-
-def _check_remat(remat: Remat) -> None:
-    if remat is None or callable(remat) or remat == "full" or remat in REMAT_POLICIES:
-        return
-    raise ValueError(
-        f"remat must be None, 'full', a checkpoint policy, or the name of one "
-        f"({', '.join(REMAT_POLICIES)}), got {remat!r}"
-    )
-
-
-def _policy(remat: str | Callable[..., Any]) -> Callable[..., Any] | None:
-    if callable(remat):
-        return remat
-    return None if remat == "full" else getattr(jax.checkpoint_policies, remat)
-
-
-def _check_tokens(tokens: jax.Array) -> None:
-    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise ValueError(
-            "tokens must be integers of shape [batch, length], "
-            f"got {tokens.dtype} of shape {tokens.shape}"
-        )

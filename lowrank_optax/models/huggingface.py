@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 import numpy as np
 
-from lowrank_optax.models.config import DecoderConfig
 from lowrank_optax.models.decoder import Decoder, Remat
+from lowrank_optax.models.decoder_config import DecoderConfig
 from lowrank_optax.models.huggingface_config import BLOCK_MODULES, OUTER_MODULES
 from lowrank_optax.models.model_folders import (
     MODEL_FOLDER,
@@ -89,11 +89,17 @@ def load_huggingface(
     """
     config = DecoderConfig.from_huggingface(folder)
     with CheckpointReader(Path(folder)) as reader:
-        own_head = config.tie_word_embeddings and _has_own_head(reader)
+        own_head = (
+            config.tie_word_embeddings
+            and {_HEAD, _EMBEDDING} <= reader.shapes.keys()
+            and not reader.equal(_HEAD, _EMBEDDING)
+        )
         config = dataclasses.replace(config, tie_word_embeddings=False) if own_head else config
         names = _expected_shapes(config)
         _check_prefix(reader, names, folder)
-        reader.check(names, ignore=lambda name: _is_harmless(name, config))
+        # Some checkpoints hold a copy of the tied head, or the rotary frequencies.
+        tied = (_HEAD,) if config.tie_word_embeddings else ()
+        reader.check(names, lambda name: name in tied or name.endswith(".rotary_emb.inv_freq"))
         if own_head:
             warnings.warn(
                 f"{folder}: config.json says tie_word_embeddings=true, but {_HEAD} and "
@@ -205,18 +211,6 @@ def _check_prefix(
             "head do. Load it by transformers' AutoModelForCausalLM and save it again",
             missing=missing,
         )
-
-
-def _has_own_head(reader: CheckpointReader) -> bool:
-    """Whether there is a head that is not the embedding."""
-    if not {_HEAD, _EMBEDDING} <= reader.shapes.keys():
-        return False
-    return not reader.equal(_HEAD, _EMBEDDING)
-
-
-def _is_harmless(name: str, config: DecoderConfig) -> bool:
-    """Tensors that some checkpoints hold besides the weights and that can be left out."""
-    return (config.tie_word_embeddings and name == _HEAD) or name.endswith(".rotary_emb.inv_freq")
 
 
 def _read_parameter(

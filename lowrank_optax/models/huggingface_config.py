@@ -1,6 +1,7 @@
 """What Hugging Face (transformers 4 and 5) calls a decoder's fields and modules."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -25,6 +26,13 @@ ARCHITECTURES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+}
+
+# Fields of some types alone; qwen2 always has biases in its attention, mistral never.
+OPTIONS = {
+    "attention_bias": ("llama", "qwen3"),
+    "mlp_bias": ("llama",),
+    "sliding_window": ("mistral", "qwen2", "qwen3"),
 }
 
 # Modules of the decoder.
@@ -52,24 +60,10 @@ MODULE_NAMES = OUTER_MODULES | {
 # What Hugging Face assumes where a config.json leaves a field out, if it is not our own default.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {},
-    "mistral": {
-        "num_key_value_heads": 8,
-        "sliding_window": 4096,
-        "max_position_embeddings": 131072,
-    },
-    "qwen2": {
-        "num_key_value_heads": 32,
-        "sliding_window": 4096,
-        "max_position_embeddings": 32768,
-    },
-    "qwen3": {
-        "num_key_value_heads": 32,
-        "head_dim": 128,
-        "sliding_window": 4096,
-        "max_position_embeddings": 32768,
-    },
+    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072},
+    "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768},
+    "qwen3": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "head_dim": 128},
 }
-
 
 # Fields that are read and do not become fields of their own.
 _KINDS = {
@@ -111,17 +105,17 @@ def read_json(source: str | os.PathLike) -> Mapping[str, Any]:
 
 
 def fields_from_huggingface(
-    source: Mapping[str, Any], names: Iterable[str], kinds: Mapping[str, Kind]
+    source: Mapping[str, Any], wanted: Sequence[dataclasses.Field], kinds: Mapping[str, Kind]
 ) -> dict[str, Any]:
-    """The fields among `names` that a parsed config.json gives, defaults of its type filled in.
+    """The fields that a parsed config.json gives, defaults of its type filled in.
 
     Args:
         source: the parsed config.json.
-        names: names of the fields.
-        kinds: kinds of the fields.
+        wanted: the fields.
+        kinds: kinds of fields by name.
 
     Raises:
-        ValueError: a field is of another kind, or asks for something that is not done.
+        ValueError: a field is missing, of another kind, or asks for something that is not done.
     """
     model_type = source.get("model_type")
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
@@ -135,46 +129,41 @@ def fields_from_huggingface(
     length = source.get("max_sequence_length", 2048)
     defaults = {"max_position_embeddings": length} | _DEFAULTS[model_type]
     source = defaults | dict(source)
-    fields = {name: source[name] for name in names if name in source}
-    # Fields that Hugging Face's models of the type do not read either.
-    if not takes_attention_bias(model_type):
-        fields.pop("attention_bias", None)
-    if model_type != "llama":
-        fields.pop("mlp_bias", None)
+    fields = {field.name: source[field.name] for field in wanted if field.name in source}
+    required = [field.name for field in wanted if field.default is dataclasses.MISSING]
+    if missing := [name for name in required if name not in fields]:
+        raise ValueError(f"the configuration lacks {', '.join(missing)}")
+    # Hugging Face's models of other types do not read them either.
+    fields = {name: x for name, x in fields.items() if is_option(name, model_type)}
     return fields | _rope_fields(source) | {"sliding_window": _sliding_window(source, model_type)}
 
 
 def fields_to_huggingface(fields: dict[str, Any]) -> dict[str, Any]:
     """The config.json for the fields of a `DecoderConfig`, given as a dict of plain values."""
     model_type, window = fields["model_type"], fields["sliding_window"]
-    fields = fields | {"architectures": [ARCHITECTURES[model_type]]}
-    if not takes_attention_bias(model_type):
-        del fields["attention_bias"]
-    if model_type != "llama":
-        del fields["mlp_bias"]
-    if model_type == "llama":
-        del fields["sliding_window"]
-    elif model_type != "mistral":
+    fields = {name: x for name, x in fields.items() if is_option(name, model_type)}
+    fields["architectures"] = [ARCHITECTURES[model_type]]
+    if model_type in ("qwen2", "qwen3"):
         fields["use_sliding_window"] = window is not None
         fields["max_window_layers"] = fields["num_hidden_layers"] if window is None else 0
     return fields
 
 
-def takes_attention_bias(model_type: str) -> bool:
-    """Whether `attention_bias` is a choice; qwen2 always has a bias, mistral never."""
-    return model_type in ("llama", "qwen3")
+def is_option(name: str, model_type: str) -> bool:
+    """Whether a field has an effect on this type of model."""
+    return model_type in OPTIONS.get(name, ARCHITECTURES)
 
 
 def _sliding_window(source: Mapping[str, Any], model_type: str) -> int | None:
     """One window for all layers, or None; a mixture of layers is refused."""
-    window = source.get("sliding_window")
+    window = source.get("sliding_window", 4096)  # Hugging Face's default, but for llama
     if model_type == "llama" or window is None:
         return None
     if model_type == "mistral":
         return window
     if not source.get("use_sliding_window", False):
         return None
-    layers = source.get("num_hidden_layers", 0)  # where it is missing, that is said later
+    layers = source["num_hidden_layers"]
     full = source.get("max_window_layers", 28)
     by_layer = source.get("layer_types")
     if by_layer is None:

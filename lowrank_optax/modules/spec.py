@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any, Literal, TypeAlias
 
-from lowrank_optax.matrices.flax_layers import Kernel, kernel_axes, place, read_layer
+from lowrank_optax.matrices.flax_layers import Kernel, infer_axes, kernel_axes, read_layer
 from lowrank_optax.matrices.views import WeightDimensionNumbers
 
 Kind: TypeAlias = Literal["linear", "general", "einsum", "convolution", "embedding"]
@@ -95,14 +95,14 @@ def layer_spec(layer: Any, path: str = "a layer") -> LayerSpec:
         raise TypeError(f"{path} is a {type(layer).__name__}, no layer whose product is known.")
     shape = getattr(layer, kernel.path[0]).shape
     bias = getattr(getattr(layer, "bias", None), "shape", None)
-    placed = place(kernel, shape, bias)
-    if placed is None or len(shape) != len(placed[1]) + len(kernel.shape):
+    inferred = infer_axes(kernel, shape, bias)
+    if inferred is None or len(shape) != len(inferred[1]) + len(kernel.shape):
         raise ValueError(
             f"the weight of {path} has shape {shape}, of which a {type(layer).__name__} of its own "
             f"has {kernel.shape}: stack layers along their first axis."
         )
     kind = kind_of(layer) or "einsum"
-    return LayerSpec(kernel.path[0], placed[0], len(kernel.shape), kind, kernel.by_default)
+    return LayerSpec(kernel.path[0], inferred[0], len(kernel.shape), kind, kernel.by_default)
 
 
 def _foreign_einsum(module: Any) -> Kernel | None:

@@ -17,18 +17,22 @@ from lowrank_optax.optimizers.extrapolation import (
 )
 from lowrank_optax.optimizers.gradient_direction import with_gradient_direction
 from lowrank_optax.optimizers.grams import cautious_adamw, grams
-from lowrank_optax.optimizers.mirror_sinkhorn import (
+from lowrank_optax.optimizers.mirror_sinkhorn.logits import (
+    MirrorSinkhornUpdatesState,
+    coupling_from_logits,
+    mirror_sinkhorn_updates,
+)
+from lowrank_optax.optimizers.mirror_sinkhorn.polytope import round_to_polytope
+from lowrank_optax.optimizers.mirror_sinkhorn.solver import (
     MirrorSinkhorn,
     MirrorSinkhornState,
-    MirrorSinkhornUpdatesState,
-    SlackProblem,
-    Transport,
-    coupling_from_logits,
     minimize_over_couplings,
     mirror_sinkhorn,
-    mirror_sinkhorn_updates,
+)
+from lowrank_optax.optimizers.mirror_sinkhorn.transport import (
+    SlackProblem,
+    Transport,
     optimal_transport,
-    round_to_polytope,
     with_slack,
 )
 from lowrank_optax.optimizers.nag_gs import ScaleByNagGsState, nag_gs, scale_by_nag_gs

@@ -10,7 +10,7 @@ import optax
 from lowrank_optax.matrices.argument_names import explains_names
 from lowrank_optax.quantization import Bits
 from lowrank_optax.states.assemble import optimizer
-from lowrank_optax.states.precision import scalar_dtype, widened
+from lowrank_optax.states.precision import scalar_dtype, to_float32
 
 
 class ScaleByAdagradNormState(NamedTuple):
@@ -90,7 +90,7 @@ def scale_by_adagrad_norm(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, ScaleByAdagradNormState]:
         del params, extra_args
-        gradients = widened(updates)
+        gradients = to_float32(updates)
         inverse_root = lambda s: jnp.where(s == 0, 0.0, jax.lax.rsqrt(s + eps))
         if axis is None:
             sums = state.sum_of_squares + optax.tree.norm(gradients, squared=True)

@@ -14,7 +14,7 @@ from lowrank_optax.optimizers.lookahead import (
     direction_from,
 )
 from lowrank_optax.states.arguments import refuse_unused, transformation
-from lowrank_optax.states.precision import widened
+from lowrank_optax.states.precision import to_float32
 
 
 class ExtrapolateState(NamedTuple):
@@ -116,7 +116,7 @@ def extrapolate(
         previous, stored = _both(state.count, state.displacement, displacement)
         weights = None if params is None else _added(params, previous)
         moves, inner_state = inner.update(updates, state.inner, weights, **extra_args)
-        move = lambda g, u, old, new: (u + (widened(old) - widened(new))).astype(g.dtype)
+        move = lambda g, u, old, new: (u + (to_float32(old) - to_float32(new))).astype(g.dtype)
         new = jax.tree.map(move, updates, moves, previous, displacement)
         return new, ExtrapolateState(count, stored, inner_state)
 
@@ -192,5 +192,5 @@ def _leaf_by_leaf(count: jax.Array, previous: Any, new: Any) -> tuple[Any, Any]:
 def _added(params: Any, displacement: Any) -> Any:
     """The sum in the parameters' dtype; parameters that are masked out are unchanged."""
     is_hole = lambda x: isinstance(x, optax.MaskedNode)
-    add = lambda d, p: p if is_hole(d) else (widened(p) + widened(d)).astype(p.dtype)
+    add = lambda d, p: p if is_hole(d) else (to_float32(p) + to_float32(d)).astype(p.dtype)
     return jax.tree.map(add, displacement, params, is_leaf=is_hole)

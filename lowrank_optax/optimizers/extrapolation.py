@@ -27,7 +27,7 @@ from lowrank_optax.optimizers.workers import (
     worker_keys,
 )
 from lowrank_optax.states.arguments import refuse_unused
-from lowrank_optax.states.precision import widened
+from lowrank_optax.states.precision import to_float32
 
 Variant = Literal["past_local", "past_global", "fresh", "same", "noise", "none"]
 
@@ -195,7 +195,7 @@ class ExtrapolatedValueAndGrad:
         """Where a worker takes its gradient."""
         if self.variant == "none" or (isinstance(rate, int | float) and rate == 0):
             return own
-        back = lambda w, zeta: (widened(w) - rate * zeta).astype(w.dtype)
+        back = lambda w, zeta: (to_float32(w) - rate * zeta).astype(w.dtype)
         if self.variant in ("past_local", "past_global"):
             return jax.tree.map(back, own, self.direction(previous))
 
@@ -215,7 +215,7 @@ class ExtrapolatedValueAndGrad:
 
 def zero_unless_finite(gradient: Any) -> Any:
     """The tree, or zeros if its norm, and so any of its numbers, is not finite."""
-    finite = jnp.isfinite(optax.tree.norm(widened(gradient)))
+    finite = jnp.isfinite(optax.tree.norm(to_float32(gradient)))
     return jax.tree.map(lambda g: jnp.where(finite, g, jnp.zeros_like(g)), gradient)
 
 

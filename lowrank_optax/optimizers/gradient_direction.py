@@ -13,8 +13,8 @@ import numpy as np
 import optax
 
 from lowrank_optax.matrices import DimensionNumbersRule, resolve_dimension_numbers
+from lowrank_optax.matrices.arithmetic import summed_together
 from lowrank_optax.matrices.paths import leaves_by_path, normalised_path
-from lowrank_optax.matrices.sums import summed_together
 from lowrank_optax.slices.call import Whole, whole_of
 from lowrank_optax.states.arguments import refuse_unused, transformation
 

@@ -13,9 +13,8 @@ from lowrank_optax.optimizers.gradient_direction import (
     with_gradient_direction,
 )
 from lowrank_optax.quantization import Bits
-from lowrank_optax.states.adam import EpsPlacement, scale_by_adam
 from lowrank_optax.states.arguments import refuse_unused
-from lowrank_optax.states.assemble import DecayPlacement, optimizer
+from lowrank_optax.states.assemble import DecayPlacement, EpsPlacement, optimizer, scale_by_adam
 from lowrank_optax.states.precision import in_float32
 
 

@@ -15,7 +15,7 @@ from lowrank_optax.matrices import (
     resolve_dimension_numbers,
     to_matrix,
 )
-from lowrank_optax.states.precision import widened
+from lowrank_optax.states.precision import to_float32
 
 NamedDirection = Literal["gradient", "normalized"]
 Direction: TypeAlias = NamedDirection | Callable[[Any], Any]
@@ -35,7 +35,7 @@ def direction_from(
         raise ValueError(f"max_norm={max_norm} must be positive, or None for no bound.")
 
     def of_gradient(gradient: Any) -> Any:
-        found = widened(gradient)
+        found = to_float32(gradient)
         if callable(direction):
             found = direction(found)
         elif direction == "normalized":
@@ -61,7 +61,7 @@ def noise_from(
     sampler = jax.random.normal if distribution == "normal" else uniform
 
     def draw(key: jax.Array, params: Any) -> Any:
-        params = widened(params)
+        params = to_float32(params)
         drawn = optax.tree.random_like(key, params, sampler)
         if not filter_normalized:
             return drawn

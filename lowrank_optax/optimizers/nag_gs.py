@@ -17,7 +17,7 @@ from lowrank_optax.quantization import Bits
 from lowrank_optax.states import LowBitState, in_float32
 from lowrank_optax.states.arguments import refuse_unused
 from lowrank_optax.states.assemble import has_no_decay, with_state_bits
-from lowrank_optax.states.precision import keep_dtypes, scalar_dtype, value_at, widened
+from lowrank_optax.states.precision import keep_dtypes, scalar_dtype, to_float32, value_at
 
 
 class ScaleByNagGsState(NamedTuple):
@@ -121,8 +121,8 @@ def scale_by_nag_gs(
         times = lambda factor, x: factor.astype(x.dtype) * x
         moved = jax.tree.map(
             lambda m, g: times(scale * damping, m) - times(scale * alpha, g),
-            widened(state.momentum),
-            widened(updates),
+            to_float32(state.momentum),
+            to_float32(updates),
         )
         if paper_start:  # v still equals x
             moved = jax.tree.map(lambda m: jnp.where(state.count == 0, 0, m), moved)
@@ -227,7 +227,7 @@ def nag_gs(
         decay = optax.add_decayed_weights(
             -weight_decay * jnp.asarray(rate, dtype), weight_decay_mask
         )
-        params = widened(params)
+        params = to_float32(params)
         return decay.update(new, decay.init(params), params)[0], after
 
     return keep_dtypes(optax.GradientTransformationExtraArgs(tx.init, update_fn))

@@ -73,11 +73,8 @@ def nag_gs_quadratic(mu: float, L: float, gamma: float) -> NagGsQuadratic:
       \alpha_c = \frac{\mu + \gamma + \sqrt{(\mu + \gamma)^2 + 4 \gamma c}}{c}
 
     is the step of fastest convergence for :math:`c = L - \mu`, and the largest one that converges
-    for :math:`c = L - 2\mu` (if that is not positive, every step converges). The spectral radius of
-    the former is :math:`1 / \min(1 + \alpha, 1 + \alpha\mu/\gamma)`, smallest for
-    :math:`\gamma = \mu`: Polyak's :math:`(\sqrt\kappa - 1) / (\sqrt\kappa + 1)` with
-    :math:`\kappa = L/\mu`. The paper's step :math:`(\mu + \gamma + 2\sqrt{\gamma L}) / (L - \mu)`
-    equals it for :math:`\gamma = \mu` and is slightly smaller otherwise.
+    for :math:`c = L - 2\mu` (if that is not positive, every step converges). The former has the
+    spectral radius :math:`1 / \min(1 + \alpha, 1 + \alpha\mu/\gamma)`.
 
     Args:
       mu: Smallest eigenvalue, above 0.
@@ -127,9 +124,7 @@ def nag_gs_stationary_variance(
       \mathrm{Var}\, x = \frac{\eta \, \sigma_g^2 (1 + \beta)}
         {(1 - \beta) \lambda \, (2 (1 + \beta) - \eta \lambda)}
 
-    with :math:`\eta, \beta` of `to_heavy_ball`. The noise :math:`\sigma \, dW` of the paper's
-    stochastic differential equation is gradient noise of
-    :math:`\sigma_g = \gamma \sigma / \sqrt\alpha`.
+    with :math:`\eta, \beta` of `to_heavy_ball`.
 
     Args:
       learning_rate: Step :math:`\alpha`; all arguments may be numbers or arrays.

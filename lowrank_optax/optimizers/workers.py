@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 import optax
 
 from lowrank_optax.matrices.paths import path_string
-from lowrank_optax.states.precision import widened
+from lowrank_optax.states.precision import to_float32
 
 AxisName: TypeAlias = str | tuple[str, ...]
 
@@ -118,7 +118,7 @@ def over_groups(
         total = jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, gradient)
         return total, (value, saved)
 
-    zeros = optax.tree.zeros_like(widened(params))
+    zeros = optax.tree.zeros_like(to_float32(params))
     total, (values, saved) = jax.lax.scan(body, zeros, inputs, length=groups)
     average = jax.tree.map(lambda t, w: (t / groups).astype(w.dtype), total, params)
     return values, average, saved

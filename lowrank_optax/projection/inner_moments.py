@@ -12,22 +12,20 @@ import optax
 
 from lowrank_optax.matrices import explicit_sharding
 from lowrank_optax.matrices.paths import leaves_by_path
-from lowrank_optax.projection.view import View
+from lowrank_optax.projection.view import View, over_batch
 from lowrank_optax.states.moment_names import FIRST_MOMENTS, SECOND_MOMENTS, field
 
 OnRefresh: TypeAlias = Literal["keep", "reset", "rotate", "rotate_moments"]
 
 # Arrays that do not depend on the basis: the coefficients of Muon's iteration.
 CONSTANTS = ("ns_coeffs",)
-# Sizes of gradients by which moments are checked: below any sensible threshold of clipping, above.
-_SIZES, _LARGE = (2.0**-10, 2.0**-12), 2.0**10
+# Sizes of gradients by which moments are checked: two below any sensible threshold of clipping.
+_SIZES = (2.0**-10, 2.0**-12, 2.0**10)
 
 
 def init_one(inner: optax.GradientTransformation, leaf: jax.Array, batch_ndim: int) -> Any:
     """The inner state of one leaf: every array has the leaf's batch axes first."""
-    init = inner.init
-    for _ in range(batch_ndim):
-        init = jax.vmap(init)
+    init = over_batch(inner.init, batch_ndim)
     partition = explicit_sharding.partition_of(leaf)
     if partition is None or batch_ndim == 0:
         return init(leaf)
@@ -40,21 +38,6 @@ def init_one(inner: optax.GradientTransformation, leaf: jax.Array, batch_ndim: i
     return jax.tree.map(sharded, init(leaf))
 
 
-def update_one(
-    inner: optax.GradientTransformationExtraArgs,
-    gradient: jax.Array,
-    state: Any,
-    param: jax.Array | None,
-    batch_ndim: int,
-    extra_args: dict[str, Any],
-) -> tuple[Any, Any]:
-    """The inner update of one leaf."""
-    update = lambda g, s, p: inner.update(g, s, p, **extra_args)
-    for _ in range(batch_ndim):
-        update = jax.vmap(update)
-    return update(gradient, state, param)
-
-
 class Average(NamedTuple):
     """How a moment averages gradients or their squares: numbers, or arrays if they are traced.
 
@@ -62,11 +45,10 @@ class Average(NamedTuple):
       decays: Share that is left of it after a gradient of zero, at the first three steps: ``b1`` or
         ``b2`` of Adam.
       sizes: Its value for a constant gradient, over that gradient (over its square), for gradients
-        of two sizes; one for an average of the gradients themselves.
+        of two small sizes and a large one; one for an average of the gradients themselves.
       rounding: Relative error that rounding may give a size.
       alone: Whether it does not depend on other moments.
       offset: Its value after a gradient of zero, if all moments were zero.
-      large: Its size for a large gradient, which clipping makes smaller.
     """
 
     decays: tuple[Any, ...]
@@ -74,7 +56,6 @@ class Average(NamedTuple):
     rounding: Any
     alone: Any
     offset: Any
-    large: Any
 
     @property
     def traced(self) -> bool:
@@ -113,14 +94,10 @@ def averages_of(
     no effect; further updates check that moments are averages of gradients and of their squares.
     All run on a small matrix, outside of the program unless hyperparameters are traced.
 
-    Args:
-      inner: The inner optimizer.
-      on_refresh: What becomes of its state.
-      follows: Whether the subspace rule follows the momentum.
-      feeds_back: Whether the residual rule needs the momentum.
-
     Raises:
-      ValueError: If moments are averages of another kind. (Not if decays are traced.)
+      ValueError: If the subspace rule ``follows`` the momentum, the residual rule ``feeds_back``,
+        or second moments are to be rotated, and moments are averages of another kind. (Not if
+        decays are traced.)
     """
     if on_refresh != "rotate_moments" and not follows and not feeds_back:
         return {}
@@ -167,18 +144,15 @@ def _read_averages(inner: optax.GradientTransformationExtraArgs) -> Averages:
         left = [after(zeros, only(state, path)) for state in states]
         decays = tuple(x[path][0, 0].astype(signs.dtype) for x in left)
         apart = [jnp.abs(left[-1][other][0, 0]) < 1e-6 for other in orders if other != path]
-        given = (*_SIZES, _LARGE)
         offset, *weights = [
-            after(size * signs, only(states[-1], None))[path][0, 0] for size in (0, *given)
+            after(size * signs, only(states[-1], None))[path][0, 0] for size in (0, *_SIZES)
         ]
-        *sizes, large = (
-            x / y**order / (1 - decays[-1]) for x, y in zip(weights, given, strict=True)
-        )
+        sizes = [x / y**order / (1 - decays[-1]) for x, y in zip(weights, _SIZES, strict=True)]
         # In bfloat16 a decay of 0.9 is 0.898, and the weight of a gradient 0.1 still.
         rounding = 4 * jnp.finfo(left[-1][path].dtype).eps / jnp.maximum(1 - decays[-1], 1e-6)
         exact = tuple(jnp.where(jnp.abs(x - 1) < 1e-2, 1, x) for x in sizes)
         alone = functools.reduce(jnp.logical_and, apart, jnp.array(True))
-        found[path] = Average(decays, exact, rounding, alone, offset, large)
+        found[path] = Average(decays, exact, rounding, alone, offset)
     return found
 
 
@@ -189,8 +163,9 @@ def _agree(x: float, y: float, rounding: float) -> bool:
 
 def _check_first(path: Any, average: Average, follows: bool) -> None:
     """Refuses a first moment that is no average of gradients in units that are known."""
-    in_units = average.steady and _agree(*average.sizes, rounding=average.rounding)
-    if in_units and _agree(average.large, average.sizes[0], rounding=average.rounding):
+    small, smaller, large = average.sizes
+    in_units = average.steady and _agree(small, smaller, average.rounding)
+    if in_units and _agree(large, small, average.rounding):
         return
     rule, does = ("subspace", "follows") if follows else ("residual", "feeds back")
     reason = _disturbance(average) or (
@@ -211,7 +186,7 @@ def _check_pair(found: Averages, path: Any) -> None:
         return
     one, two = found[beside], found[path]
     rounding = one.rounding + two.rounding
-    fits = [_agree(x**2, y, rounding) for x, y in zip(one.sizes, two.sizes, strict=True)]
+    fits = [_agree(x**2, y, rounding) for x, y in zip(one.sizes[:2], two.sizes[:2], strict=True)]
     if not (all(fits) and one.steady and two.steady):
         first, second = (jax.tree_util.keystr(p) for p in (beside, path))
         raise ValueError(
@@ -280,7 +255,7 @@ class Moments(NamedTuple):
 def corrected_first_moment(
     state: Any, view: View, averages: Averages, steps: jax.Array
 ) -> jax.Array | None:
-    """A leaf's first moment as an average of its gradients; None if the inner one has none.
+    """A leaf's first moment as an average of its gradients; None if there is none.
 
     ``steps`` is the number of steps so far, for a moment without a count beside it.
     """
@@ -313,12 +288,7 @@ def rotated(
 
     on bias-corrected moments, which treats ``V - M²`` as a variance of independent coordinates:
     unlike ``C V`` it can not be negative, and signs and order of the vectors do not matter.
-
-    Args:
-      state: Inner state of one leaf.
-      rotate: ``rotate(x)`` is ``C x``, ``rotate(x, squared=True)`` is ``(C∘C) x``.
-      view: How the leaf is projected.
-      averages: How moments average; None to leave second ones as they are.
+    ``rotate(x)`` is ``C x``, and ``rotate(x, squared=True)`` is ``(C∘C) x``.
 
     Raises:
       ValueError: If the state holds an array that depends on the basis in an unknown way.

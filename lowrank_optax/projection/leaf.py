@@ -1,9 +1,10 @@
-"""One matrix leaf on its way through an update: basis, projection, and what is made of the answer.
+"""One leaf on its way through an update: basis, projection, and what is made of the answer.
 
 The refresh of each leaf is a conditional of its own, and so is that of each slice of one that is
 updated in slices.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.matrices import from_matrix, to_matrix
-from lowrank_optax.matrices.branching import branch
+from lowrank_optax.matrices.arithmetic import branch
 from lowrank_optax.projection.inner_moments import (
     Moments,
     OnRefresh,
@@ -23,7 +24,7 @@ from lowrank_optax.projection.inner_moments import (
 from lowrank_optax.projection.refresh import Energies, RefreshRule
 from lowrank_optax.projection.residuals.base import Residual, Step
 from lowrank_optax.projection.subspaces.base import Subspace, all_finite, select
-from lowrank_optax.projection.view import View, zeros_per_matrix
+from lowrank_optax.projection.view import View, compute_dtype, zeros_per_matrix
 
 
 class Parts(NamedTuple):
@@ -59,42 +60,36 @@ class LeafState(NamedTuple):
 
 
 class When(NamedTuple):
-    """The step of an update.
-
-    Attributes:
-      count: Number of optimizer steps before this one.
-      may_refresh: Whether bases may change now: True, or a traced bool while gradients accumulate.
-      key: PRNG key of this step.
-    """
+    """The step of an update: the number of optimizer steps before it, and its PRNG key."""
 
     count: jax.Array
-    may_refresh: Any
+    may_refresh: Any  # True, or a traced bool while gradients accumulate
     key: jax.Array
 
 
 class Leaf(NamedTuple):
-    """A matrix leaf on its way through an update.
+    """A leaf on its way through an update.
 
     Attributes:
-      view: How it is projected.
+      view: How it is projected; None if it is not a matrix.
       gradient: Gradient as it arrived.
       param: Array of the shape of the update.
+      state: State of the leaf; None if it is not a matrix.
+      inner: Inner state of the leaf; None if the inner optimizer runs on the whole tree.
       matrix: Gradient with what the residual rule added, ``[*batch, m, n]``; None if it arrived
         projected.
-      state: State of the leaf.
-      inner: Inner state of the leaf; None if the inner optimizer runs on the whole tree.
-      last: The leaf before its refresh; None until then.
-      projected: Gradient in the subspace, once it is known.
+      projected: Gradient in the subspace, or just in the dtype of the arithmetic.
+      last: The leaf before its refresh.
     """
 
-    view: View
+    view: Any
     gradient: jax.Array
     param: Any
-    matrix: jax.Array | None
-    state: LeafState
+    state: Any
     inner: Any
-    last: "Leaf | None" = None
+    matrix: jax.Array | None = None
     projected: Any = None
+    last: Any = None
 
 
 def init_leaf(parts: Parts, view: View, phase: float) -> LeafState:
@@ -108,19 +103,21 @@ def init_leaf(parts: Parts, view: View, phase: float) -> LeafState:
     )
 
 
-def prepare(
-    parts: Parts, view: View, gradient: jax.Array, param: Any, state: LeafState, inner: Any
-) -> Leaf:
+def prepare(parts: Parts, leaf: Leaf) -> Leaf:
     """The leaf as a batch of matrices, with what the residual rule adds to it.
 
     A gradient may have the projected shape already, from a layer that projects in its backward
     pass. Its basis then waits for a refresh until the next whole gradient.
     """
-    if gradient.shape == param.shape:
+    gradient, view = leaf.gradient, leaf.view
+    to_compute_dtype = lambda: gradient.astype(compute_dtype(gradient.dtype))
+    if view is None:
+        return leaf._replace(state=None, projected=to_compute_dtype())
+    if gradient.shape == leaf.param.shape:
         matrix = to_matrix(gradient, view.spec)
         if parts.residual.before is not None:
-            matrix = parts.residual.before(state.residual, matrix)
-        return Leaf(view, gradient, param, matrix, state, inner)
+            matrix = parts.residual.before(leaf.state.residual, matrix)
+        return leaf._replace(matrix=matrix)
     if gradient.shape != view.projected_shape:
         raise ValueError(
             f"the gradient of {view.path!r} has the shape {gradient.shape}: neither that of its "
@@ -131,17 +128,31 @@ def prepare(
             f"the gradient of {view.path!r} arrived projected, as {gradient.shape}, but the "
             "residual rule needs it whole; take residual='drop'."
         )
-    return Leaf(view, gradient, param, None, state, inner)
+    return leaf._replace(projected=to_compute_dtype())
 
 
-def project(parts: Parts, leaf: Leaf, when: When, may_refresh: bool) -> Leaf:
-    """The leaf in its basis, which is refreshed before if that is needed (and ``may_refresh``)."""
-    state, inner = _refreshed(parts, leaf, when) if may_refresh else (leaf.state, leaf.inner)
+def project_all(parts: Parts, leaves: Sequence[Leaf], when: When) -> list[Leaf]:
+    """The prepared leaves in their bases, after the refresh of those that need one."""
+    may_refresh = parts.subspace.refreshes or parts.on_refresh != "keep"
+    if parts.subspace.shared:  # a gradient that arrived projected belongs to the basis so far
+        may_refresh &= all(leaf.projected is None for leaf in leaves if leaf.view is not None)
+    return [_project(parts, leaf, when, may_refresh) for leaf in leaves]
+
+
+def _project(parts: Parts, leaf: Leaf, when: When, may_refresh: bool) -> Leaf:
     if leaf.matrix is None:
-        projected = leaf.gradient.astype(leaf.view.dtype)
-    else:
-        projected = parts.subspace.project(state.basis, leaf.matrix, leaf.view)
-    return leaf._replace(state=state, inner=inner, last=leaf, projected=projected)
+        return leaf._replace(last=leaf)
+    state, inner = _refreshed(parts, leaf, when) if may_refresh else (leaf.state, leaf.inner)
+    projected = parts.subspace.project(state.basis, leaf.matrix, leaf.view)
+    return leaf._replace(state=state, inner=inner, projected=projected, last=leaf)
+
+
+def projected_param(parts: Parts, leaf: Leaf) -> jax.Array:
+    """The parameter as the inner optimizer gets it."""
+    if leaf.view is None:
+        return leaf.param
+    matrix = to_matrix(leaf.param, leaf.view.spec)
+    return parts.subspace.project(leaf.state.basis, matrix, leaf.view)
 
 
 def _refreshed(parts: Parts, leaf: Leaf, when: When) -> tuple[LeafState, Any]:
@@ -174,14 +185,14 @@ def _refresh(parts: Parts, leaf: Leaf, when: When, able: jax.Array) -> tuple[Lea
     """The states with a new basis, for those of the batch that are ``able`` to find a good one."""
     view, state, inner, subspace = leaf.view, leaf.state, leaf.inner, parts.subspace
     if subspace.shared:
-        new, taken = subspace.refresh(when.key, None, state.basis, None, None), able
+        new, chosen = subspace.refresh(when.key, None, state.basis, None, None), able
     else:
         momentum = None
         if subspace.follow_momentum:
             momentum = corrected_first_moment(inner, view, parts.averages, when.count)
         new = subspace.refresh(when.key, leaf.matrix, state.basis, momentum, view)
-        taken = able & all_finite(new, len(view.batch))
-    basis = select(taken, new, state.basis)
+        chosen = able & all_finite(new, len(view.batch))
+    basis = select(chosen, new, state.basis)
     overlap = None
     if parts.refresh.compares:  # the mean squared cosine of the principal angles
         eye = jnp.eye(view.rank, dtype=view.dtype)
@@ -200,11 +211,11 @@ def _refresh(parts: Parts, leaf: Leaf, when: When, able: jax.Array) -> tuple[Lea
             rotate = lambda x, squared=False: subspace.rotate(state.basis, basis, x, view, squared)
             averages = parts.averages if parts.on_refresh == "rotate_moments" else None
             moved = rotated(inner, rotate, view, averages)
-        inner = select(jnp.broadcast_to(taken, view.batch), moved, inner)
+        inner = select(jnp.broadcast_to(chosen, view.batch), moved, inner)
     new_state = LeafState(
         basis,
-        jnp.where(taken, following, state.next_refresh).astype(state.next_refresh.dtype),
-        select(taken, statistics, state.statistics),
+        jnp.where(chosen, following, state.next_refresh).astype(state.next_refresh.dtype),
+        select(chosen, statistics, state.statistics),
         state.residual,
     )
     return new_state, inner
@@ -223,10 +234,11 @@ def refresh_without_leaves(
 
 def finish(
     parts: Parts, leaf: Leaf, answer: jax.Array, count: jax.Array
-) -> tuple[jax.Array, LeafState]:
+) -> tuple[jax.Array, LeafState | None]:
     """The leaf's update from the inner optimizer's answer, and its new state."""
     view, state, last, matrix = leaf.view, leaf.state, leaf.last, leaf.matrix
-    assert last is not None
+    if view is None:
+        return answer.astype(leaf.gradient.dtype), None
     moments = None
     if parts.residual.needs_moments:
         moments = Moments.around(last.inner, leaf.inner, view, parts.averages)

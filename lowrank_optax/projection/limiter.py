@@ -47,7 +47,7 @@ def limit_norm_growth(
         ``lowrank_optax.matrices.resolve_dimension_numbers``. Other leaves have one norm each.
 
     Raises:
-      ValueError: If ``gamma`` is not positive.
+      ValueError: If `gamma` is not positive.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro, numpy as np

@@ -35,14 +35,14 @@ class RefreshRule(NamedTuple):
 
     Attributes:
       init: ``init(view) -> statistics``: a NamedTuple of arrays ``[*batch, ...]``, or ``()``.
-      schedule: ``schedule(statistics, count, due, overlap) -> (next_refresh, statistics)`` after a
-        refresh at ``count`` that was needed from ``due`` on: the count of the next, ``[*batch]``
-        int32. ``overlap [*batch]`` is the mean squared cosine of the principal angles between the
-        last basis and the new one (None unless the rule compares).
+      schedule: ``schedule(statistics, count, planned, overlap) -> (next_refresh, statistics)``
+        after a refresh at ``count`` that was planned for ``planned``: the count of the next,
+        ``[*batch]`` int32. ``overlap [*batch]`` is the mean squared cosine of the principal angles
+        between the last basis and the new one (None unless the rule compares).
       observe: ``observe(statistics, count, next_refresh, energies) -> (next_refresh, statistics)``
         after every step; None for rules that do not observe gradients.
-      first_refresh: ``first_refresh(phase)``: count of the first refresh, zero or less,
-        from which ``schedule`` counts on. ``phase`` in [0, 1) is the leaf's position among all.
+      first_refresh: ``first_refresh(phase)``: count of the first refresh, zero or less, from which
+        ``schedule`` counts on. ``phase`` in [0, 1) is the leaf's position among all.
       compares: Whether ``schedule`` needs ``overlap``.
       always: Whether every step refreshes, known when the step is traced.
 
@@ -81,15 +81,15 @@ def every(steps: int, stagger: bool = False) -> RefreshRule:
         ``i·steps/k``.
 
     Raises:
-      ValueError: If ``steps`` is below 1.
+      ValueError: If `steps` is below 1.
 
     Example:
       >>> import lowrank_optax as lro
       >>> rule = lro.refresh.every(10, stagger=True)
-      >>> due = [rule.first_refresh(0.5)]
+      >>> planned = [rule.first_refresh(0.5)]
       >>> for count in (0, 5, 15):
-      ...     due.append(rule.schedule((), count, due[-1], None)[0])
-      >>> due
+      ...     planned.append(rule.schedule((), count, planned[-1], None)[0])
+      >>> planned
       [-5, 5, 15, 25]
 
     Reference:
@@ -98,8 +98,8 @@ def every(steps: int, stagger: bool = False) -> RefreshRule:
     if isinstance(steps, int) and steps < 1:
         raise ValueError(f"refresh_every={steps} must be at least 1 step, or None for never.")
 
-    def schedule(statistics: Any, count: Any, due: Any, overlap: Any) -> tuple[Any, Any]:
-        return _after(count, due, steps), statistics
+    def schedule(statistics: Any, count: Any, planned: Any, overlap: Any) -> tuple[Any, Any]:
+        return _after(count, planned, steps), statistics
 
     def first_refresh(phase: float) -> int:
         # More by a hair: i/k · steps may fall short of a whole number by its last bit.
@@ -110,9 +110,9 @@ def every(steps: int, stagger: bool = False) -> RefreshRule:
     return RefreshRule(lambda view: (), schedule, first_refresh=first_refresh, always=always)
 
 
-def _after(count: Any, due: Any, interval: Any) -> Any:
-    """The first count after this one that is a whole number of intervals from ``due``."""
-    return due + ((count - due) // interval + 1) * interval
+def _after(count: Any, planned: Any, interval: Any) -> Any:
+    """The first count after this one that is a whole number of intervals from ``planned``."""
+    return planned + ((count - planned) // interval + 1) * interval
 
 
 def never() -> RefreshRule:
@@ -126,7 +126,7 @@ def never() -> RefreshRule:
     Reference:
       Liang et al., Online Subspace Descent, 2024, https://arxiv.org/abs/2408.12857.
     """
-    schedule = lambda statistics, count, due, overlap: (jnp.int32(_NEVER), statistics)
+    schedule = lambda statistics, count, planned, overlap: (jnp.int32(_NEVER), statistics)
     return RefreshRule(lambda view: (), schedule)
 
 
@@ -161,8 +161,8 @@ def lazily(
       >>> rule = lro.refresh.lazily(10, patience=2)
       >>> statistics = rule.init(lro.View.of(jnp.zeros((4, 8)), axis=-2, rank=2))
       >>> for count in (0, 10, 20):
-      ...     due, statistics = rule.schedule(statistics, count, count, jnp.array(0.9))
-      >>> int(due)
+      ...     planned, statistics = rule.schedule(statistics, count, count, jnp.array(0.9))
+      >>> int(planned)
       60
 
     Reference:
@@ -178,12 +178,12 @@ def lazily(
         return LazyStatistics(interval, overlaps - jnp.inf)  # until there are enough of them
 
     def schedule(
-        statistics: LazyStatistics, count: Any, due: Any, overlap: jax.Array
+        statistics: LazyStatistics, count: Any, planned: Any, overlap: jax.Array
     ) -> tuple[jax.Array, LazyStatistics]:
         overlaps = jnp.concatenate([statistics.overlaps[..., 1:], overlap[..., None]], axis=-1)
         still = jnp.mean(overlaps, axis=-1) >= threshold
         interval = jnp.where(still, 2 * statistics.interval, statistics.interval)
-        return _after(count, due, interval), LazyStatistics(interval, overlaps)
+        return _after(count, planned, interval), LazyStatistics(interval, overlaps)
 
     return RefreshRule(init, schedule, first_refresh=regular.first_refresh, compares=True)
 
@@ -231,11 +231,11 @@ def when_converged(
       >>> import jax.numpy as jnp, lowrank_optax as lro
       >>> rule = lro.refresh.when_converged(shortest=2, decay=0.0)
       >>> statistics = rule.init(lro.View.of(jnp.zeros((4, 8)), axis=-2, rank=2))
-      >>> due, statistics = rule.schedule(statistics, 0, 0, None)
+      >>> planned, statistics = rule.schedule(statistics, 0, 0, None)
       >>> for count, norm in enumerate((1.0, 0.9, 0.4)):
       ...     energies = lro.refresh.Energies(jnp.array(norm**2), jnp.array(norm**2))
-      ...     due, statistics = rule.observe(statistics, count, due, energies)
-      >>> int(due)
+      ...     planned, statistics = rule.observe(statistics, count, planned, energies)
+      >>> int(planned)
       3
 
     Reference:
@@ -250,9 +250,9 @@ def when_converged(
         return ConvergenceStatistics(zeros(), zeros(), zeros(), zeros_per_matrix(view, jnp.int32))
 
     def schedule(
-        statistics: ConvergenceStatistics, count: Any, due: Any, overlap: Any
+        statistics: ConvergenceStatistics, count: Any, planned: Any, overlap: Any
     ) -> tuple[jax.Array, ConvergenceStatistics]:
-        del due, overlap
+        del planned, overlap
         since = jnp.zeros_like(statistics.since) + count
         return since + longest, statistics._replace(since=since)
 
@@ -266,9 +266,9 @@ def when_converged(
         captured, total = mix(statistics.captured, seen), mix(statistics.total, whole)
         opened = jnp.where(fresh, seen, statistics.opened)
         done = (captured <= fall * opened) | (captured**2 < energy * total**2)
-        due = jnp.where(usable & done & (age + 1 >= shortest), count + 1, next_refresh)
+        planned = jnp.where(usable & done & (age + 1 >= shortest), count + 1, next_refresh)
         new = ConvergenceStatistics(opened, captured, total, statistics.since)
         new = jax.tree.map(lambda x, y: jnp.where(usable, x, y).astype(y.dtype), new, statistics)
-        return jnp.minimum(due, next_refresh).astype(next_refresh.dtype), new
+        return jnp.minimum(planned, next_refresh).astype(next_refresh.dtype), new
 
     return RefreshRule(init, schedule, observe)

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.projection.inner_moments import init_one, update_one
+from lowrank_optax.projection.inner_moments import init_one
 from lowrank_optax.projection.leaf import LeafState, Parts, init_leaf
-from lowrank_optax.projection.view import View
+from lowrank_optax.projection.view import View, over_batch
 
 _EXAMPLE = View((1, 1), -2, 1)
 
@@ -93,10 +93,7 @@ def spread(
 ) -> Any:
     """One record of trees from a record for each leaf; ``MaskedNode`` where a leaf has None.
 
-    nnx.Optimizer stores an array for each parameter, not a record.
-
-    Raises:
-      ValueError: If the records differ in structure.
+    (nnx.Optimizer stores an array for each parameter, not a record.)
     """
     for value in values:
         if value is not None and jax.tree.structure(value) != structure:
@@ -124,18 +121,11 @@ def gather(
 
 
 class InnerRunner(NamedTuple):
-    """The inner optimizer, and the transformation of other leaves, for one tree.
+    """The inner optimizer, and the transformation of other leaves (`inner` if None), for one tree.
 
     Where moments are reset or rotated, they must be found in the inner state of one leaf, and a
     reset must restart the count of that matrix alone. The inner optimizer then runs on single
     matrices, mapped over leaves and their batch axes; otherwise on the whole projected tree.
-
-    Attributes:
-      parts: What the projected optimizer is made of.
-      non_matrix: Transformation of leaves that are not matrices; the inner one if None.
-      treedef: Structure of the tree.
-      views: How each leaf is projected; None for leaves that are not matrices.
-      leaves: Gradients, or anything with the shapes of those that are not matrices.
     """
 
     parts: Parts
@@ -154,10 +144,7 @@ class InnerRunner(NamedTuple):
         return self.join(each), other
 
     def split(self, state: Any) -> list[Any]:
-        """The inner state of each leaf; None for leaves that the other transformation handles.
-
-        And None for all leaves where there is one state for the tree.
-        """
+        """The inner state of each leaf that has one of its own; None for others."""
         if not self.parts.each_alone:
             return [None] * len(self.views)
         each = gather(self.treedef, state, self._structure())
@@ -178,15 +165,15 @@ class InnerRunner(NamedTuple):
     ) -> tuple[list[Any], Any, Any]:
         """The answers to projected gradients (and those of other leaves), and the new states."""
         inner, flat = self.parts.inner, self.treedef.flatten_up_to
-        answers: list[Any] = [None] * len(self.views)
+        answers: list[Any]
         if self.parts.each_alone:
-            states: list[Any] = list(answers)
-            for i, (mine, gradient, ndim) in enumerate(self._each(gradients)):
-                if mine:
-                    param = None if params is None else params[i]
-                    answers[i], states[i] = update_one(
-                        inner, gradient, each[i], param, ndim, extra_args
-                    )
+            update = lambda g, s, p: inner.update(g, s, p, **extra_args)
+            rows = zip(self._each(gradients), each, params or [None] * len(each), strict=True)
+            pairs = [
+                over_batch(update, ndim)(gradient, own, param) if mine else (None, None)
+                for (mine, gradient, ndim), own, param in rows
+            ]
+            answers, states = ([pair[i] for pair in pairs] for i in (0, 1))
             state = self.join(states)
         else:
             given = None if params is None else self._tree(params)
@@ -202,7 +189,7 @@ class InnerRunner(NamedTuple):
         return answers, state, other_state
 
     def _each(self, xs: Sequence[Any]) -> list[tuple[Any, Any, int]]:
-        """Of each leaf: whether the inner optimizer handles it (or None), ``x``, its batch axes."""
+        """For each leaf: True if the inner optimizer handles it, ``x``, number of batch axes."""
         mine = lambda view: True if self.non_matrix is None or view is not None else None
         pairs = zip(self.views, xs, strict=True)
         return [(mine(v), x, 0 if v is None else len(v.batch)) for v, x in pairs]

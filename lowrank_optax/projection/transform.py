@@ -7,6 +7,7 @@ state when it changes, and what of the part of the gradient outside it, are inde
 """
 
 from collections.abc import Sequence
+import functools
 import itertools
 from typing import Any, get_args
 import warnings
@@ -26,7 +27,8 @@ from lowrank_optax.projection.leaf import (
     finish,
     init_leaf,
     prepare,
-    project,
+    project_all,
+    projected_param,
     refresh_without_leaves,
 )
 from lowrank_optax.projection.refresh import RefreshRule, refresh_rule
@@ -203,13 +205,9 @@ def scale_by_projection(
         parts = with_averages()
         leaves, treedef = jax.tree.flatten(updates)
         like = leaves if params is None else treedef.flatten_up_to(params)
+        views = views_of(treedef.unflatten(like), whole)
         states = unpack(parts, treedef, state)
-        views = [
-            _as_stored(parts, view, leaf, own)
-            for view, leaf, own in zip(
-                views_of(treedef.unflatten(like), whole), leaves, states, strict=True
-            )
-        ]
+        views = list(map(functools.partial(_as_stored, parts), views, leaves, states))
         runner = InnerRunner(parts, non_matrix, treedef, views, leaves)
         micro_step = state.count % micro_steps
         when = When(
@@ -217,37 +215,26 @@ def scale_by_projection(
             may_refresh=True if micro_steps == 1 else micro_step == 0,
             key=jax.random.fold_in(jax.random.key(seed), state.count),
         )
-        inners = runner.split(state.inner)
-        rows = zip(views, leaves, like, states, inners, strict=True)
-        prepared = [
-            None if view is None else prepare(parts, view, x, param, own, inner)
-            for view, x, param, own, inner in rows
-        ]
-        ready = _project_all(parts, prepared, when)
-        inners = [one.inner if one else inner for one, inner in zip(ready, inners, strict=True)]
-        gradients = [
-            one.projected if one else x.astype(compute_dtype(x.dtype))
-            for x, one in zip(leaves, ready, strict=True)
-        ]
+        given = map(Leaf, views, leaves, like, states, runner.split(state.inner))
+        ready = project_all(parts, [prepare(parts, leaf) for leaf in given], when)
+        inners = [leaf.inner for leaf in ready]
+        gradients = [leaf.projected for leaf in ready]
         saved = (
-            [one and one.state for one in ready],
+            [leaf.state for leaf in ready],
             runner.join(inners, state.inner),
             state.non_matrix_transform,
         )
 
         def step(gradients: list[jax.Array]) -> tuple[Any, ...]:
-            given = None
-            if params is not None:
-                given = [_projected_param(parts, *pair) for pair in zip(like, ready, strict=True)]
+            given = None if params is None else [projected_param(parts, leaf) for leaf in ready]
             answers, *inner_states = runner.update(
                 gradients, inners, state.inner, state.non_matrix_transform, given, extra_args
             )
             finished = [
-                finish(parts, one, answer, when.count) if one else (answer.astype(leaf.dtype), None)
-                for one, answer, leaf in zip(ready, answers, leaves, strict=True)
+                finish(parts, *pair, when.count) for pair in zip(ready, answers, strict=True)
             ]
-            new, own = zip(*finished, strict=True) if finished else ((), ())
-            return list(new), *jax.tree.map(_cast_as, (list(own), *inner_states), saved)
+            new, own = ([pair[i] for pair in finished] for i in (0, 1))
+            return new, *jax.tree.map(_cast_as, (own, *inner_states), saved)
 
         def wait(gradients: list[jax.Array]) -> tuple[Any, ...]:
             zeros = [jnp.zeros_like(x, leaf.dtype) for x, leaf in zip(like, leaves, strict=True)]
@@ -360,25 +347,6 @@ def _as_stored(parts: Parts, view: View | None, gradient: jax.Array, own: Any) -
         return None
     rank = view.rank if parts.subspace.size is None else parts.subspace.size(own.basis)
     return view._replace(dtype=compute_dtype(gradient.dtype), rank=rank)
-
-
-def _project_all(parts: Parts, leaves: Sequence[Leaf | None], when: When) -> list[Leaf | None]:
-    """Every matrix leaf in its basis, after the refresh."""
-    changes = parts.subspace.refreshes or parts.on_refresh != "keep"
-    whole = [leaf is None or leaf.matrix is not None for leaf in leaves]
-    if parts.subspace.shared:  # a gradient that arrived projected belongs to the basis so far
-        changes = changes and all(whole)
-    return [
-        leaf and project(parts, leaf, when, may_refresh=changes and arrived_whole)
-        for leaf, arrived_whole in zip(leaves, whole, strict=True)
-    ]
-
-
-def _projected_param(parts: Parts, param: jax.Array, leaf: Leaf | None) -> jax.Array:
-    """A parameter as the inner optimizer gets it."""
-    if leaf is None:
-        return param
-    return parts.subspace.project(leaf.state.basis, to_matrix(param, leaf.view.spec), leaf.view)
 
 
 def _cast_as(new: jax.Array, old: jax.Array) -> jax.Array:

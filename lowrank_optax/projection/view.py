@@ -137,18 +137,20 @@ def compute_dtype(dtype: Any) -> Any:
     return jnp.promote_types(dtype, jnp.float32) if floating else dtype
 
 
+def over_batch(function: Callable[..., Any], batch_ndim: int) -> Callable[..., Any]:
+    """The function of single matrices, mapped over the batch axes of its arguments."""
+    for _ in range(batch_ndim):
+        function = jax.vmap(function)
+    return function
+
+
 def zeros_per_matrix(view: View, dtype: Any) -> jax.Array:
     """Zeros ``[*batch]``, with the sharding of the batch axes."""
     return explicit_sharding.zeros(view.batch, dtype, view.partitioned())
 
 
 def check_rank(rank: RankSpec) -> RankSpec:
-    """Returns the rank as it was given.
-
-    Raises:
-      TypeError: If it is an array, or of no type that is allowed.
-      ValueError: If a number is below 1, or a fraction not in (0, 1).
-    """
+    """Returns the rank as it was given, or raises `TypeError` or `ValueError`."""
     if isinstance(rank, Mapping):
         for pattern, value in rank.items():
             compiled_pattern("rank", pattern)

@@ -107,12 +107,7 @@ def layout_of(shape: tuple[int, ...], block_size: int) -> Layout:
 def same_layout(shape: tuple[int, ...], part: tuple[int, ...], fmt: BlockFormat) -> bool:
     """Whether codes and scales of slices ``part`` along the first axis are slices of the array's.
 
-    Example:
-      >>> from lowrank_optax.quantization import BlockFormat, code_map
-      >>> from lowrank_optax.quantization.blocks import same_layout
-      >>> fmt = BlockFormat(code_map("dynamic", 8), block_size=256)
-      >>> same_layout((4096, 8), (32, 8), fmt), same_layout((4096, 8), (16, 8), fmt)
-      (True, False)
+    With blocks of 256, rows of 8 may be cut in runs of 32, but not of 16.
     """
     whole, own = layout_of(shape, fmt.block_size), layout_of(part, fmt.block_size)
     if whole.merged != own.merged or whole.block != own.block:
@@ -189,8 +184,8 @@ def quantize(
 
     shape = x.shape or (1,)
     of_blocks = (last_scales,) if fmt.map.signed and last_scales is not None else ()
-    wide = x.astype(jnp.float32).reshape(shape)
-    codes, *of_blocks = over_blocks(encode, shape, fmt.block_size, [wide], of_blocks)
+    elements = [x.astype(jnp.float32).reshape(shape)]
+    codes, *of_blocks = over_blocks(encode, shape, fmt.block_size, elements, of_blocks)
     codes = codes.reshape(x.shape)
     if fmt.map.bits == 8:
         codes = explicit_sharding.constrain(codes, explicit_sharding.partition_of(x))
@@ -229,8 +224,11 @@ def encode_blocks(
     usable = scales >= jnp.finfo(jnp.float32).tiny
     x = jnp.where(usable, blocks, 0) / jnp.where(usable, scales, 1)
     if zeros is not None:
-        x = jnp.round(x) if key is None else jnp.floor(x + drawn(jax.random.uniform, key, x.shape))
-        return jnp.clip(x + zeros, 0, fmt.map.largest).astype(jnp.int32)
+        if key is None:
+            whole = fmt.map.encode(x)
+        else:
+            whole = jnp.floor(x + drawn(jax.random.uniform, key, x.shape))
+        return jnp.clip(whole + zeros, 0, fmt.map.largest).astype(jnp.int32)
     codes = fmt.map.encode(x)
     if key is not None:
         # One of the two numbers around x, with x as expectation.

@@ -103,11 +103,10 @@ def code_map(name: MapName = "dynamic", bits: int = 8, signed: bool = True) -> C
     if name == "dynamic":
         return CodeMap(name, bits, signed, *_dynamic(bits, signed))
     if name == "linear":
-        encode = lambda x: jnp.clip(jnp.round(x * (half - 1)), 1 - half, half - 1) + (half - 1)
-        decode = lambda codes: codes.astype(jnp.float32) / (half - 1) - 1
-        return CodeMap(
-            name, bits, True, lambda x: encode(x).astype(jnp.int32), decode, half, 2 * half - 2
-        )
+        top = half - 1
+        encode = lambda x: (jnp.clip(jnp.round(x * top), -top, top) + top).astype(jnp.int32)
+        decode = lambda codes: (codes - top).astype(jnp.float32) / top
+        return CodeMap(name, bits, True, encode, decode, half, 2 * top)
     if name == "affine":
         encode = lambda x: jnp.round(x).astype(jnp.int32)
         return CodeMap(name, bits, True, encode, lambda c: c.astype(jnp.float32), 1, 2 * half - 1)

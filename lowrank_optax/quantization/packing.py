@@ -40,7 +40,7 @@ def pack(codes: jax.Array, bits: int, packing: PackingName = "auto") -> Parts:
     ============= ====== ========================================== =============================
 
     ``"auto"`` depends on JAX's default backend: a TPU gets nibbles instead of planes, and a CPU
-    planes instead of uint4, which takes a whole byte there. `packed_bytes` gives the exact size.
+    planes instead of uint4, which takes a whole byte there.
 
     ``"uint4"`` and ``"uint8"`` are elementwise and suit any sharding. ``"rows"`` pairs codes 32
     rows apart, so that a byte stays on one device. ``"planes"`` and ``"nibbles"`` split an axis
@@ -52,9 +52,8 @@ def pack(codes: jax.Array, bits: int, packing: PackingName = "auto") -> Parts:
     Args:
       codes: Integers below ``2**bits``, of any shape; of at least one axis for ``"rows"``.
       bits: 1 to 8.
-      packing: Layout, as above. Compiled for a TPU ``"nibbles"`` needs no temporary memory,
-        ``"planes"`` 1 to 4 bytes for each code; on a CPU ``"nibbles"`` takes about ten times as
-        long.
+      packing: Layout, as above. Compiled for a TPU ``"nibbles"`` needs no temporary memory, and
+        ``"planes"`` 1 to 4 bytes for each code; on a CPU ``"nibbles"`` is ten times as slow.
 
     Raises:
       ValueError: If ``bits`` or ``packing`` is out of range, or they do not go together.
@@ -106,7 +105,7 @@ def packed_bytes(shape: tuple[int, ...], bits: int, packing: PackingName = "auto
       [0.5, 1.0, 1.5, 2.0]
     """
     n, fields = math.prod(shape), _fields(bits, packing)
-    if (4, "rows") in fields and n:
+    if (4, "rows") in fields and n and shape:
         axis, _, padding = packing_of(shape)
         return (n + padding * n // shape[axis]) // 2
     sizes = {"uint8": n, "rows": n, "uint4": -(-n // 2)}

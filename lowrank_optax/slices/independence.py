@@ -13,7 +13,7 @@ import optax
 
 from lowrank_optax.matrices.paths import leaves_by_path
 from lowrank_optax.slices.call import Call, CannotCutError, Path, shapes_of_state
-from lowrank_optax.slices.known import check_leaves, is_known
+from lowrank_optax.slices.known_transformations import check_leaves, is_known
 from lowrank_optax.slices.loop import Cut, part_of, rows_of
 from lowrank_optax.slices.programs import (
     ALIKE,

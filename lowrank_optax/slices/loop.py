@@ -27,8 +27,8 @@ class Cut(NamedTuple):
     Attributes:
       size: Size of the axis.
       rows: Number of rows of each slice; the last may have fewer.
-      shards: In how many equal parts the axis may lie on devices. A slice has as many rows of each,
-        so that no device reads another's.
+      shards: Number of equal parts of the axis on devices. A slice has the same number of rows of
+        each, so that no device reads another's.
     """
 
     size: int
@@ -53,7 +53,7 @@ class Cut(NamedTuple):
 
 
 def run(step: Step, carried: Any, read: Any, cut: Cut) -> Any:
-    """``carried`` after ``step`` has been run on each slice of it, in the memory it lies in.
+    """``carried`` after ``step`` has been run on each slice of it, in place.
 
     Every array has the rows of the leaf along its first axis, or a multiple or a share of them.
 
@@ -77,8 +77,8 @@ def run(step: Step, carried: Any, read: Any, cut: Cut) -> Any:
     return jax.lax.platform_dependent(
         carried,
         read,
-        cpu=lambda carried, read: _run(steps, carried, read, cut, _AS_BITS),
-        default=lambda carried, read: _run(steps, carried, read, cut, _AS_IS),
+        cpu=lambda carried, read: _run(steps, carried, read, cut, _in_loop_of_one, _bits),
+        default=lambda carried, read: _run(steps, carried, read, cut, _behind_barrier, lambda x: x),
     )
 
 
@@ -113,13 +113,6 @@ def _drawn_before(function: Callable[..., Any], *arguments: Any) -> Callable[...
     return of_slice
 
 
-class _Way(NamedTuple):
-    """How slices are held apart, and how arrays are carried."""
-
-    apart: Callable[[Step], Step]
-    carry: Callable[[jax.Array], jax.Array]
-
-
 def _behind_barrier(step: Step) -> Step:
     def held(carried: Any, read: Any, row: jax.Array) -> Any:
         carried, read = jax.tree.map(_in_rows, (carried, read))
@@ -130,9 +123,9 @@ def _behind_barrier(step: Step) -> Step:
 
 
 def _in_rows(x: jax.Array) -> jax.Array:
-    """``x`` stored in the order of its axes, where that is what an argument of its shape is.
+    """``x`` stored in the order of its axes, if an argument of its shape is.
 
-    Otherwise what suits one slice's arithmetic is asked of the whole array, by a copy of it.
+    Otherwise the whole array would be copied into the layout that suits one slice's arithmetic.
     """
     if x.ndim < 2 or x.shape[-1] % 128 or x.shape[-2] % 32:
         return x
@@ -149,25 +142,27 @@ def _in_loop_of_one(step: Step) -> Step:
 
 
 def _bits(x: jax.Array) -> jax.Array:
-    narrow = x.dtype in (jnp.bfloat16, jnp.float16)
-    return jax.lax.bitcast_convert_type(x, jnp.uint16) if narrow else x
+    in_16_bits = x.dtype in (jnp.bfloat16, jnp.float16)
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if in_16_bits else x
 
 
-_AS_IS = _Way(_behind_barrier, lambda x: x)
-_AS_BITS = _Way(_in_loop_of_one, _bits)
-
-
-def _run(steps: Mapping[int, Step], carried: Any, read: Any, cut: Cut, way: _Way) -> Any:
+def _run(
+    steps: Mapping[int, Step],
+    carried: Any,
+    read: Any,
+    cut: Cut,
+    apart: Callable[[Step], Step],
+    carry: Callable[[jax.Array], jax.Array],
+) -> Any:
+    """See `run`; ``apart`` keeps slices apart, and arrays are carried as ``carry`` makes them."""
     types = jax.tree.map(lambda x: x.dtype, (carried, read))
-    carried, read = jax.tree.map(way.carry, (carried, read))
-
-    def slices(carried: Any, first: Any, rows: int) -> tuple[Any, Any]:
-        of_row = jax.tree.map(lambda x: rows_of(x, first, rows, cut), (carried, read))
-        return jax.tree.map(_as, of_row, types)
+    carried, read = jax.tree.map(carry, (carried, read))
 
     def after(carried: Any, first: Any, rows: int) -> Any:
-        new = way.apart(steps[rows])(*slices(carried, first, rows), first)
-        return jax.tree.map(lambda x, part: _put(x, way.carry(part), first, cut), carried, new)
+        parts = jax.tree.map(lambda x: rows_of(x, first, rows, cut), (carried, read))
+        written, only_read = jax.tree.map(_as, parts, types)
+        new = apart(steps[rows])(written, only_read, first)
+        return jax.tree.map(lambda x, part: _put(x, carry(part), first, cut), carried, new)
 
     one = lambda i, carried: after(carried, (i * cut.rows).astype(jnp.int32), cut.rows)
     carried = jax.lax.fori_loop(0, cut.full_slices, one, carried)

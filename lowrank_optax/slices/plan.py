@@ -1,8 +1,8 @@
-"""What is cut, and into how many slices: decided from shapes, and from traced programs."""
+"""Which leaves are cut, and into how many slices: from shapes, and from traced programs."""
 
 from collections.abc import Callable, Sequence
 import math
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +18,17 @@ from lowrank_optax.slices.independence import (
     rows_are_independent,
     whole_update,
 )
-from lowrank_optax.slices.known import is_known
+from lowrank_optax.slices.known_transformations import is_known
 from lowrank_optax.slices.loop import Cut
 
 Slices: TypeAlias = int | Literal["off"] | None
+T = TypeVar("T")
 
 LEAST_BUDGET = 16 * 2**20
 SHARE_OF_TREE = 64
-# What an update makes of a leaf in float32 at a time: the gradient, a moment, the answer.
+# Temporaries of an update per element, in float32: the gradient, a moment, the result.
 BYTES_AN_ELEMENT = 12
-# Rows of a leaf of two axes come in whole tiles, of 4-bit codes too.
+# Rows of a leaf of two axes come in whole tiles, also of 4-bit codes.
 ROWS = 64
 
 
@@ -77,64 +78,57 @@ def sliced_leaves(
     Raises:
       CannotCutError: If one of the parts does not work leaf by leaf.
     """
-    if budget.slices == "off" or not _none_is_projected(call):
+    pairs = list(zip(call.gradients, call.params, strict=True))
+    projected = any(isinstance(p, jax.Array) and p.shape != g.shape for g, p in pairs)
+    if budget.slices == "off" or projected:
         return []
     arrays = jax.tree.leaves((call.gradients, call.params, list(call.state.values())))
     if budget.slices is None and not any(isinstance(x, jax.core.Tracer) for x in arrays):
         return []  # outside of jit nothing is in place, and each loop would be compiled again
-    budget_bytes = _bytes_of(call, budget)
+    budget_bytes = budget.bytes
+    if budget_bytes is None:
+        total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(call.whole.tree))
+        budget_bytes = max(LEAST_BUDGET, total // SHARE_OF_TREE)
     cuts: dict[int, Cut] = {}
-    for i, (gradient, param) in enumerate(zip(call.gradients, call.params, strict=True)):
+    for i, (gradient, param) in enumerate(pairs):
         cut = cut_of([gradient, *jax.tree.leaves(param)], budget_bytes, budget.slices)
         if cut is not None:
             cuts[i] = cut
     if not cuts:
         return []
-    try:
-        wanted, shared = chosen(call), call.shared()
-    except Exception:  # what cannot be asked about a part of a tree
+    wanted, shared = _tried(chosen, call), _tried(call.shared)
+    if wanted is None or shared is None:
         return []
     owned = [
         (i, cut, own)
         for i, cut in cuts.items()
-        if wanted[i] and (own := _own_state(call, i, cut, shared)) is not None
+        if wanted[i] and (own := _tried(_own_state, call, i, cut, shared)) is not None
     ]
     if not owned:
         return []
     check_parts(call, parts)
     unknown = [part for part in parts if not is_known(part)]
-    try:
-        whole = whole_update(call)
-    except Exception:
+    whole = _tried(whole_update, call)
+    if whole is None:
         return []
-    leaves = [_sliced_leaf(call, *each, whole, unknown) for each in owned]
+    leaves = [_tried(_sliced_leaf, call, *each, whole, unknown) for each in owned]
     found = [leaf for leaf in leaves if leaf is not None]
-    return found if found and _runs_without(call, found) else []
+    return found if found and _tried(_runs_without, call, found) else []
+
+
+def _tried(function: Callable[..., T], *args: Any) -> T | None:
+    """``function(*args)``; None if that cannot be computed for a part of a tree."""
+    try:
+        return function(*args)
+    except Exception:
+        return None
 
 
 def _runs_without(call: Call, leaves: Sequence[SlicedLeaf]) -> bool:
     """Whether what is left can be run: rules that must find something may find nothing there."""
     found = {path for leaf in leaves for path in leaf.own}
-    try:
-        jax.eval_shape(lambda: found.update(call.without({leaf.index for leaf in leaves})[1]))
-    except Exception:
-        return False
+    jax.eval_shape(lambda: found.update(call.without({leaf.index for leaf in leaves})[1]))
     return found == call.state.keys()
-
-
-def _none_is_projected(call: Call) -> bool:
-    """Whether no gradient arrives in another shape than its parameter's, as one projected does."""
-    return all(
-        not isinstance(param, jax.Array) or param.shape == gradient.shape
-        for gradient, param in zip(call.gradients, call.params, strict=True)
-    )
-
-
-def _bytes_of(call: Call, budget: Budget) -> int:
-    if budget.bytes is not None:
-        return budget.bytes
-    leaves = jax.tree.leaves(call.whole.tree)
-    return max(LEAST_BUDGET, sum(x.size * x.dtype.itemsize for x in leaves) // SHARE_OF_TREE)
 
 
 def cut_of(
@@ -160,7 +154,7 @@ def cut_of(
     run = run if run < size else shards
     rows = math.ceil(size / count / run) * run
     if fitting:
-        # Rather a few slices more than a shorter last one, which is compiled as well.
+        # A few more slices are better than a shorter last one, which is compiled as well.
         most = max(run, size // count // run * run)
         even = (r for r in range(most, most // 2, -run) if size % r == 0)
         rows = next(even, most)
@@ -168,26 +162,23 @@ def cut_of(
 
 
 def _shards(arrays: Sequence[jax.Array]) -> int:
-    """In how many parts the first axis may lie on devices."""
+    """The number of parts of the first axis on different devices, or that may be."""
     shardings = [jax.typeof(x).sharding for x in arrays]
     meshes = [jax.sharding.get_abstract_mesh(), *(s.mesh for s in shardings)]
     partition = explicit_sharding.partition_of(arrays[0])
     if partition is not None:
         names = partition[0] if isinstance(partition[0], tuple) else (partition[0],)
         return math.prod(shardings[0].mesh.shape[name] for name in names if name is not None)
-    # Of automatic axes the compiler alone knows which are sharded.
+    # Only the compiler knows which automatic axes are sharded.
     return math.gcd(arrays[0].shape[0], max(1, *(mesh.size for mesh in meshes)))
 
 
 def _own_state(call: Call, index: int, cut: Cut, shared: set[Path]) -> tuple[Path, ...] | None:
     """Paths of the leaf's own state, if all of that has the leaf's rows."""
     double = lambda x: jax.ShapeDtypeStruct((2 * x.shape[0], *x.shape[1:]), x.dtype)
-    try:
-        once = leaves_by_path(call.state_shapes([index]))
-        doubled = [jax.tree.map(double, call.params[index])]
-        twice = leaves_by_path(call.state_shapes([index], doubled))
-    except Exception:  # what cannot be asked about a part of a tree
-        return None
+    once = leaves_by_path(call.state_shapes([index]))
+    doubled = [jax.tree.map(double, call.params[index])]
+    twice = leaves_by_path(call.state_shapes([index], doubled))
     own = tuple(path for path in once if path not in shared)
     same = once.keys() == twice.keys()
     return own if same and all(_has_rows(once[x], twice[x], cut) for x in own) else None
@@ -202,13 +193,10 @@ def _sliced_leaf(
     unknown: Sequence[optax.GradientTransformation],
 ) -> SlicedLeaf | None:
     """The leaf, if what a slice of it gets is what the leaf gets in the tree, cut."""
-    try:
-        if not rows_are_independent(call, index, unknown):
-            return None
-        emitted = emitted_by_slice(call, index, cut, own, whole)
-        return None if emitted is None else SlicedLeaf(index, cut, own, emitted)
-    except Exception:  # what cannot be run on a part of a tree
+    if not rows_are_independent(call, index, unknown):
         return None
+    emitted = emitted_by_slice(call, index, cut, own, whole)
+    return None if emitted is None else SlicedLeaf(index, cut, own, emitted)
 
 
 def _has_rows(once: Any, twice: Any, cut: Cut) -> bool:

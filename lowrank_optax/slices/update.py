@@ -15,7 +15,7 @@ import optax
 
 from lowrank_optax.matrices import explicit_sharding
 from lowrank_optax.slices.call import Call, CannotCutError, Whole
-from lowrank_optax.slices.known import check_leaves, is_elementwise
+from lowrank_optax.slices.known_transformations import check_leaves, is_elementwise
 from lowrank_optax.slices.loop import run
 from lowrank_optax.slices.plan import Budget, SlicedLeaf, Slices, sliced_leaves
 
@@ -71,23 +71,15 @@ def in_slices(
       https://openxla.org/xla
     """
     tx, budget = _checked(tx, slices, budget_bytes)
+    update = _update(tx, lambda call: _leaves(call, budget))
 
-    def update_fn(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        whole: Whole | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, optax.OptState]:
-        if slices == "off":
-            whole = (whole or Whole())._replace(settled=True)
-        if whole is None or not whole.settled:
-            call = Call.of(tx, updates, state, params, whole, extra_args)
-            if leaves := _leaves(call, budget):
-                return _updated(call, leaves, state)
+    def whole_update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+        whole = (extra_args.pop("whole", None) or Whole())._replace(settled=True)
         return tx.update(updates, state, params, whole=whole, **extra_args)
 
-    sliced = optax.GradientTransformationExtraArgs(tx.init, update_fn)
+    sliced = optax.GradientTransformationExtraArgs(
+        tx.init, whole_update if slices == "off" else update
+    )
     return optax.chain(*before, sliced) if before else sliced
 
 
@@ -163,6 +155,20 @@ def update_in_slices(
         their slices, are independent.
     """
 
+    def leaves_of(call: Call) -> list[SlicedLeaf]:
+        try:
+            return sliced_leaves(call, Budget(), chosen, parts)
+        except CannotCutError:
+            return []
+
+    return _update(tx, leaves_of)
+
+
+def _update(
+    tx: optax.GradientTransformationExtraArgs, leaves_of: Callable[[Call], Sequence[SlicedLeaf]]
+) -> Callable[..., tuple[Any, Any]]:
+    """``tx.update``, with these leaves in slices, in the memory of the gradients if they fit."""
+
     def update(
         updates: optax.Updates,
         state: Any,
@@ -173,12 +179,9 @@ def update_in_slices(
     ) -> tuple[Any, Any]:
         if whole is None or not whole.settled:
             call = Call.of(tx, updates, state, params, whole, extra_args)
-            try:
-                leaves = sliced_leaves(call, Budget(), chosen, parts)
-            except CannotCutError:
-                leaves = []
-            if leaves:
-                return _updated(call, leaves, state)
+            if leaves := leaves_of(call):
+                new, state = _each(call, leaves, state, _over_gradient)
+                return call.treedef.unflatten(new), state
         return tx.update(updates, state, params, whole=whole, **extra_args)
 
     return update
@@ -211,12 +214,6 @@ def _leaves(call: Call, budget: Budget) -> list[SlicedLeaf]:
             "independent under the transformation."
         )
     return leaves
-
-
-def _updated(call: Call, leaves: Sequence[SlicedLeaf], state: Any) -> tuple[Any, Any]:
-    """The updates, in the memory of the gradients where they fit there, and the new state."""
-    new, state = _each(call, leaves, state, _over_gradient)
-    return call.treedef.unflatten(new), state
 
 
 def _each(

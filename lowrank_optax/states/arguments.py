@@ -10,18 +10,7 @@ import optax
 
 
 def transformation(name: str, value: Any) -> optax.GradientTransformationExtraArgs:
-    """The argument of this name, as a transformation that takes extra arguments.
-
-    Raises:
-      TypeError: If it is no transformation.
-
-    Example:
-      >>> import optax
-      >>> transformation("inner", optax.adam)
-      Traceback (most recent call last):
-        ...
-      TypeError: inner=adam must be an optax transformation, as the function adam returns: call it.
-    """
+    """The argument of this name, as a transformation that takes extra arguments, or a TypeError."""
     if all(callable(getattr(value, method, None)) for method in ("init", "update")):
         return optax.with_extra_args_support(value)
     must = "must be an optax transformation, as"
@@ -33,17 +22,9 @@ def transformation(name: str, value: Any) -> optax.GradientTransformationExtraAr
 
 
 def refuse_unused(function: Callable[..., Any], because: str, **values: Any) -> None:
-    """Refuses arguments of ``function`` that differ from their defaults, though they do nothing.
+    """Raise ValueError for arguments of ``function`` that were given but have no effect.
 
-    Numbers that are traced are let through: under ``optax.inject_hyperparams`` defaults are too.
-
-    Args:
-      function: The function, or the dataclass, that has the arguments.
-      because: What leaves them without effect, as ``"inner"`` or ``"mode='grams'"``.
-      **values: The arguments, by name.
-
-    Raises:
-      ValueError: If one was given.
+    Traced numbers are accepted: under ``optax.inject_hyperparams`` defaults are traced too.
 
     Example:
       >>> import lowrank_optax as lro
@@ -54,13 +35,12 @@ def refuse_unused(function: Callable[..., Any], because: str, **values: Any) -> 
     """
     parameters = inspect.signature(function).parameters
     for name, value in values.items():
-        if _differs(value, parameters[name].default):
+        default: Any = parameters[name].default
+        if value is default or isinstance(value, jax.core.Tracer):
+            continue
+        if isinstance(value, jax.Array | np.generic) and isinstance(default, int | float):
+            differs = np.any(np.asarray(value) != np.asarray(default, value.dtype))
+        else:
+            differs = value != default
+        if differs:
             raise ValueError(f"{name}={value!r} has no effect with {because}: leave it out.")
-
-
-def _differs(value: Any, default: Any) -> bool:
-    if value is default or isinstance(value, jax.core.Tracer):
-        return False
-    if isinstance(value, jax.Array | np.generic) and isinstance(default, int | float):
-        return bool(np.any(np.asarray(value) != np.asarray(default, value.dtype)))
-    return bool(value != default)

@@ -17,7 +17,7 @@ INT8 = BlockFormat(code_map("affine", 8), 256)
 
 
 class Int8Weight(NamedTuple):
-    """A weight in codes, in its place in the tree of parameters: ``scales · (codes - zeros)``.
+    """A weight in codes, as a leaf of the parameters: ``scales · (codes - zeros)``.
 
     Attributes:
       codes: uint8 in the weight's shape.
@@ -47,16 +47,16 @@ def to_int8_weights(
     which: Callable[[str, jax.Array], bool] | None = None,
     min_size: int = 4096,
 ) -> Any:
-    """Parameters with an `Int8Weight` in the place of each that is chosen.
+    """Parameters with an `Int8Weight` instead of each chosen array.
 
     Args:
-      params: The parameters.
-      which: ``which(path, array)``: whether it is stored so; if None, arrays of floats with at
-        least two axes and ``min_size`` elements, embeddings included.
-      min_size: Smaller ones stay, whatever ``which`` says.
+      params: Parameters.
+      which: ``which(path, array)`` says whether an array is stored in 8 bits; None chooses arrays
+        of floats with at least two axes, embeddings included.
+      min_size: Arrays with fewer elements stay, whatever ``which`` says.
 
     Raises:
-      ValueError: If none is chosen.
+      ValueError: If no array is chosen.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
@@ -86,36 +86,31 @@ def to_int8_weights(
 
 
 def from_int8_weights(params: Any, dtype: Any = jnp.float32) -> optax.Params:
-    """The parameters as floats: what a model is called with, and gradients are taken of.
+    """The parameters as floats, to call a model with and to take gradients of.
 
     Args:
-      params: What `to_int8_weights` made.
-      dtype: Of the weights that were in codes.
+      params: Parameters from `to_int8_weights`.
+      dtype: Dtype of the weights that were in codes.
     """
-
-    def whole(x: Any) -> Any:
-        if not isinstance(x, Int8Weight):
-            return x
-        return dequantize(Affine(*x), INT8, x.codes.shape).astype(dtype)
-
-    return jax.tree.map(whole, params, is_leaf=_is_int8)
+    decode = lambda x: dequantize(Affine(*x), INT8, x.codes.shape).astype(dtype)
+    return jax.tree.map(lambda x: decode(x) if _is_int8(x) else x, params, is_leaf=_is_int8)
 
 
 def update_int8_weights(
     inner: optax.GradientTransformation, seed: int = 0
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Runs ``inner`` on weights in 8 bits, which are rounded at random.
+    r"""Run ``inner`` on weights in 8 bits, with stochastic rounding.
 
     At each step the weights are decoded, ``inner`` updates them in float32, and the sum is encoded
-    with new scales, each element up or down at random with itself as expectation. The gradients
-    given are those of the decoded weights, `from_int8_weights`. Updates are such that
-    ``optax.apply_updates`` replaces codes and scales by the new ones (codes are added modulo 256).
+    with new scales, each element rounded up or down at random with itself as expectation. Give it
+    the gradients of the decoded weights, `from_int8_weights`. ``optax.apply_updates`` then replaces
+    codes and scales by the new ones (codes are added modulo 256).
 
     A weight takes 1.02 bytes for each element, where float32 takes four.
 
     Args:
       inner: Any optax transformation.
-      seed: Of the random numbers; the number of the step and the place of a leaf are folded in.
+      seed: Seed of the random numbers, combined with the step and the path of a leaf.
 
     Returns:
       A transformation that needs ``params``, with the state `Int8WeightsState`.
@@ -142,13 +137,14 @@ def update_int8_weights(
     Reference:
       Zhang et al., Q-GaLore, 2024, https://arxiv.org/abs/2407.08296, section 3.3.
     """
-    wide = in_float32(inner)
+    in_32_bits = in_float32(inner)
 
     def init_fn(params: Any) -> Int8WeightsState:
         leaves = jax.tree.leaves(params, is_leaf=_is_int8)
         if is_whole(params) and not any(map(_is_int8, leaves)):
             raise ValueError("params has no Int8Weight: pass lro.to_int8_weights(params).")
-        return Int8WeightsState(jnp.zeros([], jnp.int32), wide.init(from_int8_weights(params)))
+        state = in_32_bits.init(from_int8_weights(params))
+        return Int8WeightsState(jnp.zeros([], jnp.int32), state)
 
     def update_fn(
         updates: optax.Updates,
@@ -165,32 +161,25 @@ def update_int8_weights(
         if whole is not None:
             tree = jax.eval_shape(from_int8_weights, whole_of(whole, params))
             extra_args["whole"] = whole._replace(tree=tree)
-        changes, inner_state = wide.update(updates, state.inner, full, **extra_args)
+        changes, inner_state = in_32_bits.update(updates, state.inner, full, **extra_args)
         olds, treedef = jax.tree.flatten(params, is_leaf=_is_int8)
         paths = leaves_by_path(updates)
         rows = zip(
             paths, olds, treedef.flatten_up_to(full), treedef.flatten_up_to(changes), strict=True
         )
         key = jax.random.fold_in(jax.random.key(seed), state.count)
-        new = [
-            _change(old, new := weight + change, keys_of_rows(key, path, new, whole))
-            if _is_int8(old)
-            else change
-            for path, old, weight, change in rows
-        ]
-        return treedef.unflatten(new), Int8WeightsState(
-            optax.safe_increment(state.count), inner_state
-        )
+        new = []
+        for path, old, weight, change in rows:
+            if _is_int8(old):
+                after = quantize(weight + change, INT8, keys_of_rows(key, path, weight, whole))
+                change = Int8Weight(*(a - b for a, b in zip(after, old, strict=True)))
+            new.append(change)
+        count = optax.safe_increment(state.count)
+        return treedef.unflatten(new), Int8WeightsState(count, inner_state)
 
     core = optax.GradientTransformationExtraArgs(init_fn, update_fn)
     in_codes = lambda call: list(map(_is_int8, call.params))
     return core._replace(update=update_in_slices(core, in_codes, [inner]))
-
-
-def _change(old: Int8Weight, weight: jax.Array, key: jax.Array) -> Int8Weight:
-    """What makes of the old codes those of the weight, by additions."""
-    new = quantize(weight, INT8, key)
-    return Int8Weight(*(after - before for after, before in zip(new, old, strict=True)))
 
 
 def _is_int8(x: Any) -> bool:

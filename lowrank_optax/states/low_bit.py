@@ -1,8 +1,8 @@
 """Optimizer state in 8 or 4 bits, around any optax transformation.
 
-Between steps, moments are codes, and a scale for each block; within a step, one leaf after the
-other is decoded, updated by the transformation as it is, and encoded again. What a step does comes
-from the moments before they are rounded.
+Between steps moments are codes, with a scale for each block. Within a step one leaf after the other
+is decoded, updated by the transformation, and encoded again. The update comes from the moments
+before they are rounded.
 """
 
 from collections.abc import Callable
@@ -91,10 +91,9 @@ def low_bit(
     is never rounded to zero while its block has anything else, since
     :math:`m / (\sqrt v + \epsilon)` would explode.
 
-    Arithmetic, and what stays of the state unquantized, is float32 (float64 for float64
-    parameters). Updates have the gradients' dtype: with float32 gradients (as under `in_float32`)
-    they are float32. Elements that are not finite are stored as zero. ``init`` makes the float32
-    state first: under ``jax.jit`` it takes no more memory than the result.
+    Arithmetic and the unquantized part of the state are float32 (float64 for float64 parameters).
+    Updates have the gradients' dtype. Elements that are not finite are stored as zero. ``init``
+    makes the float32 state first: under ``jax.jit`` it takes no more memory than the result.
 
     For parameters of n elements Adam's state takes 8·n bytes, in 8 bits 2.03·n, in 4 bits 1.06·n.
 
@@ -102,24 +101,21 @@ def low_bit(
       inner: Any optax transformation, also `scale_by_projection` (its moments are quantized, its
         basis is not), ``optax.chain``, ``optax.masked`` or ``optax.partition``.
       bits: 8 or 4.
-      block_size: Elements to a scale; 256 in 8 bits and 128 in 4 if None.
-      min_size: Smaller arrays stay as they are. The size is the whole array's, on however many
-        devices it is.
-      which: ``which(path, array)`` decides otherwise, given the path in the inner state, as
-        ``0/mu/layers/kernel``, and shape and dtype: ``"signed"`` or ``"unsigned"`` quantizes,
-        False does not, None leaves it to the rule (the names of the moments in optax's states). For
-        embeddings kept in float32:
+      block_size: Elements to a scale; None for 256 in 8 bits and 128 in 4.
+      min_size: Arrays with fewer elements, counted on all devices, stay as they are.
+      which: ``which(path, array)``, of the path in the inner state, as ``0/mu/layers/kernel``, and
+        of shape and dtype: ``"signed"`` or ``"unsigned"`` quantizes, False does not, None leaves it
+        to the rule (the names of the moments in optax's states). For embeddings in float32:
         ``lambda path, _: False if "embed" in path else None``.
       stochastic_rounding: Round codes up or down at random, with the value as expectation.
-      seed: Of the random numbers; the number of the step is folded in.
+      seed: Seed of the random numbers, combined with the step.
 
     Returns:
       A transformation with the state `LowBitState`.
 
     Raises:
-      ValueError: If an argument is out of range; in ``init``, if nothing would be stored in codes:
-        no array that is large enough is known as a moment, or all moments are smaller than
-        ``min_size``.
+      ValueError: If an argument is out of range; in ``init``, if no array that is large enough is
+        known as a moment, or all moments are smaller than ``min_size``.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro, optax

@@ -33,14 +33,12 @@ def in_float32(
     """
     inner = transformation("inner", inner)
 
-    def init_fn(params: optax.Params) -> Any:
-        return inner.init(widened(params))
-
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, Any]:
-        return inner.update(widened(updates), state, widened(params), **extra_args)
+        return inner.update(to_float32(updates), state, to_float32(params), **extra_args)
 
+    init_fn = lambda params: inner.init(to_float32(params))
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
@@ -49,8 +47,8 @@ def keep_dtypes(
 ) -> optax.GradientTransformationExtraArgs:
     """``tx`` with updates of the gradients' dtype, also where a traced float32 rate promotes them.
 
-    Under ``optax.inject_hyperparams(..., hyperparam_dtype=jnp.float32)`` it would, for bfloat16
-    parameters, in every part of optax that multiplies by a hyper-parameter.
+    Under ``optax.inject_hyperparams(..., hyperparam_dtype=jnp.float32)`` it does so in every part
+    of optax that multiplies by a hyper-parameter.
     """
 
     def update_fn(
@@ -62,14 +60,10 @@ def keep_dtypes(
     return optax.GradientTransformationExtraArgs(tx.init, update_fn)
 
 
-def widened(tree: Any) -> Any:
-    """The tree with its narrower floats in float32."""
-
-    def widen(x: Any) -> Any:
-        narrow = jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits < 32
-        return x.astype(jnp.float32) if narrow else x
-
-    return jax.tree.map(widen, tree)
+def to_float32(tree: Any) -> Any:
+    """The tree with floats of fewer than 32 bits converted to float32."""
+    narrow = lambda x: jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits < 32
+    return jax.tree.map(lambda x: x.astype(jnp.float32) if narrow(x) else x, tree)
 
 
 def scalar_dtype(tree: Any) -> Any:

@@ -1,10 +1,9 @@
-"""Parameters in bfloat16 that keep small updates: rounded at random, or with what rounding lost.
+"""Stochastic and compensated rounding of bfloat16 parameters, which keep small updates.
 
 A bfloat16 has eight significant bits: an update below a 256th of its parameter, rounded to the
-nearest, is lost, at every step anew. Weight decay always is.
+nearest, is lost at every step. Weight decay always is.
 """
 
-from collections.abc import Mapping, Sequence
 import functools
 from typing import Any, Literal, NamedTuple, get_args
 import warnings
@@ -26,9 +25,8 @@ class RoundUpdatesState(NamedTuple):
 
     Attributes:
       count: Number of updates so far, int32, for random numbers; otherwise ``()``.
-      compensation: Of "compensated": what is to be added to the bits of a parameter, as those of a
-        float32, int16 in the parameters' shapes (``MaskedNode`` where one is not bfloat16);
-        otherwise ``()``.
+      compensation: What "compensated" adds to the bits of a parameter as a float32, int16 in the
+        parameters' shapes (``MaskedNode`` where one is not bfloat16); otherwise ``()``.
     """
 
     count: Any
@@ -38,29 +36,29 @@ class RoundUpdatesState(NamedTuple):
 def round_updates(
     rounding: Rounding = "stochastic", seed: int = 0
 ) -> optax.GradientTransformationExtraArgs:
-    r"""The last part of a chain: what ``optax.apply_updates`` does to bfloat16 parameters is exact.
+    r"""Round updates of bfloat16 parameters so that small ones act: the last part of a chain.
 
-    ``"stochastic"``: the sum of parameter and update is rounded up or down at random, such that its
-    expectation is the sum: small updates act sometimes instead of never. No memory.
-    ``"compensated"``: rounded to the nearest, and what that leaves off, the lower half of a
-    float32, is kept and added before the next update: the parameters are rounded float32 ones, for
-    two more bytes each. (Kahan's compensation, in integers: one in bfloat16 itself loses updates
+    ``"stochastic"`` rounds the sum of parameter and update up or down at random, with the sum as
+    expectation: small updates act sometimes instead of never. It needs no memory.
+    ``"compensated"`` rounds to the nearest, stores the lower half of the float32 that this cuts
+    off, and adds it before the next update: the parameters are rounded float32 ones, for two more
+    bytes each. (This is Kahan's compensation in integers: one in bfloat16 itself loses updates
     below a 256th of what it holds.)
 
     Updates become the float32 differences of the new and the old parameter, which
-    ``optax.apply_updates`` (and ``nnx.Optimizer``) adds without error. So what comes before should
+    ``optax.apply_updates`` (and ``nnx.Optimizer``) adds without error. The optimizer before should
     not round either: put it in `in_float32`. Parameters of other dtypes are left to
     ``optax.apply_updates``.
 
     Args:
-      rounding: Which of the two.
-      seed: Of the random numbers; the number of the step and the place of a leaf are folded in.
+      rounding: ``"stochastic"`` or ``"compensated"``.
+      seed: Seed of the random numbers, combined with the step and the path of a leaf.
 
     Returns:
       A transformation that needs ``params``, with the state `RoundUpdatesState`.
 
     Raises:
-      ValueError: If ``rounding`` is neither; in ``update``, without ``params``, or if all updates
+      ValueError: If ``rounding`` is unknown; in ``update``, without ``params``, or if all updates
         are bfloat16, as gradients are where `round_updates` comes before the optimizer. If only
         those of bfloat16 parameters are, it warns.
 
@@ -98,23 +96,28 @@ def round_updates(
         del extra_args
         if params is None:
             raise ValueError("round_updates needs params: call tx.update(grads, state, params).")
-        leaves, treedef = jax.tree.flatten(updates)
+        by_path, treedef = leaves_by_path(updates), jax.tree.structure(updates)
         olds = treedef.flatten_up_to(params)
         if whole is None:  # of a part all leaves may be frozen
-            _check_not_all_rounded(leaves_by_path(updates), olds)
+            found = [x for x in zip(by_path.items(), olds, strict=True) if _is_bfloat16(x[1])]
+            # Some may be bfloat16: the zeros of frozen parameters.
+            if found and all(_is_bfloat16(update) for (_, update), _ in found):
+                _refuse_rounded(path_string(found[0][0][0]), len(found) == len(olds))
         if stochastic:
             key = jax.random.fold_in(jax.random.key(seed), state.count)
-            paths = leaves_by_path(updates)
-            new = [
-                _at_random(old, x, keys_of_rows(key, path, x, whole)) if _is_bfloat16(old) else x
-                for path, old, x in zip(paths, olds, leaves, strict=True)
-            ]
+            new = []
+            for (path, x), old in zip(by_path.items(), olds, strict=True):
+                if _is_bfloat16(old):
+                    exact = old.astype(jnp.float32)
+                    keys = keys_of_rows(key, path, x, whole)
+                    x = stochastic_round(exact + x.astype(jnp.float32), keys) - exact
+                new.append(x)
             count = optax.safe_increment(state.count)
             return treedef.unflatten(new), RoundUpdatesState(count, ())
-        kept = treedef.flatten_up_to(state.compensation)
+        losses = treedef.flatten_up_to(state.compensation)
         pairs = [
             _compensated(old, x, lost) if _is_bfloat16(old) else (x, lost)
-            for old, x, lost in zip(olds, leaves, kept, strict=True)
+            for old, x, lost in zip(olds, by_path.values(), losses, strict=True)
         ]
         compensation = treedef.unflatten([lost for _, lost in pairs])
         return treedef.unflatten([x for x, _ in pairs]), RoundUpdatesState((), compensation)
@@ -126,27 +129,23 @@ def round_updates(
     return core._replace(update=update_in_slices(core, in_bfloat16, []))
 
 
-def _check_not_all_rounded(updates: Mapping[Any, jax.Array], params: Sequence[jax.Array]) -> None:
-    """Refuses updates that are all bfloat16; warns if only those of bfloat16 parameters are."""
-    pairs = zip(updates.items(), params, strict=True)
-    found = [(path, update) for (path, update), param in pairs if _is_bfloat16(param)]
-    if not found or not all(_is_bfloat16(update) for _, update in found):
-        return  # some may be: the zeros of frozen parameters
+def _refuse_rounded(path: str, every: bool) -> None:
+    """Raise if all updates are bfloat16; warn if only those of bfloat16 parameters are."""
     message = (
-        f"round_updates was given bfloat16 updates, as of {path_string(found[0][0])!r}, which are "
-        "rounded already. It must come last in the chain, after the optimizer, and the optimizer "
-        "in lro.in_float32(...)."
+        f"round_updates was given bfloat16 updates, as of {path!r}, which are rounded already. It "
+        "must come last in the chain, after the optimizer, and the optimizer in "
+        "lro.in_float32(...)."
     )
-    if len(found) == len(params):
+    if every:
         raise ValueError(message)
     warnings.warn(f"{message} (All bfloat16 parameters may be frozen.)", stacklevel=4)
 
 
 def stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:
-    """float32 rounded to a neighbouring bfloat16 at random, with ``x`` as its expectation.
+    """Round float32 ``x`` to a neighbouring bfloat16 at random, with ``x`` as expectation.
 
-    The result is float32 still, of numbers that bfloat16 holds exactly. NaN and infinities stay.
-    There may be one key, or one for each row.
+    The result is float32, of numbers that bfloat16 holds exactly. NaN and infinities stay. ``key``
+    is one key, or one for each row.
     """
     raw = jax.lax.bitcast_convert_type(x, jnp.uint32)
     bits = functools.partial(jax.random.bits, dtype=jnp.uint16)
@@ -155,22 +154,17 @@ def stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(x), rounded, x)
 
 
-def _at_random(old: jax.Array, update: jax.Array, key: jax.Array) -> jax.Array:
-    wide = old.astype(jnp.float32)
-    return stochastic_round(wide + update.astype(jnp.float32), key) - wide
-
-
-def _compensated(old: jax.Array, update: jax.Array, rest: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The change of a parameter, and what the new one leaves off of the float32 it stands for."""
-    wide = old.astype(jnp.float32)
-    raw = jax.lax.bitcast_convert_type(wide, jnp.int32) + rest.astype(jnp.int32)
+def _compensated(old: jax.Array, update: jax.Array, lost: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The change of a parameter, and what the new one loses of the float32 it stands for."""
+    exact = old.astype(jnp.float32)
+    raw = jax.lax.bitcast_convert_type(exact, jnp.int32) + lost.astype(jnp.int32)
     new = jax.lax.bitcast_convert_type(raw, jnp.float32) + update.astype(jnp.float32)
     raw = jax.lax.bitcast_convert_type(new, jnp.int32)
     upper = ((raw + 0x8000) >> 16) << 16  # to the nearest
     rounded = jax.lax.bitcast_convert_type(upper, jnp.float32)
     finite = jnp.isfinite(new) & jnp.isfinite(rounded)
-    rest = jnp.where(finite, raw - upper, 0).astype(jnp.int16)
-    return jnp.where(finite, rounded, new) - wide, rest
+    lost = jnp.where(finite, raw - upper, 0).astype(jnp.int16)
+    return jnp.where(finite, rounded, new) - exact, lost
 
 
 def _is_bfloat16(x: Any) -> bool:

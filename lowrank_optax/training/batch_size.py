@@ -58,13 +58,12 @@ class AdaptiveBatchSize:
       \text{orthogonality:} \quad b = \frac{V_{or}}{\nu^2 \lVert g \rVert^2}
 
     and the batch never shrinks: :math:`b_{k+1} = \min(b_{\max}, \max(b_k, b))`, rounded up to one
-    of `sizes`. Since :math:`\lVert g \rVert^2` contains noise ``V / b``, one test grows the batch
-    to about :math:`b / \eta^2` at most, :math:`\eta \ge 1` never grows it, and the norm test
-    converges to :math:`(1 / \eta^2 - 1)` times the `noise_scale <GradientNoise.noise_scale>`.
+    of `sizes`. The norm test converges to :math:`(1 / \eta^2 - 1)` times the `noise_scale
+    <GradientNoise.noise_scale>`; with :math:`\eta \ge 1` it never grows the batch.
 
     A step computes the gradient and its noise on ``state.batch_size`` examples with
     `accumulate_with_noise`, updates the parameters, and calls `observe`. All methods are pure, and
-    those that take a state may be jitted. They know neither the model nor the optimizer.
+    those that take a state may be jitted.
 
     Args:
       initial: First batch size.
@@ -80,14 +79,13 @@ class AdaptiveBatchSize:
         ``micro_batch_size * devices``.
       test_interval: Number of measurements from one test to the next.
       decay: Decay of the moving averages of noise and signal that are tested, 0.9 to 0.99 if few
-        groups make them noisy: since a batch never shrinks, noise makes it larger. 0.0 tests each
-        measurement alone, as the paper does. The averages start as plain means.
+        groups make them noisy. 0.0 tests each measurement alone, as the paper does.
       bucket: ``"power_of_two"``: sizes are ``initial`` times powers of two, so that a jitted step
         is compiled for few sizes. ``"multiple"``: they are multiples of the unit.
       dataset_size: Number of examples: a bound like ``maximum``.
 
     Raises:
-      ValueError: If a number is out of range, or ``initial`` no multiple of the unit.
+      ValueError: If a number is out of range, or ``initial`` is not a multiple of the unit.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro

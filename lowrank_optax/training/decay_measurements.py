@@ -13,10 +13,10 @@ from jax.sharding import PartitionSpec
 import numpy as np
 
 from lowrank_optax.matrices import DimensionNumbersRule, resolve_dimension_numbers
+from lowrank_optax.matrices.arithmetic import summed_together
 from lowrank_optax.matrices.explicit_sharding import constrain, partition_of
 from lowrank_optax.matrices.flax_rules import stack_around
 from lowrank_optax.matrices.paths import normalised_path, path_string
-from lowrank_optax.matrices.sums import summed_together
 from lowrank_optax.training.decay_masks import parameter_kinds
 from lowrank_optax.training.equilibrium import Optimizer, equilibrium, momentum_of
 
@@ -50,7 +50,7 @@ class Groups(NamedTuple):
 
     Attributes:
       labels: Names of the groups: "all", then each group followed by its layers, "matrices/0".
-      stacked: For each leaf whether it counts as layers, one unit each; None if it is left out.
+      stacked: For each leaf whether it counts as layers, one unit each; None if it has no group.
       units: Unit of each pair of a unit and one of its groups.
       groups: Group of each pair.
       sizes: Number of elements of each unit.

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.states.precision import widened
+from lowrank_optax.states.precision import to_float32
 
 LossFunction = Callable[[Any, Any], jax.Array]  # (params, batch [m, ...]) -> mean over the batch
 
@@ -127,7 +127,7 @@ def accumulate_with_noise(
         return tree if axis_name is None else jax.lax.pcast(tree, axis_name, to="varying")
 
     # Otherwise the gradient of replicated parameters would be summed over the devices.
-    local, direction = varying(params), widened(direction)
+    local, direction = varying(params), to_float32(direction)
 
     def add_up(terms: Callable[[Any], Any], zeros: Any) -> Any:
         """The sums over the groups of all devices of weight times ``terms(group)``."""
@@ -142,12 +142,12 @@ def accumulate_with_noise(
         return sums if axis_name is None else jax.lax.psum(sums, axis_name)
 
     def of_group(group: Any) -> tuple[Any, ...]:
-        loss, gradient = widened(value_and_grad(local, group))
+        loss, gradient = to_float32(value_and_grad(local, group))
         dot = 0.0 if direction is None else optax.tree.vdot(gradient, direction)
         return loss, gradient, optax.tree.norm(gradient, squared=True), dot**2, 1.0
 
     zero = jnp.zeros([])
-    zeros = (zero, jax.tree.map(jnp.zeros_like, widened(params)), zero, zero, zero)
+    zeros = (zero, jax.tree.map(jnp.zeros_like, to_float32(params)), zero, zero, zero)
     loss, gradient, squared_norms, dots_squared, weights = add_up(of_group, zeros)
     # Without sizes each group stands for ``size`` examples.
     unit, total = size if sizes is None else 1, used * devices
@@ -165,7 +165,7 @@ def accumulate_with_noise(
         center = varying(gradient)
 
         def deviation(group: Any) -> Any:
-            _, each = widened(value_and_grad(local, group))
+            _, each = to_float32(value_and_grad(local, group))
             return (optax.tree.vdot(each, center) - norm) ** 2
 
         along = per_example(add_up(deviation, zero))
@@ -222,7 +222,7 @@ def per_example_noise(gradients: Any) -> GradientNoise:
       https://arxiv.org/abs/2402.11215, section 3. The official code sums the second over tensors.
     """
     count = _count_examples(gradients)
-    gradients = widened(gradients)
+    gradients = to_float32(gradients)
     mean = jax.tree.map(lambda g: jnp.mean(g, axis=0), gradients)
     deviations = jax.tree.map(jnp.subtract, gradients, mean)
     along = jax.vmap(optax.tree.vdot, (0, None))(deviations, mean)
@@ -274,7 +274,7 @@ def coordinate_wise_batch_size(
     def sizes(g: jax.Array) -> jax.Array:
         return ratio(jnp.var(g, axis=0, ddof=1), eta**2 * jnp.mean(g, axis=0) ** 2).ravel()
 
-    each = jnp.concatenate([sizes(g) for g in jax.tree.leaves(widened(gradients))])
+    each = jnp.concatenate([sizes(g) for g in jax.tree.leaves(to_float32(gradients))])
     return jnp.quantile(each, quantile, method="higher")  # others would make NaN of infinities
 
 

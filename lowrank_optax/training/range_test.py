@@ -177,7 +177,7 @@ def lr_range_test(
         raise ValueError(
             f"weight_decay={weight_decay!r} must be None, a number, or a sequence of numbers."
         )
-    available = _count(batches)
+    is_stacked, available = _layout(batches)
     if steps is None:
         steps = 100 if available is None else available - warmup_steps
     total = steps + warmup_steps
@@ -216,22 +216,25 @@ def lr_range_test(
 
     indices = np.arange(-warmup_steps, steps, dtype=np.int32)
     all_rates = np.pad(rates, (warmup_steps, 0), mode="edge")
-    if scan is True or (scan == "auto" and _is_stacked(batches)):
-        if not _is_stacked(batches):
-            batches = jax.tree.map(lambda *x: jnp.stack(x), *_one_by_one(batches, total))
-        inputs = (jax.tree.map(lambda x: x[:total], batches), indices, all_rates)
+    if is_stacked:
+        one_by_one = (jax.tree.map(lambda x, i=i: x[i], batches) for i in range(total))
+        stacked = lambda: jax.tree.map(lambda x: x[:total], batches)
+    else:
+        one_by_one = _first(batches, total)
+        stacked = lambda: jax.tree.map(lambda *x: jnp.stack(x), *one_by_one)
+    if scan is True or (scan == "auto" and is_stacked):
 
         def run(state: Any, inputs: Any) -> Any:
             first = start(jax.tree.map(jnp.asarray, state))
             return jax.lax.scan(lambda carry, x: step(carry, x, decay), first, inputs)[1]
 
-        points = jax.jit(run)(state, inputs)
+        points = jax.jit(run)(state, (stacked(), indices, all_rates))
     else:
         # Copies, because the step donates them.
         copy = lambda x: x.copy() if isinstance(x, jax.Array) else jnp.array(x)
         carry, points = start(jax.tree.map(copy, state)), []
         step = jax.jit(step, donate_argnums=0)
-        for inputs in zip(_one_by_one(batches, total), indices, all_rates, strict=True):
+        for inputs in zip(one_by_one, indices, all_rates, strict=True):
             carry, point = step(carry, inputs, decay)
             points.append(point)
             # A step after the stop does nothing, so waiting only now and then changes nothing.
@@ -249,11 +252,12 @@ def lr_range_test(
         )
     results = []
     for run, value in enumerate(weight_decay if several else [weight_decay]):
-        blown_up = np.flatnonzero(stopped[warmup_steps:, run])
-        stopped_at = int(blown_up[0]) if blown_up.size else None
         pad = lambda x: np.pad(x, (0, total - len(x)), constant_values=np.nan)[warmup_steps:]
         loss, average = pad(losses[:, run]), pad(smoothed[:, run])
-        average[len(average) if stopped_at is None else stopped_at + 1 :] = np.nan
+        blown_up = np.flatnonzero(stopped[warmup_steps:, run])
+        stopped_at = int(blown_up[0]) if blown_up.size else None
+        if stopped_at is not None:
+            average[stopped_at + 1 :] = np.nan
         value = None if value is None else float(value)
         suggestions = read_curve(rates, loss, mode)
         results.append(RangeTestResult(rates, loss, average, stopped_at, suggestions, value))
@@ -280,34 +284,26 @@ def _checked(returned: Any, state: Any) -> tuple[Any, jax.Array]:
     return new, loss.astype(jnp.float32)
 
 
-def _is_stacked(batches: Any) -> bool:
-    """Whether batches are arrays with a leading axis of steps, and not given one after another."""
+def _layout(batches: Any) -> tuple[bool, int | None]:
+    """Whether batches are arrays with a leading axis of steps, and their number if it is known."""
+    if isinstance(batches, list):
+        return False, len(batches)
     # Iterators and loaders are leaves to JAX too, but it warns about them.
     is_leaf = lambda x: isinstance(x, Iterable) and not isinstance(x, tuple | list | Mapping)
     leaves = jax.tree.leaves(batches, is_leaf=is_leaf)
-    return not isinstance(batches, list) and all(hasattr(x, "shape") for x in leaves)
-
-
-def _count(batches: Any) -> int | None:
-    """The number of batches; None for an iterator, a data loader, or if there are no arrays."""
-    if isinstance(batches, list):
-        return len(batches)
-    if not _is_stacked(batches):
-        return None
-    shapes = [x.shape for x in jax.tree.leaves(batches)]
-    sizes = {shape[0] if shape else None for shape in shapes}
-    if len(sizes) > 1 or None in sizes:
+    if not all(hasattr(x, "shape") for x in leaves):
+        return False, None
+    sizes = {x.shape[:1] for x in leaves}
+    if len(sizes) > 1 or () in sizes:
         raise ValueError(
-            f"batches must be arrays with one leading axis of steps; their shapes are {shapes}. "
-            "Batches one after another are a list or an iterator."
+            "batches must be arrays with one leading axis of steps; their shapes are "
+            f"{[x.shape for x in leaves]}. Batches one after another are a list or an iterator."
         )
-    return next(iter(sizes), None)
+    return True, sizes.pop()[0] if sizes else None
 
 
-def _one_by_one(batches: Any, total: int) -> Iterator[Any]:
-    if _is_stacked(batches):
-        yield from (jax.tree.map(lambda x, i=i: x[i], batches) for i in range(total))
-        return
+def _first(batches: Any, total: int) -> Iterator[Any]:
+    """The first batches of an iterable, which must have as many."""
     if not isinstance(batches, Iterable):
         raise TypeError(f"batches must be arrays, or give one after another, not {batches!r}.")
     given = 0

@@ -125,9 +125,9 @@ def add_weight_decay(
         step = -_shrinkage(coupling, strength, rate, learning_rate if peak is None else peak)
 
         def decay(update: jax.Array, weight: jax.Array, goal: Any) -> jax.Array:
-            wide = jnp.promote_types(update.dtype, jnp.float32)
-            distance = weight.astype(wide) - jnp.asarray(goal, wide)
-            return (update.astype(wide) + step.astype(wide) * distance).astype(update.dtype)
+            dtype = jnp.promote_types(update.dtype, jnp.float32)
+            distance = weight.astype(dtype) - jnp.asarray(goal, dtype)
+            return (update.astype(dtype) + step.astype(dtype) * distance).astype(update.dtype)
 
         goals = state.anchor if to_initial else jax.tree.map(lambda _: anchor, updates)
         new = jax.tree.map(decay, updates, params, goals)

@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from lowrank_optax.adapters.layer_calls import Part, adapted_output
 from lowrank_optax.adapters.operands import Lookup, Rows
-from lowrank_optax.adapters.outputs import Part, adapted_output
 
-OF_OPERANDS = {"layer_output", "removed", "times"}
+OF_OPERANDS = {"layer_output", "switched_off", "times"}
 FUNCTIONS = OF_OPERANDS | {
     "delta",
     "deltas",
@@ -54,6 +54,13 @@ def layer_output(method: Any, p: Any, x: Any, y: Any, *, key: Any = None, **laye
     return adapted_output([Part(method, p, key=key)], x, y, **layer)
 
 
+def switched_off(method: Any, p: Any, x: Any, y: Any) -> Any:
+    """The output of a layer whose only adapter is switched off."""
+    if isinstance(method, Compiled):
+        return _called(method.method, "switched_off", p, x, y)
+    return adapted_output([Part(method, p, None)], x, y, weight=y)
+
+
 def on_host(tree: Any) -> Any:
     """The same arrays, NumPy's; those that are traced stay as they are."""
     return jax.tree.map(lambda x: x if isinstance(x, jax.core.Tracer) else np.asarray(x), tree)
@@ -89,6 +96,7 @@ def _run(method: Any, name: str, operand: Any, fixed: Any, arrays: dict[str, Any
     if operand is not None:
         kind, *rest = operand
         args[1] = kind(args[1], *rest)
-    if name == "layer_output":
-        return layer_output(method, *args, **given)
+    outputs = {"layer_output": layer_output, "switched_off": switched_off}
+    if name in outputs:
+        return outputs[name](method, *args, **given)
     return getattr(method, name)(*args, **given)

@@ -104,7 +104,7 @@ def changed_weight(layer: Any) -> Any:
     plain = lro.adapters.detach(nnx.clone(layer))
     kernel = kernel_of(plain)
     spec = spec_of(plain).axes
-    add = lambda w, change: from_matrix(to_matrix(w, spec) + change, spec, like=w)
+    add = lambda w, change: from_matrix(to_matrix(w, spec) + change, spec, w)
     kernel[...] = jax.jit(add)(kernel[...], change.astype(np.float32))
     return plain
 

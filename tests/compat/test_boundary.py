@@ -11,6 +11,7 @@ PRIVATE = re.compile(
     | \.primitive\b | \b(equation|eqn)\.(params|source_info)\b | \.source_info\b
     | __setattr__\(\w+,\ "__class__" | \.__class__\ =
     | flax\.(nnx\.(statelib|graph|pytreelib|variablelib)|linen\.(transforms|module)) | _parent_ref
+    | _graph_node_flatten | _pytree__flatten
     """,
     re.X,
 )

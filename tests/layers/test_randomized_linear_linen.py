@@ -198,6 +198,30 @@ def test_an_intercepted_module_with_adapters_has_both() -> None:
     assert_close(Randomized(adapted, QUARTER).apply(variables, X, **with_key), expected)
 
 
+class Inner(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nn.Dense(4, name="up")(x)
+
+
+Compiled = nn.jit(Inner)
+
+
+def test_intercepted_layers_of_a_module_that_is_compiled_already() -> None:
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return Compiled(name="inner")(x)
+
+    variables = Outer().init(jax.random.key(0), X)
+    slope = lambda module: jax.grad(
+        lambda v: jnp.sum(module.apply(v, X, rngs={"sketch": jax.random.key(1)}) ** 2)
+    )(variables)["params"]["inner"]["up"]["kernel"]
+    exact = slope(Outer())
+    assert not np.allclose(slope(Randomized(Outer(), QUARTER)), exact)
+    np.testing.assert_array_equal(slope(Outer()), exact)
+
+
 def test_intercepted_layers_that_would_not_be_sketched_are_refused() -> None:
     variables = initial(Stack())
     with pytest.raises(ValueError, match=r"sketch='query' matches no nn\.Dense layer; near"):

@@ -15,7 +15,7 @@ BASIS = np.float32(np.linalg.qr(np.random.default_rng(0).normal(size=(8, 3)))[0]
 GRADIENT = {"kernel": np.random.default_rng(1).normal(size=(8, 12)).astype(np.float32)}
 REFUSED: dict[str, tuple[lro.subspaces.Subspace, str]] = {
     "shared": (lro.subspaces.random(3), "one array"),
-    "indices": (lro.subspaces.dct(3), "floats; it keeps int32"),
+    "indices": (lro.subspaces.dct(3), "floats; it stores int32"),
     "moved too": (lro.subspaces.online_pca(3), "one array"),
     "with ranks": (lro.subspaces.adaptive_rank(lro.subspaces.svd(3)), "one array"),
     "coded": (lro.subspaces.quantized(lro.subspaces.svd(3), bits=8), "one array"),

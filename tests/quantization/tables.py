@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 
-# Maps with numbers of their own: name, bits, signed.
+from lowrank_optax.quantization.maps import NORMAL_LEVELS
+
+# Maps of 8 and 4 bits: name, bits, signed.
 MAPS = [
     *itertools.product(["dynamic"], [8, 4], [True, False]),
     ("linear", 8, True),
@@ -17,7 +19,7 @@ MAPS = [
 
 def table(name: str, bits: int, signed: bool) -> np.ndarray:
     """The numbers in ascending order, so that an index is a code."""
-    make = {"dynamic": _dynamic, "linear": _linear, "nf4": _nf4}[name]
+    make = {"dynamic": _dynamic, "linear": _linear, "nf4": _nf4, "normal": _normal}[name]
     return make(bits, signed)
 
 
@@ -45,6 +47,11 @@ def _nf4(bits: int, signed: bool) -> np.ndarray:
     positive = [normal(p) for p in np.linspace(0.9677083, 0.5, 9)[:-1]]
     negative = [-normal(p) for p in np.linspace(0.9677083, 0.5, 8)[:-1]]
     return np.sort([*negative, 0.0, *positive]) / max(positive)
+
+
+def _normal(bits: int, signed: bool) -> np.ndarray:
+    """Fitted levels: that they are the best ones is tested with gated nonlinearities."""
+    return np.sort([sign * level for sign in (-1, 1) for level in NORMAL_LEVELS[bits]])
 
 
 def half_gap(values: np.ndarray, x: np.ndarray) -> np.ndarray:

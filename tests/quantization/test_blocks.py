@@ -21,6 +21,7 @@ from lowrank_optax.quantization import (
     quantize,
     unpack,
 )
+from lowrank_optax.quantization.blocks import same_layout
 from tests.quantization.tables import MAPS, half_gap, table
 
 TINY = np.finfo(np.float32).tiny
@@ -228,6 +229,12 @@ def test_blocks_lie_along_the_last_axis_or_over_as_many_as_fill_one() -> None:
     for (shape, block), expected in cases.items():
         leading, _, *rest = layout_of(shape, block)
         assert (leading, *rest) == expected
+
+
+def test_runs_of_rows_that_fill_blocks_have_codes_of_their_own() -> None:
+    fmt = make("dynamic", 8, True, 256)
+    assert same_layout((4096, 8), (32, 8), fmt)
+    assert not same_layout((4096, 8), (16, 8), fmt)
 
 
 def test_codes_have_the_shape_of_the_array_and_scales_one_number_a_block() -> None:

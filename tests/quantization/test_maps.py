@@ -14,8 +14,9 @@ from lowrank_optax.quantization import CodeMap, code_map
 from tests.quantization.tables import MAPS, table
 
 COUNT = 4096
-NAMES = [f"{name}-{'signed' if signed else 'unsigned'}-{bits}" for name, bits, signed in MAPS]
-every_map = pytest.mark.parametrize(("name", "bits", "signed"), MAPS, ids=NAMES)
+EVERY = [*MAPS, ("linear", 5, True), ("normal", 1, True), ("normal", 3, True)]
+NAMES = [f"{name}-{'signed' if signed else 'unsigned'}-{bits}" for name, bits, signed in EVERY]
+every_map = pytest.mark.parametrize(("name", "bits", "signed"), EVERY, ids=NAMES)
 
 
 def decoded(coder: CodeMap, codes: Any) -> np.ndarray:
@@ -108,7 +109,11 @@ def test_no_number_is_nearer_than_the_one_of_the_code(name: Any, bits: Any, sign
 
 @pytest.mark.parametrize(
     ("name", "bits", "message"),
-    [("tree", 8, "map='tree'"), ("dynamic", 3, "bits=3"), ("linear", 1, "bits=1")],
+    [
+        ("tree", 8, "map='tree'"),
+        ("dynamic", 3, "bits=3 must be one of 8, 4 for map='dynamic'"),
+        ("linear", 1, "bits=1"),
+    ],
 )
 def test_unknown_maps_are_refused(name: Any, bits: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):

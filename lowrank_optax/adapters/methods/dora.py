@@ -27,9 +27,9 @@ class DoRA(LoRA):
       n_j^2 = \lVert W_{:,j} \rVert^2 + 2 s \, (A^\top W)_{:,j} \cdot B_{:,j}
               + s^2 \, B_{:,j}^\top A^\top\! A \, B_{:,j}.
 
-    The first term is kept, ``norm_squared [L, d_out]``; the others are ``r`` rows of products.
-    With dropout, the rescaling too sees what was dropped, as in PEFT, which costs a product of
-    ``x`` and ``W`` more. A column whose ``V`` is zero is not rescaled: it can grow from there.
+    The first term is stored, ``norm_squared [L, d_out]``; the others are ``r`` rows of products.
+    With dropout, the rescaling also uses the dropped input, as in PEFT, which costs one more
+    product of ``x`` and ``W``. A column whose ``V`` is zero is not rescaled, so that it can grow.
 
     Options are those of `LoRA`.
 
@@ -99,11 +99,11 @@ class DoRA(LoRA):
         return (gain - 1) * weight.astype(jnp.float32) + gain * product(*self.factors(p))
 
     def unmerged(self, p: Arrays, merged: jax.Array) -> jax.Array:
-        """The weight before `merged`: of its columns, direction and former length are known.
+        """The weight before `merged`, from the directions and the stored lengths of its columns.
 
-        With ``u`` the direction of the merged column, ``W = n u - s A B``, whose length is kept,
-        gives ``n`` by a quadratic equation; its larger root is right unless the adapter has rotated
-        the column by more than a right angle. A column of magnitude zero is lost: NaN.
+        With ``u`` the direction of the merged column, the length of ``W = n u - s A B`` gives ``n``
+        by a quadratic equation; its larger root is right unless the adapter has rotated the column
+        by more than a right angle. A column of magnitude zero is lost: NaN.
         """
         change = product(*self.factors(p))
         (magnitude,), squared = to_float32(p, "magnitude"), p["norm_squared"][..., None, :]

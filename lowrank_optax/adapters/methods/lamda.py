@@ -116,7 +116,7 @@ class LaMDA(LowRank):
         return (p["A"], p["principal"]) if "principal" in p else None
 
     def to_lora(self, p: Arrays) -> tuple[jax.Array, jax.Array]:
-        """``A`` and what ``c S B`` has changed by: the frozen ``A`` keeps the rank at ``r``."""
+        """``A`` and the change of ``c S B``: as ``A`` is frozen, the rank stays ``r``."""
         first, second = self.factors(p)
         return first, second - p["principal"] if "principal" in p else second
 
@@ -148,7 +148,7 @@ class LaMDA(LowRank):
         layers, d_in, d_out = weights.shape
         of_first, of_core = jax.random.split(key)
         a = for_each(kaiming_uniform(), of_first, (layers, d_in, self.max_rank), jnp.float32)
-        # PyTorch's start of a linear layer, of as many inputs as the layer's rank.
+        # PyTorch's start of a linear layer with the layer's rank of inputs.
         core = (layers, self.max_rank, self.max_rank)
         s = for_each(initializers.uniform(2.0), of_core, core, jnp.float32) - 1.0
         s = s / jnp.sqrt(self.ranks(layers))[:, None, None]

@@ -17,11 +17,11 @@ class LoRAFA(LoRA):
     r"""LoRA with a frozen random ``A``: :math:`y = x W + s\,(\mathrm{drop}(x) A) B`.
 
     The gradient of ``B``, :math:`s\,(x A)^\top G`, needs ``r`` numbers of each token and not the
-    ``d_in`` of the input, and half the parameters are trained. Inputs that something else keeps (a
-    plain LoRA on one of query, key and value; a checkpointed block's) are kept as before.
+    ``d_in`` of the input, and half the parameters are trained. Inputs that something else saves (a
+    plain LoRA on one of query, key and value; a checkpointed block) are still saved.
 
-    Plain, this is the first version of the paper. The later one is `lora_fa_projection`, chained
-    before the optimizer.
+    This alone is the first version of the paper. The later one chains `lora_fa_projection` before
+    the optimizer.
 
     Args:
       orthonormal: Whether the columns of ``A`` are made orthonormal; the projection is then a
@@ -30,7 +30,7 @@ class LoRAFA(LoRA):
     Other options are those of `LoRA`. For an embedding ``A`` is standard normal and ``B`` zero.
 
     Raises:
-      ValueError: In ``init``, if ``A`` cannot have so many orthonormal columns.
+      ValueError: In ``init``, if ``A`` has fewer rows than orthonormal columns.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro

@@ -1,4 +1,4 @@
-"""PiSSA: the principal part of a weight is trained, as a LoRA, and the rest frozen."""
+"""PiSSA: the principal part of a weight is trained, as a LoRA, and the residual is frozen."""
 
 import dataclasses
 import functools
@@ -163,7 +163,7 @@ class PiSSA(LowRank):
         if self.nf4_rounds:
             raise TypeError(
                 f"PiSSA(nf4_rounds={self.nf4_rounds}) {consequence}: the weights were quantized "
-                "when it was attached, and the original ones are not kept. Keep or merge it, or "
+                "when it was attached, and the original ones are not stored. Keep or merge it, or "
                 "load the model again."
             )
 
@@ -214,7 +214,7 @@ def _principal(
 def reduction_ratio(
     weights: jax.Array, approximation: jax.Array, block_size: int = NF4_BLOCK
 ) -> jax.Array:
-    r"""How much of NF4's quantization error an approximation of weights takes away, in per cent.
+    r"""The part of NF4's quantization error that an approximation of weights removes, in per cent.
 
     :math:`100 \, (1 - \lVert W - \hat W \rVert_* / \lVert W - \mathrm{NF4}(W) \rVert_*)`, in
     nuclear norms: 0 for the weights rounded as they are (QLoRA), 100 for no error.
@@ -225,7 +225,7 @@ def reduction_ratio(
       block_size: Weights per scale of the quantization compared with.
 
     Returns:
-      float32 ``[...]``, one for each matrix.
+      float32 ``[...]``, one value for each matrix.
 
     Raises:
       ValueError: If the shapes differ.

@@ -1,4 +1,4 @@
-"""SVFit: the singular vectors of a weight stay, its largest singular values are trained."""
+"""SVFit: the largest singular values of a weight are trained, its singular vectors are frozen."""
 
 import dataclasses
 from typing import ClassVar
@@ -100,8 +100,8 @@ class SVFit(LowRank):
             columns = min(weights.shape[1:]) if traced else int(jnp.max(ranks))
         iterations = self.power_iterations
         u, s, v = truncated_svd(weights, columns, power_iterations=iterations, key=key)
-        kept = nonzero(s) & (jnp.arange(s.shape[-1]) < ranks[:, None])
-        masked = lambda x: jnp.where(kept[:, None, :], x, 0.0).astype(self.param_dtype)
+        used = nonzero(s) & (jnp.arange(s.shape[-1]) < ranks[:, None])
+        masked = lambda x: jnp.where(used[:, None, :], x, 0.0).astype(self.param_dtype)
         t = jnp.zeros(s.shape, self.param_dtype)
         return AdapterParams({"t": t}, {"U": masked(u), "V": masked(v)})
 

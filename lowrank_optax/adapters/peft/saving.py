@@ -47,10 +47,10 @@ def save_peft(
     """Saves an adapter as a folder that Hugging Face PEFT loads.
 
     LoRA (with rsLoRA's scale), LoRA-FA and DoRA are written as they are. What PEFT does not have
-    (LoTR, LaMDA, AFLoRA, SVFit), and PiSSA, whose base is not the model's, is written as a plain
-    LoRA of the same change, the scale folded into its factors. Parameters that `also_train` trains
-    with this adapter become ``modules_to_save``, with ``ensure_weight_tying`` where that is an
-    embedding which is the model's head too. Layers of a stack become modules of their own, with
+    (LoTR, VeRA, LaMDA, AFLoRA, SVFit), and PiSSA, whose base is not the model's, is written as a
+    plain LoRA of the same change, the scale folded into its factors. Parameters that `also_train`
+    trains with this adapter become ``modules_to_save``, with ``ensure_weight_tying`` where that is
+    an embedding which is the model's head too. Layers of a stack become modules of their own, with
     their own ranks.
 
     The folder is written beside ``path`` and replaces it at the end: a save that fails leaves an

@@ -57,7 +57,7 @@ def aflora_freezing(
     mode: FreezingMode = "quantile",
     names: Sequence[str] = ("A", "B"),
 ) -> optax.GradientTransformationExtraArgs:
-    r"""``inner``, with the leaves named ``A`` and ``B`` frozen one by one until none moves.
+    r"""``inner``, with the leaves named ``A`` and ``B`` frozen one by one until all are.
 
     A matrix has a score, the mean over its elements of sensitivity times uncertainty: averages
     :math:`I \leftarrow \beta_1 I + (1 - \beta_1) w` and
@@ -67,16 +67,17 @@ def aflora_freezing(
     .. math::
       \rho(t) = \Bigl(1 - \frac{t - t_i}{T - t_i - t_f}\Bigr)^3
 
-    after :math:`t_i` steps of warm-up; the last :math:`t_f` train none. In mode ``"quantile"``, the
-    official code's, a matrix is frozen when its score is below the :math:`1 - \rho` quantile of all
-    elements of those that are left, which is much faster than :math:`\rho` falls; in ``"fraction"``
-    the lowest-ranked are, such that no less than :math:`\rho` of all numbers is trained. Windows,
-    and decisions but for the last, are ``window`` steps apart.
+    after :math:`t_i` steps of warm-up; in the last :math:`t_f` all are frozen. In mode
+    ``"quantile"``, the official code's, a matrix is frozen when its score is below the
+    :math:`1 - \rho` quantile of all elements of the matrices that are left, which is much faster
+    than :math:`\rho` falls; in ``"fraction"`` those of the lowest scores are frozen, such that at
+    least :math:`\rho` of all numbers is trained. Windows, and all decisions but the last, are
+    ``window`` steps apart.
 
     A frozen matrix does not move from the deciding step on, neither by momentum nor decay; its
     gradient counts in no norm, and its moments in ``inner`` stay. Layers of a stack are frozen one
-    by one. Put gradient clipping inside ``inner``: scores are of raw gradients. Gradients that are
-    not finite do not get into them.
+    by one. Put gradient clipping inside ``inner``: scores are of raw gradients, without those that
+    are not finite.
 
     Freezing alone saves no time and no memory: `frozen_leaves` says what to take out of the trained
     parameters, and `carry_state` takes the optimizer's state along.
@@ -91,8 +92,8 @@ def aflora_freezing(
       beta1: Decay of the sensitivity.
       beta2: Decay of the uncertainty.
       window: Steps of a window.
-      mode: Which matrices are frozen.
-      names: Last names of the leaves that are. A leaf's last two axes are those of a matrix.
+      mode: Rule for the matrices to freeze.
+      names: Last names of the leaves to freeze. A leaf's last two axes are those of a matrix.
 
     Returns:
       A transformation with the state `AfloraFreezingState`.

@@ -12,7 +12,7 @@ from lowrank_optax.layers.randomized.sketch import Sketch
 from lowrank_optax.matrices.selection import Path, Where, path_string
 from lowrank_optax.modules.report import Report, Table, matrices_string
 from lowrank_optax.modules.select import modules_by_path, options_by_path, select
-from lowrank_optax.modules.wrap import own_class, set_own_class, wrap
+from lowrank_optax.modules.wrap import set_own_class, wrap
 
 Sketches: TypeAlias = Sketch | Mapping[str, Sketch]
 """One sketch for all, or sketches by regular expressions found in the layers' paths, of which the
@@ -208,26 +208,19 @@ def _check_layer(name: str, layer: Any) -> None:
 def restore_linears(model: Any) -> nnx.Module:
     """Turn all randomized layers of a model into plain ones again, in place: undoes `randomize`.
 
-    Returns the model itself. Weights and structure are as they were before; the layers' random
-    streams are removed.
+    Returns the model itself. Weights and structure are as they were before, without the layers'
+    random streams; a layer made as `RandomizedLinear` becomes ``nnx.Linear``.
 
     Raises:
-      ValueError: If there is no randomized layer, or one of a subclass of `RandomizedLinear`.
+      ValueError: If there is no randomized layer.
     """
     layers = randomized_modules(model)
     if not layers:
         raise ValueError(f"the {type(model).__name__} has no randomized layer to restore.")
-    for path, layer in layers.items():
-        cls = own_class(layer)
-        if cls is not RandomizedLinear and issubclass(cls, RandomizedLinear):
-            raise ValueError(
-                f"{path_string(path)} is a {cls.__name__}, a subclass of RandomizedLinear: it has "
-                "no plain class to restore."
-            )
     for layer in layers.values():
         del layer.sketch, layer.deterministic, layer.sketch_stream
         wrap(layer, "sketch", None)
-        if own_class(layer) is RandomizedLinear:
+        if isinstance(layer, RandomizedLinear):  # made as one
             set_own_class(layer, nnx.Linear)
     return model
 

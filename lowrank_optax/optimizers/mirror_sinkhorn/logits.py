@@ -8,18 +8,18 @@ from jax.typing import ArrayLike
 import numpy as np
 import optax
 
-from lowrank_optax.optimizers.mirror_sinkhorn.polytope import (
-    check_marginals,
-    in_float,
-    largest_finite,
-    nonzero,
-)
-from lowrank_optax.optimizers.mirror_sinkhorn.steps import (
+from lowrank_optax.optimizers.mirror_sinkhorn.iterates import (
     First,
     check_steps,
     columns_next,
     rate_at,
     scaled,
+)
+from lowrank_optax.optimizers.mirror_sinkhorn.polytope import (
+    check_marginals,
+    in_float,
+    largest_finite,
+    nonzero,
 )
 from lowrank_optax.states.precision import scalar_dtype
 
@@ -76,20 +76,20 @@ def mirror_sinkhorn_updates(
 
     Every parameter is the logarithm :math:`L` of a coupling of unit mass, ``[..., n, m]``, and its
     gradient is taken by the coupling, :math:`G = \partial \ell / \partial e^L`, which is what
-    `coupling_from_logits` sees to. The update, to be added as any other, is
+    `coupling_from_logits` ensures. The update is
 
     .. math:: -\eta_t G + \log \nu - \operatorname{logsumexp}_i (L - \eta_t G),
 
-    and with :math:`\mu` and rows the step after. It contains the step size, as what makes sums
-    right must act last: chain nothing behind it. Weight decay makes no sense here.
+    and the same with :math:`\mu` and rows in the next step. It contains the step size, and must be
+    the last transformation of a chain. Use no weight decay.
 
     Logits may start anywhere, at best at ``log(row_marginal)[:, None] + log(column_marginal)``.
-    Cells at -inf stay there. For averages, which noisy gradients ask for, average couplings:
+    Cells at -inf stay there. With noisy gradients, average couplings:
     ``optax.incremental_update(exp(logits), average, 1 / (step + 1))``; and see
     `round_to_polytope`.
 
-    Arithmetic is in float32, updates are of the gradients' dtype; keep logits in float32. Gradients
-    that are not finite make updates that are not, as in optax, but never get into the state.
+    Arithmetic is in float32, updates have the gradients' dtype; store logits in float32. Updates of
+    gradients that are not finite are not finite, as in optax, but the state stays finite.
 
     Args:
       row_marginal: :math:`\mu`, ``[n]``, for all matrices; scaled to unit mass. None is uniform,
@@ -132,9 +132,6 @@ def mirror_sinkhorn_updates(
             check_marginals(x, x)
     given = bound is not None or learning_rate is not None
 
-    def logs(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-        return _log_marginal(row_marginal, shape[-2]), _log_marginal(column_marginal, shape[-1])
-
     def init_fn(params: optax.Params) -> MirrorSinkhornUpdatesState:
         for path, x in jax.tree_util.tree_leaves_with_path(params):
             _check_leaf(jax.tree_util.keystr(path), x.shape, row_marginal, column_marginal)
@@ -149,22 +146,18 @@ def mirror_sinkhorn_updates(
         if params is None:
             raise ValueError("mirror_sinkhorn_updates needs params: update(grads, state, params).")
 
-        columns = columns_next(state.count, first)
-
-        def half_scaled(moved: jax.Array) -> jax.Array:
-            log_rows, log_columns = logs(moved.shape)
-            return jax.lax.cond(
-                columns,
+        def one(gradient: jax.Array, logits: jax.Array, largest: ArrayLike) -> jax.Array:
+            g, old = _allowed(gradient, logits)
+            log_rows = _log_marginal(row_marginal, g.shape[-2])
+            log_columns = _log_marginal(column_marginal, g.shape[-1])
+            delta = jnp.asarray(largest_finite(log_rows) + largest_finite(log_columns), g.dtype)
+            rate = rate_at(state.count, learning_rate, jnp.asarray(largest, g.dtype), delta)
+            moved = old - rate[..., None, None] * g
+            new = jax.lax.cond(
+                columns_next(state.count, first),
                 lambda: scaled(moved, log_columns, -2),
                 lambda: scaled(moved, log_rows, -1),
             )
-
-        def one(gradient: jax.Array, logits: jax.Array, largest: ArrayLike) -> jax.Array:
-            g, old = _allowed(gradient, logits)
-            delta = sum(largest_finite(x) for x in logs(g.shape))
-            delta = jnp.asarray(delta, g.dtype)
-            rate = rate_at(state.count, learning_rate, jnp.asarray(largest, g.dtype), delta)
-            new = half_scaled(old - rate[..., None, None] * g)
             return jnp.where(jnp.isneginf(old), 0, new - old).astype(gradient.dtype)
 
         bounds = state.bound

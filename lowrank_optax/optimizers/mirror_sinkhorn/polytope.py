@@ -143,10 +143,10 @@ def round_to_polytope(
     changes by at most twice its largest entry times the sum of what the marginals were off.
 
     The outer product would put mass into forbidden cells. With a ``mask``, ``sweeps`` iterations of
-    Sinkhorn balance the matrix on allowed cells alone, which is slow for one with few large
-    entries. What is missing then comes with a second matrix, mixed in with a weight of twice the
-    largest relative error: a smoother version of the first, balanced as well. Marginals are as
-    good as the sweeps make those of the second, and never right where no coupling fits the mask.
+    Sinkhorn balance the matrix on allowed cells alone. What is missing then comes with a second
+    matrix, mixed in with a weight of twice the largest relative error: a smoother version of the
+    first, balanced as well. Marginals are as good as those of the second, and never right where no
+    coupling fits the mask.
 
     Args:
       plan: A matrix ``[n, m]``, not negative.

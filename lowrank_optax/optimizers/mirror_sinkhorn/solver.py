@@ -1,4 +1,4 @@
-"""Mirror Sinkhorn (arXiv 2211.10420): gradient steps and half-scalings of a coupling, in one loop.
+"""Mirror Sinkhorn: gradient steps and half-scalings of a coupling, in one loop.
 
 A coupling of two distributions is a matrix of given row and column sums. To minimise a convex
 function of it, each step multiplies it by the exponential of a gradient and makes the sums of its
@@ -15,12 +15,7 @@ from jax.typing import ArrayLike
 import numpy as np
 import optax
 
-from lowrank_optax.optimizers.mirror_sinkhorn.polytope import (
-    largest_finite,
-    polytope,
-    round_to_polytope,
-)
-from lowrank_optax.optimizers.mirror_sinkhorn.steps import (
+from lowrank_optax.optimizers.mirror_sinkhorn.iterates import (
     Average,
     First,
     check_average,
@@ -31,6 +26,11 @@ from lowrank_optax.optimizers.mirror_sinkhorn.steps import (
     read_average,
     scaled,
     start_average,
+)
+from lowrank_optax.optimizers.mirror_sinkhorn.polytope import (
+    largest_finite,
+    polytope,
+    round_to_polytope,
 )
 
 
@@ -107,12 +107,12 @@ def mirror_sinkhorn(
     temperatures at which kernels would underflow, are fine. A gradient with a NaN or an infinity in
     an allowed cell leaves the state as it was, ``count`` too, which shows it.
 
-    The functions are pure and work under ``jit``, ``scan``, ``vmap`` (of all of it, over
-    marginals), donation and with arrays sharded by rows or columns.
+    The functions work under ``jit``, ``scan``, ``vmap`` (also over marginals), donation and with
+    arrays sharded by rows or columns.
 
     Args:
-      row_marginal: Row sums :math:`\mu`, ``[n]``. Rows of no mass are left out: so shorter problems
-        are padded.
+      row_marginal: Row sums :math:`\mu`, ``[n]``. Rows without mass stay empty, so that shorter
+        problems can be padded.
       column_marginal: Column sums :math:`\nu`, ``[m]``, of the same total, which need not be 1.
       bound: :math:`B`, the largest gradient entry to expect; a gradient beyond it is not clipped.
         None takes the largest so far, which never falls.
@@ -122,9 +122,8 @@ def mirror_sinkhorn(
         :math:`\eta_t`, as in the bound; "suffix", that of the last half to three quarters (from the
         last power of two below half); "last", the last iterate.
       first: Which sums the first step makes right.
-      mask: Where mass may be, ``[n, m]`` of bools; None for everywhere. Whether every row and
-        column with mass has an allowed cell is checked, whether a coupling fits into the mask is
-        not: where none does, the sums of ``plan`` stay wrong.
+      mask: Where mass may be, ``[n, m]`` of bools; None for everywhere. Every row and column with
+        mass needs an allowed cell. If no coupling fits the mask, the sums of ``plan`` stay wrong.
 
     Returns:
       The solver, a `MirrorSinkhorn`.
@@ -175,9 +174,6 @@ def mirror_sinkhorn(
         largest = state.bound if bound is not None else jnp.maximum(state.bound, largest_finite(g))
         rate = rate_at(state.count, learning_rate, largest, problem.delta)
 
-        def stay() -> MirrorSinkhornState:
-            return state
-
         def move(log_marginal: jax.Array, axis: int) -> MirrorSinkhornState:
             new = scaled(old - rate * g, log_marginal, axis)
             count = jnp.asarray(optax.safe_increment(state.count))
@@ -188,6 +184,7 @@ def mirror_sinkhorn(
             )
             return MirrorSinkhornState(count, new, *averages, largest, rates)
 
+        stay = lambda: state
         scale_columns = lambda: move(problem.log_columns, 0)
         scale_rows = lambda: move(problem.log_rows, 1)
         next_scaled = jnp.where(columns_next(state.count, first), 1, 2)
@@ -198,9 +195,8 @@ def mirror_sinkhorn(
         return problem.total * jnp.exp(state.log_coupling)
 
     def plan(state: MirrorSinkhornState, rounded: bool = True) -> jax.Array:
-        averages = state.average, state.earlier
-        mean = read_average(average, averages, jnp.exp(state.log_coupling), state.count)
-        mean = problem.total * mean
+        averages, last = (state.average, state.earlier), jnp.exp(state.log_coupling)
+        mean = problem.total * read_average(average, averages, last, state.count)
         if not rounded:
             return mean
         return round_to_polytope(mean, problem.rows, problem.columns, problem.mask)

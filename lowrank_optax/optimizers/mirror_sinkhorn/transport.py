@@ -14,16 +14,7 @@ from jax.typing import ArrayLike
 import numpy as np
 import optax
 
-from lowrank_optax.optimizers.mirror_sinkhorn.polytope import (
-    Polytope,
-    concrete,
-    in_float,
-    largest_finite,
-    nonzero,
-    polytope,
-    round_to_polytope,
-)
-from lowrank_optax.optimizers.mirror_sinkhorn.steps import (
+from lowrank_optax.optimizers.mirror_sinkhorn.iterates import (
     Average,
     First,
     check_average,
@@ -32,6 +23,15 @@ from lowrank_optax.optimizers.mirror_sinkhorn.steps import (
     rate_at,
     read_average,
     start_average,
+)
+from lowrank_optax.optimizers.mirror_sinkhorn.polytope import (
+    Polytope,
+    concrete,
+    in_float,
+    largest_finite,
+    nonzero,
+    polytope,
+    round_to_polytope,
 )
 
 
@@ -85,17 +85,16 @@ def optimal_transport(
 
     Args:
       cost: ``[n, m]``. Traced NaNs and infinities pass through to ``value`` as NaN.
-      row_marginal: Row sums ``[n]``. Rows of no mass are left out.
+      row_marginal: Row sums ``[n]``. Rows without mass stay empty.
       column_marginal: Column sums ``[m]``, of the same total.
       steps: Half-scalings, a Python int. The gap falls at least as one over the root of it.
       bound: As in `mirror_sinkhorn`; None for the largest ``|cost|``.
       learning_rate: As in `mirror_sinkhorn`.
-      average: As in `mirror_sinkhorn`, where an average is the default: with a cost that stays the
-        same, and has no noise, the last iterate is the better one.
-      first: Which sums the first step makes right.
-      mask: Where mass may be, ``[n, m]`` of bools; None for everywhere. With one, marginals are as
-        good as the sweeps of `round_to_polytope` make them, and ``value`` may be below the optimum
-        by as much.
+      average: As in `mirror_sinkhorn`; for a fixed cost without noise the last iterate is best.
+      first: As in `mirror_sinkhorn`.
+      mask: Where mass may be, ``[n, m]`` of bools; None for everywhere. With a mask, marginals are
+        those of the sweeps of `round_to_polytope`, and ``value`` may be below the optimum by their
+        errors.
 
     Returns:
       A `Transport`, in float32 (float64 if an argument is).
@@ -215,11 +214,7 @@ def _solve(
 
 
 def _dual_potentials(potentials: _Potentials, cost: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Row and column potentials with ``f_i + g_j <= cost_ij``, as large as they can be.
-
-    Both are minima over what the other leaves of the cost. Where a row or column has no allowed
-    cell, they are 0.
-    """
+    """The largest potentials with ``f_i + g_j <= cost_ij``; 0 without an allowed cell."""
     temperature = 1 / nonzero(potentials.rates)
     rows = jnp.where(potentials.rates == 0, 0, potentials.row * temperature)
     columns = jnp.min(cost - rows[:, None], axis=0, initial=jnp.inf)

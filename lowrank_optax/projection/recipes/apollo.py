@@ -12,8 +12,7 @@ from lowrank_optax.projection.recipes.assembly import chosen_subspace, projected
 from lowrank_optax.projection.subspaces import Subspace, random
 from lowrank_optax.projection.view import RankSpec, Side
 from lowrank_optax.quantization import Bits
-from lowrank_optax.states.adam import EpsPlacement
-from lowrank_optax.states.assemble import DecayPlacement
+from lowrank_optax.states.assemble import DecayPlacement, EpsPlacement
 
 
 @explains_names

@@ -8,9 +8,8 @@ import optax
 from lowrank_optax.projection.subspaces import Subspace
 from lowrank_optax.projection.transform import scale_by_projection
 from lowrank_optax.projection.view import RankSpec
-from lowrank_optax.states.adam import scale_by_adam
 from lowrank_optax.states.arguments import refuse_unused
-from lowrank_optax.states.assemble import optimizer
+from lowrank_optax.states.assemble import optimizer, scale_by_adam
 
 
 def chosen_subspace(
@@ -19,11 +18,7 @@ def chosen_subspace(
     default: RankSpec,
     rule: Callable[[RankSpec], Subspace],
 ) -> Subspace:
-    """The subspace rule given, or the recipe's own with the rank given, or with its default.
-
-    Raises:
-      ValueError: If both are given, and do not agree.
-    """
+    """The subspace rule given, or the recipe's own with the rank given, or with its default."""
     if subspace is None:
         return rule(default if rank is None else rank)
     own = getattr(subspace, "rank", rank)  # a wrong type is refused elsewhere
@@ -46,20 +41,10 @@ def projected_optimizer(
     state_bits: Any,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """A recipe: Adam or ``inner`` in a subspace, weight decay, and the learning rate.
+    """Adam (or ``inner``) in a subspace, weight decay and the learning rate, for a recipe.
 
-    Args:
-      recipe: The function with these arguments.
-      learning_rate: A float or an optax schedule.
-      subspace: Subspace rule.
-      inner: Optimizer in the subspace; None for Adam.
-      adam: Arguments ``b1``, ``b2``, ``eps`` and ``eps_placement`` of Adam.
-      decay: Arguments ``weight_decay``, ``weight_decay_mask`` and ``decay_placement``.
-      state_bits: Bits of the moments between steps.
-      **options: Arguments of `scale_by_projection`.
-
-    Raises:
-      ValueError: If an inner optimizer is given, and options of Adam too.
+    ``adam`` is ``b1, b2, eps, eps_placement``, which are refused beside ``inner``; ``decay`` is
+    ``weight_decay, weight_decay_mask, decay_placement``; ``options`` go to `scale_by_projection`.
     """
     if inner is None:
         inner = scale_by_adam(*adam)

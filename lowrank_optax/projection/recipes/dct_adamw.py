@@ -14,8 +14,7 @@ from lowrank_optax.projection.refresh import RefreshRule
 from lowrank_optax.projection.subspaces import dct
 from lowrank_optax.projection.view import RankSpec, Side
 from lowrank_optax.quantization import Bits
-from lowrank_optax.states.adam import EpsPlacement
-from lowrank_optax.states.assemble import DecayPlacement
+from lowrank_optax.states.assemble import DecayPlacement, EpsPlacement
 
 
 @explains_names

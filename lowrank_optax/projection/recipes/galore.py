@@ -14,8 +14,7 @@ from lowrank_optax.projection.subspaces import Subspace, quantized, randomized_s
 from lowrank_optax.projection.subspaces.wrappers import BasisBits
 from lowrank_optax.projection.view import RankSpec, Side
 from lowrank_optax.quantization import Bits
-from lowrank_optax.states.adam import EpsPlacement
-from lowrank_optax.states.assemble import DecayPlacement
+from lowrank_optax.states.assemble import DecayPlacement, EpsPlacement
 
 
 @explains_names
@@ -51,7 +50,7 @@ def galore(
       R_t = P^\top G_t, \qquad
       W_{t+1} = W_t - \eta \, (\alpha \, P \, \mathrm{Adam}(R_t) + \lambda W_t).
 
-    For a weight ``[m, n]`` the state is ``r·m + 2·r·n`` floats (``m <= n``) where Adam keeps
+    For a weight ``[m, n]`` the state is ``r·m + 2·r·n`` floats (``m <= n``) where Adam has
     ``2·m·n``. Other leaves (by default also embeddings and output heads) get plain Adam.
 
     Args:

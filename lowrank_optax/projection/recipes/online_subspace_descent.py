@@ -11,9 +11,8 @@ from lowrank_optax.projection.recipes.assembly import projected_optimizer
 from lowrank_optax.projection.subspaces import Subspace, online_pca
 from lowrank_optax.projection.view import RankSpec, Side
 from lowrank_optax.quantization import Bits
-from lowrank_optax.states.adam import EpsPlacement
 from lowrank_optax.states.arguments import refuse_unused
-from lowrank_optax.states.assemble import DecayPlacement
+from lowrank_optax.states.assemble import DecayPlacement, EpsPlacement
 
 
 @explains_names

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from lowrank_optax.matrices import explicit_sharding
-from lowrank_optax.matrices.bfloat16 import product_with_bfloat16
+from lowrank_optax.matrices.arithmetic import product_with_bfloat16
 from lowrank_optax.matrices.explicit_sharding import product
 from lowrank_optax.projection.view import RankSpec, View, check_rank, resolve_rank
 
@@ -129,12 +129,7 @@ def zero_basis(view: View) -> jax.Array:
 
 
 def zero_basis_before(initial: Subspace) -> Callable[[View], jax.Array]:
-    """`zero_basis` for a rule whose first basis another one finds, with `first_basis`.
-
-    Raises:
-      ValueError: If that rule does not store its basis as one array of floats; in the function that
-        is returned, if it has another rank.
-    """
+    """`zero_basis` for a rule whose first basis another one finds, with `first_basis`."""
     if initial.track is not None or not initial.stores_one_array:
         raise ValueError(
             "initial must store its basis as one array, as randomized_svd and fixed do."
@@ -191,7 +186,7 @@ def times(matrix: jax.Array, x: jax.Array, view: View, across: bool = False) -> 
     """The matrix and a thin one: the result ``[*batch, d, k]`` lies on the compressed axis.
 
     ``G x`` if rows are compressed, ``Gᵀ x`` if columns are; with ``across`` the other way round, on
-    the kept axis. Pass a bfloat16 gradient as it is: see `product_with_bfloat16`.
+    the other axis. Pass a bfloat16 gradient as it is: see `product_with_bfloat16`.
     """
     lands_on_rows = (view.axis == -2) != across
     letters = "...mn,...nk->...mk" if lands_on_rows else "...mn,...mk->...nk"
@@ -237,13 +232,13 @@ def largest_entry(x: jax.Array) -> jax.Array:
     return jnp.where(largest == 0, 1, largest)
 
 
-def select(taken: jax.Array, new: Any, old: Any) -> Any:
-    """``new`` for those of the batch that are ``taken [*batch]``, ``old`` for the others."""
+def select(chosen: jax.Array, new: Any, old: Any) -> Any:
+    """``new`` for those of the batch that are ``chosen [*batch]``, ``old`` for the others."""
 
     def one(x: jax.Array, y: jax.Array) -> jax.Array:
         if jnp.ndim(y) == 0:
-            return jnp.where(jnp.any(taken), x, y).astype(y.dtype)
-        flags = taken.reshape(taken.shape + (1,) * (y.ndim - taken.ndim))
+            return jnp.where(jnp.any(chosen), x, y).astype(y.dtype)
+        flags = chosen.reshape(chosen.shape + (1,) * (y.ndim - chosen.ndim))
         return jnp.where(flags, x, y).astype(y.dtype)
 
     return jax.tree.map(one, new, old)

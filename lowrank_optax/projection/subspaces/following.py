@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.matrices.branching import branch
+from lowrank_optax.matrices.arithmetic import branch
 from lowrank_optax.matrices.orthonormal import orthonormalize
-from lowrank_optax.projection.inner_moments import init_one, update_one
+from lowrank_optax.projection.inner_moments import init_one
 from lowrank_optax.projection.subspaces import base
 from lowrank_optax.projection.subspaces.singular_vectors import randomized_svd
-from lowrank_optax.projection.view import RankSpec, View
+from lowrank_optax.projection.view import RankSpec, View, over_batch
 from lowrank_optax.states.arguments import transformation
 
 
@@ -85,7 +85,7 @@ def _iterated(
     back = base.times(matrix, basis, view, across=True)
     if moment is None:
         return base.times(matrix, base.scaled(back), view)
-    moment = moment.mT if view.axis == -2 else moment  # [*batch, kept, r]
+    moment = moment.mT if view.axis == -2 else moment  # [*batch, k, r]
     # Scaled, or squares of tiny gradients would underflow.
     back = (weight * moment + (1 - weight) * back) / base.largest_entry(back)
     inside = base.product("...kr,...ks->...rs", moment, back, small)
@@ -173,9 +173,8 @@ def online_pca(
         last: TrackedBasis, matrix: jax.Array, projected: jax.Array, view: View
     ) -> TrackedBasis:
         gradient = pca_gradient(last.basis, matrix, projected, penalty, view)
-        updates, state = update_one(
-            basis_optimizer, gradient, last.optimizer, last.basis, len(view.batch), {}
-        )
+        update = over_batch(basis_optimizer.update, len(view.batch))
+        updates, state = update(gradient, last.optimizer, last.basis)
         moved = TrackedBasis(optax.apply_updates(last.basis, updates), state)
         known = jnp.any(last.basis != 0, axis=(-2, -1)) & jnp.any(projected != 0, axis=(-2, -1))
         return base.select(known & base.all_finite(moved, len(view.batch)), moved, last)
@@ -204,7 +203,7 @@ def pca_gradient(
     squares = jnp.square(matrix.astype(basis.dtype))
     norm = jnp.sqrt(jnp.sum(squares, axis=(-2, -1), keepdims=True))
     norm = jnp.where(norm == 0, 1, norm)
-    right = (projected.mT if view.axis == -2 else projected) / norm  # [*batch, kept, r]
+    right = (projected.mT if view.axis == -2 else projected) / norm  # [*batch, k, r]
     y = base.times(matrix, right, view) / norm
     c = base.product("...kr,...ks->...rs", right, right, small)
     k = base.product("...dr,...ds->...rs", basis, basis, small)

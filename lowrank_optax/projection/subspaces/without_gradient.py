@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 import math
 import re
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -48,15 +48,15 @@ def random(rank: RankSpec, kind: Kind = "gaussian") -> base.Subspace:
       https://arxiv.org/abs/2402.03293. Achlioptas, Database-friendly random projections, 2003.
       Ailon and Chazelle, The fast Johnson–Lindenstrauss transform, 2009.
     """
-    if kind not in _DRAW:
-        raise ValueError(f"kind={kind!r} must be one of {', '.join(map(repr, _DRAW))}.")
+    if kind not in get_args(Kind):
+        raise ValueError(f"kind={kind!r} must be one of {', '.join(map(repr, get_args(Kind)))}.")
 
     def refresh(key: jax.Array, matrix: Any, basis: Any, momentum: Any, view: Any) -> jax.Array:
         del matrix, basis, momentum, view
         return jax.random.bits(key, (), jnp.uint32)
 
     def matrix_of(seed: jax.Array, view: View) -> jax.Array:
-        drawn = _DRAW[kind](jax.random.key(seed), view.length, view.rank, view.dtype)
+        drawn = _draw(kind, jax.random.key(seed), view.length, view.rank, view.dtype)
         stacked = jnp.broadcast_to(drawn, (*view.batch, view.length, view.rank))
         return explicit_sharding.constrain(stacked, view.small_partition)
 
@@ -70,8 +70,17 @@ def random(rank: RankSpec, kind: Kind = "gaussian") -> base.Subspace:
     )
 
 
-def _gaussian(key: jax.Array, length: int, rank: int, dtype: Any) -> jax.Array:
-    return jax.random.normal(key, (length, rank), dtype) / math.sqrt(rank)
+def _draw(kind: Kind, key: jax.Array, length: int, rank: int, dtype: Any) -> jax.Array:
+    if kind == "gaussian":
+        return jax.random.normal(key, (length, rank), dtype) / math.sqrt(rank)
+    if kind == "rademacher":
+        return _signs(key, (length, rank), dtype) / math.sqrt(rank)
+    choice, signs = jax.random.split(key)
+    if kind == "sparse":
+        nonzero = jax.random.bernoulli(choice, 1 / 3, (length, rank))
+        return jnp.where(nonzero, _signs(signs, (length, rank), dtype), 0) * math.sqrt(3 / rank)
+    frequencies = jax.random.permutation(choice, length)[:rank].astype(jnp.int32)
+    return cosines(frequencies, length, dtype) * _signs(signs, (length, 1), dtype)
 
 
 def _signs(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -80,30 +89,6 @@ def _signs(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     words = jax.random.bits(key, (-(-count // 32),), jnp.uint32)
     bits = (words[:, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
     return (1 - 2 * bits.reshape(-1)[:count].reshape(shape).astype(jnp.int32)).astype(dtype)
-
-
-def _rademacher(key: jax.Array, length: int, rank: int, dtype: Any) -> jax.Array:
-    return _signs(key, (length, rank), dtype) / math.sqrt(rank)
-
-
-def _sparse(key: jax.Array, length: int, rank: int, dtype: Any) -> jax.Array:
-    chosen, signs = jax.random.split(key)
-    kept = jax.random.bernoulli(chosen, 1 / 3, (length, rank))
-    return jnp.where(kept, _signs(signs, (length, rank), dtype), 0) * math.sqrt(3 / rank)
-
-
-def _orthonormal(key: jax.Array, length: int, rank: int, dtype: Any) -> jax.Array:
-    choice, signs = jax.random.split(key)
-    frequencies = jax.random.permutation(choice, length)[:rank].astype(jnp.int32)
-    return cosines(frequencies, length, dtype) * _signs(signs, (length, 1), dtype)
-
-
-_DRAW: dict[str, Callable[[jax.Array, int, int, Any], jax.Array]] = {
-    "gaussian": _gaussian,
-    "orthonormal": _orthonormal,
-    "rademacher": _rademacher,
-    "sparse": _sparse,
-}
 
 
 BasisSource: TypeAlias = (

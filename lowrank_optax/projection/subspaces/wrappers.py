@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from lowrank_optax.matrices import explicit_sharding
 from lowrank_optax.projection.subspaces import base
-from lowrank_optax.projection.view import View
+from lowrank_optax.projection.view import View, over_batch
 from lowrank_optax.quantization import Affine, BlockFormat, code_map, dequantize, quantize
 
 BasisBits = Literal[16, 8, 4]
@@ -298,11 +298,6 @@ def _affine_coder(bits: Any) -> tuple[Any, Any]:
     """How a basis is encoded and decoded, each matrix of the batch by itself."""
     fmt = BlockFormat(code_map("affine", bits), 256)
 
-    def over_batch(function: Any, view: View) -> Any:
-        for _ in view.batch:
-            function = jax.vmap(function)
-        return function
-
     def encode_one(matrix: jax.Array) -> Affine:
         codes = quantize(matrix, fmt)
         # Codes can not tell that a basis is not finite; scales can.
@@ -311,11 +306,11 @@ def _affine_coder(bits: Any) -> tuple[Any, Any]:
 
     def encode(basis: jax.Array, view: View) -> Affine:
         _check_floats(basis)
-        return over_batch(encode_one, view)(basis)
+        return over_batch(encode_one, len(view.batch))(basis)
 
     def decode(basis: Affine, view: View) -> jax.Array:
         one = lambda codes: dequantize(codes, fmt, (view.length, view.rank))
-        return over_batch(one, view)(basis).astype(view.dtype)
+        return over_batch(one, len(view.batch))(basis).astype(view.dtype)
 
     return encode, decode
 

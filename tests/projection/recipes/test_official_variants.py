@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import lowrank_optax as lro
-from lowrank_optax.states.adam import scale_by_adam
+from lowrank_optax.states.assemble import scale_by_adam
 from tests.projection.runs import Adam, first, float64, moved, normal_gradients, run
 
 SHAPE = (5, 8)

@@ -176,7 +176,7 @@ def test_ranks_shrink_and_states_are_compacted_with_a_basis_of_16_bits() -> None
                 lro.subspaces.adaptive_rank(lro.subspaces.randomized_svd(8), 2), 4
             ),
             ValueError,
-            "bits=4 needs a rule that keeps nothing but its basis",
+            "bits=4 needs a rule that stores only its basis",
         ),
         (
             lambda: lro.subspaces.quantized(lro.subspaces.online_pca(8), 8),

@@ -7,7 +7,7 @@ from jax.sharding import AxisType, PartitionSpec
 import numpy as np
 import pytest
 
-from lowrank_optax.matrices.bfloat16 import (
+from lowrank_optax.matrices.arithmetic import (
     bfloat16_parts,
     product_by_parts,
     product_with_bfloat16,

@@ -9,11 +9,12 @@ from typing import Any, Self, cast
 
 from lowrank_optax.models.huggingface_config import (
     ARCHITECTURES,
+    OPTIONS,
     config_file,
     fields_from_huggingface,
     fields_to_huggingface,
+    is_option,
     read_json,
-    takes_attention_bias,
 )
 from lowrank_optax.models.rotary import RopeScaling, rope_scaling_from
 from lowrank_optax.storage.fields import (
@@ -45,8 +46,8 @@ class DecoderConfig:
         rope_theta: base of the rotary frequencies.
         rope_scaling: a `RopeScaling`, a dict of its fields, or None.
         tie_word_embeddings: whether the output head is the embedding itself.
-        attention_bias: llama: biases on query, key, value and output; qwen3: the same;
-            (qwen2 always has them on query, key and value, mistral has none).
+        attention_bias: biases on query, key, value and output (llama and qwen3; qwen2 always has
+            them on query, key and value, mistral has none).
         mlp_bias: biases in the MLP (llama only).
         sliding_window: a position sees itself and the `sliding_window - 1` before it; None means
             all before it (mistral, qwen2 and qwen3 only).
@@ -142,26 +143,14 @@ class DecoderConfig:
             >>> config.rope_theta, config.query_key_value_bias
             (1000000.0, True)
         """
-        if isinstance(source, Mapping):
-            return cls._from_content(source, overrides)
-        content = read_json(source)
+        content = source if isinstance(source, Mapping) else read_json(source)
         try:
-            return cls._from_content(content, overrides)
+            fields = fields_from_huggingface(content, dataclasses.fields(cls), KINDS)
+            return cls(**(fields | overrides))
         except ValueError as error:
+            if isinstance(source, Mapping):
+                raise
             raise ValueError(f"{config_file(source)}: {error}") from error
-
-    @classmethod
-    def _from_content(cls, content: Mapping[str, Any], overrides: Mapping[str, Any]) -> Self:
-        names = [field.name for field in dataclasses.fields(cls)]
-        fields = fields_from_huggingface(content, names, KINDS)
-        missing = [
-            field.name
-            for field in dataclasses.fields(cls)
-            if field.default is dataclasses.MISSING and field.name not in fields
-        ]
-        if missing:
-            raise ValueError(f"the configuration lacks {', '.join(missing)}")
-        return cls(**(fields | dict(overrides)))
 
     def to_huggingface(self) -> dict[str, Any]:
         """The configuration as the dict of a config.json, which transformers 4 and 5 both read.
@@ -224,12 +213,12 @@ def _check_numbers(config: DecoderConfig) -> None:
         )
     if config.head_dim % 2:
         raise ValueError(f"head_dim must be even for rotary positions, got {config.head_dim}")
-    if config.attention_bias and not takes_attention_bias(config.model_type):
-        raise ValueError(f"attention_bias is not an option of model_type {config.model_type!r}")
-    if config.mlp_bias and config.model_type != "llama":
-        raise ValueError(f"mlp_bias is not an option of model_type {config.model_type!r}")
-    if config.sliding_window is not None and config.model_type == "llama":
-        raise ValueError("sliding_window is not an option of model_type 'llama'; use 'mistral'")
+    for name, types in OPTIONS.items():
+        if getattr(config, name) and not is_option(name, config.model_type):
+            raise ValueError(
+                f"{name} is not an option of model_type {config.model_type!r}, but of "
+                f"{' and '.join(map(repr, types))}"
+            )
 
 
 # llama-60m to -7b: Zhao et al. 2024, GaLore (https://arxiv.org/abs/2403.03507), appendix, with

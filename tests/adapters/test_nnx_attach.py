@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import lowrank_optax as lro
+from lowrank_optax.adapters import folding
 from tests.adapters.nnx_models import Scanned, Unrolled, call, randomized, tokens, weights
 
 LoRA = lro.adapters.LoRA
@@ -229,3 +230,20 @@ def test_adapted_models_are_copied_and_pickled_as_plain_ones_are(again: Any) -> 
     assert nnx.graphdef(other) == nnx.graphdef(model)
     np.testing.assert_array_equal(call(other, tokens()), call(model, tokens()))
     assert nnx.graphdef(lro.adapters.detach(other)) == graphdef
+
+
+def test_merging_holds_the_weights_of_one_layer_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nnx.List([nnx.LinearGeneral(64, (8, 32), rngs=nnx.Rngs(i)) for i in range(4)])
+    lro.adapters.attach(model, lro.adapters.LoRA(rank=2, initial="random"), where=".*", rngs=0)
+    held, fold = [], folding._folded
+    size = lambda: sum(x.nbytes for x in jax.live_arrays())
+
+    def measured(*args: Any) -> Any:
+        held.append(size())
+        return fold(*args)
+
+    monkeypatch.setattr(folding, "_folded", measured)
+    before, weight = size(), 4 * 64 * 8 * 32
+    lro.adapters.merge(model)
+    # The weight as a matrix, and small things; the same for every layer.
+    assert max(held) - before < 1.5 * weight

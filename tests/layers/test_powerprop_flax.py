@@ -237,3 +237,27 @@ def test_pruned_weights_and_powerprop_work_in_an_nnx_optimizer() -> None:
     assert losses[-1] < losses[0] / 2
     np.testing.assert_array_equal(model.kernel[...] == 0, pruned)
     assert int(pruned.sum()) == 6
+
+
+class Frozen(nnx.Variable):
+    """A parameter that is not trained."""
+
+
+@pytest.mark.parametrize("names", [("kernel",), ("kernel", "bias")])
+def test_a_linear_layer_with_frozen_variables_computes_the_same(names: tuple[str, ...]) -> None:
+    layer = lro.layers.PowerpropLinear(3, 4, alpha=2.0, rngs=nnx.Rngs(0))
+    expected = layer(X)
+    for name in names:
+        setattr(layer, name, Frozen(getattr(layer, name)[...]))
+    assert_close(layer(X), expected)
+    layer.change_alpha(3.0)
+    assert isinstance(layer.kernel, Frozen)
+    assert_close(layer(X), expected, 100)
+
+
+def test_a_wrapped_module_without_parameters_is_refused() -> None:
+    wrapped = lro.layers.PowerpropModule(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), 2.0)
+    for name in ("kernel", "bias"):
+        setattr(wrapped.module, name, Frozen(getattr(wrapped.module, name)[...]))
+    with pytest.raises(ValueError, match=r"Linear has no nnx\.Param"):
+        wrapped(X)

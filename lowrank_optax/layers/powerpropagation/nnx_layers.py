@@ -1,6 +1,7 @@
 """Powerpropagation in Flax NNX: a linear layer, and a wrapper for any module."""
 
 from collections.abc import Callable
+import copy
 from typing import Any
 
 from flax import nnx
@@ -13,12 +14,6 @@ from lowrank_optax.layers.powerpropagation.reparameterisation import (
     powerprop,
     powerprop_inverse,
 )
-
-_KERNEL = r"^kernel$"
-
-
-def _map_params(module: nnx.Module, function: Callable[..., Any], *args: Any) -> None:
-    nnx.update(module, function(nnx.state(module, nnx.Param), *args))
 
 
 class PowerpropLinear(nnx.Linear):
@@ -60,12 +55,14 @@ class PowerpropLinear(nnx.Linear):
     ) -> None:
         super().__init__(in_features, out_features, rngs=rngs, **options)
         self.alpha = alpha
-        _map_params(self, powerprop_inverse, alpha, _KERNEL)
+        self._map_kernel(powerprop_inverse, alpha)
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Compute the outputs ``[..., out]`` from inputs ``[..., in]``."""
-        call = nnx.Linear.__call__
-        return _call_with_weights(call, self, self.alpha, _KERNEL, inputs, out_sharding)
+        layer = copy.copy(self)
+        # Not setattr: NNX would refuse it if the layer belongs to an enclosing trace.
+        vars(layer)["kernel"] = self.kernel.replace(self.effective_kernel())
+        return nnx.Linear.__call__(layer, inputs, out_sharding)
 
     def effective_kernel(self) -> jax.Array:
         """Return the weights ``[in, out]``, to prune by and to export."""
@@ -73,8 +70,12 @@ class PowerpropLinear(nnx.Linear):
 
     def change_alpha(self, alpha: float) -> None:
         """Change the exponent and keep the weights: see `change_alpha`."""
-        _map_params(self, change_alpha, self.alpha, alpha, _KERNEL)
+        self._map_kernel(change_alpha, self.alpha, alpha)
         self.alpha = alpha
+
+    def _map_kernel(self, function: Callable[..., Any], *alphas: float) -> None:
+        # By attribute: a frozen kernel is a variable of another type than nnx.Param.
+        self.kernel[...] = function({"kernel": self.kernel[...]}, *alphas, "kernel")["kernel"]
 
 
 class PowerpropModule(nnx.Module):
@@ -90,7 +91,7 @@ class PowerpropModule(nnx.Module):
       where: Parameters, as for `powerprop`.
 
     Raises:
-      ValueError: As `powerprop_inverse`.
+      ValueError: As `powerprop_inverse`; when called, if the module has no ``nnx.Param``.
 
     Example:
       >>> from flax import nnx
@@ -111,8 +112,9 @@ class PowerpropModule(nnx.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module with its effective weights."""
-        call = type(self.module).__call__
-        return _call_with_weights(call, self.module, self.alpha, self.where, *args, **kwargs)
+        graphdef, params, rest = nnx.split(self.module, nnx.Param, ...)
+        weights = powerprop(_checked(self.module, params), self.alpha, self.where)
+        return nnx.merge(graphdef, weights, rest)(*args, **kwargs)
 
     def change_alpha(self, alpha: float) -> None:
         """Change the exponent and keep the weights: see `change_alpha`."""
@@ -126,9 +128,14 @@ class PowerpropModule(nnx.Module):
         return self.module
 
 
-def _call_with_weights(
-    call: Any, module: nnx.Module, alpha: float, where: Where, *args: Any, **kwargs: Any
-) -> Any:
-    graphdef, params, rest = nnx.split(module, nnx.Param, ...)
-    weights = powerprop(params, alpha, where)
-    return call(nnx.merge(graphdef, weights, rest), *args, **kwargs)
+def _map_params(module: nnx.Module, function: Callable[..., Any], *args: Any) -> None:
+    nnx.update(module, function(_checked(module, nnx.state(module, nnx.Param)), *args))
+
+
+def _checked(module: nnx.Module, params: Any) -> Any:
+    if not jax.tree.leaves(params):
+        raise ValueError(
+            f"{type(module).__name__} has no nnx.Param whose weights could be computed: leave its "
+            "parameters nnx.Param, and freeze them by the optimizer's `wrt`."
+        )
+    return params

@@ -162,3 +162,17 @@ def test_bad_arguments_are_refused() -> None:
     full = packnet.PackNetState(jnp.array(255), state.owner)
     with pytest.raises(ValueError, match="255 tasks"):
         packnet.prune(full, theta, lambda _: 1.0)
+
+
+def test_pruning_holds_the_owners_of_one_share_at_a_time() -> None:
+    params = {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(17, 23)))}
+    state = packnet.init(params)
+    held: list[int] = []
+
+    def explained(params: Any) -> jax.Array:
+        arrays = jax.live_arrays()
+        held.append(sum(a.dtype == jnp.uint8 and a.shape == (17, 23) for a in arrays))
+        return jnp.sum(params["kernel"] ** 2)
+
+    packnet.prune(state, params, explained, 0.9)
+    assert max(held) == 1  # those of the state

@@ -180,20 +180,18 @@ def prune(
         raise ValueError(
             f"the score with all weights is {dense_score:g}; it must be a positive number."
         )
-    found = None
+    keep, sparse_score = 1.0, dense_score  # if no share is enough, as the dense network does
     low, high = 0, len(levels)
     while low < high:
         middle = (low + high) // 2
-        owned = _owned(state, params, levels[middle], where)
-        sparse_score = float(score(of_task(owned, params, task)))
-        if sparse_score >= tolerance * dense_score:
-            found = Pruned(owned, levels[middle], sparse_score, dense_score)
+        # The owners are not stored: at the end they are computed again, from the share.
+        found = float(score(of_task(_owned(state, params, levels[middle], where), params, task)))
+        if found >= tolerance * dense_score:
+            keep, sparse_score = levels[middle], found
             high = middle
         else:
             low = middle + 1
-    if found is None:  # no share is enough: keep everything, as the dense network does
-        return Pruned(_owned(state, params, 1.0, where), 1.0, dense_score, dense_score)
-    return found
+    return Pruned(_owned(state, params, keep, where), keep, sparse_score, dense_score)
 
 
 @jax.jit
@@ -209,11 +207,11 @@ def _owned(state: PackNetState, params: Any, keep: float, where: Where) -> PackN
     task = state.task + 1
 
     def owner_of(x: jax.Array, owner: jax.Array, is_chosen: bool, spec: Any) -> jax.Array:
-        kept = owner == 0
+        is_owned = owner == 0
         if is_chosen and x.size:
             mask = lambda x, free: _mask_of_largest(x, free, jnp.asarray(keep))
-            kept = by_layer(mask, spec, x, kept)
-        return jnp.where(kept, task, owner).astype(jnp.uint8)
+            is_owned = by_layer(mask, spec, x, is_owned)
+        return jnp.where(is_owned, task, owner).astype(jnp.uint8)
 
     leaves, treedef = jax.tree.flatten(params)
     owners = treedef.flatten_up_to(state.owner)

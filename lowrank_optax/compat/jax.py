@@ -281,9 +281,19 @@ def frames(equation: JaxprEqn) -> Iterator[tuple[str, str, int]]:
 _traces = itertools.count()
 
 
+def new_trace() -> int:
+    """A number for `in_trace` that no other caller has."""
+    return next(_traces)
+
+
+def in_trace(number: int) -> Any:
+    """A context in which jitted functions are traced unless they were within this number."""
+    return set_xla_metadata(lowrank_optax_trace=str(number))
+
+
 def in_fresh_trace() -> Any:
     """A context in which jitted functions that were traced before are traced again."""
-    return set_xla_metadata(lowrank_optax_trace=str(next(_traces)))
+    return in_trace(new_trace())
 
 
 def in_default_layout(x: jax.Array) -> jax.Array:

@@ -1,20 +1,26 @@
 """The layers in Flax Linen."""
 
 from collections.abc import Callable, Mapping
-import re
+import functools
 from typing import Any
 
 from flax import linen as nn
 import jax
 
-from lowrank_optax.compat.jax import in_fresh_trace
+from lowrank_optax.compat.jax import in_trace, new_trace
 from lowrank_optax.layers.powerpropagation.reparameterisation import (
     Where,
     powerprop,
     powerprop_inverse,
 )
-from lowrank_optax.layers.randomized.linear import call_sketched, check_dot_general, check_sketch
+from lowrank_optax.layers.randomized.linear import (
+    call_sketched,
+    check_dot_general,
+    check_sketch,
+    check_sketches,
+)
 from lowrank_optax.layers.randomized.sketch import Sketch
+from lowrank_optax.matrices.paths import compiled_pattern
 from lowrank_optax.matrices.rules import is_weight
 from lowrank_optax.matrices.selection import Path, check_patterns, path_string
 
@@ -172,9 +178,10 @@ class RandomizedDense(nn.Dense):
 class Randomized:
     """A Linen module whose ``nn.Dense`` layers work from sketches, as `RandomizedDense` does.
 
-    The module and its variables are not changed: `apply` intercepts the calls of its layers. The
-    keys come from ``make_rng("sketch")``: without such a key in ``rngs``, `apply` is that of the
-    module. Each `apply` traces the module again, so call it inside ``jax.jit``.
+    The module and its variables are not changed: `apply` intercepts the calls of its layers, also
+    of subclasses with the call of ``nn.Dense``. The keys come from ``make_rng("sketch")``: without
+    such a key, or a single key, in ``rngs``, `apply` is that of the module. Under a scan with
+    ``split_rngs={"sketch": False}`` all layers have one key. Call `apply` inside ``jax.jit``.
 
     Args:
       module: Any Linen module, or an object with its ``init`` and ``apply``.
@@ -183,7 +190,8 @@ class Randomized:
         counts.
 
     Raises:
-      TypeError: If a sketch is not a `Sketch`.
+      TypeError: If a sketch is not a `Sketch`, or the module has no ``apply``.
+      ValueError: If there is no pattern, or one is not a regular expression.
 
     Example:
       >>> from flax import linen as nn
@@ -202,48 +210,72 @@ class Randomized:
     """
 
     def __init__(self, module: nn.Module | Any, sketch: Sketch | Mapping[str, Sketch]) -> None:
-        for each in sketch.values() if isinstance(sketch, Mapping) else [sketch]:
-            check_sketch(each)
+        if not callable(getattr(module, "apply", None)):
+            raise TypeError(f"module={module!r} must be a Linen module, or have its apply.")
+        check_sketches(sketch)
         self.module, self.sketch = module, sketch
+        by_pattern = sketch if isinstance(sketch, Mapping) else {}
+        self._patterns = [(compiled_pattern("sketch", p), s) for p, s in by_pattern.items()]
+        # Modules under nn.jit are traced once for this object, and only then intercepted.
+        self._trace = new_trace()
+        self._paths: dict[Path, None] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.module, self.sketch)  # a copy has a trace of its own
 
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the variables of the module: ``module.init``."""
         return self.module.init(rngs, *args, **kwargs)
 
+    def init_with_output(self, rngs: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Return ``module.init_with_output``."""
+        return self.module.init_with_output(rngs, *args, **kwargs)
+
     def apply(self, variables: Any, *args: Any, rngs: Any = None, **kwargs: Any) -> Any:
         """Run ``module.apply`` with the same arguments, with randomized layers.
 
         Raises:
-          ValueError: If a pattern matches no ``nn.Dense`` that was called, or none was called; if a
-            scan around one does not split the stream ``sketch``, or it has its own ``dot_general``.
+          ValueError: If no ``nn.Dense`` with a sketch was called, or a pattern matches none that
+            was; if a scan around one does not have ``sketch`` in its ``split_rngs``, or it has its
+            own ``dot_general``.
         """
-        if not (isinstance(rngs, dict) and "sketch" in rngs):
+        if rngs is not None and not isinstance(rngs, dict):
+            rngs = {"params": rngs, "sketch": rngs}
+        if rngs is None or "sketch" not in rngs:
             return self.module.apply(variables, *args, rngs=rngs, **kwargs)
-        paths: list[Path] = []
 
         def intercept(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
             layer = context.module
-            if type(layer) is not nn.Dense or context.method_name != "__call__":
+            is_dense = isinstance(layer, nn.Dense) and type(layer).__call__ is nn.Dense.__call__
+            if not is_dense or context.method_name != "__call__":
                 return call(*args, **kwargs)
-            paths.append(layer.path)
+            self._paths[layer.path] = None
             sketch = self._sketch_of(path_string(layer.path))
-            return call(*args, **kwargs) if sketch is None else _sketched(call, layer, sketch, args)
+            run = functools.partial(call, *args, **kwargs)
+            return run() if sketch is None else _sketched(run, layer, sketch)
 
         # A module under nn.jit that was traced without the interceptor is traced again.
-        with nn.intercept_methods(intercept), in_fresh_trace():
+        with nn.intercept_methods(intercept), in_trace(self._trace):
             result = self.module.apply(variables, *args, rngs=rngs, **kwargs)
-        patterns = self.sketch if isinstance(self.sketch, Mapping) else [""]
-        check_patterns("sketch", patterns, paths, "nn.Dense layer")
+        if not self._paths:
+            raise ValueError("the module called no nn.Dense, so nothing has a sketch.")
+        if isinstance(self.sketch, Mapping):
+            check_patterns("sketch", self.sketch, self._paths, "nn.Dense layer")
+        elif not any(self._sketch_of(path_string(path)) for path in self._paths):
+            names = ", ".join(map(path_string, self._paths))
+            raise ValueError(
+                f"the nn.Dense layers called are only output heads ({names}), which one sketch "
+                "leaves out: give sketches by patterns."
+            )
         return result
 
     def _sketch_of(self, path: str) -> Sketch | None:
         if isinstance(self.sketch, Mapping):
-            found = (each for pattern, each in self.sketch.items() if re.search(pattern, path))
-            return next(found, None)
+            return next((each for pattern, each in self._patterns if pattern.search(path)), None)
         return self.sketch if is_weight(f"{path}/kernel") else None
 
 
-def _sketched(call: Callable[..., Any], layer: nn.Dense, sketch: Sketch, args: Any) -> Any:
+def _sketched(call: Callable[[], Any], layer: nn.Dense, sketch: Sketch) -> Any:
     name = path_string(layer.path)
     if not layer.has_rng("sketch"):
         raise ValueError(
@@ -253,12 +285,12 @@ def _sketched(call: Callable[..., Any], layer: nn.Dense, sketch: Sketch, args: A
     own = layer.dot_general
     check_dot_general(own if layer.dot_general_cls is None else layer.dot_general_cls, name)
 
-    def run(sketched: nn.Dense, *args: Any) -> jax.Array:
+    def run(sketched: nn.Dense) -> jax.Array:
         # The call is bound to the layer, which belongs to this apply alone.
         vars(layer)["dot_general"] = sketched.dot_general
         try:
-            return call(*args)
+            return call()
         finally:
             vars(layer)["dot_general"] = own
 
-    return call_sketched(run, layer, *args, key=layer.make_rng("sketch"), sketch=sketch, valid=None)
+    return call_sketched(run, layer, key=layer.make_rng("sketch"), sketch=sketch, valid=None)

@@ -21,6 +21,7 @@ T = np.random.default_rng(1).standard_normal((2, 8, 4), np.float32)
 QUARTER = Sketch("rows", fraction=0.25)
 Dense = lro.layers.linen.RandomizedDense
 Randomized = lro.layers.linen.Randomized
+KEY = {"rngs": {"sketch": jax.random.key(1)}}
 
 
 @functools.partial(jax.jit, static_argnames=("module", "deterministic"))
@@ -193,9 +194,22 @@ def test_a_module_that_is_intercepted_is_one_made_of_randomized_layers() -> None
 def test_an_intercepted_module_with_adapters_has_both() -> None:
     adapted = lro.adapters.linen.Adapted(Stack(), lro.adapters.LoRA(rank=1), "up")
     variables = jax.tree.map(lambda a: a + 0.1, adapted.init(jax.random.key(0), X))
-    with_key = {"rngs": {"sketch": jax.random.key(1)}}
     expected = adapted.apply(variables, X)
-    assert_close(Randomized(adapted, QUARTER).apply(variables, X, **with_key), expected)
+    randomized = Randomized(adapted, {"down": QUARTER})
+    assert_close(randomized.apply(variables, X, **KEY), expected)
+    adapters = variables.pop("adapters")
+    params = variables["params"]
+
+    def loss(trained: Any, module: Any) -> jax.Array:
+        adapters, down = trained
+        both = {"params": {**params, "down": down}, "adapters": adapters}
+        return jnp.sum(module.apply(both, X, **KEY) ** 2)
+
+    of_module = lambda module: jax.grad(loss)((adapters, params["down"]), module)
+    (found, sketched), (exact, plain) = of_module(randomized), of_module(adapted)
+    assert_close(found, exact)
+    assert_close(sketched["bias"], plain["bias"])
+    assert not np.allclose(sketched["kernel"], plain["kernel"])
 
 
 class Inner(nn.Module):
@@ -234,26 +248,108 @@ def test_intercepted_layers_that_would_not_be_sketched_are_refused() -> None:
         gradients(module, initial(nn.Dense(4)), 1)
 
 
-@pytest.mark.parametrize("split", [True, False])
-def test_intercepted_layers_of_a_scan_need_its_stream(split: bool) -> None:
+@pytest.mark.parametrize("split", [True, False, None])
+def test_intercepted_layers_of_a_scan_need_its_stream(split: bool | None) -> None:
     class Layer(nn.Module):
         @nn.compact
-        def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
-            return nn.Dense(3, name="up")(x), None
+        def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+            return x, nn.Dense(4, name="up")(x)
 
-    split_rngs = {"params": True, "sketch": True} if split else {"params": True}
+    split_rngs = {"params": True} if split is None else {"params": True, "sketch": split}
     scan = nn.scan(Layer, variable_axes={"params": 0}, split_rngs=split_rngs, length=2)()
     variables = scan.init(jax.random.key(0), X, None)
-    rngs = {"sketch": jax.random.key(1)}
     module = Randomized(scan, {"up": QUARTER})
 
     def gradient(module: Any) -> jax.Array:
-        loss = lambda v: jnp.sum(module.apply(v, X, None, rngs=rngs)[0] ** 2)
+        # The gradient of a kernel is that of T alone.
+        loss = lambda v: jnp.sum(module.apply(v, X, None, rngs=KEY["rngs"])[1] * T)
         return jax.grad(loss)(variables)["params"]["up"]["kernel"]
 
-    if split:
-        pairs = zip(gradient(module), gradient(scan), strict=True)
-        assert not any(np.allclose(found, exact) for found, exact in pairs)
-    else:
+    if split is None:
         with pytest.raises(ValueError, match="up gets no key: give the scan"):
             gradient(module)
+    else:
+        found = gradient(module)
+        pairs = zip(found, gradient(scan), strict=True)
+        assert not any(np.allclose(sketched, exact) for sketched, exact in pairs)
+        assert np.allclose(*found) == (not split)
+
+
+def kernel_gradient(module: Any, variables: Any, **rngs: Any) -> jax.Array:
+    loss = lambda v: jnp.sum((module.apply(v, X, **rngs) - T) ** 2)
+    return jax.tree.leaves(jax.grad(loss)(variables))[-1]
+
+
+class Sub(nn.Dense):
+    """A layer with the call of nn.Dense."""
+
+
+class ByName(nn.Module):
+    """A layer that is called by the name of its argument."""
+
+    dense: Any = nn.Dense
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.dense(4, name="up")(inputs=x)
+
+
+@pytest.mark.parametrize("dense", [nn.Dense, Sub])
+def test_an_intercepted_layer_may_be_a_subclass_called_by_the_name_of_its_argument(
+    dense: Any,
+) -> None:
+    variables = initial(ByName(dense))
+    found = kernel_gradient(Randomized(ByName(dense), QUARTER), variables, **KEY)
+    layers = ByName(functools.partial(Dense, sketch=QUARTER))
+    assert_close(found, kernel_gradient(layers, variables, **KEY))
+
+
+def test_a_single_key_is_also_that_of_the_sketches() -> None:
+    variables = initial(ByName())
+    module = Randomized(ByName(), QUARTER)
+    expected = kernel_gradient(module, variables, **KEY)
+    assert_close(kernel_gradient(module, variables, rngs=jax.random.key(1)), expected)
+
+
+def test_a_compiled_module_is_traced_once_for_a_module_and_sketch() -> None:
+    traces: list[int] = []
+
+    class Counted(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            traces.append(1)
+            return nn.Dense(4, name="up")(x)
+
+    compiled = nn.jit(Counted)()
+    variables = compiled.init(jax.random.key(0), X)
+    randomized = [Randomized(compiled, {"up": s}) for s in (QUARTER, Sketch(size=8))]
+    traces.clear()
+    for _ in range(3):
+        for module in randomized:
+            module.apply(variables, X, **KEY)
+    assert len(traces) == 2
+
+
+def test_a_wrapped_module_returns_its_first_outputs() -> None:
+    outputs, variables = Randomized(Inner(), QUARTER).init_with_output(jax.random.key(0), X)
+    assert_close(outputs, Inner().apply(variables, X))
+
+
+def test_what_has_nothing_to_sketch_is_refused() -> None:
+    class Head(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return nn.Dense(4, name="lm_head")(x)
+
+    head = Head()
+    with pytest.raises(ValueError, match="only output heads"):
+        Randomized(head, QUARTER).apply(initial(head), X, **KEY)
+    tanh = nn.Sequential([nn.tanh])
+    with pytest.raises(ValueError, match=r"called no nn\.Dense"):
+        Randomized(tanh, QUARTER).apply({}, X, **KEY)
+    with pytest.raises(ValueError, match=r"sketch=\{\} has no pattern"):
+        Randomized(head, {})
+    with pytest.raises(ValueError, match="is no regular expression"):
+        Randomized(head, {"(": QUARTER})
+    with pytest.raises(TypeError, match=r"module=3 must be a Linen module"):
+        Randomized(3, QUARTER)

@@ -221,3 +221,13 @@ def test_bad_arguments_are_refused() -> None:
     noise = sketch_noise(model, loss, X, T)
     with pytest.raises(ValueError, match="'up', which is not a randomized layer"):
         choose_sketches(net({"down": Sketch("rows", size=3)}), {"up": noise["up"]})
+
+
+def test_a_layer_with_its_own_call_is_refused() -> None:
+    class WithOffset(lro.layers.RandomizedLinear):
+        def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
+            return super().__call__(*args, **kwargs) + 1
+
+    layer = WithOffset(3, 2, sketch=Sketch("rows", fraction=0.25), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="layers/0 has a call of its own, of WithOffset"):
+        sketch_noise(nnx.Sequential(layer), loss, X, T)

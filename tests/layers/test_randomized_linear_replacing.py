@@ -223,11 +223,11 @@ def _data(x: Any) -> np.ndarray:
     return np.asarray(jax.random.key_data(x) if is_key else x)
 
 
-def test_the_summary_prints_what_is_kept() -> None:
+def test_the_summary_prints_what_is_saved() -> None:
     model = Net(nnx.Rngs(0))
     sketch = Sketch("gaussian", fraction=0.125, min_size=16, max_size=256)
     table = randomize(model, {"down": sketch, "up|again": Sketch(size=64)}, rngs=1)
-    assert str(table).splitlines()[0].split() == ["path", "weight", "sketch", "kept"]
+    assert str(table).splitlines()[0].split() == ["path", "weight", "sketch", "saved"]
     assert "down   6 × 4   gaussian    12.5% of rows, 16 at least, 256 at most" in str(table)
     assert "stratified  64 rows" in str(table)
 
@@ -375,3 +375,22 @@ def test_a_randomized_model_is_pickled_as_a_plain_one_is() -> None:
     other = pickle.loads(pickle.dumps(layer))
     assert nnx.graphdef(other) == nnx.graphdef(layer)
     assert nnx.graphdef(restore_linears(lro.adapters.detach(other))) == graphdef
+
+
+class WithOffset(RandomizedLinear):
+    def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
+        return super().__call__(*args, **kwargs) + 1
+
+
+def test_a_randomized_layer_with_its_own_call_is_not_restored() -> None:
+    model = Net(nnx.Rngs(0))
+    randomize(model, {"down": QUARTER}, rngs=1)
+    model.own = WithOffset(4, 4, sketch=QUARTER, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="own is of the class WithOffset"):
+        restore_linears(model)
+    assert isinstance(model.down, RandomizedLinear)
+
+
+def test_no_sketches_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"sketch=\{\} has no pattern"):
+        randomize(Net(nnx.Rngs(0)), {}, rngs=1)

@@ -1,6 +1,6 @@
 """A linear layer that saves a sketch of its input for the backward pass, instead of the input."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import copy
 import dataclasses
 import functools
@@ -291,6 +291,14 @@ def check_sketch(sketch: Any) -> Sketch:
             f"sketch={sketch!r} must be a lro.layers.Sketch, for example Sketch(fraction=0.1)."
         )
     return sketch
+
+
+def check_sketches(sketch: Any) -> None:
+    """Raise unless this is a sketch, or sketches by patterns: TypeError, or ValueError if empty."""
+    if isinstance(sketch, Mapping) and not sketch:
+        raise ValueError("sketch={} has no pattern: give a sketch, or sketches by patterns.")
+    for each in sketch.values() if isinstance(sketch, Mapping) else [sketch]:
+        check_sketch(each)
 
 
 def check_dot_general(dot_general: Any, layer: str) -> None:

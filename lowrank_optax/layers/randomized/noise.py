@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_optax.layers.randomized.randomize import randomized_modules
+from lowrank_optax.layers.randomized.randomize import RandomizedLinear, randomized_modules
 from lowrank_optax.layers.randomized.sketch import Sketch
 from lowrank_optax.layers.randomized.variances import (
     alignment,
@@ -24,7 +24,7 @@ from lowrank_optax.layers.randomized.variances import (
     sketch_variance,
 )
 from lowrank_optax.matrices.selection import path_string
-from lowrank_optax.modules.wrap import wrap
+from lowrank_optax.modules.wrap import own_class, wrap
 
 _FIGURES = ("calls", "rows", "size", "variance", "minibatch_variance", "alignment")
 """The entries of a probe's gradient, summed over the layer's calls."""
@@ -81,7 +81,8 @@ def sketch_noise(
       ``gaussian``, ``rademacher`` and ``norm_weighted``: exact for these and ``rows`` and ``dct``.
 
     Raises:
-      ValueError: If no layer is randomized, or ``noise_ratio`` is not above 0.
+      ValueError: If no layer is randomized or one has its own call, or ``noise_ratio`` is not
+        above 0.
 
     Example:
       >>> from flax import nnx
@@ -100,7 +101,15 @@ def sketch_noise(
     """
     if not noise_ratio > 0:
         raise ValueError(f"noise_ratio={noise_ratio!r} must be above 0.")
-    sketches = {path_string(path): x.sketch for path, x in randomized_modules(model).items()}
+    sketches = {}
+    for path, layer in randomized_modules(model).items():
+        name, cls = path_string(path), own_class(layer)
+        if cls.__call__ not in (nnx.Linear.__call__, RandomizedLinear.__call__):
+            raise ValueError(
+                f"{name} has a call of its own, of {cls.__name__}, which sketch_noise cannot "
+                "measure: measure a model with RandomizedLinear there."
+            )
+        sketches[name] = layer.sketch
     if not sketches:
         raise ValueError("no layer of the model is randomized: see lro.layers.randomize.")
     model = nnx.merge(*nnx.split(model))  # other modules with the same arrays
@@ -145,7 +154,7 @@ def choose_sketches(model: nnx.Module, *noises: dict[str, SketchNoise]) -> dict[
       >>> noise = lro.layers.sketch_noise(model, loss, x, noise_ratio=4.0)
       >>> sketches = lro.layers.choose_sketches(model, noise)
       >>> print(lro.layers.randomize(model, sketches, rngs=1))
-      path      weight  sketch  kept
+      path      weight  sketch  saved
       layers/0  4 × 3   rows    40 rows
     """
     known = {path_string(path): layer for path, layer in randomized_modules(model).items()}

@@ -7,12 +7,17 @@ from typing import Any, NamedTuple, TypeAlias
 from flax import nnx
 import jax
 
-from lowrank_optax.layers.randomized.linear import call_sketched, check_dot_general, check_sketch
+from lowrank_optax.layers.randomized.linear import (
+    call_sketched,
+    check_dot_general,
+    check_sketch,
+    check_sketches,
+)
 from lowrank_optax.layers.randomized.sketch import Sketch
 from lowrank_optax.matrices.selection import Path, Where, path_string
 from lowrank_optax.modules.report import Report, Table, matrices_string
 from lowrank_optax.modules.select import modules_by_path, options_by_path, select
-from lowrank_optax.modules.wrap import set_own_class, wrap
+from lowrank_optax.modules.wrap import own_class, set_own_class, wrap
 
 Sketches: TypeAlias = Sketch | Mapping[str, Sketch]
 """One sketch for all, or sketches by regular expressions found in the layers' paths, of which the
@@ -141,9 +146,9 @@ def randomize(
       The randomized layers of the model; print it.
 
     Raises:
-      ValueError: If ``where`` or a pattern matches no linear layer (the message lists similar
-        paths), or a layer cannot be randomized: it has its own call or ``dot_general``, adapters,
-        or stack axes that are not in front.
+      ValueError: If there is no pattern, ``where`` or a pattern matches no linear layer (the
+        message lists similar paths), or a layer cannot be randomized: it has its own call or
+        ``dot_general``, adapters, or stack axes that are not in front.
       TypeError: If a sketch is not a `Sketch`.
 
     Example:
@@ -153,7 +158,7 @@ def randomize(
       >>> model = Decoder(decoder_config("llama-tiny", vocab_size=256), rngs=nnx.Rngs(0))
       >>> sketch = lro.layers.Sketch(fraction=0.125)
       >>> print(lro.layers.randomize(model, sketch, where="mlp", rngs=nnx.Rngs(1)))
-      path             weight           sketch      kept
+      path             weight           sketch      saved
       blocks/mlp/down  4 × (344 × 128)  stratified  12.5% of rows
       blocks/mlp/gate  4 × (128 × 344)  stratified  12.5% of rows
       blocks/mlp/up    4 × (128 × 344)  stratified  12.5% of rows
@@ -164,8 +169,7 @@ def randomize(
       Bershatsky et al., 2022, https://arxiv.org/abs/2201.13195, replace every linear layer.
     """
     by_pattern = isinstance(sketch, Mapping)
-    for each in sketch.values() if by_pattern else [sketch]:
-        check_sketch(each)
+    check_sketches(sketch)
     layers = modules_by_path(model, lambda module: isinstance(module, nnx.Linear))
     kind = "linear layer"
     if where is not None or not by_pattern:
@@ -212,11 +216,18 @@ def restore_linears(model: Any) -> nnx.Module:
     random streams; a layer made as `RandomizedLinear` becomes ``nnx.Linear``.
 
     Raises:
-      ValueError: If there is no randomized layer.
+      ValueError: If there is no randomized layer, or one of a subclass of `RandomizedLinear`.
     """
     layers = randomized_modules(model)
     if not layers:
         raise ValueError(f"the {type(model).__name__} has no randomized layer to restore.")
+    for path, layer in layers.items():
+        cls = own_class(layer)
+        if issubclass(cls, RandomizedLinear) and cls is not RandomizedLinear:
+            raise ValueError(
+                f"{path_string(path)} is of the class {cls.__name__}, which has no plain layer: "
+                "replace it before the others are restored."
+            )
     for layer in layers.values():
         wrap(layer, "sketch", None)
         if isinstance(layer, RandomizedLinear):  # made as one
@@ -252,7 +263,7 @@ class RandomizedSummary(Report):
     def table(self) -> Table:
         """One row per layer."""
         rows = [(row.path, row.weight, row.sketch.kind, _size(row.sketch)) for row in self.rows]
-        return Table(("path", "weight", "sketch", "kept"), rows)
+        return Table(("path", "weight", "sketch", "saved"), rows)
 
 
 def _size(sketch: Sketch) -> str:

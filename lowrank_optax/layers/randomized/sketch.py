@@ -232,14 +232,14 @@ def choose_rows(
     if kind == "norm_weighted":
         index = jax.random.choice(key, len(x), (size,), p=chances)
         return ChosenRows(index, divide_or_0(1 / len(x), chances[index]))
-    order, kept, left = winners(chances, size)
+    order, number, left = winners(chances, size)
     sorted_chances = chances[order]
-    others = jnp.where(jnp.arange(len(x)) < kept, 0, sorted_chances)
+    others = jnp.where(jnp.arange(len(x)) < number, 0, sorted_chances)
     drawn = jax.random.choice(key, len(x), (size,), p=others)
     position = jnp.arange(size)
-    is_kept = position < kept
-    weight = jnp.where(is_kept, 1, divide_or_0(left / (size - kept), sorted_chances[drawn]))
-    return ChosenRows(order[jnp.where(is_kept, position, drawn)], weight * (size / len(x)))
+    is_winner = position < number
+    weight = jnp.where(is_winner, 1, divide_or_0(left / (size - number), sorted_chances[drawn]))
+    return ChosenRows(order[jnp.where(is_winner, position, drawn)], weight * (size / len(x)))
 
 
 def row_chances(x: jax.Array, valid: jax.Array | None = None) -> jax.Array:
@@ -251,15 +251,15 @@ def row_chances(x: jax.Array, valid: jax.Array | None = None) -> jax.Array:
 
 
 def winners(chances: jax.Array, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The rows by descending chance, the number c to keep, and the total chance of the others.
+    """The rows by descending chance, the number c of winners, and the total chance of the others.
 
     c is the number below p for which (1 - the chances of c rows) / (p - c) is least.
     """
     order = jnp.argsort(-chances)
     # Summed from the smallest: exactly 0 if nothing is left.
     left = jnp.cumsum(chances[order][::-1])[::-1][:size]
-    kept = jnp.argmin(left / (size - jnp.arange(size)))
-    return order, kept, left[kept]
+    number = jnp.argmin(left / (size - jnp.arange(size)))
+    return order, number, left[number]
 
 
 def _without_replacement(size: int, key: Any, count: int, valid: jax.Array | None) -> ChosenRows:

@@ -35,7 +35,7 @@ def sketch_variance(x: jax.Array, y: jax.Array, size: int, kind: SketchKind) -> 
         rows             (B - p)/(p·(B - 1)) · (B·d - g)
         stratified       Σ_k [b_k·Σ_{i in k} ‖x_i‖²·‖y_i‖² - ‖Σ_{i in k} x_i·y_iᵀ‖²], strata of b_k
         norm_weighted    (Σ_i ‖x_i‖²·‖y_i‖²/q_i - g)/p,   q_i = ‖x_i‖/Σ_j ‖x_j‖
-        winner_take_all  the same for p - c draws from the rows other than the c that are kept
+        winner_take_all  the same for p - c draws from the rows other than the c winners
         gaussian         (a·c + g)/p
         rademacher       (a·c + g - 2·d)/p
         srht             (B' - p)/(p·(B' - 1)) · (a·c + g - 2·d),   B' the next power of two
@@ -91,11 +91,11 @@ def sketch_variance(x: jax.Array, y: jax.Array, size: int, kind: SketchKind) -> 
         variance = (total - norms.product) / size
     elif kind == "winner_take_all":
         chances = row_chances(x)
-        order, kept, left = winners(chances, size)
-        is_drawn = jnp.zeros(len(x), bool).at[order].set(jnp.arange(len(x)) >= kept)
+        order, number, left = winners(chances, size)
+        is_drawn = jnp.zeros(len(x), bool).at[order].set(jnp.arange(len(x)) >= number)
         total = jnp.sum(jnp.where(is_drawn, divide_or_0(norms.rows, chances), 0)) * left
         exact = _squared_product(jnp.where(is_drawn[:, None], x, 0), y)
-        variance = (total - exact) / (size - kept)
+        variance = (total - exact) / (size - number)
     elif kind == "gaussian":
         variance = (norms.x * norms.y + norms.product) / size
     else:

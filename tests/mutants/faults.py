@@ -190,14 +190,14 @@ OPTIMIZERS = (
 TRAINING = (
     Fault(
         "damping of one_cycle by the momentum",
-        "lowrank_optax/training/one_cycle.py",
+        "lowrank_optax/training/cycling.py",
         "scale = 1 - values[str(momentum)]",
         "scale = values[str(momentum)]",
         ("tests/training/test_one_cycle.py",),
     ),
     Fault(
         "last step of the cycle never reached",
-        "lowrank_optax/training/one_cycle.py",
+        "lowrank_optax/training/cycling.py",
         "last = total_steps - 1",
         "last = total_steps",
         ("tests/training/test_one_cycle.py",),

@@ -19,7 +19,10 @@ from lowrank_optax.quantization.blocks import same_layout
 from lowrank_optax.slices.loop import Cut, run
 from lowrank_optax.slices.plan import cut_of
 
-_KERNELS = {"mosaic_tpu": f"{__name__}_tpu", "triton": f"{__name__}_triton"}
+_KERNELS = {
+    "mosaic_tpu": f"{__package__}.low_bit_adam_tpu",
+    "triton": f"{__package__}.low_bit_adam_triton",
+}
 
 
 def low_bit_adam(

@@ -288,10 +288,8 @@ def _checked(returned: Any, state: Any) -> tuple[Any, jax.Array]:
 
 def _shapes(tree: Any) -> Any:
     """The tree with shapes and dtypes instead of arrays."""
-    is_array = lambda x: hasattr(x, "shape") and hasattr(x, "dtype")
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if is_array(x) else x, tree
-    )
+    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return jax.tree.map(lambda x: shape(x) if isinstance(x, jax.Array | np.ndarray) else x, tree)
 
 
 def _layout(batches: Any) -> tuple[bool, int | None]:

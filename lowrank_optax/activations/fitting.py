@@ -66,7 +66,8 @@ def fit_steps(samples: Samples, bits: int, coding: Coding, *, parity: bool = Tru
     # To 11 digits of the largest, so that rounding does not show in slopes of 0 and 1.
     scale = np.abs(levels).max() or 1.0
     levels = np.round(levels / scale, 11) * scale if scale != 1 else np.round(levels, 11)
-    book = Codebook(*(tuple(x.tolist()) for x in (at, codes, levels)), bits)
+    boundaries, codes, levels = (tuple(x.tolist()) for x in (at, codes, levels))
+    book = Codebook(boundaries, codes, levels, bits)
     return dataclasses.replace(book, error=squared_error(book, samples))
 
 

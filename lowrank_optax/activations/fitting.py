@@ -246,7 +246,7 @@ def _on_float32(book: Codebook, samples: Samples, slopes_at: Slopes) -> Codebook
     for i, boundary in enumerate(at):
         if not jumps.size or np.abs(jumps - boundary).min() > 1e-12 * samples.x[-1]:
             continue
-        near = _float32_near(boundary)
+        near = _float32_near(boundary if abs(boundary) > 1e-12 * samples.x[-1] else 0.0)
         values = slopes_at(near)
         below, above = (book.levels[code] for code in book.codes[i : i + 2])
         is_below = np.flatnonzero(np.abs(values - below) <= np.abs(values - above))

@@ -29,7 +29,7 @@ from lowrank_optax.matrices.views import from_matrix, matrix_shape, to_matrix
 from lowrank_optax.modules.select import modules_by_path, select
 from lowrank_optax.modules.shared import SharingModule, is_sharing, share, shared_arrays
 from lowrank_optax.modules.spec import LayerSpec, layer_spec, usable_weight
-from lowrank_optax.modules.wrap import around_of, wrap, wrapped
+from lowrank_optax.modules.wrap import around_of, own_class, wrap, wrapped
 
 _LAYER, _OWNER = "adapters", "adapters_shared"
 """Names of the wraps of adapted layers, and of a model that has arrays for its layers to share."""
@@ -203,12 +203,12 @@ def set_wraps(module: Any) -> None:
     methods = ("__call__", "attend") if isinstance(module, nnx.Embed) else ("__call__",)
     wrap(module, _LAYER, adapted, methods)
     shares = _with_shared_arrays if hasattr(module, "adapter_groups") else None
-    wrap(module, _OWNER, shares, _public_methods(type(module)))
+    wrap(module, _OWNER, shares, _public_methods(own_class(module)))
 
 
 def _public_methods(cls: type) -> list[str]:
     """The public methods of a model's class, and ``__call__``; without those of every module."""
-    return [
+    names = (
         name
         for base in cls.__mro__
         if base not in nnx.Module.__mro__
@@ -216,7 +216,8 @@ def _public_methods(cls: type) -> list[str]:
         if callable(x)
         and not isinstance(x, type | staticmethod | classmethod)
         and (name == "__call__" or not name.startswith("_"))
-    ]
+    )
+    return list(dict.fromkeys(names))
 
 
 def _watched(layer: Any, y: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """Folding adapters into the weights they change, and taking them out again."""
 
+from collections.abc import Mapping
 import functools
 from typing import NamedTuple
 
@@ -50,7 +51,8 @@ class Folding(NamedTuple):
       path: Path of the layer.
       names: Names of the adapters.
       methods: Each method with its strength.
-      weights: ``[*batch, d_in, d_out]``.
+      weights: ``[L, d_in, d_out]``.
+      batch: Sizes of the axes that are one here, with the product ``L``.
       own: Arrays of each adapter, ``[*batch, ...]``.
       shared: Arrays of each adapter that all layers use.
     """
@@ -59,59 +61,56 @@ class Folding(NamedTuple):
     names: tuple[str, ...]
     methods: tuple[tuple[Adapter, float], ...]
     weights: jax.Array
+    batch: tuple[int, ...]
     own: tuple[Arrays, ...]
     shared: tuple[Arrays, ...]
 
     def folded(self) -> tuple[jax.Array, MergedLayer]:
-        """The merged weights, and what merging did."""
-        merged, error, size = _folded(self.methods, self._flat(), self._flat_own(), self.shared)
-        return merged.reshape(self.weights.shape), MergedLayer(self.path, error, size)
+        """The merged weights ``[L, d_in, d_out]``, and what merging did."""
+        merged, error, size = _folded(self.methods, self.weights, self._flat_own(), self.shared)
+        return merged, MergedLayer(self.path, error, size)
 
     def unfolded(self) -> jax.Array:
         """The weights before `folded`."""
-        before = _unfolded(self.methods, self._flat(), self._flat_own(), self.shared)
-        return before.reshape(self.weights.shape)
+        return _unfolded(self.methods, self.weights, self._flat_own(), self.shared)
 
     def original(self) -> jax.Array:
         """The weights as they were before the one adapter, which changed them, was attached."""
         ((method, _),), (own,), (shared,) = self.methods, self._flat_own(), self.shared
         one = lambda p, w: method.original({**p, **shared}, w)
-        return jax.vmap(one)(own, self._flat()).reshape(self.weights.shape)
+        return jax.vmap(one)(own, self.weights)
 
     def checksums(self) -> dict[str, jax.Array]:
         """A number for each layer by adapter, uint32 ``[*batch]``: what was merged.
 
         Equal bits give equal numbers, on any device and sharding.
         """
-        batch = self.weights.shape[:-2]
+        layers = self.weights.shape[:1]
+        whole = lambda x: jnp.broadcast_to(x, layers).reshape(self.batch)
         both = zip(self.names, self.methods, self._flat_own(), self.shared, strict=True)
         return {
-            name: jnp.broadcast_to(
-                _checksum(strength, own, shared), self._flat().shape[:1]
-            ).reshape(batch)
+            name: whole(_checksum(strength, own, shared))
             for name, (_, strength), own, shared in both
         }
 
-    def check_unchanged(self, name: str, before: jax.Array) -> None:
-        """Raises ValueError if an adapter's checksum is not ``before``, of when it was merged.
+    def check_unchanged(self, before: Mapping[str, jax.Array]) -> None:
+        """Raises ValueError if an adapter's checksum is not what it was when it was merged.
 
         Under a transformation, where the numbers are not known, nothing is checked.
         """
-        now = self.checksums()[name]
-        if isinstance(before, jax.core.Tracer) or isinstance(now, jax.core.Tracer):
-            return
-        if not np.array_equal(np.asarray(before).reshape(-1), np.asarray(now).reshape(-1)):
+        for name, now in self.checksums().items():
+            if isinstance(before[name], jax.core.Tracer) or isinstance(now, jax.core.Tracer):
+                continue
+            if np.array_equal(np.ravel(before[name]), np.ravel(now)):
+                continue
             raise ValueError(
                 f"the arrays or the strength of the adapter {name!r} of {self.path} have changed "
                 "since it was merged, so its change cannot be taken out of the weight again: put "
                 "back those of that time, or detach the adapter and load the original weights."
             )
 
-    def _flat(self) -> jax.Array:
-        return self.weights.reshape(-1, *self.weights.shape[-2:])
-
     def _flat_own(self) -> tuple[Arrays, ...]:
-        batch = self.weights.ndim - 2
+        batch = len(self.batch)
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[batch:]), self.own)
 
 

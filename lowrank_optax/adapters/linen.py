@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from lowrank_optax.adapters import groups
 from lowrank_optax.adapters.base import Adapter, Arrays, counts_of, parameter_count
-from lowrank_optax.adapters.folding import Folding, MergeReport, check_can_unmerge
+from lowrank_optax.adapters.folding import Folding, MergedLayer, MergeReport, check_can_unmerge
 from lowrank_optax.adapters.layer_calls import Part, adapted_output, view_call, warn_of_derivative
 from lowrank_optax.adapters.summaries import AdapterSummary, SummaryRow, row_of
 from lowrank_optax.compat.flax import is_lifted_call
@@ -283,6 +283,7 @@ class Adapted:
         Raises:
           ValueError: If there is nothing to merge, or a change that depends on the weight (DoRA's)
             would have to be merged together with others or at a strength other than 1.
+          TypeError: If an adapter has no matrix to add to the weight.
           RuntimeError: If the layers are not known yet: see `trace`.
         """
         names, there = self._check_names([name] if name else []), _adapters_in(variables)
@@ -297,15 +298,13 @@ class Adapted:
             now = [n for n in of_layer if n in wanted]
             if now:
                 together = [n for n in of_layer if n in wanted or there[n]]
-                folding = self._folding(variables, path, together)
-                named = zip(folding.names, folding.methods, strict=True)
-                check_can_unmerge(folding.path, [(n, *method) for n, method in named])
-                folding = self._folding(variables, path, now)
-                weights, row = folding.folded()
+                label = "/".join(path)
+                check_can_unmerge(label, [(n, *self._method(path, n)) for n in together])
+                weights, row, numbers = self._fold(variables, path, now)
                 rows.append(row)
                 new.append((layer, weights))
-                for n, checksum in folding.checksums().items():
-                    checksums[n][folding.path] = checksum
+                for n, checksum in numbers.items():
+                    checksums[n][label] = checksum
         result = _with_matrices(variables, new)
         for n in wanted:
             result = _with_arrays(result, n, _trees_of(variables, n), checksums[n])
@@ -330,11 +329,9 @@ class Adapted:
         for path, layer, of_layer in layers:
             now = [n for n in of_layer if n in wanted]
             if now:
-                folding = self._folding(variables, path, now)
-                for n in now:
-                    before = variables[MERGED][n][_CHECKSUMS][folding.path]
-                    folding.check_unchanged(n, before)
-                new.append((layer, folding.unfolded()))
+                merged, label = variables[MERGED], "/".join(path)
+                before = {n: merged[n][_CHECKSUMS][label] for n in now}
+                new.append((layer, self._unfold(variables, path, before)))
         result = _with_matrices(variables, new)
         for n in wanted:
             result = _with_arrays(result, n, _trees_of(variables, n))
@@ -391,7 +388,8 @@ class Adapted:
     def _check_names(self, names: Sequence[str]) -> list[str]:
         for name in names:
             if name not in self.adapters:
-                raise ValueError(f"there is no adapter {name!r}, but {list(self.adapters)}.")
+                has = ", ".join(map(repr, self.adapters))
+                raise ValueError(f"the model has no adapter named {name!r}: it has {has}.")
         return list(names) or list(self.adapters)
 
     def _adapted(self, variables: Variables) -> "list[tuple[Path, LinenLayer, list[str]]]":
@@ -413,15 +411,36 @@ class Adapted:
     def _folding(self, variables: Variables, path: Path, names: Sequence[str]) -> Folding:
         """These adapters of one layer, switched off or not."""
         matrix, label = self._matrix(variables, path), "/".join(path)
+        *batch, d_in, d_out = matrix.shape
         methods, own, shared = [], [], []
         for name in names:
-            attached, trees = self.adapters[name], _trees_of(variables, name)
-            method, strength = attached.at(path), attached.strength
-            methods.append((method, 1.0 if strength is None else strength))
+            trees, method = _trees_of(variables, name), self._method(path, name)
+            methods.append(method)
             own.append(groups.layers_of(*trees).get(path, {}))
             of_groups = groups.shared_of(*trees)
-            shared.append(groups.with_shared(method, {}, of_groups, label, matrix.shape))
-        return Folding(label, tuple(names), tuple(methods), matrix, tuple(own), tuple(shared))
+            shared.append(groups.with_shared(method[0], {}, of_groups, label, matrix.shape))
+        stack, arrays = matrix.reshape(-1, d_in, d_out), (tuple(own), tuple(shared))
+        return Folding(label, tuple(names), tuple(methods), stack, tuple(batch), *arrays)
+
+    def _method(self, path: Path, name: str) -> tuple[Adapter, float]:
+        """The method of one layer, and its strength, switched off or not."""
+        attached = self.adapters[name]
+        return attached.at(path), 1.0 if attached.strength is None else attached.strength
+
+    # Functions of their own: a layer's matrix is not held while the next is folded.
+
+    def _fold(
+        self, variables: Variables, path: Path, names: Sequence[str]
+    ) -> tuple[jax.Array, MergedLayer, dict[str, jax.Array]]:
+        folding = self._folding(variables, path, names)
+        return *folding.folded(), folding.checksums()
+
+    def _unfold(
+        self, variables: Variables, path: Path, before: Mapping[str, jax.Array]
+    ) -> jax.Array:
+        folding = self._folding(variables, path, list(before))
+        folding.check_unchanged(before)
+        return folding.unfolded()
 
 
 # Finding the layers of a model, by watching one abstract call of it: Linen's layers exist only

@@ -9,9 +9,11 @@ from lowrank_optax.adapters.adapted_layers import (
     set_weight_matrix,
     sharing,
     weight_matrix,
+    weight_shape,
 )
 from lowrank_optax.adapters.folding import (
     Folding,
+    MergedLayer,
     MergeReport,
     check_can_unmerge,
     depends_on_weight,
@@ -42,6 +44,7 @@ def merge(model: Any, name: str | None = None) -> MergeReport:
         with others, or at a strength other than 1, from which the weight could not be found again;
         or if the model's config says that an adapted embedding is tied to its head. Where a model
         ties them by `Embed.attend` instead, calling that raises while an adapter is merged.
+      TypeError: If an adapter has no matrix to add to the weight, as one that routes by its input.
       RuntimeError: If the adapter shares arrays with layers outside of ``model``.
 
     Example:
@@ -70,13 +73,18 @@ def merge(model: Any, name: str | None = None) -> MergeReport:
     rows = []
     with sharing(model):
         for path, layer, adapters in folding:
-            one = _folding(path, layer, adapters)
-            weights, row = one.folded()
-            set_weight_matrix(layer, weights)
-            rows.append(row)
-            for adapter, checksum in zip(adapters, one.checksums().values(), strict=True):
-                adapter.set_merged(checksum)
+            rows.append(_merge(path, layer, adapters))
     return MergeReport(rows)
+
+
+def _merge(path: Path, layer: Any, adapters: list[LayerAdapter]) -> MergedLayer:
+    # A function of its own: one layer's weights are not held while the next are folded.
+    folding = _folding(path, layer, adapters)
+    weights, row = folding.folded()
+    set_weight_matrix(layer, weights)
+    for adapter, checksum in zip(adapters, folding.checksums().values(), strict=True):
+        adapter.set_merged(checksum)
+    return row
 
 
 def unmerge(model: Any, name: str | None = None) -> None:
@@ -101,9 +109,8 @@ def unmerge(model: Any, name: str | None = None) -> None:
         raise ValueError(f"nothing to unmerge: none of {wanted} is merged.")
     with sharing(model):
         for path, layer, adapters in layers:  # nothing is changed if one is refused
-            one = _folding(path, layer, adapters)
-            for adapter in adapters:
-                one.check_unchanged(adapter.name, adapter.merge_checksum[...])
+            before = {a.name: a.merge_checksum[...] for a in adapters}
+            _folding(path, layer, adapters).check_unchanged(before)
         for path, layer, adapters in layers:
             set_weight_matrix(layer, _folding(path, layer, adapters).unfolded())
             for adapter in adapters:
@@ -111,12 +118,13 @@ def unmerge(model: Any, name: str | None = None) -> None:
 
 
 def _folding(path: Path, layer: Any, adapters: list[LayerAdapter]) -> Folding:
-    weights = weight_matrix(layer)
+    *batch, d_in, d_out = weight_shape(layer)
+    weights = weight_matrix(layer).reshape(-1, d_in, d_out)
     own = tuple({k: v[...] for k, v in a.variables().items()} for a in adapters)
     shared = tuple({k: v for k, v in a.p().items() if k not in a.variables()} for a in adapters)
     names = tuple(a.name for a in adapters)
     methods = tuple((a.method, a.strength) for a in adapters)
-    return Folding(path_string(path), names, methods, weights, own, shared)
+    return Folding(path_string(path), names, methods, weights, tuple(batch), own, shared)
 
 
 def _check_can_merge(path: str, adapters: list[LayerAdapter]) -> None:

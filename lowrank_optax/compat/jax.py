@@ -223,7 +223,7 @@ def scan_operands(equation: JaxprEqn) -> tuple[int, int]:
     """How many operands of a ``scan`` are constants, and how many are carried.
 
     Raises:
-      NotImplementedError: If this version of JAX says it in no known way.
+      NotImplementedError: If this version of JAX describes it in an unknown way.
     """
     params = equation.params
     if "num_consts" in params:
@@ -233,8 +233,8 @@ def scan_operands(equation: JaxprEqn) -> tuple[int, int]:
         consts, carried, _ = (len(list(part)) for part in operands.unpack())
         return consts, carried
     raise NotImplementedError(
-        f"jax {jax.__version__} says in no known way what a scan carries; its parameters are "
-        f"{', '.join(sorted(params))}."
+        f"jax {jax.__version__} describes what a scan carries in an unknown way; its "
+        f"parameters are {', '.join(sorted(params))}."
     )
 
 

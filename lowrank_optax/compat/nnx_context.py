@@ -1,6 +1,6 @@
 """NNX modules whose graph definition depends on the context in which they are flattened."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 from flax import nnx
@@ -38,6 +38,17 @@ class ContextModule(nnx.Module):
     def _pytree__flatten_with_paths(self) -> Any:
         nodes, static = super()._pytree__flatten_with_paths()
         return nodes, self._with_context(static)
+
+    # What was flattened with a context is unflattened without it: copies and pickles have none.
+
+    def _graph_node_init(self, attributes: Iterable[tuple[Any, Any]]) -> None:
+        super()._graph_node_init((k, None if k == _KEY else x) for k, x in attributes)
+
+    @classmethod
+    def _pytree__unflatten(cls, static: Any, nodes: Any) -> Any:
+        module = super()._pytree__unflatten(static, nodes)
+        vars(module)[_KEY] = None
+        return module
 
     def _with_context(self, static: Any) -> Any:
         node_keys, static_keys, attributes = static

@@ -1,4 +1,4 @@
-"""Models changed in place: wrapped layers, what a layer is, which are meant, and reports."""
+"""Models changed in place: layers wrapped, described, selected and reported."""
 
 from lowrank_optax.modules.selection_table import SelectionRow, SelectionTable, selection_table
 

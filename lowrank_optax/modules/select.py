@@ -40,8 +40,8 @@ def select(
       default: Those meant by ``where=None``, of which output heads are left out; None for all.
 
     Raises:
-      ValueError: If it is none of them, with the nearest paths, or a pattern is no regular
-        expression.
+      ValueError: If ``where`` matches no module (the message lists similar paths), or a pattern is
+        not a regular expression.
       TypeError: If ``where`` is not what a `Where` may be.
     """
     if where is not None:

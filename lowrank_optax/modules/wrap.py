@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from lowrank_optax.compat.flax import set_class
 from lowrank_optax.matrices.selection import Path
+from lowrank_optax.modules.select import modules_by_path
 
 Around: TypeAlias = Callable[..., Any]
 """``around(call, module, *args, **kwargs)`` runs instead of ``module(*args, **kwargs)``.
@@ -83,10 +84,7 @@ def unwrap(model: Any, name: str) -> list[Path]:
 
 def wrapped(model: Any, name: str) -> dict[Path, Any]:
     """The modules of a model that have a wrap of this name, by path; shared ones once."""
-    from flax import nnx
-
-    modules = nnx.iter_modules(model)
-    return {tuple(map(str, path)): x for path, x in modules if around_of(x, name) is not None}
+    return modules_by_path(model, lambda module: around_of(module, name) is not None)
 
 
 def around_of(module: Any, name: str) -> Around | None:
@@ -105,7 +103,8 @@ def _wrapped(cls: type, wraps: tuple[_Wrap, ...]) -> type:
         is_mixin = isinstance(each.around, type)
         bases = (each.around, made) if is_mixin else (made,)
         methods = () if is_mixin else each.methods
-        body: dict[str, Any] = {n: _method(getattr(made, n), each.around) for n in methods}
+        has = [name for name in methods if hasattr(made, name)]  # the class may have changed
+        body: dict[str, Any] = {n: _method(getattr(made, n), each.around) for n in has}
         body |= {n: getattr(cls, n) for n in ("__module__", "__qualname__", "__doc__")}
         body |= {"_class_without_wraps": cls, "_wraps": wraps[:count]}
         body |= made_by(_wrapped, cls, wraps[:count])

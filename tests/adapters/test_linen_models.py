@@ -333,7 +333,7 @@ def test_bad_arguments_are_refused_where_they_are_given():
     adapted = Adapted(Net("loop"), LORA)
     with pytest.raises(ValueError, match="already"):
         Adapted(adapted, LORA)
-    with pytest.raises(ValueError, match="no adapter 'x'"):
+    with pytest.raises(ValueError, match="no adapter named 'x'"):
         adapted.activate("x")
     with pytest.raises(RuntimeError, match="trace"):
         adapted.merge({"params": {}})

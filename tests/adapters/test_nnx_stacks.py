@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+import copy
 import dataclasses
 import threading
 from typing import Any
@@ -297,3 +298,42 @@ def test_a_stack_of_stacks_has_adapters_and_streams_of_its_own() -> None:
     after = run(stack, x)
     lro.adapters.merge(stack)
     np.testing.assert_allclose(run(stack, x), after, atol=1e-4)
+
+
+@pytest.mark.parametrize("inner", [nnx.jit, nnx.remat], ids=["jit", "remat"])
+def test_a_model_that_has_run_is_pickled_and_copied(inner: Any) -> None:
+    class Model(nnx.Module):
+        def __init__(self) -> None:
+            self.layer = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return inner(lambda layer, x: layer(x))(self.layer, x)
+
+    model, x = Model(), np.ones(4, np.float32)
+    lro.adapters.attach(model, LoTR(rank=2), rngs=0)
+    expected = randomized(model)(x)
+    again = copy.deepcopy(model)
+    np.testing.assert_array_equal(again(x), expected)
+    assert vars(model.layer.adapters["default"])["traced_in"] is None
+
+
+def test_adapters_that_come_and_go_leave_the_classes_that_the_others_made() -> None:
+    def made(names: str) -> nnx.Module:
+        model = Unrolled(2, nnx.Rngs(0))
+        for name in names:
+            where = {"a": "up", "b": "down"}[name]
+            lro.adapters.attach(model, LoTR(rank=2), where, rngs=0, name=name)
+        return model
+
+    both = lro.adapters.detach(made("ab"), "b")
+    assert type(both) is type(made("a"))
+    assert nnx.graphdef(both) == nnx.graphdef(made("a"))
+
+
+def test_a_model_that_is_one_randomized_layer_is_restored_below_shared_arrays() -> None:
+    model, x = nnx.Linear(8, 8, rngs=nnx.Rngs(0)), np.ones(8, np.float32)
+    lro.layers.randomize(model, lro.layers.Sketch(fraction=0.5), where=".*", rngs=3)
+    lro.adapters.attach(model, LoTR(rank=2), where=".*", rngs=1)
+    expected = randomized(model)(x)
+    lro.layers.restore_linears(model)
+    np.testing.assert_array_equal(model(x), expected)

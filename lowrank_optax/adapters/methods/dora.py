@@ -120,15 +120,15 @@ class DoRA(LoRA):
         """Refused: rescaling the columns of a weight is a change of full rank."""
         del p
         raise TypeError(
-            "DoRA rescales the columns of the weight, which is no change of low rank: merge it, or "
-            "fit a LoRA to its `delta`."
+            "DoRA rescales the columns of the weight, which is not a change of low rank: merge it, "
+            "or fit a LoRA to its `delta`."
         )
 
     def _gain(self, p: Arrays, weight: jax.Array) -> jax.Array:
         """``m / n`` ``[..., d_out]``, float32; ``n`` is a constant."""
         (magnitude,) = to_float32(p, "magnitude")
         first, second = (jax.lax.stop_gradient(f.astype(jnp.float32)) for f in self.factors(p))
-        # In the weight's dtype, lest a copy of it in float32 be made; products are summed in that.
+        # In the weight's dtype, so that it is not copied in float32; products are summed in that.
         cross = jnp.matmul(
             first.mT.astype(weight.dtype),
             jax.lax.stop_gradient(weight),

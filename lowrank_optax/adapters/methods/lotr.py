@@ -34,7 +34,7 @@ class LoTR(LowRank):
 
     Parameters of a group: ``A [d_in, r]`` and ``B [d_out, r]``, and for each stack ``core
     [L, r, r]``. Where one side alone is shared, the other is each layer's own, ``[L, d, r]``, and
-    takes the place of the core: :math:`A B_s^\top` or :math:`A_s B^\top`.
+    is used instead of the core: :math:`A B_s^\top` or :math:`A_s B^\top`.
 
     Args:
       rank: The rank ``r``, or one for each layer of a stack: a core's rows and columns beyond have

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from lowrank_optax.adapters.base import AdapterParams, Arrays, Axes, Weights
 from lowrank_optax.adapters.low_rank import LowRank, kaiming_uniform, to_float32
+from lowrank_optax.adapters.operands import Operand, Rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,6 +90,16 @@ class VeRA(LowRank):
         d = jnp.full((layers, self.max_rank), self.d_initial, self.param_dtype)
         b = jnp.zeros((layers, d_out), self.param_dtype)
         return AdapterParams({"d": d, "b": b}, self.rank_scales(layers))
+
+    def times(self, p: Arrays, x: Operand) -> jax.Array:
+        """``(((x A) d) B) b``: no matrix is scaled, and none is saved for the backward pass."""
+        d, b = to_float32(p, "d", "b")
+        if "rank_scale" in p:
+            d = d * p["rank_scale"]
+        rows = lambda v, y: (v if v.ndim == 1 else v[..., None, :]).astype(y.dtype)
+        inner = x @ p["A"]
+        outer = Rows(inner * rows(d, inner)) @ p["B"]
+        return outer * rows(b, outer)
 
     def factors(self, p: Arrays) -> tuple[jax.Array, jax.Array]:
         """``A`` and ``diag(d) B diag(b)``."""

@@ -218,10 +218,10 @@ def restore_linears(model: Any) -> nnx.Module:
     if not layers:
         raise ValueError(f"the {type(model).__name__} has no randomized layer to restore.")
     for layer in layers.values():
-        del layer.sketch, layer.deterministic, layer.sketch_stream
         wrap(layer, "sketch", None)
         if isinstance(layer, RandomizedLinear):  # made as one
             set_own_class(layer, nnx.Linear)
+        del layer.sketch, layer.deterministic, layer.sketch_stream
     return model
 
 

@@ -43,8 +43,8 @@ def projected_optimizer(
 ) -> optax.GradientTransformationExtraArgs:
     """Adam (or ``inner``) in a subspace, weight decay and the learning rate, for a recipe.
 
-    ``adam`` has arguments of `scale_by_adam`, which are refused beside ``inner``; ``decay`` those of
-    `optimizer`; ``options`` go to `scale_by_projection`.
+    ``adam`` has arguments of `scale_by_adam`, which are refused beside ``inner``; ``decay`` has
+    those of `optimizer`; ``options`` go to `scale_by_projection`.
     """
     if inner is None:
         inner = scale_by_adam(**adam)

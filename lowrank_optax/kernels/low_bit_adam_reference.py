@@ -51,7 +51,7 @@ def low_bit_adam(
       second: Second moment, the same.
       param: ``[..., n]``, any float dtype; or None.
       scalars: Learning rate, decays and so on.
-      formats: Block formats of both moments.
+      formats: Block formats of both moments, with ``packing="rows"``.
       implementation: None for what fits best; see `lowrank_optax.kernels.Implementation`.
       interpret: For tests: runs a kernel named by ``implementation`` without its device.
 
@@ -87,6 +87,8 @@ def low_bit_adam(
     for name, moment, fmt in zip(("first", "second"), (first, second), formats, strict=True):
         if not isinstance(moment, Quantized):
             raise ValueError(f"{name} must be a Quantized: codes and scales.")
+        if fmt.packing != "rows":
+            raise ValueError(f"{name} has packing={fmt.packing!r}: it must be 'rows'.")
         expected = coded_shapes(gradient.shape, fmt)
         if (moment.codes.shape, moment.scales.shape) != expected:
             raise ValueError(
@@ -95,7 +97,8 @@ def low_bit_adam(
                 f"{fmt.block_size} they must be {expected[0]} and {expected[1]}."
             )
     arguments = (gradient, first, second, param, as_float32(scalars))
-    return dispatch(reference, _KERNELS, implementation, interpret, *arguments, formats=formats)
+    asked = "low_bit_adam", reference, _KERNELS, implementation, interpret
+    return dispatch(*asked, *arguments, formats=formats)
 
 
 def reference(

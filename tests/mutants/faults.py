@@ -458,8 +458,8 @@ BELOW = (
     Fault(
         "one scale for an array and not for a block",
         "lowrank_optax/quantization/blocks.py",
-        "scales = jnp.max(jnp.abs(blocks), axis=-1)",
-        "scales = jnp.full(blocks.shape[:-1], jnp.max(jnp.abs(blocks), initial=0.0))",
+        "sizes = jnp.max(jnp.abs(blocks), axis=-1)",
+        "sizes = jnp.full(blocks.shape[:-1], jnp.max(jnp.abs(blocks), initial=0.0))",
         ("tests/quantization/test_blocks.py",),
     ),
     Fault(

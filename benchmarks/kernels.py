@@ -53,7 +53,7 @@ def nbytes(tree: Any) -> int:
 
 
 def formats_of(bits: int) -> tuple[BlockFormat, BlockFormat]:
-    """Dynamic codes; of 4 bits the second moment's are linear."""
+    """Dynamic codes, in blocks of the default sizes of `low_bit`."""
     block = 256 if bits == 8 else 128
     second = code_map("dynamic", bits, signed=False)
     return BlockFormat(code_map("dynamic", bits), block), BlockFormat(second, block, True)

@@ -24,3 +24,14 @@ def test_no_two_files_have_one_name() -> None:
     names = Counter(path.name for path in SOURCES)
     repeated = {name for name, count in names.items() if count > 1}
     assert repeated <= {"__init__.py", "base.py", "config.py", "linen.py"}
+
+
+def test_a_file_run_alone_does_not_hide_the_function_of_its_name() -> None:
+    """To run its doctests, pytest puts a module in its package, over a function of that name."""
+    found = []
+    for path in PACKAGE.glob("*/*.py"):
+        package, name = path.parent.name, path.stem
+        own_function = rf"\b{package}(\.{name}\(| import .*\b{name}\b)"
+        if re.search(own_function, path.read_text()):
+            found.append(f"{package}/{path.name}")
+    assert not found

@@ -66,7 +66,8 @@ def fit_steps(samples: Samples, bits: int, coding: Coding, *, parity: bool = Tru
     # To 11 digits of the largest, so that rounding does not show in slopes of 0 and 1.
     scale = np.abs(levels).max() or 1.0
     levels = np.round(levels / scale, 11) * scale if scale != 1 else np.round(levels, 11)
-    book = Codebook(*(tuple(x.tolist()) for x in (at, codes, levels)), bits)
+    boundaries, codes, levels = (tuple(x.tolist()) for x in (at, codes, levels))
+    book = Codebook(boundaries, codes, levels, bits)
     return dataclasses.replace(book, error=squared_error(book, samples))
 
 
@@ -245,7 +246,7 @@ def _on_float32(book: Codebook, samples: Samples, slopes_at: Slopes) -> Codebook
     for i, boundary in enumerate(at):
         if not jumps.size or np.abs(jumps - boundary).min() > 1e-12 * samples.x[-1]:
             continue
-        near = _float32_near(boundary)
+        near = _float32_near(boundary if abs(boundary) > 1e-12 * samples.x[-1] else 0.0)
         values = slopes_at(near)
         below, above = (book.levels[code] for code in book.codes[i : i + 2])
         is_below = np.flatnonzero(np.abs(values - below) <= np.abs(values - above))

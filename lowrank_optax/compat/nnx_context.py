@@ -45,8 +45,8 @@ class ContextModule(nnx.Module):
         super()._graph_node_init((k, None if k == _KEY else x) for k, x in attributes)
 
     @classmethod
-    def _pytree__unflatten(cls, static: Any, nodes: Any) -> Any:
-        module = super()._pytree__unflatten(static, nodes)
+    def _pytree__unflatten(cls, static: Any, node_attrs: Any) -> Any:
+        module = super()._pytree__unflatten(static, node_attrs)
         vars(module)[_KEY] = None
         return module
 

@@ -83,13 +83,15 @@ def reason_against_formats(formats: tuple[BlockFormat, BlockFormat]) -> str | No
         return "both moments must have the same block size"
     if first.map.bits != second.map.bits:
         return "both moments must have the same number of bits"
+    if any(jnp.dtype(fmt.scale_dtype) != jnp.float32 for fmt in formats):
+        return "scales must be float32"
     return None
 
 
 def coded_shapes(
     shape: tuple[int, ...], fmt: BlockFormat
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of the codes and scales of an array."""
+    """Shapes of the codes and scales of an array, for ``packing="rows"``."""
     layout, codes = layout_of(shape, fmt.block_size), list(shape)
     if fmt.map.bits == 4:
         axis = packing_of(shape).axis

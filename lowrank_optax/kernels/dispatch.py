@@ -23,6 +23,7 @@ NAMES = get_args(ImplementationName)
 
 
 def dispatch(
+    operation: str,
     reference: Callable[..., Any],
     modules: dict[str, str],
     implementation: Implementation,
@@ -33,6 +34,7 @@ def dispatch(
     """Runs one implementation of an operation.
 
     Args:
+      operation: Its name, for errors.
       reference: Plain jax.numpy function.
       modules: Module of each kernel by its name, imported on use, with ``supports(*args,
         **options)``, which returns None or a reason against, and
@@ -59,6 +61,9 @@ def dispatch(
     for name in names:
         if name == "xla":
             continue
+        if name not in modules:
+            reasons[name] = "there is no such kernel"
+            continue
         try:
             module = importlib.import_module(modules[name])
         except ImportError as error:  # backends of Pallas come and go with versions of JAX
@@ -71,7 +76,7 @@ def dispatch(
             reasons[name] = reason
     if not run and "xla" not in names:
         why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-        raise NotImplementedError(f"no implementation asked for supports the arguments: {why}.")
+        raise NotImplementedError(f"{operation} cannot run as asked: {why}.")
     if len(names) == 1 and run:
         return run[names[0]](*args, interpret=interpret, **options)
     if "xla" in names:  # what comes after it is never tried

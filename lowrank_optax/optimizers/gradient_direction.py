@@ -165,7 +165,7 @@ def direct(
         columns = [
             leaves,
             *map(treedef.flatten_up_to, trees),
-            map(axes.get, leaves_by_path(updates)),
+            [axes[path] for path in leaves_by_path(updates)],
         ]
         return treedef.unflatten(map(scaled, *columns)), state
 

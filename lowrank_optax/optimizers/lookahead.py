@@ -34,17 +34,24 @@ def direction_from(
     if isinstance(max_norm, int | float) and not max_norm > 0:
         raise ValueError(f"max_norm={max_norm} must be positive, or None for no bound.")
 
-    def of_gradient(gradient: Any) -> Any:
-        found = to_float32(gradient)
-        if callable(direction):
-            found = direction(found)
-        elif direction == "normalized":
-            found = _each(_with_unit_mean_square, found, rule)
-        if max_norm is None:
-            return found
-        return optax.clip_by_global_norm(max_norm).update(found, optax.EmptyState())[0]
+    return functools.partial(_direction_of, direction=direction, max_norm=max_norm, rule=rule)
 
-    return of_gradient
+
+def _direction_of(
+    gradient: Any,
+    *,
+    direction: Direction,
+    max_norm: jax.typing.ArrayLike | None,
+    rule: DimensionNumbersRule,
+) -> Any:
+    found = to_float32(gradient)
+    if callable(direction):
+        found = direction(found)
+    elif direction == "normalized":
+        found = _each(_with_unit_mean_square, found, rule)
+    if max_norm is None:
+        return found
+    return optax.clip_by_global_norm(max_norm).update(found, optax.EmptyState())[0]
 
 
 def noise_from(
@@ -59,15 +66,24 @@ def noise_from(
     half = 3.0**0.5  # of an interval of variance 1
     uniform = functools.partial(jax.random.uniform, minval=-half, maxval=half)
     sampler = jax.random.normal if distribution == "normal" else uniform
+    return functools.partial(
+        _noise, sampler=sampler, filter_normalized=filter_normalized, rule=rule
+    )
 
-    def draw(key: jax.Array, params: Any) -> Any:
-        params = to_float32(params)
-        drawn = optax.tree.random_like(key, params, sampler)
-        if not filter_normalized:
-            return drawn
-        return jax.tree.map(jnp.multiply, drawn, _each(_column_norms, params, rule))
 
-    return draw
+def _noise(
+    key: jax.Array,
+    params: Any,
+    *,
+    sampler: Callable[..., jax.Array],
+    filter_normalized: bool,
+    rule: DimensionNumbersRule,
+) -> Any:
+    params = to_float32(params)
+    drawn = optax.tree.random_like(key, params, sampler)
+    if not filter_normalized:
+        return drawn
+    return jax.tree.map(jnp.multiply, drawn, _each(_column_norms, params, rule))
 
 
 def check_inner_learning_rate(rate: optax.ScalarOrSchedule) -> None:

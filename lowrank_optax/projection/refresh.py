@@ -192,7 +192,7 @@ class ConvergenceStatistics(NamedTuple):
     """Statistics of `when_converged` for each matrix.
 
     Attributes:
-      opened: Norm of the projected gradient at the step after the refresh.
+      opened: Norm of the projected gradient at the step of the refresh.
       captured: Moving average of that norm.
       total: Moving average of the gradient's norm.
       since: Count of the last refresh, int32.

@@ -204,8 +204,8 @@ def scale_by_projection(
     ) -> tuple[optax.Updates, optax.OptState]:
         parts = with_averages()
         leaves, treedef = jax.tree.flatten(updates)
-        like = leaves if params is None else treedef.flatten_up_to(params)
-        views = views_of(treedef.unflatten(like), whole)
+        shaped = leaves if params is None else treedef.flatten_up_to(params)
+        views = views_of(treedef.unflatten(shaped), whole)
         states = unpack(parts, treedef, state)
         views = list(map(functools.partial(_as_stored, parts), views, leaves, states))
         runner = InnerRunner(parts, non_matrix, treedef, views, leaves)
@@ -215,7 +215,7 @@ def scale_by_projection(
             may_refresh=True if micro_steps == 1 else micro_step == 0,
             key=jax.random.fold_in(jax.random.key(seed), state.count),
         )
-        given = map(Leaf, views, leaves, like, states, runner.split(state.inner))
+        given = map(Leaf, views, leaves, shaped, states, runner.split(state.inner))
         ready = project_all(parts, [prepare(parts, leaf) for leaf in given], when)
         inners = [leaf.inner for leaf in ready]
         gradients = [leaf.projected for leaf in ready]
@@ -237,7 +237,7 @@ def scale_by_projection(
             return new, *jax.tree.map(_cast_as, (own, *inner_states), saved)
 
         def wait(gradients: list[jax.Array]) -> tuple[Any, ...]:
-            zeros = [jnp.zeros_like(x, leaf.dtype) for x, leaf in zip(like, leaves, strict=True)]
+            zeros = [jnp.zeros_like(x, leaf.dtype) for x, leaf in zip(shaped, leaves, strict=True)]
             return zeros, *saved
 
         accumulated = ()

@@ -62,7 +62,8 @@ class View(NamedTuple):
         """The view of a batch of matrices ``[*batch, m, n]`` as it is."""
         shape, partition = tuple(matrix.shape), explicit_sharding.partition_of(matrix)
         rank = resolve_rank(rank, path, shape)
-        return cls(shape, axis, rank, compute_dtype(matrix.dtype), path, partition)
+        dtype = jnp.promote_types(matrix.dtype, jnp.float32)
+        return cls(shape, axis, rank, dtype, path, partition)
 
     @property
     def batch(self) -> tuple[int, ...]:

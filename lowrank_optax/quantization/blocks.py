@@ -57,7 +57,7 @@ class BlockFormat(NamedTuple):
       positive: Whether zero is never stored where a block has anything else: what is smaller than
         the smallest positive number is stored as that. For denominators.
       scale_dtype: Dtype of the scales. Codes are made with rounded scales, so that their rounding
-        loses nothing.
+        loses nothing. An ``"affine"`` map takes float32 alone, and no ``positive``.
       packing: How codes share bytes; see `pack`.
     """
 
@@ -114,6 +114,8 @@ def same_layout(shape: tuple[int, ...], part: tuple[int, ...], fmt: BlockFormat)
         return False
     if whole.merged == len(shape) and own.width % own.block:
         return False
+    if fmt.packing != "rows":
+        return False
     if fmt.map.bits != 4:
         return True
     packing, of_part = packing_of(shape), packing_of(part)
@@ -148,6 +150,10 @@ def quantize(
         changed then keeps its codes and scales. (Else the scale of a block whose largest element is
         negative would shrink each time, where a map has one, but not minus one.)
 
+    Raises:
+      ValueError: If an ``"affine"`` map is given ``positive``, ``last_scales`` or a ``scale_dtype``
+        other than float32.
+
     Example:
       >>> import jax.numpy as jnp, numpy as np
       >>> from lowrank_optax.quantization import BlockFormat, code_map, dequantize, quantize
@@ -159,12 +165,18 @@ def quantize(
       >>> print(np.asarray(dequantize(q, fmt, x.shape)).round(3))
       [ 0.495 -0.242  0.     2.     0.1    0.   ]
     """
+    if fmt.map.has_zero_point and (
+        fmt.positive or jnp.dtype(fmt.scale_dtype) != jnp.float32 or last_scales is not None
+    ):
+        raise ValueError(
+            "an affine map takes neither positive, nor a scale_dtype but float32, nor last_scales."
+        )
     keys = itertools.repeat(None) if key is None else iter(split(key))
     top = fmt.map.largest
 
     def encode(blocks: jax.Array, *last: jax.Array) -> tuple[jax.Array, ...]:
         blocks = jnp.where(jnp.isfinite(blocks), blocks, 0)
-        if fmt.map.name == "affine":
+        if fmt.map.has_zero_point:
             steps = top if key is None else top - 1
             low = jnp.minimum(jnp.min(blocks, axis=-1), 0)
             scales = jnp.maximum(jnp.max(blocks, axis=-1), 0) / steps - low / steps
@@ -174,11 +186,12 @@ def quantize(
             zeros = jnp.clip(zeros, 0, top)
             codes = encode_blocks(blocks, scales[..., None], fmt, next(keys), zeros[..., None])
             return codes.astype(jnp.uint8), scales, zeros.astype(jnp.uint8)
-        scales = jnp.max(jnp.abs(blocks), axis=-1).astype(fmt.scale_dtype)
+        sizes = jnp.max(jnp.abs(blocks), axis=-1)
+        scales = sizes.astype(fmt.scale_dtype)
         for old in last:
             # What a negative element of the block's scale is decoded to, over the scale.
             least = jnp.abs(fmt.map.decode(jnp.zeros((), jnp.int32)))
-            scales = jnp.where((scales > 0) & (scales == least * old), old, scales)
+            scales = jnp.where((sizes > 0) & (sizes == least * old), old, scales)
         codes = encode_blocks(blocks, scales.astype(jnp.float32)[..., None], fmt, next(keys))
         return codes.astype(jnp.uint8), scales
 
@@ -190,7 +203,7 @@ def quantize(
     if fmt.map.bits == 8:
         codes = explicit_sharding.constrain(codes, explicit_sharding.partition_of(x))
     packed = pack(codes, fmt.map.bits, fmt.packing)
-    result = Affine if fmt.map.name == "affine" else Quantized
+    result = Affine if fmt.map.has_zero_point else Quantized
     return result(packed[0] if fmt.packing == "rows" else packed, *of_blocks)
 
 

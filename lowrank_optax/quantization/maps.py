@@ -49,6 +49,8 @@ class CodeMap:
       decode: ``decode(codes)``: the float32 numbers of int32 codes.
       least_positive: Code of the smallest number above zero.
       largest: Largest code.
+      has_zero_point: Whether codes are counted from a block's own code of zero. The numbers are
+        then whole.
     """
 
     name: MapName
@@ -58,6 +60,7 @@ class CodeMap:
     decode: Coder
     least_positive: int
     largest: int
+    has_zero_point: bool = False
 
 
 @functools.cache
@@ -105,11 +108,17 @@ def code_map(name: MapName = "dynamic", bits: int = 8, signed: bool = True) -> C
     if name == "linear":
         top = half - 1
         encode = lambda x: (jnp.clip(jnp.round(x * top), -top, top) + top).astype(jnp.int32)
-        decode = lambda codes: (codes - top).astype(jnp.float32) / top
+
+        def decode(codes: jax.Array) -> jax.Array:
+            x = (codes - top).astype(jnp.float32)
+            # Compilers multiply by 1 / top, which is rounded: the ends would not be -1 and 1.
+            return jnp.where(jnp.abs(x) == top, jnp.sign(x), x / top)
+
         return CodeMap(name, bits, True, encode, decode, half, 2 * top)
     if name == "affine":
         encode = lambda x: jnp.round(x).astype(jnp.int32)
-        return CodeMap(name, bits, True, encode, lambda c: c.astype(jnp.float32), 1, 2 * half - 1)
+        decode = lambda codes: codes.astype(jnp.float32)
+        return CodeMap(name, bits, True, encode, decode, 1, 2 * half - 1, has_zero_point=True)
     if name == "nf4":
         levels = NF4_LEVELS
     else:

@@ -7,7 +7,7 @@ before they are rounded.
 
 from collections.abc import Callable
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -196,6 +196,8 @@ def moment_formats(bits: Bits, block_size: int | None = None) -> dict[Kind | Non
     Raises:
       ValueError: If an argument is out of range.
     """
+    if bits not in get_args(Bits):
+        raise ValueError(f"bits={bits!r} must be 8 or 4.")
     signed = code_map("dynamic", bits)
     size = BLOCK_SIZES[bits] if block_size is None else block_size
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:

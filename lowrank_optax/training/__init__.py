@@ -1,10 +1,10 @@
 """What happens around the step: learning rates, batch sizes, weight decay, probes of the loss."""
 
 from lowrank_optax.training.batch_size import AdaptiveBatchSize, BatchSizeState
+from lowrank_optax.training.cycling import OneCycleSchedules, one_cycle, one_cycle_schedules
 from lowrank_optax.training.decay_masks import decay_mask, parameter_kinds
 from lowrank_optax.training.decay_monitor import MonitorWeightDecayState, monitor_weight_decay
 from lowrank_optax.training.decay_report import Measurements, adam_elr, measurements
-from lowrank_optax.training.equilibrium import Equilibrium, equilibrium
 from lowrank_optax.training.gradient_noise import (
     GradientNoise,
     accumulate_with_noise,
@@ -12,7 +12,6 @@ from lowrank_optax.training.gradient_noise import (
     per_example_gradients,
     per_example_noise,
 )
-from lowrank_optax.training.one_cycle import OneCycleSchedules, one_cycle, one_cycle_schedules
 from lowrank_optax.training.probes import hessian_trace, jacobian_norm_sq, top_eigenvalue
 from lowrank_optax.training.range_test import (
     RangeTestGrid,
@@ -23,6 +22,7 @@ from lowrank_optax.training.range_test import (
     refine_weight_decay,
 )
 from lowrank_optax.training.weight_decay import AddWeightDecayState, add_weight_decay
+from lowrank_optax.training.weight_decay_equilibrium import Equilibrium, equilibrium
 
 __all__ = [
     # Learning rate and momentum

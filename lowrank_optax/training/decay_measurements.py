@@ -18,7 +18,7 @@ from lowrank_optax.matrices.explicit_sharding import constrain, partition_of
 from lowrank_optax.matrices.flax_rules import stack_around
 from lowrank_optax.matrices.paths import normalised_path, path_string
 from lowrank_optax.training.decay_masks import parameter_kinds
-from lowrank_optax.training.equilibrium import Optimizer, equilibrium, momentum_of
+from lowrank_optax.training.weight_decay_equilibrium import Optimizer, equilibrium, momentum_of
 
 LabelRule: TypeAlias = Callable[[str], str | None] | None
 """Function from a path, ``blocks/mlp/up/kernel``, to the name of its group, or None to leave it

@@ -19,8 +19,8 @@ from lowrank_optax.training.decay_measurements import (
     leaf_sums,
     measure,
 )
-from lowrank_optax.training.equilibrium import Optimizer, check_optimizer
 from lowrank_optax.training.weight_decay import check_rate, learning_rate_at
+from lowrank_optax.training.weight_decay_equilibrium import Optimizer, check_optimizer
 
 
 class MonitorWeightDecayState(NamedTuple):

@@ -267,10 +267,12 @@ def lr_range_test(
 def _checked(returned: Any, state: Any) -> tuple[Any, jax.Array]:
     """What ``step_fn`` returned, if it is a state like the one it was given and a scalar loss."""
     if not (isinstance(returned, tuple) and len(returned) == 2):
-        raise TypeError(f"step_fn must return (state, loss), not {returned}.")
+        raise TypeError(f"step_fn must return (state, loss), not {_shapes(returned)}.")
     new, loss = jax.tree.map(jnp.asarray, returned[0]), returned[1]
     if getattr(loss, "shape", None) != () or not jnp.issubdtype(loss.dtype, jnp.floating):
-        raise TypeError(f"step_fn must return (state, loss) with a scalar loss, not {loss}.")
+        raise TypeError(
+            f"step_fn must return (state, loss) with a scalar loss, not {_shapes(loss)}."
+        )
     structures = jax.tree.structure(state), jax.tree.structure(new)
     must = "step_fn must return a state like the one it takes"
     if structures[0] != structures[1]:
@@ -282,6 +284,12 @@ def _checked(returned: Any, state: Any) -> tuple[Any, jax.Array]:
                 f"the step and {y.dtype}{list(y.shape)} after it."
             )
     return new, loss.astype(jnp.float32)
+
+
+def _shapes(tree: Any) -> Any:
+    """The tree with shapes and dtypes instead of arrays."""
+    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return jax.tree.map(lambda x: shape(x) if isinstance(x, jax.Array | np.ndarray) else x, tree)
 
 
 def _layout(batches: Any) -> tuple[bool, int | None]:
@@ -303,7 +311,7 @@ def _layout(batches: Any) -> tuple[bool, int | None]:
 
 
 def _first(batches: Any, total: int) -> Iterator[Any]:
-    """The first batches of an iterable, which must have as many."""
+    """The first ``total`` batches of an iterable; ValueError if it has fewer."""
     if not isinstance(batches, Iterable):
         raise TypeError(f"batches must be arrays, or give one after another, not {batches!r}.")
     given = 0

@@ -171,4 +171,4 @@ def learning_rate_at(
 def check_rate(argument: str, value: Any) -> None:
     """Refuses a negative number; traced numbers and schedules are not checked."""
     if isinstance(value, int | float) and not value >= 0:
-        raise ValueError(f"{argument}={value} must be a number ≥ 0 or a schedule.")
+        raise ValueError(f"{argument}={value} must be at least 0.")

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from lowrank_optax.kernels import low_bit_adam
+from lowrank_optax.kernels.dispatch import dispatch
 from tests.quantization.tables import assert_same_codes
 
 FORMATS = formats_of(8, 128)
@@ -97,8 +98,14 @@ def test_a_kernel_named_alone_does_not_run_elsewhere(arguments) -> None:
 
 def test_names_without_the_reference_raise_with_all_reasons() -> None:
     arguments = step_of((1000,), FORMATS)
-    with pytest.raises(NotImplementedError, match=r"mosaic_tpu: .*; triton: "):
+    with pytest.raises(NotImplementedError, match=r"^low_bit_adam .*mosaic_tpu: .*; triton: "):
         step(*arguments, implementation=("mosaic_tpu", "triton"))
+
+
+def test_a_kernel_that_the_operation_does_not_have_is_refused() -> None:
+    with pytest.raises(NotImplementedError, match=r"^add .*triton: there is no such kernel"):
+        dispatch("add", jnp.add, {}, "triton", False, jnp.ones(2), jnp.ones(2))
+    assert_close(dispatch("add", jnp.add, {}, ("triton", "xla"), False, 1.0, 2.0), np.float32(3))
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 
 from lowrank_optax.kernels import AdamScalars, low_bit_adam
+from lowrank_optax.quantization import quantize
 from tests.quantization.tables import table
 
 # Implementation, shape, bits, block.
@@ -220,3 +221,23 @@ def test_arguments_that_do_not_agree_are_refused() -> None:
         low_bit_adam(*step._replace(param=other.param), SCALARS, formats=formats)
     with pytest.raises(ValueError, match="second has codes and scales of shapes"):
         low_bit_adam(*step._replace(second=other.second), SCALARS, formats=formats)
+
+
+def test_codes_that_are_not_in_rows_are_refused() -> None:
+    step = step_of((8, 256), formats_of(8, 128))
+    formats = tuple(fmt._replace(packing="auto") for fmt in formats_of(8, 128))
+    first, second = (quantize(jnp.zeros((8, 256)), fmt) for fmt in formats)
+    with pytest.raises(ValueError, match="first has packing='auto'"):
+        low_bit_adam(step.gradient, first, second, step.param, SCALARS, formats=formats)
+
+
+@pytest.mark.parametrize("implementation", ["mosaic_tpu", "triton"])
+def test_kernels_refuse_scales_that_are_not_float32(implementation: str) -> None:
+    formats = tuple(fmt._replace(scale_dtype=jnp.bfloat16) for fmt in formats_of(8, 128))
+    step = step_of(EIGHT_BITS, formats)
+    narrow = lambda x: x._replace(scales=x.scales.astype(jnp.bfloat16))
+    step = step._replace(first=narrow(step.first), second=narrow(step.second))
+    with pytest.raises(NotImplementedError, match="scales must be float32"):
+        run(implementation, step, formats)
+    new = jax.eval_shape(lambda x: low_bit_adam(*x, SCALARS, formats=formats), step)
+    assert new[1].scales.dtype == jnp.bfloat16

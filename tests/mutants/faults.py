@@ -190,14 +190,14 @@ OPTIMIZERS = (
 TRAINING = (
     Fault(
         "damping of one_cycle by the momentum",
-        "lowrank_optax/training/one_cycle.py",
+        "lowrank_optax/training/cycling.py",
         "scale = 1 - values[str(momentum)]",
         "scale = values[str(momentum)]",
         ("tests/training/test_one_cycle.py",),
     ),
     Fault(
         "last step of the cycle never reached",
-        "lowrank_optax/training/one_cycle.py",
+        "lowrank_optax/training/cycling.py",
         "last = total_steps - 1",
         "last = total_steps",
         ("tests/training/test_one_cycle.py",),
@@ -458,8 +458,8 @@ BELOW = (
     Fault(
         "one scale for an array and not for a block",
         "lowrank_optax/quantization/blocks.py",
-        "scales = jnp.max(jnp.abs(blocks), axis=-1)",
-        "scales = jnp.full(blocks.shape[:-1], jnp.max(jnp.abs(blocks), initial=0.0))",
+        "sizes = jnp.max(jnp.abs(blocks), axis=-1)",
+        "sizes = jnp.full(blocks.shape[:-1], jnp.max(jnp.abs(blocks), initial=0.0))",
         ("tests/quantization/test_blocks.py",),
     ),
     Fault(

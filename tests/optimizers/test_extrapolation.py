@@ -1,6 +1,7 @@
 """Gradients ahead of the weights: what the variants have in common, and what becomes of them."""
 
 import functools
+import pickle
 from typing import Any
 
 from close import assert_close
@@ -135,6 +136,13 @@ def test_two_pass_variants_are_as_written_down() -> None:
         expected = jax.jit(jax.value_and_grad(loss_fn))(point, x)
         assert_close((value, gradient), expected, 100)
         assert (state.previous_gradient, state.key) == ((), ())
+
+
+@pytest.mark.parametrize("variant", ["past_local", "noise"])
+def test_a_pickled_function_gives_the_same_gradients(variant: str) -> None:
+    f = lro.extrapolated_value_and_grad(loss_fn, variant, 0.1)
+    again = pickle.loads(pickle.dumps(f))
+    assert_equal(f(PARAMS, f.init(PARAMS), BATCHES[0]), again(PARAMS, f.init(PARAMS), BATCHES[0]))
 
 
 def test_the_first_step_is_plain() -> None:

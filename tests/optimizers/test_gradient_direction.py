@@ -15,6 +15,7 @@ import pytest
 from lowrank_optax.matrices import WeightDimensionNumbers, weight_dimension_numbers
 from lowrank_optax.models import Decoder, DecoderConfig
 from lowrank_optax.optimizers.gradient_direction import weight_axes, with_gradient_direction
+from lowrank_optax.slices.call import Whole
 from tests.optimizers.direction_runs import MODES, normal, reference, updates_of
 
 SCALES = ("mean_clamped", "count_plus_one", "none")
@@ -240,6 +241,13 @@ def test_unknown_choices_are_refused() -> None:
         with_gradient_direction(optax.adam(1.0), "gram")
     with pytest.raises(ValueError, match="scale='mean' must be 'mean_clamped', 'count_plus_one'"):
         with_gradient_direction(optax.adam(1.0), "cautious", "mean")
+
+
+def test_a_leaf_that_the_whole_tree_lacks_is_named() -> None:
+    tx = with_gradient_direction(optax.sgd(0.1), "cautious")
+    params = {"kernel": jnp.ones(3)}
+    with pytest.raises(KeyError, match="kernel"):
+        tx.update(params, tx.init(params), params, whole=Whole({"other": jnp.ones(3)}))
 
 
 def test_complex_gradients_are_refused_and_split() -> None:

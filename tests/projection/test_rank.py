@@ -107,3 +107,7 @@ def test_every_pattern_must_match_a_matrix() -> None:
                 tx.init(params)
     with pytest.raises(ValueError, match=r"rank='\(' is no regular expression"):
         lro.subspaces.svd({"(": 2})
+
+
+def test_a_view_of_integers_has_float32_arithmetic() -> None:
+    assert lro.View.of(np.ones((4, 6), np.int32), -2, 2).dtype == jnp.float32

@@ -108,3 +108,12 @@ def test_types_and_bytes(bits: Any) -> None:
     assert (q.codes.size, q.scales.shape, q.zeros.shape) == (512 * 1000 * bits // 8,) + 2 * (
         (512, 4),
     )
+
+
+def test_options_that_an_affine_map_does_not_have_are_refused() -> None:
+    x, fmt = jnp.zeros((2, GROUP)), affine(8)
+    for other in (fmt._replace(positive=True), fmt._replace(scale_dtype=jnp.bfloat16)):
+        with pytest.raises(ValueError, match="an affine map takes neither"):
+            quantize(x, other)
+    with pytest.raises(ValueError, match="an affine map takes neither"):
+        quantize(x, fmt, None, jnp.ones((2, 1)))

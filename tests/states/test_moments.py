@@ -113,7 +113,7 @@ def test_moments_that_are_all_small_are_refused_but_not_those_of_a_part() -> Non
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bits": 2}, "bits=2"),
+        ({"bits": 2}, r"^bits=2 must be 8 or 4\.$"),
         ({"block_size": 0}, "block_size=0"),
         ({"block_size": 2.0}, "block_size=2.0"),
         ({"min_size": -1}, "min_size=-1"),

@@ -310,6 +310,11 @@ def test_bad_arguments_of_the_schedules_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             one_cycle_schedules(**good | arguments)
+    traced = jax.jit(
+        lambda start: one_cycle_schedules(10, 1.0, pct_start=start, pct_final=1.5)[0](0)
+    )
+    with pytest.raises(ValueError, match=r"pct_final=1\.5 must be between 0 and 1"):
+        traced(0.4)
 
 
 def test_bad_arguments_of_the_optimizer_are_refused() -> None:
@@ -319,7 +324,7 @@ def test_bad_arguments_of_the_optimizer_are_refused() -> None:
         (optax.adam, {"momentum_name": "momentum"}, "adam has no argument 'momentum'"),
         (optax.scale_by_adam, {}, "scale_by_adam has no argument 'learning_rate'"),
         (optax.adam, {"dampen": True}, "weighs gradients by 1 - b1 itself"),
-        (optax.adagrad, {"dampen": True}, "adagrad cycles none"),
+        (optax.adagrad, {"dampen": True}, "adagrad has no momentum that cycles"),
     ):
         with pytest.raises(ValueError, match=message):
             one_cycle(factory, 10, 1.0, **arguments)

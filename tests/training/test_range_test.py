@@ -351,11 +351,14 @@ def test_batches_that_cannot_be_used_are_refused() -> None:
         lr_range_test(descend, jnp.ones(1), 5)
 
 
+SHAPE = r"ShapeDtypeStruct\(shape=\(2,\), dtype=float32\)"
+
+
 @pytest.mark.parametrize(
     ("step", "message"),
     [
-        (lambda x, batch, rate: x, "must return \\(state, loss\\), not"),
-        (lambda x, batch, rate: (x, x), "scalar loss"),
+        (lambda x, batch, rate: x, f"must return \\(state, loss\\), not {SHAPE}"),
+        (lambda x, batch, rate: (x, x), f"scalar loss, not {SHAPE}"),
         (lambda x, batch, rate: (x, 1), "scalar loss"),
         (lambda x, batch, rate: ((x, x), jnp.sum(x)), "a state like the one it takes"),
         (lambda x, batch, rate: (x[:1], jnp.sum(x)), "is float32\\[2\\] before .* float32\\[1\\]"),

@@ -13,7 +13,7 @@ from lowrank_optax.training import (
     equilibrium,
     monitor_weight_decay,
 )
-from lowrank_optax.training.equilibrium import Optimizer
+from lowrank_optax.training.weight_decay_equilibrium import Optimizer
 from tests.training.random_walks import SIZE, late, random_walk
 
 
@@ -149,7 +149,7 @@ def test_a_learning_rate_of_zero_gives_no_nan() -> None:
     [
         ({"optimizer": "lion"}, "optimizer='lion'"),
         ({"momentum": 1.0}, "momentum=1.0"),
-        ({"learning_rate": -1.0}, "learning_rate=-1.0"),
+        ({"learning_rate": -1.0}, "learning_rate=-1.0 must be at least 0.$"),
         ({"weight_decay": -0.1}, "weight_decay=-0.1"),
     ],
 )

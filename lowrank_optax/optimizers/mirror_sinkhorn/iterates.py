@@ -10,6 +10,7 @@ import optax
 from lowrank_optax.optimizers.mirror_sinkhorn.polytope import concrete
 
 First = Literal["columns", "rows"]
+Average = Literal["uniform", "weighted", "suffix", "last"]
 # A bound below this counts as 0, and the step as one that moves nothing: rates stay finite.
 LEAST_BOUND = 1e-30
 
@@ -58,9 +59,6 @@ def check_steps(learning_rate: Any, bound: Any, first: Any) -> None:
         raise ValueError(f"first={first!r} must be 'columns' or 'rows'.")
 
 
-Average = Literal["uniform", "weighted", "suffix", "last"]
-
-
 def check_average(average: Any) -> None:
     """Raises ValueError if the average is unknown."""
     if average not in get_args(Average):
@@ -68,7 +66,7 @@ def check_average(average: Any) -> None:
 
 
 def start_average(kind: Average, coupling: jax.Array) -> tuple[Any, Any]:
-    """The average of the first iterate, and of the iterates before those averaged: none yet."""
+    """The average of the first iterate, and zeros for that of the iterates before the suffix."""
     if kind == "last":
         return (), ()
     return coupling, jnp.zeros_like(coupling) if kind == "suffix" else ()

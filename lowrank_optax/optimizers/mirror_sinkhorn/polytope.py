@@ -91,7 +91,10 @@ def _check_mask(rows: np.ndarray, columns: np.ndarray, allowed: np.ndarray) -> N
     for name, marginal, axis in (("row", rows, 1), ("column", columns, 0)):
         stuck = np.flatnonzero((marginal > 0) & ~allowed.any(axis=axis))
         if stuck.size:
-            raise ValueError(f"mask allows no cell with mass in {name} {stuck[0]}, which has some.")
+            raise ValueError(
+                f"mask allows no cell with mass in {name} {stuck[0]}, whose sum must be "
+                f"{marginal[stuck[0]]:.6g}."
+            )
 
 
 def concrete(x: Any) -> np.ndarray | None:
@@ -117,7 +120,7 @@ def nonzero(x: jax.Array) -> jax.Array:
 
 
 def largest_finite(x: jax.Array) -> jax.Array:
-    """The largest ``|x|`` but for infinities; 0 of nothing."""
+    """The largest finite ``|x|``, or 0 if there is no finite element."""
     return jnp.max(jnp.where(jnp.isinf(x), 0, jnp.abs(x)), initial=0)
 
 

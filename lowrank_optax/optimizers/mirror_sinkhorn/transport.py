@@ -223,7 +223,7 @@ def _dual_potentials(potentials: _Potentials, cost: jax.Array) -> tuple[jax.Arra
 
 
 def _paired(mass: jax.Array, price: jax.Array) -> jax.Array:
-    """The sum of all products; what has no mass has no price."""
+    """The sum of all products, in which zero mass counts 0 even at an infinite price."""
     return jnp.where(mass == 0, 0, mass * price).sum()
 
 

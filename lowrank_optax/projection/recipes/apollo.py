@@ -60,6 +60,7 @@ def apollo(
       granularity: ``"channel"``, a factor for each column, or ``"tensor"``, one for each matrix.
       inner: See `galore`; the limiter then sees the norms that are applied.
       subspace: Subspace rule instead of ``subspaces.random(rank)``.
+      seed: Seed of the random bases.
 
     Raises:
       ValueError: If an argument is out of range.
@@ -82,8 +83,12 @@ def apollo(
         learning_rate,
         chosen_subspace(subspace, rank, 0.25, random),
         inner,
-        (b1, b2, eps, eps_placement),
-        (weight_decay, weight_decay_mask, decay_placement),
+        {"b1": b1, "b2": b2, "eps": eps, "eps_placement": eps_placement},
+        {
+            "weight_decay": weight_decay,
+            "weight_decay_mask": weight_decay_mask,
+            "decay_placement": decay_placement,
+        },
         state_bits,
         residual=residuals.gradient_scaling(gamma, decays, granularity),
         refresh_every=refresh_every,

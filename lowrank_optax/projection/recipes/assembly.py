@@ -1,6 +1,6 @@
 """What recipes share: the subspace rule from `rank` or `subspace`, and the optimizer around it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import optax
@@ -36,28 +36,24 @@ def projected_optimizer(
     learning_rate: optax.ScalarOrSchedule,
     subspace: Subspace,
     inner: optax.GradientTransformation | None,
-    adam: tuple[Any, Any, Any, Any],
-    decay: tuple[Any, Any, Any],
+    adam: Mapping[str, Any],
+    decay: Mapping[str, Any],
     state_bits: Any,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Adam (or ``inner``) in a subspace, weight decay and the learning rate, for a recipe.
 
-    ``adam`` is ``b1, b2, eps, eps_placement``, which are refused beside ``inner``; ``decay`` is
-    ``weight_decay, weight_decay_mask, decay_placement``; ``options`` go to `scale_by_projection`.
+    ``adam`` has arguments of `scale_by_adam`, which are refused beside ``inner``; ``decay`` has
+    those of `optimizer`; ``options`` go to `scale_by_projection`.
     """
     if inner is None:
-        inner = scale_by_adam(*adam)
+        inner = scale_by_adam(**adam)
     else:
-        names = ("b1", "b2", "eps", "eps_placement")
-        refuse_unused(recipe, "inner", **dict(zip(names, adam, strict=True)))
-    weight_decay, mask, placement = decay
+        refuse_unused(recipe, "inner", **adam)
     return optimizer(
         scale_by_projection(inner, subspace, **options),
         learning_rate,
-        weight_decay,
-        mask,
         accumulate_steps=options.get("accumulate_steps"),
         state_bits=state_bits,
-        decay_placement=placement,
+        **decay,
     )

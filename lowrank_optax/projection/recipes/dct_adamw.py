@@ -58,6 +58,7 @@ def dct_adamw(
       transform: ``"products"`` or ``"fft"``, to compute coefficients: see `subspaces.dct`.
       on_refresh: See `scale_by_projection`. ``"keep"`` is the code's default, by which indices
         inherit moments of others.
+      seed: Not used by this rule.
 
     Raises:
       ValueError: If an argument is out of range.
@@ -80,8 +81,12 @@ def dct_adamw(
         learning_rate,
         dct(rank, order, transform),
         inner,
-        (b1, b2, eps, eps_placement),
-        (weight_decay, weight_decay_mask, decay_placement),
+        {"b1": b1, "b2": b2, "eps": eps, "eps_placement": eps_placement},
+        {
+            "weight_decay": weight_decay,
+            "weight_decay_mask": weight_decay_mask,
+            "decay_placement": decay_placement,
+        },
         state_bits,
         residual="drop" if error_feedback is None else residuals.error_feedback(error_feedback),
         on_refresh=on_refresh,

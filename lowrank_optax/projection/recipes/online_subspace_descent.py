@@ -60,6 +60,7 @@ def online_subspace_descent(
         ``optax.sgd``. It counts its own steps, from the second training step on.
       initial: Rule for the first bases: ``subspaces.fixed`` of given ones, ``subspaces.svd(rank)``
         as in the code, or ``subspaces.randomized_svd(rank)`` if None.
+      seed: Seed of the first basis.
 
     Raises:
       ValueError: If an argument is out of range.
@@ -87,8 +88,12 @@ def online_subspace_descent(
         learning_rate,
         online_pca(rank, moves, penalty, initial),
         inner,
-        (b1, b2, eps, eps_placement),
-        (weight_decay, weight_decay_mask, decay_placement),
+        {"b1": b1, "b2": b2, "eps": eps, "eps_placement": eps_placement},
+        {
+            "weight_decay": weight_decay,
+            "weight_decay_mask": weight_decay_mask,
+            "decay_placement": decay_placement,
+        },
         state_bits,
         refresh_every=None,
         scale=scale,

@@ -101,11 +101,12 @@ def one_cycle_schedules(
         raise ValueError(f"shape={shape!r} must be 'linear' or 'cosine'.")
     if _known(pct_start) and not 0 < pct_start < 1:
         raise ValueError(f"pct_start={pct_start} must be between 0 and 1.")
-    if pct_final is not None and _known(pct_start, pct_final) and not pct_start < pct_final < 1:
-        raise ValueError(
-            f"pct_final={pct_final} must be between pct_start={pct_start} and 1, or None for two "
-            "phases."
-        )
+    if pct_final is not None and _known(pct_final):
+        start, low = (pct_start, f"{pct_start=}") if _known(pct_start) else (0, "0")
+        if not start < pct_final < 1:
+            raise ValueError(
+                f"pct_final={pct_final} must be between {low} and 1, or None for two phases."
+            )
     if _known(max_momentum, min_momentum) and not 0 <= min_momentum <= max_momentum < 1:
         raise ValueError(
             f"min_momentum={min_momentum} and max_momentum={max_momentum} must be "
@@ -238,9 +239,9 @@ def one_cycle(
                 + ("" if name == "learning_rate" else " To hold it, pass momentum_name=None.")
             )
     if dampen and momentum in (None, "b1"):
+        fault = "weighs gradients by 1 - b1 itself" if momentum else "has no momentum that cycles"
         raise ValueError(
-            f"dampen=True needs an optimizer with undamped momentum; {factory_name} "
-            + ("cycles none." if momentum is None else "weighs gradients by 1 - b1 itself.")
+            f"dampen=True needs an optimizer with undamped momentum; {factory_name} {fault}."
         )
 
     @functools.wraps(optimizer_factory)

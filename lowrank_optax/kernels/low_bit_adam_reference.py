@@ -19,7 +19,10 @@ from lowrank_optax.quantization.blocks import same_layout
 from lowrank_optax.slices.loop import Cut, run
 from lowrank_optax.slices.plan import cut_of
 
-_KERNELS = {"mosaic_tpu": f"{__name__}_tpu", "triton": f"{__name__}_triton"}
+_KERNELS = {
+    "mosaic_tpu": f"{__package__}.low_bit_adam_tpu",
+    "triton": f"{__package__}.low_bit_adam_triton",
+}
 
 
 def low_bit_adam(
@@ -48,7 +51,7 @@ def low_bit_adam(
       second: Second moment, the same.
       param: ``[..., n]``, any float dtype; or None.
       scalars: Learning rate, decays and so on.
-      formats: Block formats of both moments.
+      formats: Block formats of both moments, with ``packing="rows"``.
       implementation: None for what fits best; see `lowrank_optax.kernels.Implementation`.
       interpret: For tests: runs a kernel named by ``implementation`` without its device.
 
@@ -84,6 +87,8 @@ def low_bit_adam(
     for name, moment, fmt in zip(("first", "second"), (first, second), formats, strict=True):
         if not isinstance(moment, Quantized):
             raise ValueError(f"{name} must be a Quantized: codes and scales.")
+        if fmt.packing != "rows":
+            raise ValueError(f"{name} has packing={fmt.packing!r}: it must be 'rows'.")
         expected = coded_shapes(gradient.shape, fmt)
         if (moment.codes.shape, moment.scales.shape) != expected:
             raise ValueError(
@@ -92,7 +97,8 @@ def low_bit_adam(
                 f"{fmt.block_size} they must be {expected[0]} and {expected[1]}."
             )
     arguments = (gradient, first, second, param, as_float32(scalars))
-    return dispatch(reference, _KERNELS, implementation, interpret, *arguments, formats=formats)
+    asked = "low_bit_adam", reference, _KERNELS, implementation, interpret
+    return dispatch(*asked, *arguments, formats=formats)
 
 
 def reference(

@@ -240,7 +240,7 @@ def test_counts_and_what_is_refused():
     method = DoRA(rank=4)
     params = method.init(KEY, np.zeros((3, 10, 6), np.float32))
     assert parameter_count(params.trainable) == 3 * (4 * (10 + 6) + 6)
-    with pytest.raises(TypeError, match="no change of low rank"):
+    with pytest.raises(TypeError, match="not a change of low rank"):
         method.to_lora(method.layer_arrays(params, 0))
     with pytest.raises(TypeError, match="not a shape"):
         method.init(KEY, jax.ShapeDtypeStruct((3, 10, 6), jnp.float32))

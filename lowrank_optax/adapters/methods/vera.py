@@ -40,8 +40,8 @@ class VeRA(LowRank):
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro
       >>> method, weights = lro.adapters.VeRA(rank=2), jnp.zeros((3, 4, 5))
       >>> params = method.init(jax.random.key(0), weights)
-      >>> print({name: x.shape for name, x in params.trainable.items()})
-      {'b': (3, 5), 'd': (3, 2)}
+      >>> print(params.trainable["d"].shape, params.trainable["b"].shape)
+      (3, 2) (3, 5)
       >>> p = {"A": jnp.ones((4, 1)), "B": jnp.array([[1.0, 2.0]])}
       >>> print(method.delta(p | {"d": jnp.array([3.0]), "b": jnp.array([1.0, -1.0])}, weights)[0])
       [ 3. -6.]

@@ -7,15 +7,18 @@ from lowrank_optax.quantization import BlockFormat, Quantized, code_map, dequant
 
 BLOCK_SIZE = 64
 
+# Not jitted by themselves: a backward pass would be given their constants as arrays.
+_quantize, _dequantize = quantize.__wrapped__, dequantize.__wrapped__
+
 
 def block_encode(x: jax.Array, bits: int) -> Quantized:
     """Codes of a float array of any shape; elements that are not finite become zero."""
-    return quantize(x, _format(bits))
+    return _quantize(x, _format(bits))
 
 
 def block_decode(coded: Quantized, shape: tuple[int, ...], bits: int) -> jax.Array:
     """The float32 array of this shape that codes stand for."""
-    return dequantize(coded, _format(bits), shape)
+    return _dequantize(coded, _format(bits), shape)
 
 
 def check_bits(bits: int | None, name: str = "bits") -> None:

@@ -183,6 +183,10 @@ class Randomized:
     such a key, or a single key, in ``rngs``, `apply` is that of the module. Under a scan with
     ``split_rngs={"sketch": False}`` all layers have one key. Call `apply` inside ``jax.jit``.
 
+    Flax traces blocks of one class and shape under ``nn.jit`` once, so all of them get the sketches
+    of the first: give such blocks one sketch. Other ``nn.intercept_methods`` around such a block
+    must be the same in all calls.
+
     Args:
       module: Any Linen module, or an object with its ``init`` and ``apply``.
       sketch: Sketch of all ``nn.Dense`` layers except output heads, or sketches by regular

@@ -123,8 +123,7 @@ def same_layout(shape: tuple[int, ...], part: tuple[int, ...], fmt: BlockFormat)
     return aligned and packing.axis == of_part.axis and packing.apart == of_part.apart
 
 
-# One program where `init` runs eagerly; inline elsewhere, so that its constants are not saved.
-@functools.partial(jax.jit, static_argnames="fmt", inline=True)
+@functools.partial(jax.jit, static_argnames="fmt")  # one program, also where `init` runs eagerly
 def quantize(
     x: jax.Array,
     fmt: BlockFormat,
@@ -208,7 +207,7 @@ def quantize(
     return result(packed[0] if fmt.packing == "rows" else packed, *of_blocks)
 
 
-@functools.partial(jax.jit, static_argnames=("fmt", "shape"), inline=True)
+@functools.partial(jax.jit, static_argnames=("fmt", "shape"))
 def dequantize(
     quantized: Quantized | Affine, fmt: BlockFormat, shape: tuple[int, ...]
 ) -> jax.Array:

@@ -92,14 +92,9 @@ class VeRA(LowRank):
         return AdapterParams({"d": d, "b": b}, self.rank_scales(layers))
 
     def times(self, p: Arrays, x: Operand) -> jax.Array:
-        """``(((x A) d) B) b``: no matrix is scaled, and none is saved for the backward pass."""
-        d, b = to_float32(p, "d", "b")
-        if "rank_scale" in p:
-            d = d * p["rank_scale"]
-        rows = lambda v, y: (v if v.ndim == 1 else v[..., None, :]).astype(y.dtype)
-        inner = x @ p["A"]
-        outer = Rows(inner * rows(d, inner)) @ p["B"]
-        return outer * rows(b, outer)
+        """``(x A) (d B b)``; the backward pass saves ``x A`` and makes the scaled matrix again."""
+        second = jax.checkpoint(lambda p, inner: Rows(inner) @ self.factors(p)[1])
+        return second(dict(p), x @ p["A"])
 
     def factors(self, p: Arrays) -> tuple[jax.Array, jax.Array]:
         """``A`` and ``diag(d) B diag(b)``."""

@@ -1,5 +1,7 @@
 """Arrays of any size in a few bits for the backward pass: blocks of 64, bfloat16 scales."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 
@@ -8,7 +10,7 @@ from lowrank_optax.quantization import BlockFormat, Quantized, code_map, dequant
 BLOCK_SIZE = 64
 
 # Not jitted by themselves: a backward pass would be given their constants as arrays.
-_quantize, _dequantize = quantize.__wrapped__, dequantize.__wrapped__
+_quantize, _dequantize = inspect.unwrap(quantize), inspect.unwrap(dequantize)
 
 
 def block_encode(x: jax.Array, bits: int) -> Quantized:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         trainable,
     )
     from lowrank_optax.adapters.attaching import attach, detach
+    from lowrank_optax.adapters.combining import merge_adapters
     from lowrank_optax.adapters.merging import MergeReport, merge, unmerge
     from lowrank_optax.adapters.own_values import also_train, freeze_arrays
     from lowrank_optax.adapters.peft.config import UnsupportedConfigError
@@ -64,6 +65,7 @@ _FLAX = {
     "freeze_arrays": "own_values",
     "load_peft": "peft.loading",
     "merge": "merging",
+    "merge_adapters": "combining",
     "save_peft": "peft.saving",
     "summary": "summaries",
     "trainable": "adapted_layers",
@@ -123,6 +125,7 @@ __all__ = [
     "disabled",
     "freeze_arrays",
     "merge",
+    "merge_adapters",
     "summary",
     "trainable",
     "unmerge",

@@ -189,14 +189,15 @@ class Randomized:
     such a key, or a single key, in ``rngs``, `apply` is that of the module. Under a scan with
     ``split_rngs={"sketch": False}`` all layers have one key. Call `apply` inside ``jax.jit``.
 
-    Blocks under ``nn.jit`` are traced once for this object, for each set of patterns found in them;
-    within other ``nn.intercept_methods`` they are traced at each call of `apply`.
+    Blocks under ``nn.jit`` share a trace if the same patterns are found in their layers. Within
+    other ``nn.intercept_methods``, each call of `apply` traces them again.
 
-    Args:
+    Attributes:
       module: Any Linen module, or an object with its ``init`` and ``apply``.
       sketch: Sketch of all ``nn.Dense`` layers except output heads, or sketches by regular
         expressions found in their paths (``blocks/mlp/up``), of which the first that is found
-        counts. ``dataclasses.replace`` makes the same module with another one.
+        counts. It cannot be changed: ``dataclasses.replace(randomized, sketch=...)`` makes another
+        object.
 
     Raises:
       TypeError: If a sketch is not a `Sketch`, or the module has no ``apply``.
@@ -265,9 +266,9 @@ class Randomized:
             if not is_dense or context.method_name != "__call__":
                 return call(*args, **kwargs)
             trace.paths[layer.path] = None
-            _, sketch = self._choice(layer.path)
             run = functools.partial(call, *args, **kwargs)
-            return run() if sketch is None else _sketched(run, layer, sketch)
+            sketches = [*self._found(layer.path).values()]
+            return _sketched(run, layer, sketches[0]) if sketches else run()
 
         # nn.jit traces a block again if its variables differ: make them tell its patterns.
         name = f"lowrank_optax_patterns_{trace.number}"
@@ -296,20 +297,19 @@ class Randomized:
             raise ValueError("the module called no nn.Dense, so nothing has a sketch.")
         if isinstance(self.sketch, Mapping):
             check_patterns("sketch", self.sketch, paths, "nn.Dense layer")
-        elif not any(self._choice(path)[1] for path in paths):
+        elif not any(map(self._found, paths)):
             names = ", ".join(map(path_string, paths))
             raise ValueError(
                 f"the nn.Dense layers called are only output heads ({names}), which one sketch "
                 "leaves out: give sketches by patterns."
             )
 
-    def _choice(self, path: Path) -> tuple[str, Sketch | None]:
-        """The pattern that is found in a layer's path, and the layer's sketch."""
+    def _found(self, path: Path) -> dict[str, Sketch]:
+        """The sketches of a layer by patterns that are found in its path; the first counts."""
         name = path_string(path)
         if isinstance(self.sketch, Mapping):
-            found = ((p, sketch) for p, sketch in self.sketch.items() if re.search(p, name))
-            return next(found, ("", None))
-        return "", self.sketch if is_weight(f"{name}/kernel") else None
+            return {p: sketch for p, sketch in self.sketch.items() if re.search(p, name)}
+        return {"": self.sketch} if is_weight(f"{name}/kernel") else {}
 
     def _patterns(self, params: Mapping[str, Any], path: Path = ()) -> dict[str, Any]:
         """By the paths of kernels, the patterns that are found, as names of empty dictionaries."""
@@ -318,8 +318,7 @@ class Randomized:
             for name, x in params.items()
             if isinstance(x, Mapping)
         }
-        pattern, sketch = self._choice(path)
-        return inside if sketch is None or "kernel" not in params else {**inside, pattern: {}}
+        return {**inside, **({p: {} for p in self._found(path)} if "kernel" in params else {})}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -415,8 +415,9 @@ def test_compiled_blocks_of_one_pattern_are_traced_once() -> None:
     variables = blocks.init(jax.random.key(0), X)
     for sketch, number in (
         (QUARTER, 1),
+        ({"first|second": QUARTER}, 1),
         ({"first": QUARTER}, 2),
-        ({"fi": QUARTER, "s": QUARTER}, 2),
+        ({"first|second": QUARTER, "second": QUARTER}, 2),  # the last is found too
     ):
         traces.clear()
         module = Randomized(blocks, sketch)

@@ -19,9 +19,10 @@ from lowrank_optax.adapters.groups import KIND
 from lowrank_optax.adapters.layer_calls import (
     Part,
     adapted_output,
-    refuse_derivative,
+    on_derivative,
+    refuse,
     view_call,
-    warn_of_derivative,
+    warn,
 )
 from lowrank_optax.adapters.tied_tables import check_can_attend
 from lowrank_optax.matrices.selection import Where
@@ -224,9 +225,9 @@ def _watched(layer: Any, y: jax.Array, kernel: jax.Array) -> jax.Array:
     """The layer's output; derivatives by merged arrays are refused, by its weight warned of."""
     for adapter in layer.adapters.values():
         if adapter.merged:
-            y = refuse_derivative(MERGED_ARRAYS.format(repr(adapter.name)), y, adapter.known())
+            y = on_derivative(refuse, MERGED_ARRAYS.format(repr(adapter.name)), y, adapter.known())
     if not isinstance(weight_variable(layer), AlsoTrained):
-        y = warn_of_derivative(FROZEN_WEIGHT, y, kernel)
+        y = on_derivative(warn, FROZEN_WEIGHT, y, kernel)
     return y
 
 

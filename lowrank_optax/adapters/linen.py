@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from lowrank_optax.adapters import groups
 from lowrank_optax.adapters.base import Adapter, Arrays, counts_of, parameter_count
 from lowrank_optax.adapters.folding import Folding, MergedLayer, MergeReport, check_can_unmerge
-from lowrank_optax.adapters.layer_calls import Part, adapted_output, view_call, warn_of_derivative
+from lowrank_optax.adapters.layer_calls import Part, adapted_output, on_derivative, view_call, warn
 from lowrank_optax.adapters.summaries import AdapterSummary, SummaryRow, row_of
 from lowrank_optax.compat.flax import is_lifted_call
 from lowrank_optax.compat.jax import in_fresh_trace
@@ -695,7 +695,7 @@ def _interceptor(shared: Shared) -> Callable[..., Any]:
             p = groups.with_shared(plan.method, own, of_group, plan.layer, matrix.shape)
             parts.append(Part(plan.method, p, plan.strength, key_of(module, beside, plan)))
         out = adapted_output(parts, view.x, view.rows(y), weight=matrix, bias=bias)
-        return warn_of_derivative(_FROZEN_WEIGHT, view.unrows(out).astype(y.dtype), weight)
+        return on_derivative(warn, _FROZEN_WEIGHT, view.unrows(out).astype(y.dtype), weight)
 
     return intercept
 

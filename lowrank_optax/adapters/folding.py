@@ -196,6 +196,29 @@ def depends_on_weight(method: Adapter) -> bool:
     return type(method).unmerged is not Adapter.unmerged
 
 
+def needs_weight(method: Adapter) -> bool:
+    """Whether a layer's weight is read or changed while this is attached."""
+    return method.reads_weights or method.changes_base or depends_on_weight(method)
+
+
+def other_weights_error(path: str, use: str, cls: str) -> TypeError:
+    """The error for a layer that multiplies by another weight than its parameter.
+
+    Args:
+      path: Path of the layer.
+      use: What the weight is needed for: "PiSSA reads".
+      cls: Name of the class that computes another weight.
+    """
+    return TypeError(
+        f"{path or 'the model'}: {use} the layer's weight, but the call of {cls} may multiply by "
+        "another weight than the parameter. First make the parameters the weights: by "
+        "`change_alpha(1.0)` of a Powerpropagation layer; in Linen, by "
+        "`lro.layers.powerprop(params, alpha, where)` and a module with `alpha=1`. Or leave an "
+        "adapter that is only added to the output (LoRA) unmerged. If the call multiplies by the "
+        "parameter itself, write `plain_weights = True` into the class that defines it."
+    )
+
+
 def check_can_unmerge(path: str, together: list[tuple[str, Adapter, float]]) -> None:
     """Checks that adapters can be merged together, and taken out of the weight again.
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 import dataclasses
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 from flax import nnx
 import jax
@@ -69,6 +69,9 @@ class RandomizedLinear(nnx.Linear):
     Reference:
       Bershatsky et al., 2022, https://arxiv.org/abs/2201.13195.
     """
+
+    plain_weights: ClassVar[bool] = True
+    """The call multiplies by the parameter itself: adapters may read and change it."""
 
     def __init__(
         self,

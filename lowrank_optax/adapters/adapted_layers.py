@@ -15,7 +15,7 @@ from flax import nnx
 import jax
 
 from lowrank_optax.adapters.base import Adapter
-from lowrank_optax.adapters.folding import other_weights_error
+from lowrank_optax.adapters.folding import check_call, other_weights_error
 from lowrank_optax.adapters.groups import KIND
 from lowrank_optax.adapters.layer_calls import (
     Part,
@@ -162,6 +162,7 @@ class _AdaptedCall:
         if call.__name__ == "attend":
             check_can_attend(layer)
             return call(*args, **kwargs)
+        check_call(layer, [a.method for a in layer.adapters.values() if a.active])
         y = call(*args, **kwargs)
         # Inside a scan over layers there are no stack axes; batch axes are experts.
         kernel = weight_variable(layer)[...]

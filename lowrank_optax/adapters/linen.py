@@ -24,6 +24,7 @@ from lowrank_optax.adapters.folding import (
     Folding,
     MergedLayer,
     MergeReport,
+    check_call,
     check_can_unmerge,
     needs_weight,
     other_weights_error,
@@ -722,6 +723,7 @@ def _interceptor(shared: Shared) -> Callable[..., Any]:
         layer = (*module.path, spec.weight)
         if layer in running:  # a subclass calls its base class, which is intercepted as well
             return call(*args, **kwargs)
+        check_call(module, [p.method for p in beside.plans if p.strength is not None], module.path)
         running.add(layer)
         try:
             y = call(*args, **kwargs)

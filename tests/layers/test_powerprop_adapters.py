@@ -181,6 +181,24 @@ def test_a_merged_or_changed_weight_is_restored_only_as_the_parameter() -> None:
         assert_close(layer.kernel[...], before, 100)
 
 
+def test_a_change_that_depends_on_the_weight_follows_the_exponent() -> None:
+    layer = lro.layers.PowerpropLinear(3, 4, alpha=1.0, rngs=nnx.Rngs(0))
+    method = lro.adapters.DoRA(rank=2, initial="random")
+    outputs = lro.adapters.attach(layer, method, ".*", rngs=0)(X)
+    layer.change_alpha(2.0)
+    with pytest.raises(TypeError, match=f"DoRA reads .*{OTHER}"):
+        layer(X)
+    layer.change_alpha(1.0)
+    assert_close(layer(X), outputs, 100)
+    model = lro.layers.PowerpropModule(layer, 2.0, "^kernel$")  # the layer gets its weight
+    assert_close(model(X), outputs, 100)
+    dense = lro.layers.linen.PowerpropDense
+    adapted = Adapted(dense(4, alpha=1.0), method, ".*")
+    variables = adapted.init(KEY, X)
+    with pytest.raises(TypeError, match=f"DoRA reads .*{OTHER}"):
+        Adapted(dense(4, alpha=2.0), method, ".*").apply(variables, X)
+
+
 def test_the_values_of_a_computed_weight_are_not_given_out() -> None:
     with pytest.raises(TypeError, match=OTHER):
         lro.adapters.weight_spectra(nnx.Sequential(POWERPROP["layer"]()), ".*")

@@ -98,14 +98,14 @@ class PowerpropModule(nnx.Module):
       alpha: Exponent, a Python number of at least 1.
       where: Parameters, as for `powerprop`.
 
-    Raises:
-      ValueError: As `powerprop_inverse`, or if the module has no ``nnx.Param``; when called, if a
-        selected parameter is no longer in the module.
-
     Attributes:
       module: The module given.
       alpha: The exponent; `change_alpha` sets it.
       paths: Paths of the selected parameters in the module.
+
+    Raises:
+      ValueError: As `powerprop_inverse`, or if the module has no ``nnx.Param``; when called, if a
+        selected parameter is no longer in the module.
 
     Example:
       >>> from flax import nnx

@@ -299,7 +299,9 @@ def test_a_wrapped_module_without_its_parameters_is_refused() -> None:
     with pytest.raises(ValueError, match=r"Linear has no nnx\.Param"):
         lro.layers.PowerpropModule(frozen, 2.0)
     wrapped = lro.layers.PowerpropModule(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), 2.0)
-    del wrapped.module.kernel
-    for use in (lambda: wrapped(X), wrapped.export, lambda: wrapped.change_alpha(3.0)):
-        with pytest.raises(ValueError, match="kernel are no longer in the Linear"):
-            use()
+    uses = (lambda: wrapped(X), wrapped.export, lambda: wrapped.change_alpha(3.0))
+    for kernel in (Frozen(jnp.ones((3, 4), jnp.int8)), None):
+        wrapped.module.kernel = kernel
+        for use in uses:
+            with pytest.raises(ValueError, match=r"kernel are no longer .* in the Linear"):
+                use()

@@ -6,6 +6,7 @@ from typing import Any
 
 from flax import nnx
 import jax
+import jax.numpy as jnp
 
 from lowrank_optax.layers.powerpropagation.reparameterisation import (
     Where,
@@ -105,7 +106,7 @@ class PowerpropModule(nnx.Module):
 
     Raises:
       ValueError: As `powerprop_inverse`, or if the module has no ``nnx.Param``; when called, if a
-        selected parameter is no longer in the module.
+        selected parameter is no longer an array of real numbers in the module.
 
     Example:
       >>> from flax import nnx
@@ -156,12 +157,13 @@ class PowerpropModule(nnx.Module):
         # By path: a parameter frozen later is a variable of another type than nnx.Param.
         is_chosen = lambda path, _: "/".join(map(str, path)) in self.paths
         graphdef, theta, rest = nnx.split(self.module, is_chosen, ...)
-        found = [path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(theta)]
+        leaves = jax.tree_util.tree_leaves_with_path(theta)
+        found = [path_string(p) for p, x in leaves if jnp.issubdtype(x.dtype, jnp.floating)]
         if missing := sorted(set(self.paths) - set(found)):
             raise ValueError(
-                f"the reparameterised parameters {', '.join(missing)} are no longer in the "
-                f"{type(self.module).__name__}: put them back, or export the module before it is "
-                "changed and wrap it again."
+                f"the reparameterised parameters {', '.join(missing)} are no longer arrays of real "
+                f"numbers in the {type(self.module).__name__}: put them back, or export the module "
+                "before it is changed and wrap it again."
             )
         return graphdef, theta, rest
 

@@ -5,11 +5,12 @@ import dataclasses
 import functools
 import re
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 from flax import core
 from flax import linen as nn
 import jax
+import optax
 
 from lowrank_optax.compat.flax import in_interceptor
 from lowrank_optax.compat.jax import in_trace, new_trace
@@ -25,9 +26,10 @@ from lowrank_optax.layers.randomized.linear import (
     check_sketches,
 )
 from lowrank_optax.layers.randomized.sketch import Sketch
-from lowrank_optax.matrices.paths import compiled_pattern
+from lowrank_optax.matrices.paths import compiled_pattern, normalised_path
 from lowrank_optax.matrices.rules import is_weight
 from lowrank_optax.matrices.selection import Path, check_patterns, path_string
+from lowrank_optax.modules.spec import BESIDE
 
 __all__ = ["PowerpropDense", "PowerpropModule", "Randomized", "RandomizedDense"]
 
@@ -59,6 +61,11 @@ class PowerpropDense(nn.Dense):
     """
 
     alpha: float = 1.5
+
+    @property
+    def plain_weights(self) -> bool:
+        """Whether the parameters are the weights, so that adapters may read and change them."""
+        return self.alpha == 1
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
@@ -98,6 +105,11 @@ class PowerpropModule(nn.Module):
     alpha: float = 1.5
     where: Where = None
 
+    @property
+    def plain_weights(self) -> bool:
+        """Whether the parameters are the weights, so that adapters may read and change them."""
+        return self.alpha == 1
+
     @nn.compact
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module with its effective weights."""
@@ -108,10 +120,21 @@ class PowerpropModule(nn.Module):
 
 def _with_weights(call: Any, module: nn.Module, alpha: float, where: Where) -> Any:
     """A method that sees the effective weights in ``params``; initial weights are stored as θ."""
+
+    def to_weights(variables: Any) -> Any:
+        # Arrays of adapters come along beside the weights, and pass as they are.
+        is_beside = lambda path: BESIDE in normalised_path(path)
+        theta = jax.tree_util.tree_map_with_path(
+            lambda path, x: optax.MaskedNode() if is_beside(path) else x, variables
+        )
+        weights = powerprop(theta, alpha, where)
+        is_hole = lambda x: isinstance(x, optax.MaskedNode)
+        return jax.tree.map(lambda x, w: x if is_hole(w) else w, variables, weights)
+
     return nn.map_variables(
         call,
         "params",
-        trans_in_fn=lambda variables: powerprop(variables, alpha, where),
+        trans_in_fn=to_weights,
         trans_out_fn=lambda variables: powerprop_inverse(variables, alpha, where),
         init=module.is_initializing(),
     )
@@ -150,6 +173,9 @@ class RandomizedDense(nn.Dense):
     Reference:
       Bershatsky et al., 2022, https://arxiv.org/abs/2201.13195.
     """
+
+    plain_weights: ClassVar[bool] = True
+    """The call multiplies by the parameter itself: adapters may read and change it."""
 
     sketch: Sketch | None = None
     deterministic: bool | None = None

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 import dataclasses
 import functools
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 from flax import nnx
 import jax
@@ -70,6 +70,9 @@ class RandomizedLinear(nnx.Linear):
     Reference:
       Bershatsky et al., 2022, https://arxiv.org/abs/2201.13195.
     """
+
+    plain_weights: ClassVar[bool] = True
+    """The call multiplies by the parameter itself: adapters may read and change it."""
 
     def __init__(
         self,

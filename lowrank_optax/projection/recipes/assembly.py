@@ -1,6 +1,7 @@
 """What recipes share: the subspace rule from `rank` or `subspace`, and the optimizer around it."""
 
 from collections.abc import Callable, Mapping
+import inspect
 from typing import Any
 
 import optax
@@ -32,28 +33,26 @@ def chosen_subspace(
 
 
 def projected_optimizer(
-    recipe: Callable[..., Any],
-    learning_rate: optax.ScalarOrSchedule,
-    subspace: Subspace,
-    inner: optax.GradientTransformation | None,
-    adam: Mapping[str, Any],
-    decay: Mapping[str, Any],
-    state_bits: Any,
-    **options: Any,
+    recipe: Callable[..., Any], given: Mapping[str, Any], subspace: Subspace, **changed: Any
 ) -> optax.GradientTransformationExtraArgs:
     """Adam (or ``inner``) in a subspace, weight decay and the learning rate, for a recipe.
 
-    ``adam`` has arguments of `scale_by_adam`, which are refused beside ``inner``; ``decay`` has
-    those of `optimizer`; ``options`` go to `scale_by_projection`.
+    Args:
+      recipe: The recipe, for errors.
+      given: Its arguments by name. `scale_by_adam`, `scale_by_projection` and `optimizer` get those
+        that they have; the first ones are refused beside ``inner``.
+      subspace: The subspace rule.
+      **changed: Arguments of `scale_by_projection` instead of those given.
     """
+    adam, inner = _of(scale_by_adam, given), given["inner"]
     if inner is None:
         inner = scale_by_adam(**adam)
     else:
         refuse_unused(recipe, "inner", **adam)
-    return optimizer(
-        scale_by_projection(inner, subspace, **options),
-        learning_rate,
-        accumulate_steps=options.get("accumulate_steps"),
-        state_bits=state_bits,
-        **decay,
-    )
+    options = _of(scale_by_projection, given) | {"inner": inner, "subspace": subspace} | changed
+    return optimizer(scale_by_projection(**options), **_of(optimizer, given))
+
+
+def _of(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the arguments given that a function has."""
+    return {name: given[name] for name in inspect.signature(function).parameters if name in given}

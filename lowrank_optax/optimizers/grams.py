@@ -7,11 +7,7 @@ import optax
 
 from lowrank_optax.matrices import DimensionNumbersRule
 from lowrank_optax.matrices.argument_names import explains_names
-from lowrank_optax.optimizers.gradient_direction import (
-    MaskScale,
-    direct,
-    with_gradient_direction,
-)
+from lowrank_optax.optimizers.gradient_direction import MaskScale, direct, with_gradient_direction
 from lowrank_optax.quantization import Bits
 from lowrank_optax.states.arguments import refuse_unused
 from lowrank_optax.states.assemble import DecayPlacement, EpsPlacement, optimizer, scale_by_adam

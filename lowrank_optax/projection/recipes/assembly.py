@@ -1,7 +1,6 @@
 """What recipes share: the subspace rule from `rank` or `subspace`, and the optimizer around it."""
 
 from collections.abc import Callable, Mapping
-import inspect
 from typing import Any
 
 import optax
@@ -9,7 +8,7 @@ import optax
 from lowrank_optax.projection.subspaces import Subspace
 from lowrank_optax.projection.transform import scale_by_projection
 from lowrank_optax.projection.view import RankSpec
-from lowrank_optax.states.arguments import refuse_unused
+from lowrank_optax.states.arguments import arguments_of, refuse_unused
 from lowrank_optax.states.assemble import optimizer, scale_by_adam
 
 
@@ -44,15 +43,10 @@ def projected_optimizer(
       subspace: The subspace rule.
       **changed: Arguments of `scale_by_projection` instead of those given.
     """
-    adam, inner = _of(scale_by_adam, given), given["inner"]
+    adam, inner = arguments_of(scale_by_adam, given), given["inner"]
     if inner is None:
         inner = scale_by_adam(**adam)
     else:
         refuse_unused(recipe, "inner", **adam)
-    options = _of(scale_by_projection, given) | {"inner": inner, "subspace": subspace} | changed
-    return optimizer(scale_by_projection(**options), **_of(optimizer, given))
-
-
-def _of(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the arguments given that a function has."""
-    return {name: given[name] for name in inspect.signature(function).parameters if name in given}
+    own = {**arguments_of(scale_by_projection, given), "inner": inner, "subspace": subspace}
+    return optimizer(scale_by_projection(**own | changed), **arguments_of(optimizer, given))

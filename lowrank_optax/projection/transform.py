@@ -137,8 +137,8 @@ def scale_by_projection(
         on_refresh=on_refresh,
         scale=scale,
     )
-    _check(parts, side, accumulate_steps)
-    micro_steps = accumulate_steps or 1
+    micro_steps = 1 if accumulate_steps is None else accumulate_steps
+    _check(parts, side, micro_steps)
     non_matrix = None
     if non_matrix_transform is not None:
         non_matrix = transformation("non_matrix_transform", non_matrix_transform)
@@ -277,8 +277,6 @@ def _check(parts: Parts, side: Any, accumulate_steps: Any) -> None:
         raise ValueError(
             "side='both' has no columns for the residual rule to scale; take one side."
         )
-    if accumulate_steps is None:
-        accumulate_steps = 1
     if not isinstance(accumulate_steps, int) or accumulate_steps < 1:
         raise ValueError(
             f"accumulate_steps={accumulate_steps!r} must be an int of at least 1, or None; under "

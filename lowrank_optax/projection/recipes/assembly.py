@@ -48,5 +48,6 @@ def projected_optimizer(
         inner = scale_by_adam(**adam)
     else:
         refuse_unused(recipe, "inner", **adam)
-    own = {**arguments_of(scale_by_projection, given), "inner": inner, "subspace": subspace}
-    return optimizer(scale_by_projection(**own | changed), **arguments_of(optimizer, given))
+    options = arguments_of(scale_by_projection, given) | changed
+    options |= {"inner": inner, "subspace": subspace}
+    return optimizer(scale_by_projection(**options), **arguments_of(optimizer, given))

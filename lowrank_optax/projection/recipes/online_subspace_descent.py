@@ -82,12 +82,8 @@ def online_subspace_descent(
     rate = subspace_learning_rate
     if subspace_optimizer is not None:
         refuse_unused(online_subspace_descent, "subspace_optimizer", subspace_learning_rate=rate)
-    adam = optax.adam(_one_step_later(rate) if callable(rate) else rate)
+    # Its count starts at the second step, the first to move a basis.
+    adam = optax.adam((lambda count: rate(count + 1)) if callable(rate) else rate)
     moves = adam if subspace_optimizer is None else subspace_optimizer
     rule = online_pca(rank, moves, penalty, initial)
     return projected_optimizer(online_subspace_descent, given, rule, refresh_every=None)
-
-
-def _one_step_later(schedule: optax.Schedule) -> optax.Schedule:
-    """The schedule for a count that starts at the second step, the first to move a basis."""
-    return lambda count: schedule(count + 1)

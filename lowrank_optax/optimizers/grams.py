@@ -1,15 +1,19 @@
 """Grams and cautious AdamW: Adam's steps in directions that agree with the current gradient."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import optax
 
 from lowrank_optax.matrices import DimensionNumbersRule
 from lowrank_optax.matrices.argument_names import explains_names
-from lowrank_optax.optimizers.gradient_direction import MaskScale, direct, with_gradient_direction
+from lowrank_optax.optimizers.gradient_direction import (
+    MaskScale,
+    direct,
+    with_gradient_direction,
+)
 from lowrank_optax.quantization import Bits
-from lowrank_optax.states.arguments import arguments_of, refuse_unused
+from lowrank_optax.states.arguments import refuse_unused
 from lowrank_optax.states.assemble import DecayPlacement, EpsPlacement, optimizer, scale_by_adam
 from lowrank_optax.states.precision import in_float32
 
@@ -78,9 +82,18 @@ def grams(
       Cao et al., Grams: Gradient Descent with Adaptive Momentum Scaling, 2024,
       https://arxiv.org/abs/2412.17107; the official code, https://github.com/Gunale0926/Grams.
     """
-    given = locals()
-    along = lambda adam: with_gradient_direction(adam, "grams", along_gradient=True)
-    return _with_direction(along, grams, given)
+    if not bias_correction:
+        refuse_unused(grams, "bias_correction=False", eps_placement=eps_placement)
+    adam = scale_by_adam(b1, b2, eps, eps_placement, bias_correction, mu_dtype)
+    scaled = with_gradient_direction(adam, "grams", along_gradient=True)
+    return optimizer(
+        in_float32(scaled),
+        learning_rate,
+        weight_decay,
+        weight_decay_mask,
+        state_bits=state_bits,
+        decay_placement=decay_placement,
+    )
 
 
 @explains_names
@@ -140,19 +153,16 @@ def cautious_adamw(
       https://arxiv.org/abs/2411.16085, Algorithm 1; the official code,
       https://github.com/kyleliang919/C-Optim.
     """
-    given = locals()
+    if not bias_correction:
+        refuse_unused(cautious_adamw, "bias_correction=False", eps_placement=eps_placement)
+    adam = scale_by_adam(b1, b2, eps, eps_placement, bias_correction, mu_dtype)
     first_moment = lambda state: state.mu
-    along = lambda adam: direct(
-        adam, "cautious", scale, True, weight_dimension_numbers, first_moment
+    scaled = direct(adam, "cautious", scale, True, weight_dimension_numbers, first_moment)
+    return optimizer(
+        in_float32(scaled),
+        learning_rate,
+        weight_decay,
+        weight_decay_mask,
+        state_bits=state_bits,
+        decay_placement=decay_placement,
     )
-    return _with_direction(along, cautious_adamw, given)
-
-
-def _with_direction(
-    along: Callable[[Any], Any], recipe: Callable[..., Any], given: Mapping[str, Any]
-) -> optax.GradientTransformationExtraArgs:
-    """The optimizer of a recipe: ``along(adam)``, decay and learning rate, from its arguments."""
-    if not given["bias_correction"]:
-        refuse_unused(recipe, "bias_correction=False", eps_placement=given["eps_placement"])
-    scaled = in_float32(along(scale_by_adam(**arguments_of(scale_by_adam, given))))
-    return optimizer(scaled, **arguments_of(optimizer, given))

@@ -1,6 +1,6 @@
 """Arguments that are optax transformations, and those that have no effect beside another one."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 import inspect
 from typing import Any
 
@@ -19,11 +19,6 @@ def transformation(name: str, value: Any) -> optax.GradientTransformationExtraAr
         raise TypeError(f"{name}={called} {must} the function {called} returns: call it.")
     shown = repr(value) if isinstance(value, int | float | str | None) else type(value).__name__
     raise TypeError(f"{name}={shown} {must} optax.adam(1e-3).")
-
-
-def arguments_of(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the arguments given, by name, that a function has."""
-    return {name: given[name] for name in inspect.signature(function).parameters if name in given}
 
 
 def refuse_unused(function: Callable[..., Any], because: str, **values: Any) -> None:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.states.arguments import arguments_of, refuse_unused
+from lowrank_optax.states.arguments import refuse_unused
 from lowrank_optax.states.precision import in_float32, keep_dtypes
 
 Shape = Literal["linear", "cosine"]
@@ -205,12 +205,22 @@ def one_cycle(
     Reference:
       Smith, 2018, https://arxiv.org/abs/1803.09820, sections 4.1 to 4.3.
     """
-    given, arguments = locals(), inspect.signature(optimizer_factory).parameters
+    arguments = inspect.signature(optimizer_factory).parameters
     factory_name = getattr(optimizer_factory, "__name__", repr(optimizer_factory))
     momentum = momentum_name
     if momentum_name == "auto":
         momentum = next((name for name in ("momentum", "b1") if name in arguments), None)
-    schedules = one_cycle_schedules(**arguments_of(one_cycle_schedules, given))
+    schedules = one_cycle_schedules(
+        total_steps,
+        peak_value,
+        div_factor=div_factor,
+        final_div_factor=final_div_factor,
+        pct_start=pct_start,
+        pct_final=pct_final,
+        shape=shape,
+        max_momentum=max_momentum,
+        min_momentum=min_momentum,
+    )
     cycled = {"learning_rate": schedules.learning_rate}
     if momentum is None:
         because = "momentum_name=None or an optimizer_factory without momentum and b1"

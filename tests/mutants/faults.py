@@ -87,8 +87,8 @@ PROJECTION = (
     Fault(
         "scale of APOLLO without its root",
         "lowrank_optax/projection/recipes/apollo.py",
-        "scale=scale**0.5)",
-        "scale=scale)",
+        "scale=scale**0.5,",
+        "scale=scale,",
         ("tests/projection/recipes/test_apollo.py",),
     ),
     Fault(

@@ -79,9 +79,26 @@ def adarankgrad(
       Training and Fine-Tuning, 2024, https://arxiv.org/abs/2410.17881, Algorithms 1 and 2. No
       official code was published.
     """
-    given = locals()
     if isinstance(refresh_every, int):
         refresh_every = when_converged(shortest=max(1, refresh_every // 4), longest=refresh_every)
     found = chosen_subspace(subspace, rank, 128, randomized_svd)
-    rule = adaptive_rank(found, min_rank, rank_step, threshold, monotone)
-    return projected_optimizer(adarankgrad, given, rule, refresh_every=refresh_every)
+    return projected_optimizer(
+        adarankgrad,
+        learning_rate,
+        adaptive_rank(found, min_rank, rank_step, threshold, monotone),
+        inner,
+        {"b1": b1, "b2": b2, "eps": eps, "eps_placement": eps_placement},
+        {
+            "weight_decay": weight_decay,
+            "weight_decay_mask": weight_decay_mask,
+            "decay_placement": decay_placement,
+        },
+        state_bits,
+        on_refresh=on_refresh,
+        refresh_every=refresh_every,
+        scale=scale,
+        side=side,
+        accumulate_steps=accumulate_steps,
+        seed=seed,
+        weight_dimension_numbers=weight_dimension_numbers,
+    )

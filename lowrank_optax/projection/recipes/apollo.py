@@ -75,13 +75,28 @@ def apollo(
       Zhu et al., APOLLO: SGD-like Memory, AdamW-level Performance, 2024,
       https://arxiv.org/abs/2412.05270, Algorithm 1.
     """
-    given = locals()
     if isinstance(scale, int | float) and scale <= 0:
         raise ValueError(f"scale={scale!r} must be a positive number.")
     decays = (b1, b2) if inner is None else None
-    rule = chosen_subspace(subspace, rank, 0.25, random)
-    residual = residuals.gradient_scaling(gamma, decays, granularity)
-    return projected_optimizer(apollo, given, rule, residual=residual, scale=scale**0.5)
+    return projected_optimizer(
+        apollo,
+        learning_rate,
+        chosen_subspace(subspace, rank, 0.25, random),
+        inner,
+        {"b1": b1, "b2": b2, "eps": eps, "eps_placement": eps_placement},
+        {
+            "weight_decay": weight_decay,
+            "weight_decay_mask": weight_decay_mask,
+            "decay_placement": decay_placement,
+        },
+        state_bits,
+        residual=residuals.gradient_scaling(gamma, decays, granularity),
+        refresh_every=refresh_every,
+        scale=scale**0.5,
+        side=side,
+        seed=seed,
+        weight_dimension_numbers=weight_dimension_numbers,
+    )
 
 
 @explains_names
@@ -126,4 +141,23 @@ def apollo_mini(
     Reference:
       Zhu et al., APOLLO, 2024, https://arxiv.org/abs/2412.05270, section 4.2.
     """
-    return apollo(**locals(), granularity="tensor")
+    return apollo(
+        learning_rate,
+        rank,
+        refresh_every,
+        scale,
+        b1,
+        b2,
+        eps,
+        weight_decay,
+        gamma,
+        granularity="tensor",
+        inner=inner,
+        eps_placement=eps_placement,
+        decay_placement=decay_placement,
+        weight_decay_mask=weight_decay_mask,
+        side=side,
+        state_bits=state_bits,
+        seed=seed,
+        weight_dimension_numbers=weight_dimension_numbers,
+    )

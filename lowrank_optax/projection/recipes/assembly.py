@@ -8,7 +8,7 @@ import optax
 from lowrank_optax.projection.subspaces import Subspace
 from lowrank_optax.projection.transform import scale_by_projection
 from lowrank_optax.projection.view import RankSpec
-from lowrank_optax.states.arguments import arguments_of, refuse_unused
+from lowrank_optax.states.arguments import refuse_unused
 from lowrank_optax.states.assemble import optimizer, scale_by_adam
 
 
@@ -32,22 +32,28 @@ def chosen_subspace(
 
 
 def projected_optimizer(
-    recipe: Callable[..., Any], given: Mapping[str, Any], subspace: Subspace, **changed: Any
+    recipe: Callable[..., Any],
+    learning_rate: optax.ScalarOrSchedule,
+    subspace: Subspace,
+    inner: optax.GradientTransformation | None,
+    adam: Mapping[str, Any],
+    decay: Mapping[str, Any],
+    state_bits: Any,
+    **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Adam (or ``inner``) in a subspace, weight decay and the learning rate, for a recipe.
 
-    Args:
-      recipe: The recipe, for errors.
-      given: Its arguments by name. `scale_by_adam`, `scale_by_projection` and `optimizer` get those
-        that they have; the first ones are refused beside ``inner``.
-      subspace: The subspace rule.
-      **changed: Arguments of `scale_by_projection` instead of those given.
+    ``adam`` has arguments of `scale_by_adam`, which are refused beside ``inner``; ``decay`` has
+    those of `optimizer`; ``options`` go to `scale_by_projection`.
     """
-    adam, inner = arguments_of(scale_by_adam, given), given["inner"]
     if inner is None:
         inner = scale_by_adam(**adam)
     else:
         refuse_unused(recipe, "inner", **adam)
-    options = arguments_of(scale_by_projection, given) | changed
-    options |= {"inner": inner, "subspace": subspace}
-    return optimizer(scale_by_projection(**options), **arguments_of(optimizer, given))
+    return optimizer(
+        scale_by_projection(inner, subspace, **options),
+        learning_rate,
+        accumulate_steps=options.get("accumulate_steps"),
+        state_bits=state_bits,
+        **decay,
+    )

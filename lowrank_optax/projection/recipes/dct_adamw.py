@@ -74,6 +74,21 @@ def dct_adamw(
       Modoranu et al., SVD-Free Low-Rank Adaptive Gradient Optimization for Large Language Models,
       2025, https://arxiv.org/abs/2505.17967, Algorithm 1.
     """
-    given = locals()
-    residual = "drop" if error_feedback is None else residuals.error_feedback(error_feedback)
-    return projected_optimizer(dct_adamw, given, dct(rank, order, transform), residual=residual)
+    return projected_optimizer(
+        dct_adamw,
+        learning_rate,
+        dct(rank, order, transform),
+        inner,
+        {"b1": b1, "b2": b2, "eps": eps, "eps_placement": eps_placement},
+        {
+            "weight_decay": weight_decay,
+            "weight_decay_mask": weight_decay_mask,
+            "decay_placement": decay_placement,
+        },
+        state_bits,
+        residual="drop" if error_feedback is None else residuals.error_feedback(error_feedback),
+        on_refresh=on_refresh,
+        refresh_every=refresh_every,
+        side=side,
+        weight_dimension_numbers=weight_dimension_numbers,
+    )

@@ -77,8 +77,24 @@ def fira(
       Chen et al., Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?, 2024,
       https://arxiv.org/abs/2410.01623, Algorithm 1.
     """
-    given = locals()
     decays = (b1, b2) if residual_form == "code" and inner is None else None
-    rule = chosen_subspace(subspace, rank, 128, randomized_svd)
-    residual = residuals.fira(gamma, residual_form, decays)
-    return projected_optimizer(fira, given, rule, residual=residual)
+    return projected_optimizer(
+        fira,
+        learning_rate,
+        chosen_subspace(subspace, rank, 128, randomized_svd),
+        inner,
+        {"b1": b1, "b2": b2, "eps": eps, "eps_placement": eps_placement},
+        {
+            "weight_decay": weight_decay,
+            "weight_decay_mask": weight_decay_mask,
+            "decay_placement": decay_placement,
+        },
+        state_bits,
+        residual=residuals.fira(gamma, residual_form, decays),
+        on_refresh=on_refresh,
+        refresh_every=refresh_every,
+        scale=scale,
+        side=side,
+        seed=seed,
+        weight_dimension_numbers=weight_dimension_numbers,
+    )

@@ -105,8 +105,24 @@ def galore(
       https://arxiv.org/abs/2403.03507. The basis by randomized SVD: Su et al., GaLore 2, 2025,
       https://arxiv.org/abs/2504.20437.
     """
-    given = locals()
     rule = chosen_subspace(subspace, rank, 128, randomized_svd)
-    if basis_bits is not None:
-        rule = quantized(rule, basis_bits)
-    return projected_optimizer(galore, given, rule)
+    return projected_optimizer(
+        galore,
+        learning_rate,
+        rule if basis_bits is None else quantized(rule, basis_bits),
+        inner,
+        {"b1": b1, "b2": b2, "eps": eps, "eps_placement": eps_placement},
+        {
+            "weight_decay": weight_decay,
+            "weight_decay_mask": weight_decay_mask,
+            "decay_placement": decay_placement,
+        },
+        state_bits,
+        on_refresh=on_refresh,
+        refresh_every=refresh_every,
+        scale=scale,
+        side=side,
+        accumulate_steps=accumulate_steps,
+        seed=seed,
+        weight_dimension_numbers=weight_dimension_numbers,
+    )

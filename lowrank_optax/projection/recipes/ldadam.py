@@ -78,11 +78,26 @@ def ldadam(
       Robert et al., LDAdam: Adaptive Optimization from Low-Dimensional Gradient Statistics, 2024,
       https://arxiv.org/abs/2410.16103, Algorithm 1.
     """
-    given = locals()
+    keeps_error = error_feedback is not None
     followed = lambda rank: power_iteration(rank, rho, initial=randomized_svd(rank))
     if subspace is not None:
         refuse_unused(ldadam, "subspace", rho=rho)
-    rule = chosen_subspace(subspace, rank, 128, followed)
-    keeps = error_feedback is not None
-    residual = residuals.error_feedback(error_feedback, momentum=True) if keeps else "drop"
-    return projected_optimizer(ldadam, given, rule, residual=residual, on_refresh="rotate_moments")
+    return projected_optimizer(
+        ldadam,
+        learning_rate,
+        chosen_subspace(subspace, rank, 128, followed),
+        inner,
+        {"b1": b1, "b2": b2, "eps": eps, "eps_placement": eps_placement},
+        {
+            "weight_decay": weight_decay,
+            "weight_decay_mask": weight_decay_mask,
+            "decay_placement": decay_placement,
+        },
+        state_bits,
+        residual=residuals.error_feedback(error_feedback, momentum=True) if keeps_error else "drop",
+        on_refresh="rotate_moments",
+        refresh_every=refresh_every,
+        side=side,
+        seed=seed,
+        weight_dimension_numbers=weight_dimension_numbers,
+    )

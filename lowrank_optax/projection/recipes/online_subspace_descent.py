@@ -78,12 +78,31 @@ def online_subspace_descent(
       Liang et al., Memory-Efficient LLM Training with Online Subspace Descent, 2024,
       https://arxiv.org/abs/2408.12857, Algorithm 1.
     """
-    given = locals()
     rate = subspace_learning_rate
     if subspace_optimizer is not None:
         refuse_unused(online_subspace_descent, "subspace_optimizer", subspace_learning_rate=rate)
-    # Its count starts at the second step, the first to move a basis.
-    adam = optax.adam((lambda count: rate(count + 1)) if callable(rate) else rate)
+    adam = optax.adam(_one_step_later(rate) if callable(rate) else rate)
     moves = adam if subspace_optimizer is None else subspace_optimizer
-    rule = online_pca(rank, moves, penalty, initial)
-    return projected_optimizer(online_subspace_descent, given, rule, refresh_every=None)
+    return projected_optimizer(
+        online_subspace_descent,
+        learning_rate,
+        online_pca(rank, moves, penalty, initial),
+        inner,
+        {"b1": b1, "b2": b2, "eps": eps, "eps_placement": eps_placement},
+        {
+            "weight_decay": weight_decay,
+            "weight_decay_mask": weight_decay_mask,
+            "decay_placement": decay_placement,
+        },
+        state_bits,
+        refresh_every=None,
+        scale=scale,
+        side=side,
+        seed=seed,
+        weight_dimension_numbers=weight_dimension_numbers,
+    )
+
+
+def _one_step_later(schedule: optax.Schedule) -> optax.Schedule:
+    """The schedule for a count that starts at the second step, the first to move a basis."""
+    return lambda count: schedule(count + 1)

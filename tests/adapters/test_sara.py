@@ -329,6 +329,30 @@ def test_a_restored_adapter_is_refused_on_another_base(tmp_path):
         lro.adapters.check_base(with_restored(one_bit))
 
 
+def test_on_an_explicit_mesh_the_change_is_sharded_as_the_weight():
+    mesh = jax.make_mesh((4,), ("m",), axis_types=(jax.sharding.AxisType.Explicit,))
+    split, stack = jax.P(None, "m"), RNG.normal(size=(2, 6, 8)).astype(np.float32)
+    method = lro.adapters.SaRA(fraction=0.3)
+
+    def run(stack, **out):
+        params = method.init(KEY, stack)
+        values = {"values": params.trainable["values"] + 1}
+
+        def loss(values, w):
+            p = method.layer_arrays(params._replace(trainable=values), 0)
+            y = jnp.matmul(X, w, **out)
+            return jnp.sin(layer_output(method, p, Rows(jnp.asarray(X)), y, weight=w)).sum()
+
+        return jax.jit(jax.value_and_grad(loss))(values, stack[0])
+
+    expected, slopes = run(jnp.asarray(stack))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(stack, jax.NamedSharding(mesh, jax.P(None, *split)))
+        value, others = run(placed, out_sharding=split)
+    assert_close(value, expected, 100)
+    assert_close(others["values"], slopes["values"], 100)
+
+
 def test_bad_options_and_weights_are_refused():
     kind = lro.adapters.SaRA
     for options, error, message in (
@@ -354,6 +378,9 @@ def test_bad_options_and_weights_are_refused():
         jax.eval_shape(
             kind(fraction=1e-6).init, KEY, jax.ShapeDtypeStruct((1, 2**16, 2**15), jnp.float32)
         )
+    model = Scanned(2, nnx.Rngs(0))
+    with pytest.raises(ValueError, match="rank_pattern means blocks/up, and SaRA has no rank"):
+        lro.adapters.attach(model, kind(fraction=0.1), rngs=0, rank_pattern={"up": 2})
     with pytest.raises(TypeError, match="SaRA makes no change of low rank"):
         kind(fraction=0.1).to_lora({})
 

@@ -39,6 +39,14 @@ def test_other_entries_do_not_move_by_one_bit(dtype):
     assert (new["zero"] != 0).all()
 
 
+def test_gradients_of_other_entries_count_in_no_norm():
+    params, gradient = {"w": jnp.array([3.0, 0.3, 0.4])}, {"w": jnp.array([100.0, 3.0, -4.0])}
+    clipped = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1.0))
+    tx = lro.adapters.sara(clipped, threshold=1.0)
+    updates, _ = tx.update(gradient, tx.init(params), params)
+    np.testing.assert_allclose(updates["w"], [0, -0.6, 0.8], atol=1e-6)
+
+
 def test_a_fraction_is_each_leafs_own_and_takes_ties_together():
     params = {"w": normal(10, 10), "large": 100 * normal(10), "ties": jnp.ones(4)}
     state = lro.adapters.sara(ADAMW, fraction=0.2).init(params)

@@ -8,10 +8,12 @@ import warnings
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 import numpy as np
 
 from lowrank_optax.adapters.base import Adapter, AdapterParams, Arrays, Weights
 from lowrank_optax.adapters.operands import Operand
+from lowrank_optax.matrices.explicit_sharding import constrain, partition_of
 from lowrank_optax.matrices.polar import polar_factor
 
 _LARGEST_INDEX = np.iinfo(np.int32).max
@@ -102,7 +104,9 @@ class SaRA(Adapter):
                 f"a matrix of shape {tuple(weights.shape[1:])} has more than {_LARGEST_INDEX} "
                 "positions, which do not fit into int32: leave the layer out of `where`."
             )
-        indices, initial = _selected(self, count, jnp.asarray(weights))
+        partition = partition_of(weights)
+        whole = None if partition is None else PartitionSpec(None, None, None)
+        indices, initial = _selected(self, count, constrain(jnp.asarray(weights), whole))
         values = initial.astype(jnp.promote_types(initial.dtype, jnp.float32))
         return AdapterParams({"values": values}, {"indices": indices, "initial": initial})
 
@@ -118,13 +122,12 @@ class SaRA(Adapter):
     ) -> jax.Array:
         """``x (P - W)``; see `Adapter.branch`."""
         del bias, key
-        sides, dtype = weight.shape[-2:], y.dtype
-        times = jax.checkpoint(lambda p: x @ _dense(_change(p).astype(dtype), p["indices"], sides))
-        return times(dict(p))
+        change = lambda p: _dense(_change(p).astype(y.dtype), p["indices"], weight)
+        return jax.checkpoint(lambda p: x @ change(p))(dict(p))
 
     def delta(self, p: Arrays, weight: jax.Array) -> jax.Array:
         """``P - W``, with ``-0.0`` outside of the selection; see `Adapter.delta`."""
-        return _dense(_change(p).astype(jnp.float32), p["indices"], weight.shape[-2:])
+        return _dense(_change(p).astype(jnp.float32), p["indices"], weight)
 
     def nuclear_norm_gradient(self, p: Arrays, weight: Weights) -> jax.Array:
         r"""The gradient of the nuclear norm of the selected entries, for ``values``.
@@ -148,7 +151,7 @@ class SaRA(Adapter):
           >>> print(method.nuclear_norm_gradient(p, weights).round(3))
           [ 1. -1.]
         """
-        dense = _dense(p["values"], p["indices"], weight.shape[-2:])
+        dense = _dense(p["values"], p["indices"], weight)
         flat = polar_factor(dense).reshape(*dense.shape[:-2], -1)
         entries = lambda flat, indices: flat.at[indices].get(mode="fill", fill_value=0)
         return jnp.vectorize(entries, signature="(m),(n)->(n)")(flat, p["indices"])
@@ -242,15 +245,17 @@ def _change(p: Arrays) -> jax.Array:
     return p["values"] - p["initial"].astype(p["values"].dtype)
 
 
-def _dense(entries: jax.Array, indices: jax.Array, sides: tuple[int, ...]) -> jax.Array:
-    """A matrix ``[..., d_in, d_out]`` with these entries, and ``-0.0``, which adds nothing."""
+def _dense(entries: jax.Array, indices: jax.Array, weight: Weights) -> jax.Array:
+    """A matrix of the weight's shape with these entries, and ``-0.0``, which adds nothing."""
+    sides = weight.shape[-2:]
 
     def one(entries: jax.Array, indices: jax.Array) -> jax.Array:
         flat = jnp.full(math.prod(sides), -0.0, entries.dtype)
         options: dict[str, Any] = {"indices_are_sorted": True, "unique_indices": True}
         return flat.at[indices].set(entries, mode="drop", **options).reshape(sides)
 
-    return jnp.vectorize(one, signature="(n),(n)->(i,o)")(entries, indices)
+    dense = jnp.vectorize(one, signature="(n),(n)->(i,o)")(entries, indices)
+    return constrain(dense, partition_of(weight))
 
 
 def _bits(x: jax.Array) -> np.ndarray:

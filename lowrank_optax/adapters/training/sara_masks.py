@@ -303,7 +303,7 @@ def _selecting(
                 raise ValueError(f"{name} needs the parameters: tx.update(grads, state, params).")
         if penalty is not None and extra_args.get("whole", Whole()).tree is not None:
             raise CannotCutError("rank_penalty draws one of all matrices: it needs the whole tree.")
-        trained = jax.tree.leaves(state.trained)
+        trained: list[jax.Array] = jax.tree.leaves(state.trained)
         if reselect_after is not None:
             values = [x for path, x in _leaves(params) if chosen(path)]
             limits, now = jax.tree.leaves(state.threshold), state.count == reselect_after

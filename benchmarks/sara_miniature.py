@@ -103,7 +103,7 @@ def run(seed: int) -> tuple[dict[str, list[float]], dict[tuple[int, str], list[f
     x = jnp.asarray(rng.normal(size=(1024, 16)), jnp.float32)
     plain = lambda trained, rest: trained
     params = fitted(start, None, a, x, weights=plain, reselect=False, steps=4 * STEPS)
-    pruned = {"0 %": [float(error(params, a, x))]}
+    pruned = {"0 %": 2 * [float(error(params, a, x))]}
     magnitudes = np.sort(np.concatenate([np.abs(w).ravel() for w in params.values()]))
     for fraction in (0.1, 0.2):
         theta = magnitudes[round(fraction * magnitudes.size)]

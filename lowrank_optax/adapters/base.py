@@ -93,7 +93,7 @@ class Adapter(abc.ABC):
 
     @property
     def has_static_shapes(self) -> bool:
-        """Whether its arrays' shapes follow from the weights' shapes alone, so that it can be traced."""
+        """Whether its arrays' shapes follow from the weights' shapes: `init` can be traced."""
         return True
 
     @property

@@ -403,6 +403,13 @@ def test_a_selection_of_a_half_precision_model_is_that_of_its_stored_values():
     np.testing.assert_array_equal(inside.sum(-1), below.sum((-2, -1)))
 
 
+def test_the_threshold_is_strict_and_not_rounded_to_half_precision():
+    w = jnp.array([[[0.5, -0.5], [0.498046875, 0.25]]], jnp.bfloat16)  # neighbours in bfloat16
+    for theta, expected in ((0.5, [2, 3]), (0.499, [2, 3]), (0.2501, [3])):
+        _, params = made({"threshold": theta}, w)
+        np.testing.assert_array_equal(params.frozen["indices"][0], expected)
+
+
 @pytest.mark.slow
 def test_small_weights_matter_less_than_random_ones():
     """The paper's first claim in miniature: a network fitted to a teacher, then pruned."""

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import lowrank_optax as lro
+from lowrank_optax.slices.call import CannotCutError, Whole
 
 RNG = np.random.default_rng(0)
 ADAMW = optax.adamw(0.1, weight_decay=0.1)
@@ -45,6 +46,17 @@ def test_gradients_of_other_entries_count_in_no_norm():
     tx = lro.adapters.sara(clipped, threshold=1.0)
     updates, _ = tx.update(gradient, tx.init(params), params)
     np.testing.assert_allclose(updates["w"], [0, -0.6, 0.8], atol=1e-6)
+
+
+def test_the_threshold_is_strict():
+    params = {"w": jnp.array([0.5, -0.5, 0.498046875], jnp.bfloat16)}
+    state = lro.adapters.sara(ADAMW, threshold=0.5).init(params)
+    np.testing.assert_array_equal(state.trained["w"], [False, False, True])
+    tx = lro.adapters.sara(optax.sgd(1.0), threshold=1.0, reselect_after=1)
+    reached = {"w": jnp.array([-1.0, 0.5])}
+    _, state = tx.update(reached, tx.init({"w": jnp.zeros(2)}), reached)
+    _, state = tx.update(reached, state, reached)
+    np.testing.assert_array_equal(state.trained["w"], [False, True])
 
 
 def test_a_fraction_is_each_leafs_own_and_takes_ties_together():
@@ -124,7 +136,9 @@ def test_bad_arguments_are_refused():
         (lambda: sara(ADAMW), ValueError, "give exactly one"),
         (lambda: sara(ADAMW, threshold=0.0), ValueError, r"threshold=0.0 must be finite"),
         (lambda: sara(ADAMW, fraction=2), ValueError, "fraction=2 must be at most 1"),
-        (lambda: sara(ADAMW, fraction=1, rank_penalty=-1), ValueError, "must not be negative"),
+        (lambda: sara(ADAMW, fraction=1, rank_penalty=-1), ValueError, "and not negative"),
+        (lambda: sara(ADAMW, fraction=1, rank_penalty="1"), TypeError, "'1' must be a number"),
+        (lambda: sara(ADAMW, fraction=1, reselect_after="9"), TypeError, "'9' must be an int"),
         (lambda: sara(ADAMW, fraction=1, reselect_after=0), ValueError, "must be at least 1"),
         (lambda: sara(ADAMW, fraction=1, reselect_after=0.5), TypeError, "must be an int"),
         (lambda: sara(optax.adam, fraction=1), TypeError, "inner=adam must be"),
@@ -139,6 +153,10 @@ def test_bad_arguments_are_refused():
     tx = sara(optax.sgd(1.0), fraction=1, reselect_after=1)
     with pytest.raises(ValueError, match="reselect_after needs the parameters"):
         tx.update(params, tx.init(params))
+    large = {"kernel": jnp.ones((65, 65))}
+    tx = sara(optax.sgd(1.0), fraction=1, rank_penalty=0.1)
+    with pytest.raises(CannotCutError, match="rank_penalty draws one of all matrices"):
+        tx.update(large, tx.init(large), large, whole=Whole(tree=large))
     with pytest.warns(UserWarning, match=r"sara\(threshold=0.5\) selects no entry"):
         sara(ADAMW, threshold=0.5).init(params)
     with pytest.warns(UserWarning, match="rank_penalty=0.1 has no effect: no parameter is a"):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
+import numpy as np
 import optax
 
 from lowrank_optax.adapters.methods.sara import check_selection
@@ -107,10 +108,12 @@ def sara(
     """
     # Under optax.inject_hyperparams the threshold is an array.
     check_selection(fraction, 1.0 if isinstance(threshold, jax.Array) else threshold)
-    if isinstance(rank_penalty, int | float) and not rank_penalty >= 0:
-        raise ValueError(f"rank_penalty={rank_penalty!r} must not be negative.")
-    penalty = None
-    if not isinstance(rank_penalty, int | float) or rank_penalty > 0:
+    if not isinstance(rank_penalty, jax.Array | int | float):
+        raise TypeError(f"rank_penalty={rank_penalty!r} must be a number.")
+    traced, penalty = isinstance(rank_penalty, jax.Array), None
+    if not traced and not (math.isfinite(rank_penalty) and rank_penalty >= 0):
+        raise ValueError(f"rank_penalty={rank_penalty!r} must be finite and not negative.")
+    if traced or rank_penalty > 0:
         penalty = _Penalty(rank_penalty, seed, weight_dimension_numbers)
 
     def start(path: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -120,8 +123,8 @@ def sara(
                 "numbers. Leave it out by optax.masked."
             )
         limit = threshold if fraction is None else _quantile(x, fraction)
-        limit = jnp.asarray(limit, _wide(x).dtype)
-        return limit, jnp.abs(_wide(x)) < limit
+        limit = jnp.asarray(limit, _in_float32(x).dtype)
+        return limit, jnp.abs(_in_float32(x)) < limit
 
     def check(params: Any, trained: list[jax.Array]) -> None:
         known = trained and not any(isinstance(x, jax.core.Tracer) for x in trained)
@@ -191,9 +194,9 @@ def sara_reselection(
     def start(path: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         limit: ArrayLike | None = threshold
         if limit is None:
-            largest = jnp.max(jnp.abs(_wide(x)), axis=-1, keepdims=True, initial=0)
+            largest = jnp.max(jnp.abs(_in_float32(x)), axis=-1, keepdims=True, initial=0)
             limit = jnp.nextafter(largest, jnp.full_like(largest, jnp.inf))
-        return jnp.asarray(limit, _wide(x).dtype), jnp.ones_like(x, bool)
+        return jnp.asarray(limit, _in_float32(x).dtype), jnp.ones_like(x, bool)
 
     def check(params: Any, trained: list[jax.Array]) -> None:
         if is_whole(params) and not trained:
@@ -277,7 +280,8 @@ def _selecting(
       reselect_after: As for `sara`.
       penalty: As for `sara`; then all leaves are chosen.
     """
-    if isinstance(reselect_after, bool | float):
+    known = isinstance(reselect_after, int | np.integer | jax.Array | None)
+    if not known or isinstance(reselect_after, bool):
         raise TypeError(f"reselect_after={reselect_after!r} must be an int.")
     if isinstance(reselect_after, int) and reselect_after < 1:
         raise ValueError(f"reselect_after={reselect_after!r} must be at least 1.")
@@ -301,14 +305,14 @@ def _selecting(
         for name, value in (("reselect_after", reselect_after), ("rank_penalty", penalty)):
             if value is not None and params is None:
                 raise ValueError(f"{name} needs the parameters: tx.update(grads, state, params).")
-        if penalty is not None and extra_args.get("whole", Whole()).tree is not None:
+        if penalty is not None and (extra_args.get("whole") or Whole()).tree is not None:
             raise CannotCutError("rank_penalty draws one of all matrices: it needs the whole tree.")
         trained: list[jax.Array] = jax.tree.leaves(state.trained)
         if reselect_after is not None:
             values = [x for path, x in _leaves(params) if chosen(path)]
             limits, now = jax.tree.leaves(state.threshold), state.count == reselect_after
             trained = [
-                flags & (~now | (jnp.abs(_wide(x)) < limit))
+                flags & (~now | (jnp.abs(_in_float32(x)) < limit))
                 for flags, x, limit in zip(trained, values, limits, strict=True)
             ]
 
@@ -333,15 +337,15 @@ def _leaves(tree: Any) -> list[tuple[Any, jax.Array]]:
     return jax.tree_util.tree_leaves_with_path(tree)
 
 
-def _wide(x: jax.Array) -> jax.Array:
+def _in_float32(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _quantile(x: jax.Array, fraction: float) -> jax.Array:
     """The least number above the ``fraction`` smallest magnitudes."""
     if x.size == 0:
-        return jnp.asarray(jnp.inf, _wide(x).dtype)
+        return jnp.asarray(jnp.inf, _in_float32(x).dtype)
     partition = partition_of(x)
-    x = constrain(_wide(x), None if partition is None else PartitionSpec(*[None] * x.ndim))
+    x = constrain(_in_float32(x), None if partition is None else PartitionSpec(*[None] * x.ndim))
     last = jnp.sort(jnp.abs(x).ravel())[max(1, round(fraction * x.size)) - 1]
     return jnp.nextafter(last, jnp.full_like(last, jnp.inf))

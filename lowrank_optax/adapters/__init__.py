@@ -12,6 +12,7 @@ from lowrank_optax.adapters.methods.lora import LoRA
 from lowrank_optax.adapters.methods.lora_fa import LoRAFA
 from lowrank_optax.adapters.methods.lotr import LoTR
 from lowrank_optax.adapters.methods.pissa import PiSSA, reduction_ratio
+from lowrank_optax.adapters.methods.sara import SaRA
 from lowrank_optax.adapters.methods.svfit import SVFit, energy_rank
 from lowrank_optax.adapters.methods.tucker import TuckerFactors, lotr_from_lora, lotr_from_updates
 from lowrank_optax.adapters.methods.vera import VeRA
@@ -29,6 +30,7 @@ from lowrank_optax.adapters.training.lora_fa_projection import (
 from lowrank_optax.adapters.training.lora_plus import lora_plus_adamw, scale_lora_plus
 from lowrank_optax.adapters.training.phases import carry_state, frozen_leaves
 from lowrank_optax.adapters.training.rank_allocation import allocate_ranks, energy, weight_spectra
+from lowrank_optax.adapters.training.sara_masks import SaraState, sara, sara_reselection
 
 if TYPE_CHECKING:
     from lowrank_optax.adapters import linen, pytree
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
         trainable,
     )
     from lowrank_optax.adapters.attaching import attach, detach
+    from lowrank_optax.adapters.base_checks import check_base
     from lowrank_optax.adapters.combining import merge_adapters
     from lowrank_optax.adapters.merging import MergeReport, merge, unmerge
     from lowrank_optax.adapters.own_values import also_train, freeze_arrays
@@ -59,6 +62,7 @@ _FLAX = {
     "activate": "switching",
     "also_train": "own_values",
     "attach": "attaching",
+    "check_base": "base_checks",
     "deactivate": "switching",
     "detach": "attaching",
     "disabled": "switching",
@@ -87,6 +91,7 @@ __all__ = [
     "LoTR",
     "PiSSA",
     "SVFit",
+    "SaRA",
     "VeRA",
     "energy_rank",
     "reduction_ratio",
@@ -111,6 +116,10 @@ __all__ = [
     "frozen_leaves",
     "lamda_freezing",
     "weight_spectra",
+    # Selection of the entries that are trained
+    "SaraState",
+    "sara",
+    "sara_reselection",
     # In a Flax NNX model
     "AdapterConstant",
     "AdapterParam",
@@ -120,6 +129,7 @@ __all__ = [
     "activate",
     "also_train",
     "attach",
+    "check_base",
     "deactivate",
     "detach",
     "disabled",

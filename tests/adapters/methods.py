@@ -7,5 +7,6 @@ METHODS = {
     "LoTR": adapters.LoTR(rank=2, alpha=4),
     "PiSSA": adapters.PiSSA(rank=2, alpha=5),
     "VeRA": adapters.VeRA(rank=3),
+    "SaRA": adapters.SaRA(fraction=0.3),
     "DoRA": adapters.DoRA(rank=2, alpha=3),
 }

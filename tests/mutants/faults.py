@@ -276,6 +276,13 @@ ADAPTERS = (
         ("tests/adapters/test_aflora_frozen.py",),
     ),
     Fault(
+        "SaRA's reselection one update early",
+        "lowrank_optax/adapters/training/sara_masks.py",
+        "state.count == reselect_after",
+        "state.count + 1 == reselect_after",
+        ("tests/adapters/test_sara_masks.py",),
+    ),
+    Fault(
         "LaMDA's rows frozen one row early",
         "lowrank_optax/adapters/training/lamda_freezing.py",
         "share = np.minimum((np.arange(rows) + 1) / ranks[..., None], 1)",

@@ -96,7 +96,8 @@ class Folding(NamedTuple):
     def check_unchanged(self, before: Mapping[str, jax.Array]) -> None:
         """Raises ValueError if an adapter's checksum is not what it was when it was merged.
 
-        Under a transformation, where the numbers are not known, nothing is checked.
+        Likewise if the weights cannot be computed from the merged ones. Under a transformation,
+        where the numbers are not known, nothing is checked.
         """
         for name, now in self.checksums().items():
             if isinstance(before[name], jax.core.Tracer) or isinstance(now, jax.core.Tracer):
@@ -108,6 +109,8 @@ class Folding(NamedTuple):
                 "since it was merged, so its change cannot be taken out of the weight again: put "
                 "back those of that time, or detach the adapter and load the original weights."
             )
+        if depends_on_weight(self.methods[0][0]):
+            check_invertible(self.path, self.methods[0][0], self.unfolded())
 
     def _flat_own(self) -> tuple[Arrays, ...]:
         batch = len(self.batch)
@@ -194,6 +197,16 @@ def _bit_sum(x: jax.Array, batch: int) -> jax.Array:
 def depends_on_weight(method: Adapter) -> bool:
     """Whether the change is a function of the weight: such a method has its own `unmerged`."""
     return type(method).unmerged is not Adapter.unmerged
+
+
+def check_invertible(path: str, method: Adapter, weights: jax.Array) -> None:
+    """Raises ValueError if the weights before merging are NaN, as where a change is singular."""
+    if not isinstance(weights, jax.core.Tracer) and bool(jnp.isnan(weights).any()):
+        raise ValueError(
+            f"the change that {type(method).__name__} made to the weight of {path} has no inverse, "
+            "so the weight before it cannot be computed: detach the adapter and load the original "
+            "weights."
+        )
 
 
 def check_can_unmerge(path: str, together: list[tuple[str, Adapter, float]]) -> None:

@@ -97,8 +97,9 @@ def unmerge(model: Any, name: str | None = None) -> None:
       name: Name of the adapter; None for all that are merged.
 
     Raises:
-      ValueError: If there is no adapter of that name, none is merged, or arrays or the strength of
-        one have changed since `merge` (not checked under a transformation).
+      ValueError: If there is no adapter of that name, none is merged, arrays or the strength of
+        one have changed since `merge`, or its change has no inverse (the last two are not checked
+        under a transformation).
     """
     wanted, layers = check_names(model, [name] if name else []), []
     for path, layer in adapted_layers(model).items():

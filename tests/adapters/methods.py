@@ -5,6 +5,8 @@ from lowrank_optax import adapters
 METHODS = {
     "LoRA": adapters.LoRA(rank=2, alpha=6),
     "LoTR": adapters.LoTR(rank=2, alpha=4),
+    "MiSS": adapters.MiSS(rank=3),
+    "MiSSBat": adapters.MiSSBat(rank=2),
     "PiSSA": adapters.PiSSA(rank=2, alpha=5),
     "VeRA": adapters.VeRA(rank=3),
     "DoRA": adapters.DoRA(rank=2, alpha=3),

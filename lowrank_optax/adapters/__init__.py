@@ -13,6 +13,7 @@ from lowrank_optax.adapters.methods.lora_fa import LoRAFA
 from lowrank_optax.adapters.methods.lotr import LoTR
 from lowrank_optax.adapters.methods.miss import MiSS, MiSSBat
 from lowrank_optax.adapters.methods.pissa import PiSSA, reduction_ratio
+from lowrank_optax.adapters.methods.randlora import RandLoRA
 from lowrank_optax.adapters.methods.svfit import SVFit, energy_rank
 from lowrank_optax.adapters.methods.tucker import TuckerFactors, lotr_from_lora, lotr_from_updates
 from lowrank_optax.adapters.methods.vera import VeRA
@@ -87,6 +88,7 @@ __all__ = [
     "MiSS",
     "MiSSBat",
     "PiSSA",
+    "RandLoRA",
     "SVFit",
     "VeRA",
     "energy_rank",

@@ -8,6 +8,7 @@ METHODS = {
     "MiSS": adapters.MiSS(rank=3),
     "MiSSBat": adapters.MiSSBat(rank=2),
     "PiSSA": adapters.PiSSA(rank=2, alpha=5),
+    "RandLoRA": adapters.RandLoRA(rank=3, alpha=4),
     "VeRA": adapters.VeRA(rank=3),
     "DoRA": adapters.DoRA(rank=2, alpha=3),
 }

@@ -134,7 +134,8 @@ def test_nothing_is_dropped_without_a_key_and_the_same_is_dropped_with_the_same_
 @pytest.mark.parametrize(
     "method",
     [
-        *METHODS.values(),
+        # The last axis of its gamma is the smaller side, whichever that is.
+        *(m for m in METHODS.values() if not isinstance(m, lro.adapters.RandLoRA)),
         lro.adapters.MiSS(rank=3, mini_rank=2),
         lro.adapters.LoRAFA(rank=2),
         lro.adapters.AFLoRA(rank=2),

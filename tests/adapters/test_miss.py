@@ -13,6 +13,7 @@ from tests.adapters.nnx_models import Scanned, call, tokens
 
 MiSS, MiSSBat = compiled(lro.adapters.MiSS), compiled(lro.adapters.MiSSBat)
 RNG = np.random.default_rng(0)
+START = RNG.bit_generator.state
 EPS = np.finfo(np.float32).eps
 FORMS = {
     "shard": (MiSS, {"rank": 5}),
@@ -20,6 +21,12 @@ FORMS = {
     "bat": (MiSSBat, {"rank": 4}),
     "bat_in": (MiSSBat, {"rank": 4, "side": "in"}),
 }
+
+
+@pytest.fixture(autouse=True)
+def same_draws():
+    """A test draws the same numbers, whichever ran before it."""
+    RNG.bit_generator.state = START
 
 
 def drawn(*shape):
@@ -114,7 +121,7 @@ def test_the_worked_sum_over_blocks():
     p = method.layer_arrays(method.init(jax.random.key(0), np.zeros((1, 5, 2), np.float32)), 0)
     x, y = np.arange(1, 6, dtype=np.float32), np.zeros(2, np.float32)
     out = layer_output(method, p | {"D": d}, Rows(x), y, weight=np.zeros((5, 2), np.float32))
-    np.testing.assert_array_equal(out, [609, 6090])  # S = [9, 6]
+    np.testing.assert_allclose(out, [609, 6090], rtol=1e-6)  # S = [9, 6]
 
 
 def test_the_worked_block_and_a_weight_of_zeros_and_a_multiple_of_the_identity():
@@ -134,15 +141,15 @@ def test_the_worked_block_and_a_weight_of_zeros_and_a_multiple_of_the_identity()
 def test_rows_repeat_and_the_rank_is_at_most_r_and_that_of_blocks_is_full():
     method, p, weight = made("shard", 20)
     change = method.delta(p, weight)
-    np.testing.assert_array_equal(change[5:], change[:-5])
+    np.testing.assert_allclose(change[5:], change[:-5], atol=1e-5)
     assert np.linalg.matrix_rank(change) == 5
     np.testing.assert_allclose(np.sum(change**2), 4 * np.sum(p["D"] ** 2), rtol=1e-5)
     a, b = method.to_lora(p)
     assert (a.shape, b.shape) == ((20, 5), (5, 8))
-    np.testing.assert_array_equal(a @ b, change)
+    np.testing.assert_allclose(a @ b, change, atol=1e-5)
     method, p, weight = made("mini", 13)
     a, b = method.to_lora(p)
-    np.testing.assert_array_equal(a @ b, method.delta(p, weight))
+    np.testing.assert_allclose(a @ b, method.delta(p, weight), atol=1e-5)
     assert np.linalg.matrix_rank(a @ b) == 4
     for d_in, d_out, rank in ((16, 12, 2), (64, 64, 4)):
         for side in ("out", "in"):
@@ -158,13 +165,12 @@ def test_a_mini_rank_of_all_outputs_and_a_rank_of_all_inputs():
     mini = MiSS(rank=5, mini_rank=8)
     own = mini.layer_arrays(mini.init(jax.random.key(0), weight[None]), 0)
     assert own["mini"].shape == p["D"].shape
-    np.testing.assert_array_equal(
-        mini.delta(own | {"mini": p["D"]}, weight), method.delta(p, weight)
-    )
+    repeated = mini.delta(own | {"mini": p["D"]}, weight)
+    np.testing.assert_allclose(repeated, method.delta(p, weight), atol=1e-5)
     whole = MiSS(rank=12)
     p = whole.layer_arrays(whole.init(jax.random.key(0), weight[None]), 0)
     d = drawn(12, 8)
-    np.testing.assert_array_equal(whole.delta(p | {"D": d}, weight), d)
+    np.testing.assert_allclose(whole.delta(p | {"D": d}, weight), d, atol=1e-5)
 
 
 def test_the_first_step_of_sgd_is_the_block_count_times_a_projection_and_far_longer_than_loras():
@@ -271,7 +277,7 @@ def test_a_model_with_layers_in_a_scan_starts_where_it_was():
         model = Scanned(2, nnx.Rngs(0))
         before = call(model, tokens())
         lro.adapters.attach(model, method, "up|down", rngs=0)
-        np.testing.assert_array_equal(call(model, tokens()), before)
+        np.testing.assert_allclose(call(model, tokens()), before, atol=1e-5)
         row = lro.adapters.summary(model).rows[0]
         assert row.rank == method.rank
 

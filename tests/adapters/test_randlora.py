@@ -14,9 +14,16 @@ from tests.adapters.nnx_models import Scanned, Unrolled, call, tokens
 
 RandLoRA = compiled(lro.adapters.RandLoRA)
 RNG = np.random.default_rng(0)
+START = RNG.bit_generator.state
 EPS = np.finfo(np.float32).eps
 SHAPES = {"wide": (6, 9), "tall": (9, 6), "square": (7, 7), "small": (4, 9)}
 RANK, ALPHA = 4, 10
+
+
+@pytest.fixture(autouse=True)
+def same_draws():
+    """A test draws the same numbers, whichever ran before it."""
+    RNG.bit_generator.state = START
 
 
 def drawn(*shape):
@@ -83,7 +90,7 @@ def test_the_worked_numbers_and_the_pairing_of_bases():
     np.testing.assert_allclose(one.delta(p, np.zeros((3, 2), np.float32)), expected, atol=1e-6)
     np.testing.assert_allclose(one.delta(p, np.zeros((2, 3), np.float32)), expected.T, atol=1e-6)
     default = RandLoRA(rank=1).delta(p, np.zeros((3, 2), np.float32))
-    np.testing.assert_allclose(default, 20 * expected, atol=1e-5)
+    np.testing.assert_allclose(default, 20 * expected, rtol=1e-6)
     # With one entry of lambda at 1 the change is the outer product of one column and one row.
     method = RandLoRA(rank=2, alpha=2)
     b = np.arange(1, 7, dtype=np.float32).reshape(1, 3, 2) * np.ones((7, 1, 1), np.float32)
@@ -94,7 +101,7 @@ def test_the_worked_numbers_and_the_pairing_of_bases():
         scales = np.zeros((2, 3), np.float32)
         scales[k, j] = 1
         change = method.delta(p | {"lambda": scales}, np.zeros((6, 7), np.float32))
-        np.testing.assert_array_equal(change, b[0, basis, column])
+        np.testing.assert_allclose(change, b[0, basis, column], rtol=1e-6)
 
 
 def test_it_starts_at_the_model_and_the_first_step_moves_lambda_alone():
@@ -174,9 +181,8 @@ def test_bases_do_not_depend_on_the_order_of_layers_and_small_layers_read_the_fi
     assert (frozen["A"].shape, frozen["B"].shape) == ((4, 1, 7), (9, 2, 4))
     _, p, weight = made((3, 5))
     cut = p | {"A": p["A"][:, :, :3], "B": p["B"][:5, :1]}
-    np.testing.assert_array_equal(
-        RandLoRA(rank=RANK).delta(cut, weight), RandLoRA(rank=RANK).delta(p, weight)
-    )
+    part, whole = (RandLoRA(rank=RANK).delta(arrays, weight) for arrays in (cut, p))
+    np.testing.assert_allclose(part, whole, atol=1e-5 * np.abs(whole).max())
 
 
 @pytest.mark.parametrize(
@@ -273,7 +279,7 @@ def test_the_bases_are_once_in_a_compiled_step(kind):
     model = kind(depth, nnx.Rngs(0))
     before = call(model, tokens())
     lro.adapters.attach(model, lro.adapters.RandLoRA(rank=2), "up|down", rngs=0)
-    np.testing.assert_array_equal(call(model, tokens()), before)
+    np.testing.assert_allclose(call(model, tokens()), before, atol=1e-5)
     (bases,) = model.adapter_groups["default"].values()
     assert (bases["A"].shape, bases["B"].shape) == ((2, 1, 6), (12, 3, 2))
     graphdef, trained, rest = nnx.split(model, lro.adapters.trainable, ...)

@@ -11,7 +11,9 @@ from lowrank_optax.adapters.methods.lamda import LaMDA
 from lowrank_optax.adapters.methods.lora import LoRA
 from lowrank_optax.adapters.methods.lora_fa import LoRAFA
 from lowrank_optax.adapters.methods.lotr import LoTR
+from lowrank_optax.adapters.methods.miss import MiSS, MiSSBat
 from lowrank_optax.adapters.methods.pissa import PiSSA, reduction_ratio
+from lowrank_optax.adapters.methods.randlora import RandLoRA
 from lowrank_optax.adapters.methods.sara import SaRA
 from lowrank_optax.adapters.methods.svfit import SVFit, energy_rank
 from lowrank_optax.adapters.methods.tucker import TuckerFactors, lotr_from_lora, lotr_from_updates
@@ -89,7 +91,10 @@ __all__ = [
     "LoRA",
     "LoRAFA",
     "LoTR",
+    "MiSS",
+    "MiSSBat",
     "PiSSA",
+    "RandLoRA",
     "SVFit",
     "SaRA",
     "VeRA",

@@ -98,7 +98,8 @@ class Folding(NamedTuple):
     def check_unchanged(self, before: Mapping[str, jax.Array]) -> None:
         """Raises ValueError if an adapter's checksum is not what it was when it was merged.
 
-        Under a transformation, where the numbers are not known, nothing is checked.
+        Likewise if the weights cannot be computed from the merged ones. Under a transformation,
+        where the numbers are not known, nothing is checked.
         """
         for name, now in self.checksums().items():
             if isinstance(before[name], jax.core.Tracer) or isinstance(now, jax.core.Tracer):
@@ -110,6 +111,8 @@ class Folding(NamedTuple):
                 "since it was merged, so its change cannot be taken out of the weight again: put "
                 "back those of that time, or detach the adapter and load the original weights."
             )
+        if depends_on_weight(self.methods[0][0]):
+            check_invertible(self.path, self.methods[0][0], self.unfolded())
 
     def _flat_own(self) -> tuple[Arrays, ...]:
         batch = len(self.batch)
@@ -233,6 +236,16 @@ def other_weights_error(path: str, use: str, cls: str) -> TypeError:
         "adapter that is only added to the output (LoRA) unmerged. If the call multiplies by the "
         "parameter itself, write `plain_weights = True` into the class that defines it."
     )
+
+
+def check_invertible(path: str, method: Adapter, weights: jax.Array) -> None:
+    """Raises ValueError if the weights before merging are NaN, as where a change is singular."""
+    if not isinstance(weights, jax.core.Tracer) and bool(jnp.isnan(weights).any()):
+        raise ValueError(
+            f"the change that {type(method).__name__} made to the weight of {path} has no inverse, "
+            "so the weight before it cannot be computed: detach the adapter and load the original "
+            "weights."
+        )
 
 
 def check_can_unmerge(path: str, together: list[tuple[str, Adapter, float]]) -> None:

@@ -103,6 +103,9 @@ def unmerge(model: Any, name: str | None = None) -> None:
       ValueError: If there is no adapter of that name, none is merged, or arrays or the strength of
         one have changed since `merge` (not checked under a transformation).
       TypeError: If a layer may multiply by another weight than its parameter.
+      ValueError: If there is no adapter of that name, none is merged, arrays or the strength of
+        one have changed since `merge`, or its change has no inverse (the last two are not checked
+        under a transformation).
     """
     wanted, layers = check_names(model, [name] if name else []), []
     for path, layer in adapted_layers(model).items():

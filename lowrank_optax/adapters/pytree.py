@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from lowrank_optax.adapters import groups
 from lowrank_optax.adapters.base import Adapter, counts_of, parameter_count
 from lowrank_optax.adapters.factored import FactoredWeight
+from lowrank_optax.adapters.folding import check_invertible
 from lowrank_optax.matrices.names import named_kind
 from lowrank_optax.matrices.paths import normalised_path
 from lowrank_optax.matrices.rules import (
@@ -257,11 +258,17 @@ def merge(params: Any, adapter: PytreeAdapter) -> Any:
 
 
 def unmerge(merged: Any, adapter: PytreeAdapter) -> Any:
-    """The parameters before `merge` with this adapter, to the rounding of their dtype."""
+    """The parameters before `merge` with this adapter, to the rounding of their dtype.
+
+    Raises:
+      ValueError: If a change that depends on the weight has no inverse (not checked under a
+        transformation, where the leaf is NaN).
+    """
 
     def one(leaf: Leaf, value: jax.Array, p: dict[str, jax.Array]) -> jax.Array:
         matrix, p = to_matrix(value, leaf.spec), leaf.repeated(p)
         before = leaf.method.original(p, leaf.method.unmerged(p, matrix))
+        check_invertible(leaf.name, leaf.method, before)
         return from_matrix(before, leaf.spec, value)
 
     return _replaced(merged, dataclasses.replace(adapter, base={}), one)

@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lowrank_optax.adapters.base import Adapter, AdapterParams, Merged
+from lowrank_optax.adapters.live_ranks import CompactLoRA, compact_arrays
 from lowrank_optax.adapters.low_rank import LowRank
 from lowrank_optax.adapters.methods.aflora import AFLoRA
 from lowrank_optax.adapters.methods.dora import DoRA
@@ -12,6 +13,7 @@ from lowrank_optax.adapters.methods.lora import LoRA
 from lowrank_optax.adapters.methods.lora_fa import LoRAFA
 from lowrank_optax.adapters.methods.lotr import LoTR
 from lowrank_optax.adapters.methods.pissa import PiSSA, reduction_ratio
+from lowrank_optax.adapters.methods.sora import SoRA
 from lowrank_optax.adapters.methods.svfit import SVFit, energy_rank
 from lowrank_optax.adapters.methods.tucker import TuckerFactors, lotr_from_lora, lotr_from_updates
 from lowrank_optax.adapters.methods.vera import VeRA
@@ -19,6 +21,10 @@ from lowrank_optax.adapters.training.aflora_freezing import (
     AfloraFreezingState,
     aflora_freezing,
     aflora_schedule,
+)
+from lowrank_optax.adapters.training.gate_thresholds import (
+    GateThresholdState,
+    soft_threshold_gates,
 )
 from lowrank_optax.adapters.training.lamda_freezing import LamdaFreezingState, lamda_freezing
 from lowrank_optax.adapters.training.lora_fa_projection import (
@@ -39,6 +45,7 @@ if TYPE_CHECKING:
         trainable,
     )
     from lowrank_optax.adapters.attaching import attach, detach
+    from lowrank_optax.adapters.compacting import CompactReport, compact
     from lowrank_optax.adapters.merging import MergeReport, merge, unmerge
     from lowrank_optax.adapters.own_values import also_train, freeze_arrays
     from lowrank_optax.adapters.peft.config import UnsupportedConfigError
@@ -53,11 +60,13 @@ _FLAX = {
     "AdapterParam": "adapted_layers",
     "AdapterSummary": "summaries",
     "AlsoTrained": "adapted_layers",
+    "CompactReport": "compacting",
     "MergeReport": "merging",
     "UnsupportedConfigError": "peft.config",
     "activate": "switching",
     "also_train": "own_values",
     "attach": "attaching",
+    "compact": "compacting",
     "deactivate": "switching",
     "detach": "attaching",
     "disabled": "switching",
@@ -85,6 +94,7 @@ __all__ = [
     "LoTR",
     "PiSSA",
     "SVFit",
+    "SoRA",
     "VeRA",
     "energy_rank",
     "reduction_ratio",
@@ -109,15 +119,22 @@ __all__ = [
     "frozen_leaves",
     "lamda_freezing",
     "weight_spectra",
+    # Gates that are thresholded, and ranks that are cut
+    "CompactLoRA",
+    "GateThresholdState",
+    "compact_arrays",
+    "soft_threshold_gates",
     # In a Flax NNX model
     "AdapterConstant",
     "AdapterParam",
     "AdapterSummary",
     "AlsoTrained",
+    "CompactReport",
     "MergeReport",
     "activate",
     "also_train",
     "attach",
+    "compact",
     "deactivate",
     "detach",
     "disabled",

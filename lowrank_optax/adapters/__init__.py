@@ -13,6 +13,7 @@ from lowrank_optax.adapters.methods.lora import LoRA
 from lowrank_optax.adapters.methods.lora_fa import LoRAFA
 from lowrank_optax.adapters.methods.lotr import LoTR
 from lowrank_optax.adapters.methods.pissa import PiSSA, reduction_ratio
+from lowrank_optax.adapters.methods.prilora import PRILoRA
 from lowrank_optax.adapters.methods.sora import SoRA
 from lowrank_optax.adapters.methods.svfit import SVFit, energy_rank
 from lowrank_optax.adapters.methods.tucker import TuckerFactors, lotr_from_lora, lotr_from_updates
@@ -34,7 +35,13 @@ from lowrank_optax.adapters.training.lora_fa_projection import (
 )
 from lowrank_optax.adapters.training.lora_plus import lora_plus_adamw, scale_lora_plus
 from lowrank_optax.adapters.training.phases import carry_state, frozen_leaves
-from lowrank_optax.adapters.training.rank_allocation import allocate_ranks, energy, weight_spectra
+from lowrank_optax.adapters.training.prilora_pruning import PriloraPruningState, prilora_pruning
+from lowrank_optax.adapters.training.rank_allocation import (
+    allocate_ranks,
+    energy,
+    linear_ranks,
+    weight_spectra,
+)
 
 if TYPE_CHECKING:
     from lowrank_optax.adapters import linen, pytree
@@ -92,6 +99,7 @@ __all__ = [
     "LoRA",
     "LoRAFA",
     "LoTR",
+    "PRILoRA",
     "PiSSA",
     "SVFit",
     "SoRA",
@@ -108,9 +116,10 @@ __all__ = [
     "TuckerFactors",
     "lotr_from_lora",
     "lotr_from_updates",
-    # Freezing on the way, and ranks from spectra
+    # Freezing and pruning on the way, and ranks from spectra or depth
     "AfloraFreezingState",
     "LamdaFreezingState",
+    "PriloraPruningState",
     "aflora_freezing",
     "aflora_schedule",
     "allocate_ranks",
@@ -118,6 +127,8 @@ __all__ = [
     "energy",
     "frozen_leaves",
     "lamda_freezing",
+    "linear_ranks",
+    "prilora_pruning",
     "weight_spectra",
     # Gates that are thresholded, and ranks that are cut
     "CompactLoRA",

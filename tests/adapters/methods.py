@@ -6,6 +6,7 @@ METHODS = {
     "LoRA": adapters.LoRA(rank=2, alpha=6),
     "LoTR": adapters.LoTR(rank=2, alpha=4),
     "PiSSA": adapters.PiSSA(rank=2, alpha=5),
+    "PRILoRA": adapters.PRILoRA(rank=2, scale=1.5),
     "SoRA": adapters.SoRA(rank=3, alpha=4),
     "VeRA": adapters.VeRA(rank=3),
     "DoRA": adapters.DoRA(rank=2, alpha=3),

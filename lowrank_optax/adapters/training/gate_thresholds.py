@@ -105,7 +105,8 @@ def soft_threshold_gates(
                 return update
             old = gate.astype(jnp.float32)
             new = soft_threshold(old + update.astype(jnp.float32), eta * penalty, zero_below)
-            return (new - old).astype(update.dtype)
+            # Exact zeros need the gate's own precision.
+            return (new - old).astype(jnp.result_type(update, gate))
 
         new, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         new = jax.tree_util.tree_map_with_path(step, new, params)

@@ -145,6 +145,13 @@ def test_a_tree_of_parameters_has_statistics_by_factored_weights() -> None:
     found = jax.jit(jax.grad(loss))(adapter.trainable)["w"]["input_squares"][..., 0]
     expected = [(1 + i) ** 2 * np.mean(X**2, axis=0) for i in range(3)]
     np.testing.assert_allclose(found, expected, atol=1e-5)
+    summed = lambda t: jnp.sum(pytree.effective(params, adapter.replace(t))["w"])
+    with pytest.raises(ValueError, match="w: a gradient by the statistics of PRILoRA"):
+        jax.jit(jax.grad(summed))(adapter.trainable)
+    slots = adapter.trainable["w"]["input_squares"]
+    of_factors = lambda f: summed({"w": {**f, "input_squares": slots}})
+    factors = {k: adapter.trainable["w"][k] for k in "AB"}
+    assert jax.jit(jax.grad(of_factors))(factors)["B"].any()
 
 
 def test_the_output_is_loras_and_no_squares_are_saved_for_the_backward_pass() -> None:

@@ -24,8 +24,8 @@ class PRILoRA(LoRA):
     Parameters of a stack ``[L, d_in, d_out]``: LoRA's ``A [L, d_in, r]`` and ``B [L, r, d_out]``,
     and ``input_squares [L, d_in, 1]``, float32 zeros that nothing reads: their gradient is the
     mean over tokens of the squares of the layer's input, without tokens that the loss does not
-    depend on. Evaluation, and sums with the weight that `pytree.effective` makes, have no such
-    gradient.
+    depend on. A tree of parameters is trained by `pytree.factored`: the sums of `pytree.effective`
+    have no inputs.
 
     The paper's text does not say whether layers of unlike ranks have one scale. Here they do by
     default: 1, whatever the rank.
@@ -57,6 +57,7 @@ class PRILoRA(LoRA):
     """
 
     axes: ClassVar[Axes] = {**LoRA.axes, "input_squares": ("in", None)}
+    statistics: ClassVar[frozenset[str]] = frozenset({"input_squares"})
 
     scale: float | None = None
 

@@ -123,7 +123,7 @@ def prilora_pruning(
     ) -> tuple[optax.Updates, PriloraPruningState]:
         if params is None:
             raise ValueError("prilora_pruning needs the parameters: update(u, state, params).")
-        count = optax.safe_increment(state.count)
+        count: Any = optax.safe_increment(state.count)
         norms = jax.tree.map(
             lambda square, norm: _averaged(square, norm, beta),
             _kept(updates, _slots(updates), lambda x: x),

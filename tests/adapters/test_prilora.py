@@ -5,6 +5,7 @@ import itertools
 from typing import Any
 
 from close import assert_close
+from flax import linen as nn
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -130,6 +131,17 @@ def test_layers_of_a_scan_have_statistics_of_their_own_and_evaluation_has_no_par
         x = nnx.merge(graph, jax.tree.map(lambda leaf, i=layer: leaf[i], state))(x)
     expected = [np.mean(x**2, axis=0) for x in inputs]
     np.testing.assert_allclose(found["input_squares"][..., 0], expected, atol=1e-5)
+
+
+def test_a_linen_model_has_statistics_among_the_gradients_of_its_adapters() -> None:
+    adapted = lro.adapters.linen.Adapted(nn.Sequential([nn.Dense(5)]), lro.adapters.PRILoRA(rank=2))
+    variables = adapted.init(jax.random.key(0), X)
+
+    def loss(adapters: Any) -> jax.Array:
+        return jnp.sum(adapted.apply({**variables, "adapters": adapters}, X) ** 2)
+
+    found = jax.jit(jax.grad(loss))(variables["adapters"])["default"]["layers_0"]["input_squares"]
+    np.testing.assert_allclose(found[:, 0], np.mean(X**2, axis=0), atol=1e-6)
 
 
 def test_a_tree_of_parameters_has_statistics_by_factored_weights() -> None:

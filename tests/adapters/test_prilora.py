@@ -9,6 +9,8 @@ from flax import linen as nn
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import optax
 import pytest
@@ -420,6 +422,32 @@ def test_a_scanned_model_is_trained_by_an_nnx_optimizer() -> None:
         np.testing.assert_array_equal(np.count_nonzero(a, axis=0), 3 * (np.arange(3) < rank))
         assert arrays["B"][...][layer, :rank].all()
     assert not arrays["input_squares"][...].any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("group", ["per_rank", (2, 4)])
+def test_a_factor_whose_inputs_are_sharded_is_pruned_as_a_whole_one(kind: Any, group: Any) -> None:
+    params = leaves(12, 3, 2)
+    squares = draw(2, 12, 1) ** 2
+    given = jax.tree.map(jnp.zeros_like, params) | {"input_squares": jnp.asarray(squares)}
+    mesh, tx = (
+        jax.make_mesh((2,), ("x",), axis_types=(kind,)),
+        pruning(optax.sgd(0.1), 1, group=group),
+    )
+
+    def pruned(put: Any) -> jax.Array:
+        p, g = (
+            tree | {k: put(tree[k]) for k in ("A", "input_squares")} for tree in (params, given)
+        )
+        return jax.jit(lambda p, g: tx.update(g, tx.init(p), p)[0]["A"])(p, g)
+
+    expected = pruned(lambda x: x)
+    with jax.set_mesh(mesh):
+        found = pruned(lambda x: jax.device_put(x, NamedSharding(mesh, P(None, "x", None))))
+    assert found.sharding.spec == P(None, "x", None)
+    np.testing.assert_array_equal(found, expected)
+    assert expected.any()
 
 
 def test_unusable_options_are_refused() -> None:

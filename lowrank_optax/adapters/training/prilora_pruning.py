@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 import numpy as np
 import optax
 
+from lowrank_optax.matrices.explicit_sharding import constrain, in_whole_runs, partition_of
 from lowrank_optax.matrices.paths import is_whole, normalised_path
 from lowrank_optax.states.arguments import transformation
 
@@ -113,8 +114,8 @@ def prilora_pruning(
                 "train both."
             )
         of_a = {a for a, _ in pairs} if hold_mask else set()
-        norms = _kept(params, _slots(params), lambda x: jnp.zeros(x.shape, jnp.float32))
-        masks = _kept(params, of_a, lambda x: jnp.zeros(x.shape, bool))
+        norms = _kept(params, _slots(params), lambda x: jnp.zeros_like(x, jnp.float32))
+        masks = _kept(params, of_a, lambda x: jnp.zeros_like(x, bool))
         shown = _hidden(params)
         return PriloraPruningState(jnp.zeros([], jnp.int32), norms, masks, inner.init(shown))
 
@@ -180,6 +181,7 @@ def _lowest(
 ) -> jax.Array:
     """Which entries of ``a [..., n, r]`` are to be zero, with ``norm [..., n, 1]``."""
     score, (n, r) = jnp.abs(a.astype(jnp.float32)) * norm, a.shape[-2:]
+    score = in_whole_runs(score, a.ndim - 2, group[1] if isinstance(group, tuple) else n)
     if group == "per_rank":
         mask = _order(score, -2) < _whole(fraction, n)
     elif group == "per_matrix":
@@ -195,7 +197,7 @@ def _lowest(
         runs = score[..., :whole, :].reshape(*a.shape[:-2], n // run, run, r)
         mask = (_order(runs, -2) < run - best).reshape(*a.shape[:-2], whole, r)
         mask = jnp.pad(mask, [*[(0, 0)] * (a.ndim - 2), (0, n - whole), (0, 0)])
-    return mask & jnp.any(norm > 0, axis=-2, keepdims=True)
+    return constrain(mask, partition_of(a)) & jnp.any(norm > 0, axis=-2, keepdims=True)
 
 
 def _order(score: jax.Array, axis: int) -> jax.Array:

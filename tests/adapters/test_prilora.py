@@ -24,6 +24,12 @@ PRILoRA, LoRA = compiled(lro.adapters.PRILoRA), compiled(lro.adapters.LoRA)
 pruning, linear_ranks = lro.adapters.prilora_pruning, lro.adapters.linear_ranks
 RNG = np.random.default_rng(0)
 WEIGHTS, X = (RNG.normal(size=s).astype(np.float32) for s in ((3, 6, 5), (7, 6)))
+START = RNG.bit_generator.state
+
+
+@pytest.fixture(autouse=True)
+def same_numbers_in_any_order() -> None:
+    RNG.bit_generator.state = START
 
 
 def draw(*shape: int) -> np.ndarray:

@@ -209,6 +209,14 @@ def set_wraps(module: Any) -> None:
     wrap(module, _OWNER, shares, _public_methods(own_class(module)))
 
 
+def remove_adapter(layer: Any, name: str) -> None:
+    """Takes an adapter away from a layer, which is as it was where it has no other."""
+    del layer.adapters[name]
+    if not layer.adapters:
+        del layer.adapters
+    set_wraps(layer)
+
+
 def _public_methods(cls: type) -> list[str]:
     """The public methods of a model's class, and ``__call__``; without those of every module."""
     names = (

@@ -13,6 +13,7 @@ from lowrank_optax.adapters.adapted_layers import (
     check_names,
     check_weights,
     chosen_layers,
+    remove_adapter,
     set_weight_matrix,
     set_wraps,
     sharing,
@@ -285,10 +286,7 @@ def detach(model: Any, name: str | None = None) -> nnx.Module:
         for layer in layers:
             for key in [k for k in layer.adapters if k in names]:
                 _restore(layer, layer.adapters[key])
-                del layer.adapters[key]
-            if not layer.adapters:
-                del layer.adapters
-            set_wraps(layer)
+                remove_adapter(layer, key)
     if hasattr(model, "adapter_groups"):
         for key in [k for k in model.adapter_groups if k in names]:
             del model.adapter_groups[key]

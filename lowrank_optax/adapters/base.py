@@ -86,6 +86,12 @@ class Adapter(abc.ABC):
     are. All axes of arrays that are not named are whole on every device.
     """
 
+    statistics: ClassVar[frozenset[str]] = frozenset()
+    """Names of trained arrays whose gradients are statistics of the layer's input, and not slopes.
+
+    `branch` makes them arrive; see ``lowrank_optax/adapters/statistics.py``.
+    """
+
     @property
     def reads_weights(self) -> bool:
         """Whether the initial values depend on the weights, or on their shapes alone."""

@@ -9,6 +9,8 @@ METHODS = {
     "MiSSBat": adapters.MiSSBat(rank=2),
     "PiSSA": adapters.PiSSA(rank=2, alpha=5),
     "RandLoRA": adapters.RandLoRA(rank=3, alpha=4),
+    "PRILoRA": adapters.PRILoRA(rank=2, scale=1.5),
+    "SoRA": adapters.SoRA(rank=3, alpha=4),
     "VeRA": adapters.VeRA(rank=3),
     "SaRA": adapters.SaRA(fraction=0.3),
     "DoRA": adapters.DoRA(rank=2, alpha=3),

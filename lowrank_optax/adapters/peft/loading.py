@@ -20,7 +20,6 @@ from lowrank_optax.adapters.peft.config import (
     MERGE_IN_PEFT,
     PeftConfig,
     UnsupportedConfigError,
-    parse_config,
     read_json,
 )
 from lowrank_optax.adapters.peft.module_names import (
@@ -29,6 +28,7 @@ from lowrank_optax.adapters.peft.module_names import (
     module_slots,
     tied_in_model,
 )
+from lowrank_optax.adapters.peft.parsing import parse_config
 from lowrank_optax.adapters.peft.tensors import Tensors, open_tensors
 from lowrank_optax.adapters.switching import deactivate, disabled
 from lowrank_optax.matrices.selection import Path, path_string
@@ -83,6 +83,11 @@ def load_peft(
     """
     folder = pathlib.Path(path)
     config = parse_config(read_json(folder), str(folder / CONFIG_FILE))
+    if not isinstance(config, PeftConfig):
+        raise UnsupportedConfigError(
+            f"{folder / CONFIG_FILE}: peft_type={config.peft_type!r} cannot be attached, only "
+            "'LORA' can. Fold it into the weights: lro.adapters.fold_peft(model, path)."
+        )
     slots = module_slots(model, names)
     with open_tensors(folder) as reader:
         layouts, tensors = checked_tensors(reader, slots, config, tied_in_model(model, slots))

@@ -1,5 +1,6 @@
 """Folders of the peft package, folded here: weights and outputs are those of the package."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -152,3 +153,33 @@ def test_kinds_of_low_rank_become_plain_loras(base, tmp_path, case):
     np.testing.assert_allclose(torch_logits(again), torch_logits(theirs), rtol=0, atol=1e-4)
     model = lro.adapters.load_peft(load_huggingface(base), tmp_path / "b")
     np.testing.assert_allclose(model(TOKENS), torch_logits(theirs), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+@pytest.mark.parametrize("case", ["vera", "vera_head"])
+def test_vera_of_peft_is_attached_and_written_again(base, tmp_path, case, scan_layers):
+    theirs = adapted(base, case)
+    theirs.save_pretrained(tmp_path / "a")
+    expected = torch_logits(theirs)
+    model = load_huggingface(base, scan_layers=scan_layers)
+    lro.adapters.load_peft(model, tmp_path / "a")
+    np.testing.assert_allclose(model(TOKENS), expected, rtol=0, atol=1e-4)
+    lro.adapters.save_peft(model, tmp_path / "b", as_lora=False)
+    again = peft.PeftModel.from_pretrained(torch_base(base), tmp_path / "b").eval()
+    np.testing.assert_allclose(torch_logits(again), expected, rtol=0, atol=1e-4)
+
+
+def test_vera_of_one_shape_is_vera_in_peft(base, tmp_path):
+    model = load_huggingface(base)
+    lro.adapters.attach(model, lro.adapters.VeRA(rank=6, dropout=0.1), "query", rngs=0)
+    vectors = model.blocks.attention.query.adapters["default"].arrays
+    for name in "db":
+        values = np.random.default_rng(0).normal(size=vectors[name].shape)
+        vectors[name].set_value(jnp.asarray(values, jnp.float32))
+    model.eval()
+    lro.adapters.save_peft(model, tmp_path / "a", base_model=str(base))
+    again = peft.PeftModel.from_pretrained(torch_base(base), tmp_path / "a").eval()
+    assert again.peft_config["default"].peft_type == "VERA"
+    assert again.peft_config["default"].vera_dropout == 0.1
+    assert abs(model(TOKENS) - load_huggingface(base)(TOKENS)).max() > 1e-2
+    np.testing.assert_allclose(torch_logits(again), model(TOKENS), rtol=0, atol=1e-4)

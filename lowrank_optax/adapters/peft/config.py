@@ -11,6 +11,8 @@ from pathlib import Path
 import re
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+import numpy as np
+
 from lowrank_optax.adapters.methods.dora import DoRA
 from lowrank_optax.adapters.methods.lora import LoRA
 from lowrank_optax.adapters.methods.pissa import PiSSA
@@ -159,6 +161,12 @@ class BaseConfig(abc.ABC):
         del layouts
         return {}
 
+    def content(self) -> dict[str, Any]:
+        """The fields of the file."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        others = fields.pop("others")
+        return {"peft_type": self.peft_type, "inference_mode": True, **others, **fields}
+
     def is_target(self, module: str) -> bool:
         """Whether a module is adapted, by PEFT's rules.
 
@@ -254,11 +262,21 @@ class PeftConfig(BaseConfig):
         """PiSSA's; see `BaseConfig.needs_base`."""
         return "init_lora_weights='pissa'" if self.is_pissa else ""
 
-    def content(self) -> dict[str, Any]:
-        """The fields of the file."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        others = fields.pop("others")
-        return {"peft_type": "LORA", "inference_mode": True, **others, **fields}
+    def arrays(self, layout: "Layout", tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Arrays of the method for one layer, float32, by their names there."""
+        a, b = layout.unpack(tensors)
+        arrays = {"A": a, "B": b}
+        if self.use_dora:
+            magnitude = tensors["lora_magnitude_vector"].astype(np.float32)
+            arrays["magnitude"] = magnitude.reshape(-1)
+        return arrays
+
+    def shared_arrays(
+        self, layout: "Layout", tensors: Mapping[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        """Arrays that layers of this layout share, as `arrays`: LoRA has none."""
+        del layout, tensors
+        return {}
 
     def rank_of(self, module: str) -> int:
         """The rank of a module's adapter."""

@@ -1,4 +1,4 @@
-"""Kinds of PEFT's adapters that are folded into weights, and not trained here.
+"""Kinds of PEFT's adapters beside LoRA, which are folded into weights.
 
 A kind says the shapes of its tensors and what it makes of a weight. To add one, write its class and
 name it in `FOLDED_KINDS`; the names of its tensors go to `tensors`.
@@ -14,6 +14,7 @@ import warnings
 
 import numpy as np
 
+from lowrank_optax.adapters.methods import vera
 from lowrank_optax.adapters.peft.config import (
     HARMLESS_OF_LORA,
     MERGE_IN_PEFT,
@@ -24,6 +25,7 @@ from lowrank_optax.adapters.peft.config import (
 )
 from lowrank_optax.storage.fields import (
     BOOLEAN,
+    FRACTION,
     NULL,
     NUMBER,
     PATTERN,
@@ -486,20 +488,51 @@ class _Projected(FoldedConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VeRA(_Projected):
-    """``W + A diag(d) B diag(b)`` with ``A`` and ``B`` of the largest sizes."""
+    """``W + A diag(d) B diag(b)`` with ``A`` and ``B`` of the largest sizes.
+
+    Adapters of this kind can be attached too, as those of `PeftConfig`.
+    """
 
     peft_type = "VERA"
     field_kinds: ClassVar = {
         **BaseConfig.field_kinds,
         "r": integer(1),
+        "vera_dropout": FRACTION,
         "bias": choice("none", "all", "vera_only"),
     }
     harmless = BaseConfig.harmless | {
-        "projection_prng_key", "save_projection", "vera_dropout", "d_initial", "init_weights",
+        "projection_prng_key", "save_projection", "d_initial", "init_weights",
     }  # fmt: skip
+    is_pissa: ClassVar = False
+    use_dora: ClassVar = False
 
     r: int = 256
+    vera_dropout: float = 0.0
     bias: str = "none"
+
+    def method(self) -> vera.VeRA:
+        """The method that the file holds."""
+        return vera.VeRA(rank=self.r, dropout=self.vera_dropout)
+
+    def rank_of(self, module: str) -> int:
+        """The rank, which is that of all modules."""
+        del module
+        return self.r
+
+    def scale_of(self, module: str) -> float:
+        """It has no scale."""
+        del module
+        return 1.0
+
+    def arrays(self, layout: "Layout", tensors: Arrays) -> dict[str, np.ndarray]:
+        """The two vectors, float32, by their names in the method."""
+        del layout
+        return {x: tensors[f"vera_lambda_{x}"].astype(np.float32) for x in ("d", "b")}
+
+    def shared_arrays(self, layout: "Layout", tensors: Arrays) -> dict[str, np.ndarray]:
+        """What layers of this layout read of the projections, as `arrays`."""
+        a, b = (tensors[f"vera_{x}"].astype(np.float32) for x in "AB")
+        return {"A": a[:, : layout.d_in].T, "B": b[: layout.d_out].T}
 
     def shapes(self, module: str, d_in: int, d_out: int) -> Shapes:
         """Two vectors."""

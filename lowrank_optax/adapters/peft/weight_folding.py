@@ -22,6 +22,7 @@ from lowrank_optax.adapters.peft.module_names import (
     Slot,
     module_slots,
     tied_in_model,
+    warn_of_heads,
 )
 from lowrank_optax.adapters.peft.parsing import parse_config
 from lowrank_optax.adapters.peft.tensors import Shapes, Tied, open_tensors, shapes_by_module
@@ -81,6 +82,8 @@ def fold_peft(
     slots = module_slots(model, names)
     checked = CheckedAdapter(Path(path), _FlaxBase(model, slots))
     checked.check_not_tied()
+    saved = (m for m, of_module in checked.tensors.items() if "weight" in of_module)
+    warn_of_heads(model, slots, (*saved, *checked.layouts))
     by_layer: dict[Any, dict[str, Slot]] = {}
     for module in checked.layouts:
         by_layer.setdefault(slots[module].path, {})[module] = slots[module]
@@ -211,8 +214,8 @@ class CheckedAdapter:
         assert isinstance(self.config, PeftConfig)
         tensors, layout = self.tensors[module], self.layouts[module]
         method = self.config.method(module)
-        a, b = layout.unpack(tensors)
-        p = {"A": jnp.asarray(a), "B": jnp.asarray(b)}
+        own_arrays = self.config.arrays(layout, tensors)
+        p = {name: jnp.asarray(x) for name, x in own_arrays.items()}
         if weight is None:
             return method, p, None
         own = self._base_of(module, weight)
@@ -223,9 +226,6 @@ class CheckedAdapter:
         p = method.layer_arrays(params, 0) | p
         if params.base is not None and "base_layer.weight" not in tensors:
             base = params.base[0]
-        if self.config.use_dora:
-            magnitude = tensors["lora_magnitude_vector"].astype(np.float32)
-            p["magnitude"] = jnp.asarray(magnitude.reshape(-1))
         return method, p, base
 
     def factors(self, module: str, weight: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:

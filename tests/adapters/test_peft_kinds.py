@@ -12,10 +12,19 @@ import pytest
 
 import lowrank_optax as lro
 from lowrank_optax import cli
-from lowrank_optax.adapters import UnsupportedConfigError, fold_peft, load_peft
+from lowrank_optax.adapters import UnsupportedConfigError, fold_peft, load_peft, save_peft
 from lowrank_optax.adapters.peft.kinds import OFT, MiSS, RandLoRA, two_factors
 from lowrank_optax.storage.safetensors_files import CheckpointMismatchError
-from tests.adapters.peft_files import NAMES, Model, random_tensors, read, snapshot, write
+from tests.adapters.peft_files import (
+    NAMES,
+    Model,
+    adapted,
+    output,
+    random_tensors,
+    read,
+    snapshot,
+    write,
+)
 
 pytest.importorskip("safetensors")
 
@@ -277,6 +286,26 @@ def test_lora_is_folded_as_it_is_computed_beside_the_weights(tmp_path):
         assert_close(weights(model, Q)[0][layer], before[layer] + 3 / math.sqrt(2) * change, 40)
     assert (np.asarray(model.head.kernel[...]) == 1).all()
     assert not any("adapters" in name for name in snapshot(model))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "where"),
+    [
+        (lro.adapters.LoRA(rank=2, alpha=5, initial="random"), "table|picture|query|out|mlp"),
+        (lro.adapters.DoRA(rank=2, alpha=5, initial="random"), "picture|query|out"),
+        (lro.adapters.PiSSA(rank=2, alpha=5), "query|out"),
+    ],
+)
+def test_what_is_attached_too_is_folded_the_same(tmp_path, method, where):
+    model = adapted(True, method, where)
+    lro.adapters.also_train(model, "norm/scale|query/bias")
+    for x in (model.layers.norm.scale, model.layers.query.bias):
+        x.set_value(x[...] + 0.5)
+    save_peft(model, tmp_path / "a", names=NAMES, as_lora=False)
+    for stacked in (True, False):
+        folded = fold_peft(Model(stacked), tmp_path / "a", names=NAMES)
+        np.testing.assert_allclose(output(folded), output(model), rtol=0, atol=1e-4)
 
 
 def test_the_published_examples_are_reproduced():

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 
+from lowrank_optax.adapters.base import Adapter
 from lowrank_optax.adapters.methods.dora import DoRA
 from lowrank_optax.adapters.methods.lora import LoRA
 from lowrank_optax.adapters.methods.pissa import PiSSA
@@ -195,8 +196,46 @@ class BaseConfig(abc.ABC):
         return next((int(match[1]) for match in found if match), None)
 
 
+class AttachedConfig(BaseConfig):
+    """An adapter_config.json of a kind that is attached as a method of this library."""
+
+    @property
+    def is_pissa(self) -> bool:
+        """Whether the base is changed when it is attached."""
+        return False
+
+    @property
+    def is_off_at_scale_zero(self) -> bool:
+        """Whether an adapter of scale zero leaves a layer as it is."""
+        return True
+
+    @abc.abstractmethod
+    def method(self) -> Adapter:
+        """The method that the file holds."""
+
+    @abc.abstractmethod
+    def rank_of(self, module: str) -> int:
+        """The rank of a module's adapter."""
+
+    def scale_of(self, module: str) -> float:
+        """The scale of a module's adapter."""
+        del module
+        return 1.0
+
+    @abc.abstractmethod
+    def arrays(self, layout: "Layout", tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Arrays of the method for one layer, float32, by their names there."""
+
+    def shared_arrays(
+        self, layout: "Layout", tensors: Mapping[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        """Arrays that layers of this layout share, as `arrays`; there are none by default."""
+        del layout, tensors
+        return {}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PeftConfig(BaseConfig):
+class PeftConfig(AttachedConfig):
     """An adapter_config.json of the LoRA family, with the fields it has there."""
 
     peft_type = "LORA"
@@ -255,7 +294,13 @@ class PeftConfig(BaseConfig):
 
     @property
     def is_pissa(self) -> bool:
+        """See `AttachedConfig.is_pissa`."""
         return self.init_lora_weights == "pissa"
+
+    @property
+    def is_off_at_scale_zero(self) -> bool:
+        """See `AttachedConfig.is_off_at_scale_zero`."""
+        return not (self.use_dora or self.is_pissa)
 
     @property
     def needs_base(self) -> str:
@@ -263,20 +308,13 @@ class PeftConfig(BaseConfig):
         return "init_lora_weights='pissa'" if self.is_pissa else ""
 
     def arrays(self, layout: "Layout", tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Arrays of the method for one layer, float32, by their names there."""
+        """See `AttachedConfig.arrays`."""
         a, b = layout.unpack(tensors)
         arrays = {"A": a, "B": b}
         if self.use_dora:
             magnitude = tensors["lora_magnitude_vector"].astype(np.float32)
             arrays["magnitude"] = magnitude.reshape(-1)
         return arrays
-
-    def shared_arrays(
-        self, layout: "Layout", tensors: Mapping[str, np.ndarray]
-    ) -> dict[str, np.ndarray]:
-        """Arrays that layers of this layout share, as `arrays`: LoRA has none."""
-        del layout, tensors
-        return {}
 
     def rank_of(self, module: str) -> int:
         """The rank of a module's adapter."""

@@ -18,6 +18,7 @@ from lowrank_optax.adapters.methods import vera
 from lowrank_optax.adapters.peft.config import (
     HARMLESS_OF_LORA,
     MERGE_IN_PEFT,
+    AttachedConfig,
     BaseConfig,
     Names,
     UnsupportedConfigError,
@@ -487,11 +488,8 @@ class _Projected(FoldedConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VeRA(_Projected):
-    """``W + A diag(d) B diag(b)`` with ``A`` and ``B`` of the largest sizes.
-
-    Adapters of this kind can be attached too, as those of `PeftConfig`.
-    """
+class VeRA(_Projected, AttachedConfig):
+    """``W + A diag(d) B diag(b)`` with ``A`` and ``B`` of the largest sizes; attached too."""
 
     peft_type = "VERA"
     field_kinds: ClassVar = {
@@ -503,8 +501,6 @@ class VeRA(_Projected):
     harmless = BaseConfig.harmless | {
         "projection_prng_key", "save_projection", "d_initial", "init_weights",
     }  # fmt: skip
-    is_pissa: ClassVar = False
-    use_dora: ClassVar = False
 
     r: int = 256
     vera_dropout: float = 0.0
@@ -518,11 +514,6 @@ class VeRA(_Projected):
         """The rank, which is that of all modules."""
         del module
         return self.r
-
-    def scale_of(self, module: str) -> float:
-        """It has no scale."""
-        del module
-        return 1.0
 
     def arrays(self, layout: "Layout", tensors: Arrays) -> dict[str, np.ndarray]:
         """The two vectors, float32, by their names in the method."""

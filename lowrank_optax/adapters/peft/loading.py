@@ -18,12 +18,12 @@ from lowrank_optax.adapters.peft.checking import checked_tensors
 from lowrank_optax.adapters.peft.config import (
     CONFIG_FILE,
     MERGE_IN_PEFT,
+    AttachedConfig,
     BaseConfig,
     PeftConfig,
     UnsupportedConfigError,
     read_json,
 )
-from lowrank_optax.adapters.peft.kinds import VeRA
 from lowrank_optax.adapters.peft.module_names import (
     ModuleNames,
     Slot,
@@ -87,7 +87,7 @@ def load_peft(
     """
     folder = pathlib.Path(path)
     config = parse_config(read_json(folder), str(folder / CONFIG_FILE))
-    if not isinstance(config, PeftConfig | VeRA):
+    if not isinstance(config, AttachedConfig):
         raise UnsupportedConfigError(
             f"{folder / CONFIG_FILE}: peft_type={config.peft_type!r} cannot be attached, only "
             "'LORA' and 'VERA' can. Fold it into the weights: lro.adapters.fold_peft(model, path)."
@@ -132,7 +132,7 @@ def load_peft(
 def _attach(
     model: Any,
     name: str,
-    config: PeftConfig | VeRA,
+    config: AttachedConfig,
     layers: Mapping[str, Slot],
     tensors: Mapping[str, Tensors],
     rngs: nnx.Rngs | int,
@@ -173,7 +173,7 @@ def _attach(
             model.adapter_groups[name][adapter.group][key].set_value(jnp.asarray(value))
 
 
-def _ranks(config: PeftConfig | VeRA, group: Mapping[str, Slot]) -> int | tuple[int, ...]:
+def _ranks(config: AttachedConfig, group: Mapping[str, Slot]) -> int | tuple[int, ...]:
     """The rank of a Flax layer, or one for each layer of a stack if ranks or scales differ.
 
     Layers of the stack without an adapter have one of scale zero.
@@ -184,7 +184,7 @@ def _ranks(config: PeftConfig | VeRA, group: Mapping[str, Slot]) -> int | tuple[
     slot = next(iter(group.values()))
     ranks = {slot.index: config.rank_of(module) for module, slot in group.items()}
     layers = list(np.ndindex(slot.stack))
-    if len(group) < len(layers) and (config.use_dora or config.is_pissa):
+    if len(group) < len(layers) and not config.is_off_at_scale_zero:
         raise UnsupportedConfigError(
             f"{type(config.method()).__name__} of {len(group)} of the {len(layers)} layers stacked "
             f"at {path_string(slot.path)}: load it into a model whose layers are not stacked."

@@ -49,6 +49,9 @@ def fold_peft(
     Returns:
       The model itself.
 
+    Warns:
+      UserWarning: A changed embedding may be the model's head too.
+
     Raises:
       ImportError: safetensors is not installed.
       FileNotFoundError: There is no such file in the folder.

@@ -471,7 +471,7 @@ def test_other_layers_than_linear_ones_are_refused(folder, tmp_path):
         config = {"peft_type": "MISS", "r": 2, "target_modules": [target]}
         path = write(tmp_path / str(number), config, tensors)
         refused(
-            path, UnsupportedConfigError, f"'MISS' of {name}.{target}, which is no linear layer"
+            path, UnsupportedConfigError, f"'MISS' of {name}.{target}, which is not a linear layer"
         )
 
 

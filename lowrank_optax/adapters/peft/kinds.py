@@ -1,7 +1,8 @@
 """Kinds of PEFT's adapters beside LoRA, which are folded into weights.
 
 A kind says the shapes of its tensors and what it makes of a weight. To add one, write its class and
-name it in `FOLDED_KINDS`; the names of its tensors go to `tensors`.
+list it in `FOLDED_KINDS`; the names of its tensors go to `tensors`. A kind that is attached too is
+also an `AttachedConfig`.
 """
 
 import abc
@@ -62,8 +63,8 @@ class FoldedConfig(BaseConfig):
         """The shapes for a linear layer; see `BaseConfig.layer_shapes`."""
         if layout.kind != "linear":
             raise UnsupportedConfigError(
-                f"peft_type={self.peft_type!r} of {module}, which is no linear layer: unsupported. "
-                f"{MERGE_IN_PEFT}"
+                f"peft_type={self.peft_type!r} of {module}, which is not a linear layer: "
+                f"unsupported. {MERGE_IN_PEFT}"
             )
         return self.shapes(module, layout.d_in, layout.d_out)
 

@@ -89,8 +89,8 @@ def load_peft(
     config = parse_config(read_json(folder), str(folder / CONFIG_FILE))
     if not isinstance(config, AttachedConfig):
         raise UnsupportedConfigError(
-            f"{folder / CONFIG_FILE}: peft_type={config.peft_type!r} cannot be attached, only "
-            "'LORA' and 'VERA' can. Fold it into the weights: lro.adapters.fold_peft(model, path)."
+            f"{folder / CONFIG_FILE}: peft_type={config.peft_type!r} cannot be attached. Fold it "
+            "into the weights instead: lro.adapters.fold_peft(model, path)."
         )
     slots = module_slots(model, names)
     with open_tensors(folder) as reader:

@@ -251,7 +251,7 @@ class CheckedAdapter:
         return factors
 
     def _float32(self, module: str) -> dict[str, np.ndarray]:
-        return {name: x.astype(np.float32) for name, x in self.tensors[module].items()}
+        return {k: x.astype(np.float32, copy=False) for k, x in self.tensors[module].items()}
 
     def _base_of(self, module: str, weight: np.ndarray) -> np.ndarray:
         """The weight that the adapter is beside: the file's, if it has one."""

@@ -229,6 +229,15 @@ def weights(model, module):
     return matrices, read(biases, SIZES[module][1]) if biases else None
 
 
+def with_biases(stacked):
+    """A model whose biases are not zero."""
+    model, rng = Model(stacked), np.random.default_rng(8)
+    for layer in model.layers if isinstance(model.layers, nnx.List) else [model.layers]:
+        for x in (layer.query.bias, layer.out.bias):
+            x.set_value(jnp.asarray(rng.normal(size=x.shape), jnp.float32))
+    return model
+
+
 @pytest.mark.parametrize(
     ("case", "stacked"), [*((case, True) for case in CASES), ("IA3", False), ("RANDLORA", False)]
 )
@@ -236,7 +245,7 @@ def test_the_formula_of_a_kind_is_folded_into_every_layer(folder, case, stacked)
     path, formula = folder(case), CASES[case][0]
     tensors = {k: x.astype(np.float64) for k, x in read(path)[1].items()}
     of_all = {k.removeprefix("base_model."): x for k, x in tensors.items() if k.count(".") == 1}
-    before, model = Model(stacked), Model(stacked)
+    before, model = with_biases(stacked), with_biases(stacked)
     assert fold_peft(model, path, names=NAMES) is model
     for module in SIZES:
         (old, old_bias), (new, new_bias) = weights(before, module), weights(model, module)

@@ -119,3 +119,23 @@ def test_a_file_that_does_not_fit_leaves_the_model_as_it_was(tmp_path):
         with pytest.raises(ValueError, match=r"vera_A|save_projection=False|vera_dropout must be"):
             load_peft(model, path, names=NAMES)
         assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("where", ["query|mlp", "out|mlp"])  # of 4 inputs, or of 4 outputs, each
+def test_both_projections_must_be_those_of_one_pair(tmp_path, where):
+    model = adapted(True, lro.adapters.VeRA(rank=3), where)
+    groups = model.adapter_groups["default"].values()
+    smaller = {}
+    for name in "AB":  # the larger one begins with the smaller one
+        smaller[name], large = sorted((g[name] for g in groups), key=lambda x: x.size)
+        part = np.array(large[...])
+        part[tuple(map(slice, smaller[name].shape))] = smaller[name][...]
+        large.set_value(jnp.asarray(part))
+    save_peft(model, tmp_path / "a", names=NAMES, as_lora=False)
+    assert read(tmp_path / "a")[0]["peft_type"] == "VERA"
+    for x in smaller.values():
+        kept = x[...]
+        x.set_value(kept.at[0, 0].add(1))
+        with pytest.raises(ValueError, match="as_lora=False: PEFT has VeRA of linear layers only"):
+            save_peft(model, tmp_path / "b", names=NAMES, as_lora=False)
+        x.set_value(kept)

@@ -13,7 +13,8 @@ import pytest
 import lowrank_optax as lro
 from lowrank_optax import cli
 from lowrank_optax.adapters import UnsupportedConfigError, fold_peft, load_peft, save_peft
-from lowrank_optax.adapters.peft.kinds import OFT, MiSS, RandLoRA, two_factors
+from lowrank_optax.adapters.peft.attached_kinds import MiSS, RandLoRA
+from lowrank_optax.adapters.peft.kinds import OFT, two_factors
 from lowrank_optax.storage.safetensors_files import CheckpointMismatchError
 from tests.adapters.peft_files import (
     NAMES,
@@ -485,7 +486,7 @@ def test_other_layers_than_linear_ones_are_refused(folder, tmp_path):
 
 
 def test_load_peft_says_what_folds_a_kind_that_is_not_trained(folder):
-    for case in ("OFT", "BONE"):
+    for case in ("OFT", "LOKR"):
         refused(folder(case), UnsupportedConfigError, f"'{case}' cannot .*fold_peft", load_peft)
 
 

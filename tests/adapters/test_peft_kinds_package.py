@@ -1,5 +1,7 @@
 """Folders of the peft package, folded here: weights and outputs are those of the package."""
 
+from flax import nnx
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -73,6 +75,7 @@ CASES = {
     "miss": ("MissConfig", {"r": 3, "bias": "all"}),
     "miss_mini": ("MissConfig", {"r": 4, "mini_r": 2, "init_weights": "mini"}),
     "miss_bat": ("MissConfig", {"r": 4, "init_weights": "bat"}),
+    "miss_dropout": ("MissConfig", {"r": 5, "miss_dropout": 0.5, "bias": "MiSS_only"}),
     "vera": ("VeraConfig", {"r": 5, "modules_to_save": ["norm", "lm_head"]}),
     "vera_head": (
         "VeraConfig",
@@ -80,6 +83,16 @@ CASES = {
     ),
     "randlora": ("RandLoraConfig", {"r": 3, "randlora_alpha": 7}),
     "randlora_sparse": ("RandLoraConfig", {"r": 16, "randlora_alpha": 4, "sparse": True}),
+    "randlora_head": (
+        "RandLoraConfig",
+        {
+            "r": 5,
+            "randlora_alpha": 3,
+            "randlora_dropout": 0.5,
+            "target_modules": ["q_proj", "down_proj", "lm_head"],
+            "bias": "randlora_only",
+        },
+    ),
 }
 
 
@@ -108,10 +121,10 @@ def prune(theirs):
     theirs.peft_config["default"].rank_pattern = pattern
 
 
-def tensors_of(folder):
+def tensors_of(folder, file="model.safetensors"):
     from safetensors.numpy import load_file
 
-    return load_file(folder / "model.safetensors")
+    return load_file(folder / file)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -155,18 +168,37 @@ def test_kinds_of_low_rank_become_plain_loras(base, tmp_path, case):
     np.testing.assert_allclose(model(TOKENS), torch_logits(theirs), rtol=0, atol=1e-4)
 
 
+ATTACHED = (
+    "vera", "vera_head", "miss", "miss_dropout", "miss_mini", "miss_bat", "randlora",
+    "randlora_sparse", "randlora_head",
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("scan_layers", [True, False])
-@pytest.mark.parametrize("case", ["vera", "vera_head"])
-def test_vera_of_peft_is_attached_and_written_again(base, tmp_path, case, scan_layers):
+@pytest.mark.parametrize("case", ATTACHED)
+def test_what_peft_wrote_is_attached_and_written_again(base, tmp_path, case, scan_layers):
     theirs = adapted(base, case)
     theirs.save_pretrained(tmp_path / "a")
     expected = torch_logits(theirs)
     model = load_huggingface(base, scan_layers=scan_layers)
+    assert abs(model(TOKENS) - expected).max() > 1e-2
     lro.adapters.load_peft(model, tmp_path / "a")
+    model.eval()
     np.testing.assert_allclose(model(TOKENS), expected, rtol=0, atol=1e-4)
     lro.adapters.save_peft(model, tmp_path / "b", as_lora=False)
+    before, after = (tensors_of(tmp_path / x, "adapter_model.safetensors") for x in "ab")
+    copies = {k for k in before if k.count(".") > 1 and k[-10:] in ("randlora_A", "randlora_B")}
+    assert before.keys() - copies <= after.keys()
+    # A bias that is trained in a layer without adapter is written with the layer's weight.
+    assert {k.rpartition("self_attn.")[2] for k in after.keys() - before.keys()} <= {
+        "k_proj.weight"
+    }
+    assert all((after[k] == before[k]).all() for k in before.keys() - copies)
     again = peft.PeftModel.from_pretrained(torch_base(base), tmp_path / "b").eval()
-    np.testing.assert_allclose(torch_logits(again), expected, rtol=0, atol=1e-4)
+    was, now = (x.peft_config["default"] for x in (theirs, again))
+    assert (now.peft_type, now.r) == (was.peft_type, was.r)
+    # Of the same bits: no rounding.
+    np.testing.assert_array_equal(torch_logits(again), expected)
 
 
 def test_vera_of_one_shape_is_vera_in_peft(base, tmp_path):
@@ -183,3 +215,36 @@ def test_vera_of_one_shape_is_vera_in_peft(base, tmp_path):
     assert again.peft_config["default"].vera_dropout == 0.1
     assert abs(model(TOKENS) - load_huggingface(base)(TOKENS)).max() > 1e-2
     np.testing.assert_allclose(torch_logits(again), model(TOKENS), rtol=0, atol=1e-4)
+
+
+OURS = {
+    "miss": lro.adapters.MiSS(rank=5, dropout=0.1),
+    "miss_mini": lro.adapters.MiSS(rank=4, mini_rank=2),
+    "miss_bat": lro.adapters.MiSSBat(rank=8),
+    "randlora": lro.adapters.RandLoRA(rank=5, alpha=7, dropout=0.1),
+    "randlora_alpha": lro.adapters.RandLoRA(rank=3, bases="very_sparse"),
+}
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+@pytest.mark.parametrize("case", OURS)
+def test_what_is_trained_here_is_read_by_peft(base, tmp_path, case, scan_layers):
+    # No layer has 24 or 32 as its smaller side, but the most inputs and outputs are 24 and 32.
+    method, where = OURS[case], "query|up_proj|down|head"
+    model = load_huggingface(base, scan_layers=scan_layers)
+    lro.adapters.attach(model, method, where, rngs=0)
+    rng = np.random.default_rng(0)
+    state = nnx.state(model, lro.adapters.trainable)
+    move = lambda x: x + 0.1 * jnp.asarray(rng.normal(size=x.shape), jnp.float32)
+    nnx.update(model, jax.tree.map(move, state))
+    model.eval()
+    expected = model(TOKENS)
+    assert abs(expected - load_huggingface(base)(TOKENS)).max() > 1e-2
+    lro.adapters.save_peft(model, tmp_path / "a", as_lora=False)
+    theirs = peft.PeftModel.from_pretrained(torch_base(base), tmp_path / "a").eval()
+    kind = theirs.peft_config["default"].peft_type
+    assert kind == {"miss": "MISS", "rand": "RANDLORA"}[case[:4]]
+    np.testing.assert_allclose(torch_logits(theirs), expected, rtol=0, atol=1e-4)
+    theirs.save_pretrained(tmp_path / "b")
+    ours, again = (tensors_of(tmp_path / x, "adapter_model.safetensors") for x in "ab")
+    assert all((again[k] == x).all() for k, x in ours.items())

@@ -205,8 +205,8 @@ class AttachedConfig(BaseConfig):
         return False
 
     @property
-    def is_off_at_scale_zero(self) -> bool:
-        """Whether an adapter of scale zero leaves a layer as it is."""
+    def may_skip_layers(self) -> bool:
+        """Whether an adapter of scale zero can stand for layers of a stack that have none."""
         return True
 
     @abc.abstractmethod
@@ -298,8 +298,8 @@ class PeftConfig(AttachedConfig):
         return self.init_lora_weights == "pissa"
 
     @property
-    def is_off_at_scale_zero(self) -> bool:
-        """See `AttachedConfig.is_off_at_scale_zero`."""
+    def may_skip_layers(self) -> bool:
+        """See `AttachedConfig.may_skip_layers`."""
         return not (self.use_dora or self.is_pissa)
 
     @property

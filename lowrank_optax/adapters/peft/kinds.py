@@ -1,12 +1,12 @@
-"""Kinds of PEFT's adapters beside LoRA, which are folded into weights.
+"""Kinds of PEFT's adapters that are only folded into weights.
 
 A kind says the shapes of its tensors and what it makes of a weight. To add one, write its class and
-list it in `FOLDED_KINDS`; the names of its tensors go to `tensors`. A kind that is attached too is
-also an `AttachedConfig`.
+list it in `parsing`; the names of its tensors go to `tensors`. Kinds that are attached too are in
+`attached_kinds`.
 """
 
 import abc
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 import dataclasses
 import math
 import re
@@ -15,11 +15,9 @@ import warnings
 
 import numpy as np
 
-from lowrank_optax.adapters.methods import vera
 from lowrank_optax.adapters.peft.config import (
     HARMLESS_OF_LORA,
     MERGE_IN_PEFT,
-    AttachedConfig,
     BaseConfig,
     Names,
     UnsupportedConfigError,
@@ -27,7 +25,6 @@ from lowrank_optax.adapters.peft.config import (
 )
 from lowrank_optax.storage.fields import (
     BOOLEAN,
-    FRACTION,
     NULL,
     NUMBER,
     PATTERN,
@@ -408,194 +405,3 @@ class OFT(FoldedConfig):
         size = self.block_size(d_in)
         rotations = self.rotations(tensors["oft_R.weight"], size)
         return (rotations @ weight.reshape(-1, size, d_out)).reshape(d_in, d_out)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MiSS(FoldedConfig):
-    """A block of ``r`` rows that is added to the weight again and again; "bat" depends on it."""
-
-    peft_type, tensor = "MISS", "miss_block"
-    field_kinds: ClassVar = {
-        **BaseConfig.field_kinds,
-        "r": integer(1),
-        "mini_r": integer(1),
-        "init_weights": BOOLEAN | choice("bat", "mini"),
-        "bias": choice("none", "all", "MiSS_only", "miss_only", "bone_only"),
-    }
-    harmless = BaseConfig.harmless | {"miss_dropout"}
-
-    r: int = 64
-    mini_r: int = 1
-    init_weights: bool | str = True
-    bias: str = "none"
-
-    def shapes(self, module: str, d_in: int, d_out: int) -> Shapes:
-        """The block; of "bat" one for each ``r`` outputs."""
-        if self.r > d_in:
-            raise ValueError(f"r={self.r} of {module} must be at most its {d_in} inputs.")
-        if self.init_weights == "bat" and (d_in % self.r or d_out % self.r):
-            raise ValueError(
-                f"r={self.r} of {module} with init_weights='bat' must divide its {d_in} inputs and "
-                f"{d_out} outputs."
-            )
-        if self.init_weights == "mini" and d_out % self.mini_r:
-            raise ValueError(f"mini_r={self.mini_r} of {module} must divide its {d_out} outputs.")
-        forms = {"bat": (d_out // self.r, self.r, self.r), "mini": (self.r, self.mini_r)}
-        return {self.tensor: forms.get(str(self.init_weights), (self.r, d_out))}
-
-    def factors(
-        self, module: str, tensors: Arrays, d_in: int, d_out: int
-    ) -> tuple[np.ndarray, np.ndarray] | None:
-        """Which row of the block each input has, and the block."""
-        del module
-        if self.init_weights == "bat":
-            return None
-        rows = np.eye(self.r, dtype=np.float32)[np.arange(d_in) % self.r]
-        block = tensors[self.tensor]
-        return rows, np.tile(block, (1, d_out // block.shape[1]))
-
-    def folded(self, module: str, tensors: Arrays, weight: np.ndarray) -> np.ndarray:
-        """See `FoldedConfig.folded`."""
-        if self.init_weights != "bat":
-            return super().folded(module, tensors, weight)
-        (d_in, d_out), r, block = weight.shape, self.r, tensors[self.tensor].swapaxes(1, 2)
-        blocks = weight.reshape(d_in // r, r, d_out // r, r).swapaxes(1, 2)
-        return weight + (block @ blocks + block).swapaxes(1, 2).reshape(d_in, d_out)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Bone(MiSS):
-    """MiSS by its old name, which PEFT does not read any more."""
-
-    peft_type, tensor = "BONE", "bone_block"
-
-
-class _Projected(FoldedConfig):
-    """VeRA and RandLoRA: random arrays that all layers share, of which each takes the first rows.
-
-    The arrays are those of PyTorch's generator, so they must be in the file.
-    """
-
-    @classmethod
-    def refused(cls, content: Mapping[str, Any]) -> list[str]:
-        """Also files without the random arrays."""
-        refused = super().refused(content)
-        if not content.get("save_projection", True):
-            refused.append(
-                f"save_projection={content['save_projection']!r} (PyTorch's generator makes the "
-                "random projections, so only a file that has them can be read)"
-            )
-        return refused
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class VeRA(_Projected, AttachedConfig):
-    """``W + A diag(d) B diag(b)`` with ``A`` and ``B`` of the largest sizes; attached too."""
-
-    peft_type = "VERA"
-    field_kinds: ClassVar = {
-        **BaseConfig.field_kinds,
-        "r": integer(1),
-        "vera_dropout": FRACTION,
-        "bias": choice("none", "all", "vera_only"),
-    }
-    harmless = BaseConfig.harmless | {
-        "projection_prng_key", "save_projection", "d_initial", "init_weights",
-    }  # fmt: skip
-
-    r: int = 256
-    vera_dropout: float = 0.0
-    bias: str = "none"
-
-    def method(self) -> vera.VeRA:
-        """The method that the file holds."""
-        return vera.VeRA(rank=self.r, dropout=self.vera_dropout)
-
-    def rank_of(self, module: str) -> int:
-        """The rank, which is that of all modules."""
-        del module
-        return self.r
-
-    def arrays(self, layout: "Layout", tensors: Arrays) -> dict[str, np.ndarray]:
-        """The two vectors, float32, by their names in the method."""
-        del layout
-        return {x: tensors[f"vera_lambda_{x}"].astype(np.float32) for x in ("d", "b")}
-
-    def shared_arrays(self, layout: "Layout", tensors: Arrays) -> dict[str, np.ndarray]:
-        """What layers of this layout read of the projections, as `arrays`."""
-        a, b = (tensors[f"vera_{x}"].astype(np.float32) for x in "AB")
-        return {"A": a[:, : layout.d_in].T, "B": b[: layout.d_out].T}
-
-    def shapes(self, module: str, d_in: int, d_out: int) -> Shapes:
-        """Two vectors."""
-        del module, d_in
-        return {"vera_lambda_d": (self.r,), "vera_lambda_b": (d_out,)}
-
-    def shared_shapes(self, layouts: Iterable["Layout"]) -> Shapes:
-        """The projections, of the most inputs and the most outputs."""
-        d_in, d_out = (
-            max(sizes) for sizes in zip(*((x.d_in, x.d_out) for x in layouts), strict=True)
-        )
-        return {"vera_A": (self.r, d_in), "vera_B": (d_out, self.r)}
-
-    def factors(
-        self, module: str, tensors: Arrays, d_in: int, d_out: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """``A diag(d)`` and ``B diag(b)``."""
-        del module
-        a = tensors["vera_A"][:, :d_in] * tensors["vera_lambda_d"][:, None]
-        return a.T, tensors["vera_B"][:d_out].T * tensors["vera_lambda_b"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RandLoRA(_Projected):
-    """A sum of products of scaled random bases, of full rank."""
-
-    peft_type = "RANDLORA"
-    field_kinds: ClassVar = {
-        **BaseConfig.field_kinds,
-        "r": integer(1),
-        "randlora_alpha": NUMBER,
-        "bias": choice("none", "all", "randlora_only"),
-    }
-    harmless = BaseConfig.harmless | {
-        "projection_prng_key", "save_projection", "randlora_dropout", "init_weights", "sparse",
-        "very_sparse",
-    }  # fmt: skip
-
-    r: int = 32
-    randlora_alpha: float = 640
-    bias: str = "none"
-
-    def shapes(self, module: str, d_in: int, d_out: int) -> Shapes:
-        """Scales of the bases, and of their smaller side."""
-        del module
-        smaller = min(d_in, d_out)
-        bases = -(-smaller // self.r)
-        return {"randlora_lambda": (self.r, bases), "randlora_gamma": (bases, smaller)}
-
-    def shared_shapes(self, layouts: Iterable["Layout"]) -> Shapes:
-        """The bases, of the most inputs and the most outputs."""
-        sizes = zip(*((x.d_in, x.d_out) for x in layouts), strict=True)
-        smaller, larger = sorted(max(of) for of in sizes)
-        bases = -(-smaller // self.r)
-        return {"randlora_A": (self.r, 1, smaller), "randlora_B": (larger, bases, self.r)}
-
-    def folded(self, module: str, tensors: Arrays, weight: np.ndarray) -> np.ndarray:
-        """See `FoldedConfig.folded`.
-
-        PEFT flattens the two bases in different orders, which is part of the method.
-        """
-        del module
-        smaller, larger = sorted(weight.shape)
-        scales, gamma = tensors["randlora_lambda"], tensors["randlora_gamma"]
-        first = scales[:, :, None] * tensors["randlora_A"][:, :, :smaller] * gamma
-        second = tensors["randlora_B"][:larger, : len(gamma)].reshape(larger, -1)
-        change = second @ first.reshape(-1, smaller)
-        is_wide = weight.shape[0] == smaller
-        return weight + np.float32(self.randlora_alpha / self.r) * (change.T if is_wide else change)
-
-
-FOLDED_KINDS: tuple[type[FoldedConfig], ...] = (
-    AdaLoRA, LoHa, LoKr, IA3, OFT, MiSS, Bone, VeRA, RandLoRA,
-)  # fmt: skip

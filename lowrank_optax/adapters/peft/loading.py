@@ -52,7 +52,8 @@ def load_peft(
 
     Reads LoRA, rsLoRA, DoRA and PiSSA, with regular expressions, lists, ranks and alphas by
     pattern, ``modules_to_save`` and trained biases, of linear layers, embeddings and convolutions;
-    and VeRA of linear layers. `fold_peft` reads more kinds, and attaches nothing.
+    and VeRA, MiSS (as `MiSS` or `MiSSBat`, also by its old name Bone) and RandLoRA of linear
+    layers. `fold_peft` reads more kinds, and attaches nothing.
     Everything is compared before anything is attached: the file's tensors must be those that its
     configuration requires of this model. Layers that the model has stacked are stacked.
 
@@ -179,12 +180,12 @@ def _ranks(config: AttachedConfig, group: Mapping[str, Slot]) -> int | tuple[int
     Layers of the stack without an adapter have one of scale zero.
 
     Raises:
-      UnsupportedConfigError: If an adapter of scale zero would not leave a layer as it is.
+      UnsupportedConfigError: If they cannot have one.
     """
     slot = next(iter(group.values()))
     ranks = {slot.index: config.rank_of(module) for module, slot in group.items()}
     layers = list(np.ndindex(slot.stack))
-    if len(group) < len(layers) and not config.is_off_at_scale_zero:
+    if len(group) < len(layers) and not config.may_skip_layers:
         raise UnsupportedConfigError(
             f"{type(config.method()).__name__} of {len(group)} of the {len(layers)} layers stacked "
             f"at {path_string(slot.path)}: load it into a model whose layers are not stacked."

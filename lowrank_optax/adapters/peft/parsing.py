@@ -5,6 +5,7 @@ import dataclasses
 from typing import Any
 import warnings
 
+from lowrank_optax.adapters.peft.attached_kinds import ATTACHED_KINDS
 from lowrank_optax.adapters.peft.config import (
     CONFIG_FILE,
     MERGE_IN_PEFT,
@@ -12,9 +13,11 @@ from lowrank_optax.adapters.peft.config import (
     PeftConfig,
     UnsupportedConfigError,
 )
-from lowrank_optax.adapters.peft.kinds import FOLDED_KINDS
+from lowrank_optax.adapters.peft.kinds import IA3, OFT, AdaLoRA, LoHa, LoKr
 
-_KINDS = {kind.peft_type: kind for kind in (PeftConfig, *FOLDED_KINDS)}
+_KINDS: dict[str, type[BaseConfig]] = {
+    kind.peft_type: kind for kind in (PeftConfig, AdaLoRA, LoHa, LoKr, IA3, OFT, *ATTACHED_KINDS)
+}
 
 
 def parse_config(content: Mapping[str, Any], source: str = CONFIG_FILE) -> BaseConfig:

@@ -18,9 +18,8 @@ from lowrank_optax.adapters.methods.dora import DoRA
 from lowrank_optax.adapters.methods.lora import LoRA
 from lowrank_optax.adapters.methods.lora_fa import LoRAFA
 from lowrank_optax.adapters.methods.pissa import PiSSA
-from lowrank_optax.adapters.methods.vera import VeRA
 from lowrank_optax.adapters.own_values import values_of
-from lowrank_optax.adapters.peft import kinds
+from lowrank_optax.adapters.peft.attached_kinds import AttachedKind, kind_of
 from lowrank_optax.adapters.peft.config import BaseConfig, PeftConfig
 from lowrank_optax.adapters.peft.module_names import (
     ModuleNames,
@@ -49,14 +48,17 @@ def save_peft(
 ) -> None:
     """Saves an adapter as a folder that Hugging Face PEFT loads.
 
-    LoRA (with rsLoRA's scale), LoRA-FA and DoRA are written as they are, and VeRA where one pair of
-    projections serves all adapted layers, as PEFT has it: if they have one shape, or came from a
-    file of PEFT. Other VeRA, what PEFT does not have (LoTR, LaMDA, AFLoRA, SVFit), and PiSSA, whose
-    base is not the model's, is written as a plain LoRA of the same change, the scale folded into
-    its factors. Parameters that `also_train`
-    trains with this adapter become ``modules_to_save``, with ``ensure_weight_tying`` where that is
-    an embedding which is the model's head too. Layers of a stack become modules of their own, with
-    their own ranks.
+    LoRA (with rsLoRA's scale), LoRA-FA and DoRA are written as they are. So are MiSS, MiSSBat and
+    RandLoRA (with its bases) of linear layers, if all have the same rank and options, and VeRA
+    where one pair of projections serves all adapted layers, as PEFT has it: if they have one shape,
+    or came from a file of PEFT. Other MiSS and VeRA, what PEFT does not have (LoTR, LaMDA, AFLoRA,
+    SVFit, SoRA, PRILoRA), and PiSSA, whose base is not the model's, are written as a plain LoRA of
+    the same change, the scale folded into its factors. A method without such a LoRA and without a
+    form in PEFT is refused: SaRA, ``MiSSBat(side="in")``, and those that route by the input.
+
+    Parameters that `also_train` trains with this adapter become ``modules_to_save``, with
+    ``ensure_weight_tying`` where that is an embedding which is the model's head too. Layers of a
+    stack become modules of their own, with their own ranks.
 
     The folder is written beside ``path`` and replaces it at the end: a save that fails leaves an
     earlier one as it was.
@@ -70,8 +72,8 @@ def save_peft(
         function of a path. None for the model's own ``huggingface_names``, which the decoder of
         `lowrank_optax.models` has.
       as_lora: True for a plain LoRA with the scale folded in, of any method; False for PiSSA as
-        PEFT has it (which decomposes the base again when it loads), and for VeRA in its own form or
-        not at all; None as said above.
+        PEFT has it (which decomposes the base again when it loads), and for VeRA and MiSS in their
+        own form or not at all; None as said above.
       base_model: ``base_model_name_or_path``: where PEFT finds the base model.
       task_type: What PEFT makes of it: ``"CAUSAL_LM"``, ``"SEQ_CLS"``, None, ....
       dtype: Dtype of the tensors: float32, bfloat16 or float16.
@@ -79,9 +81,10 @@ def save_peft(
     Raises:
       ImportError: safetensors is not installed.
       ValueError: The model has no adapter of this name, or one with a strength; a layer's name is
-        not known; layers have methods that one file cannot hold; or a weight that the file holds
-        has an adapter merged into it, or is the residual of another one.
-      TypeError: The method can be no LoRA (DoRA), or has no form of its own in PEFT.
+        not known; layers have methods that one file cannot hold, or PEFT has the method for other
+        layers or with other options only; or a weight that the file holds has an adapter merged
+        into it, or is the residual of another one.
+      TypeError: The method cannot be a LoRA (DoRA), or has no form of its own in PEFT.
       FileExistsError: ``path`` holds something else.
 
     Example:
@@ -107,15 +110,15 @@ def save_peft(
     slots = module_slots(model, names)
     with values_of(model, name), sharing(model):
         _check_named(model, slots, name)
-        shared = {} if as_lora else _projections(slots, name)
-        piece = functools.partial(_piece, name=name, as_lora=as_lora, is_vera=bool(shared))
+        own = None if as_lora else _own_form(slots, name)
+        piece = functools.partial(_piece, name=name, as_lora=as_lora, own=own)
         pieces = {m: p for m, slot in slots.items() if (p := piece(slot))}
         saved = {m: x for m, slot in slots.items() if (x := _trained(slot, m in pieces))}
         bases = {m: slots[m].read("weight") for m in pieces if _holds_base(m, slots[m], name)}
     tied = tied_in_model(model, slots)
     ties = tied is not None and tied.embedding in saved and tied.embedding not in pieces
     content = {
-        **_config(pieces, slots, saved, bool(shared)).content(),
+        **_config(pieces, slots, saved, own).content(),
         "base_model_name_or_path": base_model,
         "task_type": task_type,
         "ensure_weight_tying": ties,
@@ -128,6 +131,7 @@ def save_peft(
         for module, of_module in arrays
         for tensor, x in of_module.items()
     }
+    shared = own.shared if own else {}
     tensors |= {f"base_model.{x}": values.astype(jnp.dtype(dtype)) for x, values in shared.items()}
     # In the model's dtype: `load_peft` compares them with the weights of the model.
     tensors |= {f"{PREFIX}{module}.base_layer.weight": x for module, x in bases.items()}
@@ -152,28 +156,31 @@ class _Piece(NamedTuple):
     tensors: Tensors
 
 
-def _projections(slots: Mapping[str, Slot], name: str) -> dict[str, np.ndarray]:
-    """VeRA's projections of the most inputs and outputs, as PEFT has them.
+class _OwnForm(NamedTuple):
+    """How all layers are written as a kind beside LoRA: its fields, and tensors that they share."""
 
-    Empty if the layers have other adapters or are not linear, or if what each reads is not the
-    beginning of one pair.
-    """
+    kind: type[AttachedKind]
+    fields: Mapping[str, Any]
+    shared: Tensors
+
+
+def _own_form(slots: Mapping[str, Slot], name: str) -> _OwnForm | None:
+    """The form of an adapter in which PEFT has its method; None if it has not, or not for these."""
     having = [slot for slot in slots.values() if name in slot.adapters]
-    is_linear = lambda slot: slot.layout is not None and slot.layout.kind == "linear"
-    if not all(type(s.adapters[name].method) is VeRA and is_linear(s) for s in having):
-        return {}
+    methods = [slot.adapters[name].method for slot in having]
+    layouts = [layout for slot in having if (layout := slot.layout)]
+    if len(set(map(type, methods))) != 1 or any(x.kind != "linear" for x in layouts):
+        return None
+    kind = kind_of(methods[0])
+    fields = [kind.fields_of(method) for method in methods] if kind else [None]
+    if kind is None or fields[0] is None or any(of != fields[0] for of in fields):
+        return None
     groups = {slot.adapters[name].group: slot.adapters[name].p() for slot in having}
-    firsts = [np.asarray(p["A"].astype(jnp.float32)).T for p in groups.values()]
-    seconds = [np.asarray(p["B"].astype(jnp.float32)).T for p in groups.values()]
-    if len({x.shape[0] for x in firsts}) != 1:  # ranks
-        return {}
-    a, b = max(firsts, key=lambda x: x.shape[1]), max(seconds, key=len)
-    agree = all((a[:, : x.shape[1]] == x).all() for x in firsts)
-    agree = agree and all((b[: len(x)] == x).all() for x in seconds)
-    return {"vera_A": a, "vera_B": b} if agree else {}
+    shared = kind.shared_tensors_of(layouts, list(groups.values()))
+    return None if shared is None else _OwnForm(kind, fields[0], shared)
 
 
-def _piece(slot: Slot, name: str, as_lora: bool | None, is_vera: bool) -> _Piece | None:
+def _piece(slot: Slot, name: str, as_lora: bool | None, own: _OwnForm | None) -> _Piece | None:
     """The adapter of a module; None if it has none, as a layer between those `load_peft` adapts."""
     if name not in slot.adapters:
         return None
@@ -190,11 +197,11 @@ def _piece(slot: Slot, name: str, as_lora: bool | None, is_vera: bool) -> _Piece
             f"{where}: the adapter's strength is {adapter.strength}, which a file does not hold: "
             "set it to 1 by `activate`."
         )
-    if is_vera:
-        d, b = (np.asarray(p[x].astype(jnp.float32)) for x in ("d", "b"))
-        d = d if scales is None else np.where(scales != 0, d, 0)  # beyond the layer's own rank
-        tensors = {"vera_lambda_d": d, "vera_lambda_b": b}
-        return _Piece(len(d), 1.0, {"vera_dropout": method.dropout}, tensors)
+    if own is not None:
+        return _Piece(own.fields["r"], 1.0, own.fields, own.kind.tensors_of(p))
+    kind = kind_of(method)
+    if kind is not None and not as_lora and not isinstance(method, LowRank):
+        raise ValueError(f"{where}: {kind.limits}: this one cannot be saved in PEFT's files.")
     fields, dropout = _form(method, as_lora), {"lora_dropout": getattr(method, "dropout", 0.0)}
     if fields is None:  # a plain LoRA of the same change of the original weight
         a, b = (np.asarray(x.astype(jnp.float32)) for x in method.to_lora(p))
@@ -228,12 +235,8 @@ def _form(method: Any, as_lora: bool | None) -> dict[str, Any] | None:
     is_pissa, has_form = type(method) is PiSSA, type(method) in (LoRA, LoRAFA, DoRA)
     if as_lora or (as_lora is None and not has_form):
         return None
-    if type(method) is VeRA:
-        raise ValueError(
-            "as_lora=False: PEFT has VeRA of linear layers only, of one rank and with one pair of "
-            "projections for all layers, of which each reads the beginning; leave it out for a "
-            "plain LoRA."
-        )
+    if (kind := kind_of(method)) is not None:
+        raise ValueError(f"as_lora=False: {kind.limits}; leave it out for a plain LoRA.")
     if not (has_form or is_pissa):
         raise TypeError(
             f"as_lora=False: PEFT has no {type(method).__name__}; leave it out for a plain LoRA."
@@ -299,7 +302,7 @@ def _config(
     pieces: Mapping[str, _Piece],
     slots: Mapping[str, Slot],
     saved: Mapping[str, Tensors],
-    is_vera: bool,
+    own: _OwnForm | None,
 ) -> BaseConfig:
     fields = {tuple(sorted(p.fields.items())) for p in pieces.values()}
     if len(fields) != 1:
@@ -321,9 +324,9 @@ def _config(
         "modules_to_save": tuple(sorted(saved.keys() - pieces.keys())) or None,
         **dict(next(iter(fields))),
     }
-    if is_vera:
-        others = {"save_projection": True}
-        return kinds.VeRA(bias="vera_only" if biases else "none", others=others, **common)
+    if own is not None:
+        kind = own.kind
+        return kind(bias=kind.bias_only if biases else "none", others=kind.written, **common)
     return PeftConfig(
         lora_alpha=alpha,
         rank_pattern={re.escape(m): p.rank for m, p in pieces.items() if p.rank != rank},

@@ -184,7 +184,7 @@ def test_what_peft_wrote_is_attached_and_written_again(base, tmp_path, case, sca
     assert abs(model(TOKENS) - expected).max() > 1e-2
     lro.adapters.load_peft(model, tmp_path / "a")
     model.eval()
-    np.testing.assert_allclose(model(TOKENS), expected, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(model(TOKENS), expected, rtol=0, atol=1e-5)
     lro.adapters.save_peft(model, tmp_path / "b", as_lora=False)
     before, after = (tensors_of(tmp_path / x, "adapter_model.safetensors") for x in "ab")
     copies = {k for k in before if k.count(".") > 1 and k[-10:] in ("randlora_A", "randlora_B")}
@@ -230,7 +230,7 @@ OURS = {
 @pytest.mark.parametrize("case", OURS)
 def test_what_is_trained_here_is_read_by_peft(base, tmp_path, case, scan_layers):
     # No layer has 24 or 32 as its smaller side, but the most inputs and outputs are 24 and 32.
-    method, where = OURS[case], "query|up_proj|down|head"
+    method, where = OURS[case], "query|up|down|head"
     model = load_huggingface(base, scan_layers=scan_layers)
     lro.adapters.attach(model, method, where, rngs=0)
     rng = np.random.default_rng(0)
@@ -244,7 +244,8 @@ def test_what_is_trained_here_is_read_by_peft(base, tmp_path, case, scan_layers)
     theirs = peft.PeftModel.from_pretrained(torch_base(base), tmp_path / "a").eval()
     kind = theirs.peft_config["default"].peft_type
     assert kind == {"miss": "MISS", "rand": "RANDLORA"}[case[:4]]
-    np.testing.assert_allclose(torch_logits(theirs), expected, rtol=0, atol=1e-4)
+    size = abs(expected).max()
+    np.testing.assert_allclose(torch_logits(theirs) / size, expected / size, rtol=0, atol=1e-5)
     theirs.save_pretrained(tmp_path / "b")
     ours, again = (tensors_of(tmp_path / x, "adapter_model.safetensors") for x in "ab")
     assert all((again[k] == x).all() for k, x in ours.items())

@@ -165,7 +165,7 @@ class _OwnForm(NamedTuple):
 
 
 def _own_form(slots: Mapping[str, Slot], name: str) -> _OwnForm | None:
-    """The form of an adapter in which PEFT has its method; None if it has not, or not for these."""
+    """PEFT's own form of an adapter; None if PEFT does not have it, or not for these layers."""
     having = [slot for slot in slots.values() if name in slot.adapters]
     methods = [slot.adapters[name].method for slot in having]
     layouts = [layout for slot in having if (layout := slot.layout)]
@@ -201,7 +201,10 @@ def _piece(slot: Slot, name: str, as_lora: bool | None, own: _OwnForm | None) ->
         return _Piece(own.fields["r"], 1.0, own.fields, own.kind.tensors_of(p))
     kind = kind_of(method)
     if kind is not None and not as_lora and not isinstance(method, LowRank):
-        raise ValueError(f"{where}: {kind.limits}: this one cannot be saved in PEFT's files.")
+        raise ValueError(
+            f"{where}: {kind.limits}, and no LoRA has the change of this {type(method).__name__}: "
+            "it cannot be saved. Merge it into the weights instead."
+        )
     fields, dropout = _form(method, as_lora), {"lora_dropout": getattr(method, "dropout", 0.0)}
     if fields is None:  # a plain LoRA of the same change of the original weight
         a, b = (np.asarray(x.astype(jnp.float32)) for x in method.to_lora(p))

@@ -7,6 +7,7 @@ from lowrank_optax.adapters.base import Adapter, AdapterParams, Merged
 from lowrank_optax.adapters.low_rank import LowRank
 from lowrank_optax.adapters.methods.aflora import AFLoRA
 from lowrank_optax.adapters.methods.dora import DoRA
+from lowrank_optax.adapters.methods.flylora import FlyLoRA, UnroutedLoRA
 from lowrank_optax.adapters.methods.lamda import LaMDA
 from lowrank_optax.adapters.methods.lora import LoRA
 from lowrank_optax.adapters.methods.lora_fa import LoRAFA
@@ -20,6 +21,7 @@ from lowrank_optax.adapters.training.aflora_freezing import (
     aflora_freezing,
     aflora_schedule,
 )
+from lowrank_optax.adapters.training.flylora_balance import flylora_balance
 from lowrank_optax.adapters.training.lamda_freezing import LamdaFreezingState, lamda_freezing
 from lowrank_optax.adapters.training.lora_fa_projection import (
     LoRAFAProjectionState,
@@ -78,6 +80,7 @@ __all__ = [
     "Merged",
     # Methods
     "AFLoRA",
+    "FlyLoRA",
     "LaMDA",
     "DoRA",
     "LoRA",
@@ -85,6 +88,7 @@ __all__ = [
     "LoTR",
     "PiSSA",
     "SVFit",
+    "UnroutedLoRA",
     "VeRA",
     "energy_rank",
     "reduction_ratio",
@@ -94,6 +98,8 @@ __all__ = [
     "lora_fa_projection",
     "lora_plus_adamw",
     "scale_lora_plus",
+    # The balance of FlyLoRA's ranks
+    "flylora_balance",
     # LoTR's factors from other methods' updates
     "TuckerFactors",
     "lotr_from_lora",

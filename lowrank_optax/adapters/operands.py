@@ -21,6 +21,10 @@ class Operand(Protocol):
         """The product ``[..., k]`` with a matrix ``[d_in, k]``, in the layer's own dtype."""
         ...
 
+    def float32_product(self, matrix: jax.Array) -> jax.Array:
+        """The same product, float32: it is not rounded to the layer's dtype where that is half."""
+        ...
+
     def drop(self, key: jax.Array, rate: float) -> "Operand":
         """The input with a fraction ``rate`` of its elements zero and the others scaled up."""
         ...
@@ -41,6 +45,11 @@ class Rows:
 
     def __matmul__(self, matrix: jax.Array) -> jax.Array:
         return jnp.matmul(self.x, matrix.astype(self.x.dtype))
+
+    def float32_product(self, matrix: jax.Array) -> jax.Array:
+        """Summed in float32."""
+        matrix = matrix.astype(self.x.dtype)
+        return jnp.matmul(self.x, matrix, preferred_element_type=jnp.float32)
 
     def drop(self, key: jax.Array, rate: float) -> "Rows":
         """Inverted dropout."""
@@ -65,6 +74,10 @@ class Lookup:
         rows = jnp.take(matrix, self.index, axis=0)
         return rows if self.dtype is None else rows.astype(self.dtype)
 
+    def float32_product(self, matrix: jax.Array) -> jax.Array:
+        """The rows, converted."""
+        return jnp.take(matrix, self.index, axis=0).astype(jnp.float32)
+
     def drop(self, key: jax.Array, rate: float) -> "Lookup":
         """Itself: row numbers have nothing to drop."""
         return self
@@ -84,6 +97,10 @@ class Patches:
 
     def __matmul__(self, matrix: jax.Array) -> jax.Array:
         return self.convolve(self.x, matrix.astype(self.x.dtype))
+
+    def float32_product(self, matrix: jax.Array) -> jax.Array:
+        """The convolution's output, converted: the layer chooses the dtype it is rounded to."""
+        return (self @ matrix).astype(jnp.float32)
 
     def drop(self, key: jax.Array, rate: float) -> "Patches":
         """Inverted dropout of the convolution's input."""

@@ -8,4 +8,6 @@ METHODS = {
     "PiSSA": adapters.PiSSA(rank=2, alpha=5),
     "VeRA": adapters.VeRA(rank=3),
     "DoRA": adapters.DoRA(rank=2, alpha=3),
+    "FlyLoRA": adapters.FlyLoRA(rank=4, active=2),
 }
+MERGEABLE = {name: method for name, method in METHODS.items() if method.has_delta}

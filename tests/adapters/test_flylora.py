@@ -362,7 +362,8 @@ def fitted(method, key, target, x):
     n, m = target.shape
     params = method.init(key, jnp.zeros((1, n, m)))
     tx = optax.adam(optax.linear_schedule(0.02, 0, 200))
-    tx = optax.masked(tx, {name: name != "balance_bias" for name in params.trainable})
+    if "balance_bias" in params.trainable:
+        tx = lro.adapters.flylora_balance(tx, step=0.0)
 
     def out(trained, x):
         p = method.layer_arrays(params._replace(trainable=trained), 0)
@@ -373,8 +374,6 @@ def fitted(method, key, target, x):
         x = jax.random.normal(jax.random.fold_in(key, number), (128, n))
         loss = lambda t: jnp.mean(jnp.square(out(t, x) - x @ target))
         updates, state = tx.update(jax.grad(loss)(trained), state)
-        if "balance_bias" in updates:
-            updates["balance_bias"] = jnp.zeros_like(updates["balance_bias"])
         return (optax.apply_updates(trained, updates), state), None
 
     start = params.trainable, tx.init(params.trainable)

@@ -253,8 +253,8 @@ class FlyLoRA(LowRank):
             them.
 
         Returns:
-          The factors and the relative error of their output. The error is often large: as the
-          ranks left out are the smaller ones, but not small.
+          The factors and the relative error of their output. The error is often large: the ranks
+          that routing leaves out have smaller outputs, but there are more of them.
 
         Raises:
           ValueError: If ``x`` does not have ``d_in`` features.

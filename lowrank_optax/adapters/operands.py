@@ -22,7 +22,7 @@ class Operand(Protocol):
         ...
 
     def float32_product(self, matrix: jax.Array) -> jax.Array:
-        """The same product, float32: it is not rounded to the layer's dtype where that is half."""
+        """The same product in float32, or float64 where the layer has it: never rounded to half."""
         ...
 
     def drop(self, key: jax.Array, rate: float) -> "Operand":
@@ -47,9 +47,9 @@ class Rows:
         return jnp.matmul(self.x, matrix.astype(self.x.dtype))
 
     def float32_product(self, matrix: jax.Array) -> jax.Array:
-        """Summed in float32."""
-        matrix = matrix.astype(self.x.dtype)
-        return jnp.matmul(self.x, matrix, preferred_element_type=jnp.float32)
+        """Summed in float32 and not rounded."""
+        dtype = jnp.promote_types(self.x.dtype, jnp.float32)
+        return jnp.matmul(self.x, matrix.astype(self.x.dtype), preferred_element_type=dtype)
 
     def drop(self, key: jax.Array, rate: float) -> "Rows":
         """Inverted dropout."""
@@ -76,7 +76,7 @@ class Lookup:
 
     def float32_product(self, matrix: jax.Array) -> jax.Array:
         """The rows, converted."""
-        return jnp.take(matrix, self.index, axis=0).astype(jnp.float32)
+        return _to_float32(jnp.take(matrix, self.index, axis=0))
 
     def drop(self, key: jax.Array, rate: float) -> "Lookup":
         """Itself: row numbers have nothing to drop."""
@@ -100,11 +100,15 @@ class Patches:
 
     def float32_product(self, matrix: jax.Array) -> jax.Array:
         """The convolution's output, converted: the layer chooses the dtype it is rounded to."""
-        return (self @ matrix).astype(jnp.float32)
+        return _to_float32(self @ matrix)
 
     def drop(self, key: jax.Array, rate: float) -> "Patches":
         """Inverted dropout of the convolution's input."""
         return Patches(_dropout(self.x, key, rate), self.convolve)
+
+
+def _to_float32(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _dropout(x: jax.Array, key: jax.Array, rate: float) -> jax.Array:

@@ -33,6 +33,8 @@ def test_a_float32_product_of_half_precision_is_not_rounded_to_it() -> None:
     patches = Patches(x, lambda x, matrix: x @ matrix).float32_product(matrix)
     assert (rows.dtype, patches.dtype) == (jnp.float32, jnp.float32)
     assert_close(patches, exact, 4, dtype=jnp.bfloat16)
+    with jax.enable_x64(True):
+        assert Rows(jnp.ones((2, 3), jnp.float64)).float32_product(matrix[:3]).dtype == jnp.float64
 
 
 def test_rows_of_experts_meet_the_matrices_of_their_experts() -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 import warnings
 
 import jax
@@ -154,7 +154,7 @@ class FlyLoRA(LowRank):
         nonzeros = np.array([self.nonzeros(d_in, int(r)) for r in ranks])
         std = np.broadcast_to(1 / ranks if self.std is None else self.std, (layers,))
 
-        def first(key: jax.Array, rank: int, nonzeros: int, std: float) -> jax.Array:
+        def first(key: jax.Array, rank: Any, nonzeros: Any, std: Any) -> jax.Array:
             of_places, of_values = jax.random.split(key)
             inputs = jnp.broadcast_to(jnp.arange(d_in)[:, None], (d_in, self.max_rank))
             places = jax.random.permutation(of_places, inputs, axis=0, independent=True)

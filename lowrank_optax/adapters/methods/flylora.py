@@ -50,8 +50,8 @@ class FlyLoRA(LowRank):
     Every column of ``A [L, d_in, r]`` has exactly ``max(1, floor(density d_in))`` entries other
     than zero. The change depends on the input, so it cannot be merged or exported:
     `unrouted_lora` gives LoRA factors that ignore the routing, with their error. With
-    ``active = rank`` nothing is routed: there is no bias, and this is `LoRAFA` with this ``A``, which
-    is then dense by default.
+    ``active = rank`` nothing is routed: there is no bias, and this is `LoRAFA` with this ``A``,
+    which is then dense by default.
 
     Args:
       rank: The rank ``r``, or one for each layer of a stack.

@@ -109,7 +109,7 @@ class Recipe(NamedTuple):
     """How an adapter is made and trained."""
 
     method: str | None  # the name of its class; None trains all weights instead
-    learning_rate: float  # peak: the best of benchmarks/finetuning.py
+    learning_rate: float  # peak: the best of benchmarks/adapters.py
     options: Mapping[str, Any] = MappingProxyType(
         {}
     )  # of the method; they win over --rank, --alpha

@@ -208,6 +208,14 @@ def frozen_rows_sgd(
     return lro.adapters.lamda_freezing(momentum, total_steps, eta, names=FROZEN_NAMES)
 
 
+def selected_entries_adamw(
+    learning_rate: optax.ScalarOrSchedule, threshold: float, weight_decay: float = 1e-3
+) -> optax.GradientTransformation:
+    """AdamW of the small entries alone, from which SaRA's rule selects again."""
+    adamw = optax.adamw(learning_rate, weight_decay=weight_decay)
+    return lro.adapters.sara(adamw, threshold=threshold, reselect_after=2)
+
+
 # The matrices of the trees that the checks work on.
 FROZEN_NAMES = ("kernel", "rows", "columns", "layers")
 TYPES_OF_UPDATES = (
@@ -568,6 +576,12 @@ ROWS = [
             "inject_hyperparams_in_bfloat16": "optax.scale_by_learning_rate promotes to float32",
         },
     ),
+    Row(
+        name="sara",
+        factory=selected_entries_adamw,
+        kwargs={"learning_rate": 1e-2, "threshold": 1.3},
+        exceptions=MOMENTS_OF_OPTAX | {"converges": "large entries stay as they are"},
+    ),
 ]
 
 
@@ -591,6 +605,7 @@ OF_THEIR_OWN = {
     "mask_updates",
     "aflora_freezing",
     "lamda_freezing",
+    "sara",
 }
 # All others are recipes over shared code, or variants of a row: what those can break.
 OF_RECIPES = {

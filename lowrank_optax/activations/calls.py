@@ -157,6 +157,31 @@ class Replacement:
             )
         return ClosedJaxpr(rewritten, program.consts), sites
 
+    def run(
+        self, fn: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], required: bool = True
+    ) -> tuple[Any, int]:
+        """``fn(*args, **kwargs)`` with its nonlinearities replaced, and the number of those found.
+
+        If they are ``required``, finding none is an error.
+        """
+        traced = traced_call(fn, args, kwargs)
+        program, sites = self.program(traced.program)
+        if required and not sites:
+            raise self.nothing(name_of(fn))
+        return traced.result(jaxpr_as_fun(program)(*traced.inputs)), len(sites)
+
+    def report(
+        self, fn: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], trained: Any
+    ) -> CallsReport:
+        """The report on a call; ``trained`` is a tree of bools like ``(args, kwargs)``."""
+        traced = traced_call(fn, args, kwargs)
+        _, sites = self.program(traced.program)
+        if not sites:
+            raise self.nothing(name_of(fn))
+        marks, jaxpr = jax.tree.leaves(trained), traced.program.jaxpr
+        inputs = zip(jaxpr.invars, traced.indices, strict=True)
+        return calls_report(sites, Users(jaxpr, [x for x, i in inputs if marks[i]]))
+
     def nothing(self, what: str) -> ValueError:
         """The error of a program in which nothing is found."""
         names = ", ".join(x if isinstance(x, str) else name_of(x) for x in self.functions)
@@ -191,7 +216,7 @@ class FewBitCalls(Generic[P, R]):
         Raises:
           ValueError: If nothing is found to replace.
         """
-        return run_few_bit(self.replacement, self.fn, args, kwargs)[0]
+        return self.replacement.run(self.fn, args, kwargs)[0]
 
     def __repr__(self) -> str:
         name = getattr(self.fn, "__name__", self.fn)
@@ -216,7 +241,7 @@ class FewBitCalls(Generic[P, R]):
         chosen = range(len(args)) if argnums is None else np.atleast_1d(argnums) % len(args)
         marks = [jax.tree.map(lambda _, m=i in chosen: m, x) for i, x in enumerate(args)]
         others = jax.tree.map(lambda _: argnums is None, kwargs)
-        return report_of(self.replacement, self.fn, args, kwargs, (tuple(marks), others))
+        return self.replacement.report(self.fn, args, kwargs, (tuple(marks), others))
 
 
 class Traced(NamedTuple):
@@ -261,40 +286,3 @@ def traced_call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[s
         return jax.tree.unflatten(output_tree, whole)
 
     return Traced(program, inputs, indices, result)
-
-
-def run_few_bit(
-    replacement: Replacement,
-    fn: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    required: bool = True,
-) -> tuple[Any, int]:
-    """``fn(*args, **kwargs)`` with its nonlinearities replaced, and the number of those found.
-
-    If they are ``required``, finding none is an error.
-    """
-    traced = traced_call(fn, args, kwargs)
-    program, sites = replacement.program(traced.program)
-    if required and not sites:
-        raise replacement.nothing(name_of(fn))
-    return traced.result(jaxpr_as_fun(program)(*traced.inputs)), len(sites)
-
-
-def report_of(
-    replacement: Replacement,
-    fn: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    trained: Any,
-) -> CallsReport:
-    """The report on a call; ``trained`` is a tree of bools like ``(args, kwargs)``."""
-    traced = traced_call(fn, args, kwargs)
-    _, sites = replacement.program(traced.program)
-    if not sites:
-        raise replacement.nothing(name_of(fn))
-    marks = jax.tree.leaves(trained)
-    jaxpr = traced.program.jaxpr
-    inputs = zip(jaxpr.invars, traced.indices, strict=True)
-    users = Users(jaxpr, [x for x, i in inputs if marks[i]])
-    return calls_report(sites, users)

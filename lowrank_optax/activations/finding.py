@@ -12,10 +12,10 @@ import inspect
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
-from jax import nn
 import jax.numpy as jnp
 import numpy as np
 
+from lowrank_optax.activations.codebooks import FUNCTIONS
 from lowrank_optax.activations.coded_backward import Pointwise, name_of
 from lowrank_optax.activations.sampling import outside_of_traces
 from lowrank_optax.compat.jax import (
@@ -38,25 +38,11 @@ Functions: TypeAlias = Sequence[str | Pointwise]
 POINTS = np.concatenate([np.arange(-30, 0) * 0.29, [0.0], np.arange(1, 31) * 0.29])
 """Both sides of 0, and 0 itself; no other kink of the functions below is one of them."""
 
+_NAMES = "silu relu relu6 leaky_relu elu selu celu softplus mish hard_tanh hard_sigmoid hard_silu"
+_NAMES += " squareplus soft_sign log_sigmoid sigmoid tanh"
 _FUNCTIONS: dict[str, tuple[Pointwise, ...]] = {
-    "gelu": (nn.gelu, functools.partial(nn.gelu, approximate=False)),
-    "silu": (nn.silu,),
-    "relu": (nn.relu,),
-    "relu6": (nn.relu6,),
-    "leaky_relu": (nn.leaky_relu,),
-    "elu": (nn.elu,),
-    "selu": (nn.selu,),
-    "celu": (nn.celu,),
-    "softplus": (nn.softplus,),
-    "mish": (nn.mish,),
-    "hard_tanh": (nn.hard_tanh,),
-    "hard_sigmoid": (nn.hard_sigmoid,),
-    "hard_silu": (nn.hard_silu,),
-    "squareplus": (nn.squareplus,),
-    "soft_sign": (nn.soft_sign,),
-    "log_sigmoid": (nn.log_sigmoid,),
-    "sigmoid": (nn.sigmoid,),
-    "tanh": (jnp.tanh,),
+    "gelu": (FUNCTIONS["gelu_tanh"], FUNCTIONS["gelu_erf"]),
+    **{name: (FUNCTIONS[name],) for name in _NAMES.split()},
 }
 
 NAMES = tuple(_FUNCTIONS)

@@ -3,14 +3,12 @@
 from collections.abc import Callable
 import functools
 import numbers
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 from jax.typing import ArrayLike
 
 from lowrank_optax.activations.coded_backward import few_bit
-
-F = TypeVar("F", bound=Callable[..., jax.Array])
 
 _DOC = """``jax.nn.{name}``{kind}.
 
@@ -19,47 +17,18 @@ _DOC = """``jax.nn.{name}``{kind}.
 
     Args:
       x: Any shape, floating point.
-{arguments}
+{bits}
     Returns:
       ``jax.nn.{name}`` of x, by the same operations.
 
     Raises:
-      {raises}
-
+      TypeError: If ``x`` is not of floating point.
+{raises}
     Example:
       >>> import lowrank_optax as lro
-      >>> print(f"{{lro.activations.{example}:.4f}}")
-      {result}
+      >>> print(f"{{lro.activations.{name}(1.0):.4f}}")
+      {at_one}
     """
-
-
-def _documented(
-    formula: str, example: str, result: str, *, exact: bool = False, **option: str
-) -> Callable[[F], F]:
-    """Gives a function its docstring; ``exact`` ones take no ``bits``."""
-    kind = ", whose backward pass keeps ``bits`` bits of each element"
-    raises = "TypeError: If ``x`` is not of floating point"
-    raises += "".join(f", or ``{name}`` is not a Python number" for name in option) + "."
-    if exact:
-        kind = " with its exact gradient, for which one bit of each element is kept"
-    else:
-        option = {"bits": "1 to 8; 3 or 4 train as the exact gradient does.", **option}
-        raises = f"ValueError: If ``bits`` is not 1 to 8.\n      {raises}"
-    arguments = "".join(f"      {name}: {what}\n" for name, what in option.items())
-
-    def decorate(function: F) -> F:
-        function.__doc__ = _DOC.format(
-            name=function.__name__,
-            kind=kind,
-            formula=formula,
-            arguments=arguments,
-            raises=raises,
-            example=example,
-            result=result,
-        )
-        return function
-
-    return decorate
 
 
 def gelu(x: ArrayLike, bits: int = 3, approximate: bool = True) -> jax.Array:
@@ -97,44 +66,103 @@ def gelu(x: ArrayLike, bits: int = 3, approximate: bool = True) -> jax.Array:
     return few_bit(fn, bits)(x)
 
 
-@_documented(
-    r"y = x \text{ where } x > 0, \quad \alpha (e^x - 1) \text{ elsewhere}",
-    "elu(-1.0)",
-    "-0.6321",
-    alpha="A Python number.",
-)
 def elu(x: ArrayLike, bits: int = 3, alpha: float = 1.0) -> jax.Array:
+    r"""``jax.nn.elu``, whose backward pass keeps ``bits`` bits of each element.
+
+    .. math::
+      y = x \text{ where } x > 0, \quad \alpha (e^x - 1) \text{ elsewhere}
+
+    Args:
+      x: Any shape, floating point.
+      bits: 1 to 8; 3 or 4 train as the exact gradient does.
+      alpha: A Python number.
+
+    Returns:
+      ``jax.nn.elu(x, alpha)``, by the same operations.
+
+    Raises:
+      ValueError: If ``bits`` is not 1 to 8.
+      TypeError: If ``x`` is not of floating point, or ``alpha`` is not a Python number.
+
+    Example:
+      >>> import lowrank_optax as lro
+      >>> print(f"{lro.activations.elu(-1.0):.4f}")
+      -0.6321
+    """
     return few_bit(_with(jax.nn.elu, "alpha", alpha, default=1.0), bits)(x)
 
 
-@_documented(
-    r"y = \max(x, 0) + \alpha (e^{\min(x, 0) / \alpha} - 1)",
-    "celu(-1.0, alpha=2.0)",
-    "-0.7869",
-    alpha="A Python number other than 0.",
-)
 def celu(x: ArrayLike, bits: int = 3, alpha: float = 1.0) -> jax.Array:
+    r"""``jax.nn.celu``, whose backward pass keeps ``bits`` bits of each element.
+
+    .. math::
+      y = \max(x, 0) + \alpha (e^{\min(x, 0) / \alpha} - 1)
+
+    Args:
+      x, bits: As for `elu`.
+      alpha: A Python number other than 0.
+
+    Returns:
+      ``jax.nn.celu(x, alpha)``, by the same operations.
+
+    Raises:
+      ValueError: As `elu`.
+      TypeError: As `elu`.
+
+    Example:
+      >>> import lowrank_optax as lro
+      >>> print(f"{lro.activations.celu(-1.0, alpha=2.0):.4f}")
+      -0.7869
+    """
     return few_bit(_with(jax.nn.celu, "alpha", alpha, default=1.0), bits)(x)
 
 
-@_documented(
-    r"y = \frac{x + \sqrt{x^2 + b}}{2}",
-    "squareplus(1.0)",
-    "1.6180",
-    b="A Python number above 0.",
-)
 def squareplus(x: ArrayLike, bits: int = 3, b: float = 4.0) -> jax.Array:
+    r"""``jax.nn.squareplus``, whose backward pass keeps ``bits`` bits of each element.
+
+    .. math::
+      y = \frac{x + \sqrt{x^2 + b}}{2}
+
+    Args:
+      x, bits: As for `elu`.
+      b: A Python number above 0.
+
+    Returns:
+      ``jax.nn.squareplus(x, b)``, by the same operations.
+
+    Raises:
+      ValueError: As `elu`.
+      TypeError: If ``x`` is not of floating point, or ``b`` is not a Python number.
+
+    Example:
+      >>> import lowrank_optax as lro
+      >>> print(f"{lro.activations.squareplus(1.0):.4f}")
+      1.6180
+    """
     return few_bit(_with(jax.nn.squareplus, "b", b, default=4.0), bits)(x)
 
 
-@_documented(
-    r"y = x \text{ where } x \ge 0, \quad \alpha x \text{ elsewhere}",
-    "leaky_relu(-1.0)",
-    "-0.0100",
-    exact=True,
-    negative_slope=r":math:`\alpha`, a Python number.",
-)
 def leaky_relu(x: ArrayLike, negative_slope: float = 0.01) -> jax.Array:
+    r"""``jax.nn.leaky_relu`` with its exact gradient, for which one bit of each element is kept.
+
+    .. math::
+      y = x \text{ where } x \ge 0, \quad \alpha x \text{ elsewhere}
+
+    Args:
+      x: Any shape, floating point.
+      negative_slope: :math:`\alpha`, a Python number.
+
+    Returns:
+      ``jax.nn.leaky_relu(x, negative_slope)``, by the same operations.
+
+    Raises:
+      TypeError: If ``x`` is not of floating point, or ``negative_slope`` is not a Python number.
+
+    Example:
+      >>> import lowrank_optax as lro
+      >>> print(f"{lro.activations.leaky_relu(-1.0):.4f}")
+      -0.0100
+    """
     fn = _with(jax.nn.leaky_relu, "negative_slope", negative_slope, default=0.01)
     return few_bit(fn, 1)(x)
 
@@ -142,7 +170,7 @@ def leaky_relu(x: ArrayLike, negative_slope: float = 0.01) -> jax.Array:
 def _function(
     fn: Callable[..., jax.Array], formula: str, at_one: str, *, exact: bool = False
 ) -> Callable[..., jax.Array]:
-    """A public function of ``x`` and ``bits``, or of ``x`` alone."""
+    """A public function of ``x`` and ``bits``, or of ``x`` alone; with its value at 1."""
 
     def smooth(x: ArrayLike, bits: int = 3) -> jax.Array:
         return few_bit(fn, bits)(x)
@@ -150,9 +178,18 @@ def _function(
     def in_one_bit(x: ArrayLike) -> jax.Array:
         return few_bit(fn, 1)(x)
 
+    kind, bits, raises = ", whose backward pass keeps ``bits`` bits of each element", "", ""
+    if exact:
+        kind = " with its exact gradient, for which one bit of each element is kept"
+    else:
+        bits = "      bits: 1 to 8; 3 or 4 train as the exact gradient does.\n"
+        raises = "      ValueError: If ``bits`` is not 1 to 8.\n"
     function: Any = in_one_bit if exact else smooth
-    function.__name__ = function.__qualname__ = fn.__name__
-    return _documented(formula, f"{fn.__name__}(1.0)", at_one, exact=exact)(function)
+    function.__name__ = function.__qualname__ = name = fn.__name__
+    function.__doc__ = _DOC.format(
+        name=name, kind=kind, formula=formula, bits=bits, raises=raises, at_one=at_one
+    )
+    return function
 
 
 def _with(

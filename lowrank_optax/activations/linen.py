@@ -6,7 +6,7 @@ from typing import Any
 from flax import linen as nn
 import jax
 
-from lowrank_optax.activations.calls import CallsWhere, Replacement, report_of, run_few_bit
+from lowrank_optax.activations.calls import CallsWhere, Replacement
 from lowrank_optax.activations.calls_report import CallsReport
 from lowrank_optax.activations.codebooks import DensityName
 from lowrank_optax.activations.finding import DEFAULT_NAMES, Functions
@@ -86,7 +86,7 @@ class FewBit:
         Raises:
           ValueError: If nothing is found to replace; the message names what was looked for.
         """
-        return run_few_bit(self.replacement, self._apply, (variables, *args), kwargs)[0]
+        return self.replacement.run(self._apply, (variables, *args), kwargs)[0]
 
     def report(
         self,
@@ -110,7 +110,7 @@ class FewBit:
         marks = {k: jax.tree.map(lambda _, k=k: k in names, x) for k, x in variables.items()}
         others = jax.tree.map(lambda _: False, (args, kwargs))
         args, trained = (variables, *args), ((marks, *others[0]), others[1])
-        return report_of(self.replacement, self._apply, args, kwargs, trained)
+        return self.replacement.report(self._apply, args, kwargs, trained)
 
     def _apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         return self.module.apply(variables, *args, **kwargs)

@@ -10,7 +10,7 @@ import weakref
 from flax import nnx
 import jax
 
-from lowrank_optax.activations.calls import Replacement, report_of, run_few_bit
+from lowrank_optax.activations.calls import Replacement
 from lowrank_optax.activations.calls_report import CallsReport
 from lowrank_optax.activations.codebooks import DensityName
 from lowrank_optax.activations.finding import DEFAULT_NAMES, Functions
@@ -181,7 +181,7 @@ class _FewBit:
 
     def __call__(self, call: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
         pure, state = _pure(call.__func__, module, args, kwargs)
-        result, count = run_few_bit(self.replacement, pure, (state,), {}, required=self.required)
+        result, count = self.replacement.run(pure, (state,), {}, required=self.required)
         if (counts := _counts.get()) is not None:
             counts.append(count)
         output, changed = result
@@ -322,7 +322,7 @@ def _calls(
         fixed = jax.tree.map(lambda _: False, (args, kwargs))
         found = dataclasses.replace(replacement, where=where, each=False)
         marks = (nnx.map_state(mark, state), *fixed), {}
-        return report_of(found, call, (state, args, kwargs), {}, marks)
+        return found.report(call, (state, args, kwargs), {}, marks)
     finally:
         for path, module in chosen.items():
             wrap(module, _FEW_BIT, old := before[path], old.methods if old else ())

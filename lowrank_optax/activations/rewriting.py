@@ -94,7 +94,8 @@ class Rewriter:
         for equation in reversed(jaxpr.eqns):
             if not equation.effects and needed.isdisjoint(equation.outvars):
                 continue
-            where = _joined(scope, scope_of(equation)), source_line(equation)
+            inner_scope = "/".join(filter(None, (scope, scope_of(equation))))
+            where = inner_scope, source_line(equation)
             with context(equation):  # the mesh around
                 found = self._finder.find(made, equation)
             if found is not None and self._chosen(*where):
@@ -136,10 +137,6 @@ class Rewriter:
             )
             for site in sites
         ]
-
-
-def _joined(*scopes: str) -> str:
-    return "/".join(filter(None, scopes))
 
 
 def scope_of(equation: JaxprEqn) -> str:

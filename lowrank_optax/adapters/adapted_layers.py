@@ -15,20 +15,22 @@ from flax import nnx
 import jax
 
 from lowrank_optax.adapters.base import Adapter
+from lowrank_optax.adapters.folding import check_call, other_weights_error
 from lowrank_optax.adapters.groups import KIND
 from lowrank_optax.adapters.layer_calls import (
     Part,
     adapted_output,
-    refuse_derivative,
+    on_derivative,
+    refuse,
     view_call,
-    warn_of_derivative,
+    warn,
 )
 from lowrank_optax.adapters.tied_tables import check_can_attend
-from lowrank_optax.matrices.selection import Where
+from lowrank_optax.matrices.selection import Path, Where, path_string
 from lowrank_optax.matrices.views import from_matrix, matrix_shape, to_matrix
 from lowrank_optax.modules.select import modules_by_path, select
 from lowrank_optax.modules.shared import SharingModule, is_sharing, share, shared_arrays
-from lowrank_optax.modules.spec import LayerSpec, layer_spec, usable_weight
+from lowrank_optax.modules.spec import LayerSpec, has_other_weights, layer_spec, usable_weight
 from lowrank_optax.modules.wrap import around_of, own_class, wrap, wrapped
 
 _LAYER, _OWNER = "adapters", "adapters_shared"
@@ -161,6 +163,7 @@ class _AdaptedCall:
         if call.__name__ == "attend":
             check_can_attend(layer)
             return call(*args, **kwargs)
+        check_call(layer, [a.method for a in layer.adapters.values() if a.active])
         y = call(*args, **kwargs)
         # Inside a scan over layers there are no stack axes; batch axes are experts.
         kernel = weight_variable(layer)[...]
@@ -206,6 +209,14 @@ def set_wraps(module: Any) -> None:
     wrap(module, _OWNER, shares, _public_methods(own_class(module)))
 
 
+def remove_adapter(layer: Any, name: str) -> None:
+    """Takes an adapter away from a layer, which is as it was where it has no other."""
+    del layer.adapters[name]
+    if not layer.adapters:
+        del layer.adapters
+    set_wraps(layer)
+
+
 def _public_methods(cls: type) -> list[str]:
     """The public methods of a model's class, and ``__call__``; without those of every module."""
     names = (
@@ -224,9 +235,9 @@ def _watched(layer: Any, y: jax.Array, kernel: jax.Array) -> jax.Array:
     """The layer's output; derivatives by merged arrays are refused, by its weight warned of."""
     for adapter in layer.adapters.values():
         if adapter.merged:
-            y = refuse_derivative(MERGED_ARRAYS.format(repr(adapter.name)), y, adapter.known())
+            y = on_derivative(refuse, MERGED_ARRAYS.format(repr(adapter.name)), y, adapter.known())
     if not isinstance(weight_variable(layer), AlsoTrained):
-        y = warn_of_derivative(FROZEN_WEIGHT, y, kernel)
+        y = on_derivative(warn, FROZEN_WEIGHT, y, kernel)
     return y
 
 
@@ -264,7 +275,8 @@ def weight_variable(layer: Any) -> Any:
 
 
 def weight_matrix(layer: Any) -> jax.Array:
-    """A layer's weight as ``[*stack, *batch, d_in, d_out]``."""
+    """A layer's weight as ``[*stack, *batch, d_in, d_out]``; raises what `check_weights` does."""
+    check_weights(layer, {("a layer",): layer}, "this reads")
     return to_matrix(weight_variable(layer)[...], spec_of(layer).axes)
 
 
@@ -286,6 +298,21 @@ def chosen_layers(model: nnx.Module, where: Where) -> dict[tuple[str, ...], Any]
     weights = {path: usable_weight(layer) for path, layer in layers.items()}
     default = [path for path, weight in weights.items() if weight and weight.by_default]
     return select(layers, where, KIND, default=default)
+
+
+def check_weights(model: nnx.Module, layers: Mapping[Path, Any], use: str) -> None:
+    """Raises TypeError if one of these layers multiplies by another weight than its parameter.
+
+    Args:
+      model: The model, whose modules may compute the weights of those inside them.
+      layers: The layers by path.
+      use: What the weight is needed for, see `other_weights_error`.
+    """
+    for module in modules_by_path(model, has_other_weights).values():
+        inside = {id(x) for x in modules_by_path(module, lambda _: True).values()}
+        for path, layer in layers.items():
+            if id(layer) in inside:
+                raise other_weights_error(path_string(path), use, own_class(module).__name__)
 
 
 def adapted_layers(model: nnx.Module) -> dict[tuple[str, ...], Any]:

@@ -11,7 +11,9 @@ from lowrank_optax.adapters.adapted_layers import (
     LayerAdapter,
     adapted_layers,
     check_names,
+    check_weights,
     chosen_layers,
+    remove_adapter,
     set_weight_matrix,
     set_wraps,
     sharing,
@@ -20,7 +22,7 @@ from lowrank_optax.adapters.adapted_layers import (
     weight_variable,
 )
 from lowrank_optax.adapters.base import Adapter, Weights
-from lowrank_optax.adapters.folding import depends_on_weight
+from lowrank_optax.adapters.folding import depends_on_weight, needs_weight
 from lowrank_optax.adapters.groups import (
     check_method,
     check_patterns,
@@ -101,7 +103,9 @@ def attach(
         DoRA, and the weight is merged or changed by a method such as PiSSA, or the other way round;
         or if a method that changes the weight (PiSSA) is given an embedding that the model's config
         says is tied to its head.
-      TypeError: If ``method`` is not an adapter, or ``model`` not an NNX model.
+      TypeError: If ``method`` is not an adapter, or ``model`` not an NNX model; or if ``method``
+        reads or changes the weight (PiSSA, DoRA), and a layer may multiply by another than its
+        parameter: one of Powerpropagation, or of a subclass of a Flax layer with its own call.
 
     Example:
       >>> from flax import nnx
@@ -166,6 +170,9 @@ def _targets(
             check_not_tied(model, string, layer, moved(own, name))
         targets.append(_Target(path, layer, own, shape, stack))
     check_patterns([path_string(t.path) for t in targets], rank_pattern, alpha_pattern)
+    if needs_weight(method):
+        read = {target.path: target.layer for target in targets}
+        check_weights(model, read, f"{type(method).__name__} reads")
     return targets
 
 
@@ -259,10 +266,19 @@ def detach(model: Any, name: str | None = None) -> nnx.Module:
     Raises:
       ValueError: If there is no adapter of that name, or another is merged into a weight that has
         values of this one.
+      TypeError: If a weight that the method has changed has become the parameter of another
+        (Powerpropagation's).
     """
     names = check_names(model, [name] if name else [])
     check_can_release(model, names)
-    layers = list(adapted_layers(model).values())
+    by_path = adapted_layers(model)
+    restored = {
+        path: layer
+        for path, layer in by_path.items()
+        if any(_moved_weight(a) for key, a in layer.adapters.items() if key in names)
+    }
+    check_weights(model, restored, "detaching restores")
+    layers = list(by_path.values())
     merged = {a.name for layer in layers for a in layer.adapters.values() if a.merged}
     for key in names:
         release(model, key, keep=key in merged)
@@ -270,10 +286,7 @@ def detach(model: Any, name: str | None = None) -> nnx.Module:
         for layer in layers:
             for key in [k for k in layer.adapters if k in names]:
                 _restore(layer, layer.adapters[key])
-                del layer.adapters[key]
-            if not layer.adapters:
-                del layer.adapters
-            set_wraps(layer)
+                remove_adapter(layer, key)
     if hasattr(model, "adapter_groups"):
         for key in [k for k in model.adapter_groups if k in names]:
             del model.adapter_groups[key]
@@ -285,6 +298,10 @@ def detach(model: Any, name: str | None = None) -> nnx.Module:
     return model
 
 
+def _moved_weight(adapter: LayerAdapter) -> bool:
+    return adapter.method.changes_base and not adapter.merged
+
+
 def _restore(layer: Any, adapter: LayerAdapter) -> None:
-    if adapter.method.changes_base and not adapter.merged:
+    if _moved_weight(adapter):
         set_weight_matrix(layer, adapter.method.original(adapter.p(), weight_matrix(layer)))

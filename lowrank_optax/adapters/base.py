@@ -86,10 +86,21 @@ class Adapter(abc.ABC):
     are. All axes of arrays that are not named are whole on every device.
     """
 
+    statistics: ClassVar[frozenset[str]] = frozenset()
+    """Names of trained arrays whose gradients are statistics of the layer's input, and not slopes.
+
+    `branch` makes them arrive; see ``lowrank_optax/adapters/statistics.py``.
+    """
+
     @property
     def reads_weights(self) -> bool:
         """Whether the initial values depend on the weights, or on their shapes alone."""
         return False
+
+    @property
+    def has_static_shapes(self) -> bool:
+        """Whether its arrays' shapes follow from the weights' shapes: `init` can be traced."""
+        return True
 
     @property
     def changes_base(self) -> bool:
@@ -233,6 +244,15 @@ class Adapter(abc.ABC):
         """The weight with `removed_weight` added again, to the rounding of its dtype."""
         removed = self.removed_weight(p)
         return base if removed is None else (base.astype(jnp.float32) + removed).astype(base.dtype)
+
+    def check_base(self, params: AdapterParams, weights: jax.Array) -> None:
+        """Raises ValueError if weights are known not to be those that the arrays were made of.
+
+        Args:
+          params: The arrays of an adapter, for example restored ones.
+          weights: ``[L, d_in, d_out]``.
+        """
+        del params, weights
 
     def to_lora(self, p: Arrays) -> tuple[jax.Array, jax.Array]:
         """Two factors, ``[..., d_in, r]`` and ``[..., r, d_out]``, of the original weight's change.

@@ -1,8 +1,8 @@
 """Folding adapters into the weights they change, and taking them out again."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,8 @@ import numpy as np
 
 from lowrank_optax.adapters.base import Adapter, Arrays
 from lowrank_optax.modules.report import Report, Table
+from lowrank_optax.modules.spec import has_other_weights
+from lowrank_optax.modules.wrap import own_class
 
 
 class MergedLayer(NamedTuple):
@@ -96,7 +98,8 @@ class Folding(NamedTuple):
     def check_unchanged(self, before: Mapping[str, jax.Array]) -> None:
         """Raises ValueError if an adapter's checksum is not what it was when it was merged.
 
-        Under a transformation, where the numbers are not known, nothing is checked.
+        Likewise if the weights cannot be computed from the merged ones. Under a transformation,
+        where the numbers are not known, nothing is checked.
         """
         for name, now in self.checksums().items():
             if isinstance(before[name], jax.core.Tracer) or isinstance(now, jax.core.Tracer):
@@ -108,6 +111,8 @@ class Folding(NamedTuple):
                 "since it was merged, so its change cannot be taken out of the weight again: put "
                 "back those of that time, or detach the adapter and load the original weights."
             )
+        if depends_on_weight(self.methods[0][0]):
+            check_invertible(self.path, self.methods[0][0], self.unfolded())
 
     def _flat_own(self) -> tuple[Arrays, ...]:
         batch = len(self.batch)
@@ -194,6 +199,53 @@ def _bit_sum(x: jax.Array, batch: int) -> jax.Array:
 def depends_on_weight(method: Adapter) -> bool:
     """Whether the change is a function of the weight: such a method has its own `unmerged`."""
     return type(method).unmerged is not Adapter.unmerged
+
+
+def needs_weight(method: Adapter) -> bool:
+    """Whether a layer's weight is read or changed while this is attached."""
+    return method.reads_weights or method.changes_base or depends_on_weight(method)
+
+
+def check_call(layer: Any, methods: Sequence[Adapter], path: Sequence[str] = ("a layer",)) -> None:
+    """Raises TypeError if a change that depends on the weight would be computed from another.
+
+    Args:
+      layer: The layer, which may multiply by other weights since `attach`.
+      methods: Those that are active in it.
+      path: Path of the layer.
+    """
+    reading = [type(method).__name__ for method in methods if depends_on_weight(method)]
+    if reading and has_other_weights(layer):
+        use, cls = f"{reading[0]} reads", own_class(layer).__name__
+        raise other_weights_error("/".join(path), use, cls)
+
+
+def other_weights_error(path: str, use: str, cls: str) -> TypeError:
+    """The error for a layer that multiplies by another weight than its parameter.
+
+    Args:
+      path: Path of the layer.
+      use: What the weight is needed for: "PiSSA reads".
+      cls: Name of the class that computes another weight.
+    """
+    return TypeError(
+        f"{path or 'the model'}: {use} the layer's weight, but the call of {cls} may multiply by "
+        "another weight than the parameter. First make the parameters the weights: by "
+        "`change_alpha(1.0)` of a Powerpropagation layer; in Linen, by "
+        "`lro.layers.powerprop(params, alpha, where)` and a module with `alpha=1`. Or leave an "
+        "adapter that is only added to the output (LoRA) unmerged. If the call multiplies by the "
+        "parameter itself, write `plain_weights = True` into the class that defines it."
+    )
+
+
+def check_invertible(path: str, method: Adapter, weights: jax.Array) -> None:
+    """Raises ValueError if the weights before merging are NaN, as where a change is singular."""
+    if not isinstance(weights, jax.core.Tracer) and bool(jnp.isnan(weights).any()):
+        raise ValueError(
+            f"the change that {type(method).__name__} made to the weight of {path} has no inverse, "
+            "so the weight before it cannot be computed: detach the adapter and load the original "
+            "weights."
+        )
 
 
 def check_can_unmerge(path: str, together: list[tuple[str, Adapter, float]]) -> None:

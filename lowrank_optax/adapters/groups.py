@@ -66,11 +66,20 @@ def method_at(
     rank_pattern: Mapping[str, int | tuple[int, ...]],
     alpha_pattern: Mapping[str, float],
 ) -> Adapter:
-    """The method of one layer, with the values of the first patterns found in its path."""
+    """The method of one layer, with the values of the first patterns found in its path.
+
+    Raises:
+      ValueError: If a pattern is found for an option that the method does not have.
+    """
     changes = {}
     for field, patterns in (("rank", rank_pattern), ("alpha", alpha_pattern)):
         found = [value for pattern, value in patterns.items() if re.search(pattern, name)]
         if found:
+            if not hasattr(method, field):
+                raise ValueError(
+                    f"{field}_pattern means {name}, and {type(method).__name__} has no {field}: "
+                    "leave it out."
+                )
             changes[field] = found[0]
     return dataclasses.replace(method, **changes)
 

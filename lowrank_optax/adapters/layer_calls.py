@@ -205,48 +205,38 @@ def adapted_output(
     return total.astype(y.dtype)
 
 
-def refuse_derivative(message: str, y: jax.Array, arrays: Any) -> jax.Array:
-    """The output ``y`` as it is; raises ValueError if a derivative by ``arrays`` is asked for.
-
-    Args:
-      message: Text of the error.
-      y: Any array.
-      arrays: Tree of arrays.
-    """
-    return _watched(functools.partial(_refuse, message), y, arrays)
-
-
-def warn_of_derivative(message: str, y: jax.Array, arrays: Any) -> jax.Array:
-    """The output ``y`` as it is; issues a UserWarning if a derivative by ``arrays`` is asked for.
-
-    Args:
-      message: Text of the warning.
-      y: Any array.
-      arrays: Tree of arrays.
-    """
-    return _watched(functools.partial(_warn, message), y, arrays)
-
-
-def _refuse(message: str) -> None:
+def refuse(message: str) -> None:
+    """What `on_derivative` does about a derivative that would be wrong."""
     raise ValueError(message)
 
 
-def _warn(message: str) -> None:
+def warn(message: str) -> None:
+    """What `on_derivative` does about a derivative that nobody needs."""
     warnings.warn(message, UserWarning, stacklevel=2)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _watched(say: Callable[[], None], y: jax.Array, arrays: Any) -> jax.Array:
-    del say, arrays
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def on_derivative(say: Callable[[str], None], message: str, y: jax.Array, arrays: Any) -> jax.Array:
+    """The output ``y`` as it is; ``say(message)`` runs if a derivative by ``arrays`` is asked for.
+
+    Args:
+      say: `refuse` or `warn`.
+      message: Text of the error or the warning.
+      y: Any array.
+      arrays: Tree of arrays.
+    """
+    del say, message, arrays
     return y
 
 
-def _watched_jvp(say: Callable[[], None], primals: Any, tangents: Any) -> tuple[Any, Any]:
+def _on_derivative_jvp(
+    say: Callable[[str], None], message: str, primals: Any, tangents: Any
+) -> tuple[Any, Any]:
     (y, _), (y_dot, dots) = primals, tangents
     zero = jax.custom_derivatives.SymbolicZero
     if not all(isinstance(dot, zero) for dot in jax.tree.leaves(dots)):
-        say()
+        say(message)
     return y, y_dot
 
 
-_watched.defjvp(_watched_jvp, symbolic_zeros=True)
+on_derivative.defjvp(_on_derivative_jvp, symbolic_zeros=True)

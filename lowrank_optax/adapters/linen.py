@@ -20,8 +20,16 @@ import jax.numpy as jnp
 
 from lowrank_optax.adapters import groups
 from lowrank_optax.adapters.base import Adapter, Arrays, counts_of, parameter_count
-from lowrank_optax.adapters.folding import Folding, MergedLayer, MergeReport, check_can_unmerge
-from lowrank_optax.adapters.layer_calls import Part, adapted_output, view_call, warn_of_derivative
+from lowrank_optax.adapters.folding import (
+    Folding,
+    MergedLayer,
+    MergeReport,
+    check_call,
+    check_can_unmerge,
+    needs_weight,
+    other_weights_error,
+)
+from lowrank_optax.adapters.layer_calls import Part, adapted_output, on_derivative, view_call, warn
 from lowrank_optax.adapters.summaries import AdapterSummary, SummaryRow, row_of
 from lowrank_optax.compat.flax import is_lifted_call
 from lowrank_optax.compat.jax import in_fresh_trace
@@ -29,7 +37,14 @@ from lowrank_optax.matrices.flax_layers import Kernel, kernel_axes
 from lowrank_optax.matrices.selection import Path, Where
 from lowrank_optax.matrices.views import from_matrix, to_matrix
 from lowrank_optax.modules.select import select
-from lowrank_optax.modules.spec import LayerSpec, kernel_spec, kind_of, usable_weight
+from lowrank_optax.modules.spec import (
+    BESIDE,
+    LayerSpec,
+    has_other_weights,
+    kernel_spec,
+    kind_of,
+    usable_weight,
+)
 
 __all__ = ["Adapted"]
 
@@ -184,9 +199,13 @@ class Adapted:
                 continue
             kinds = {p: layer.spec for p, layer in self._layers.items()}
             default = [p for p, s in kinds.items() if s.by_default and s.kind != "embedding"]
+            chosen = list(select(modules, attached.where, groups.KIND, default=default))
+            if needs_weight(attached.method):
+                for path in chosen:
+                    self._check_weight(path, f"{type(attached.method).__name__} reads")
             stacks = [
                 groups.Stack(path, self._matrix(variables, path), kinds[path].kind == "embedding")
-                for path in select(modules, attached.where, groups.KIND, default=default)
+                for path in chosen
             ]
             of_adapter = jax.random.fold_in(key, number)
             patterns = attached.rank_pattern, attached.alpha_pattern
@@ -408,8 +427,14 @@ class Adapted:
         layer = self._layers[path]
         return to_matrix(_weight(variables, path, layer), layer.spec.axes)
 
+    def _check_weight(self, path: Path, use: str) -> None:
+        """Raises TypeError if the layer may multiply by another weight than its parameter."""
+        if cls := self._layers[path].other_weights:
+            raise other_weights_error("/".join(path), use, cls)
+
     def _folding(self, variables: Variables, path: Path, names: Sequence[str]) -> Folding:
         """These adapters of one layer, switched off or not."""
+        self._check_weight(path, "merging, unmerging and detaching change")
         matrix, label = self._matrix(variables, path), "/".join(path)
         *batch, d_in, d_out = matrix.shape
         methods, own, shared = [], [], []
@@ -455,12 +480,15 @@ class LinenLayer(NamedTuple):
       spec: Its weight's name, axes and kind.
       shape: The weight's shape in one layer.
       module: The layer, unbound.
+      other_weights: Name of the class that may compute another weight than the parameter: its own,
+        or that of a module around it; empty if there is no such class.
     """
 
     scope: Path
     spec: LayerSpec
     shape: tuple[int, ...]
     module: nn.Module
+    other_weights: str = ""
 
 
 Layers: TypeAlias = dict[Path, LinenLayer]
@@ -476,14 +504,18 @@ def _find_layers(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     # Only shapes become tracers: a flag must stay one that Python can read.
     shapes = {i: x for i, x in enumerate(leaves) if isinstance(x, jax.ShapeDtypeStruct)}
     found: dict[Path, LinenLayer | None] = {}
+    others: dict[Path, str] = {}
 
     def watch(
         call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: Any
     ) -> Any:
+        module = context.module
+        if module.scope is not None and has_other_weights(module):
+            others[tuple(module.path)] = type(module).__name__
         y = call(*args, **kwargs)
         read = _read_call(context, args, kwargs)
         if read is not None:
-            (spec, weight), module = read, context.module
+            spec, weight = read
             unbound = module.clone(parent=None, name=None)
             layer = LinenLayer(tuple(module.path), spec, tuple(weight.shape), unbound)
             key = (*layer.scope, spec.weight)
@@ -500,7 +532,12 @@ def _find_layers(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     # Under nn.jit a layer that has been traced before would not run: in another context it does.
     with nn.intercept_methods(watch), in_fresh_trace():
         jax.eval_shape(abstract, shapes)
-    usable = [layer for layer in found.values() if layer is not None]
+    around = lambda scope: (others.get(scope[:n], "") for n in range(len(scope) + 1))
+    usable = [
+        layer._replace(other_weights=next(filter(None, around(layer.scope)), ""))
+        for layer in found.values()
+        if layer is not None
+    ]
     scopes = [x.scope for x in usable]
     return {x.scope if scopes.count(x.scope) == 1 else (*x.scope, x.spec.weight): x for x in usable}
 
@@ -553,8 +590,6 @@ def _called_einsum(
 # collection ``params``, each layer's in the scope of its weight, so that whatever the model does
 # with its parameters happens to them too: a scan or vmap over layers cuts both into layers, nn.jit
 # and nn.remat pass both.
-
-_BESIDE = "lowrank_adapters"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -649,19 +684,20 @@ def _put_beside(params: Any, layers: Mapping[Path, _Beside]) -> dict[str, Any]:
             ) from None
         # A path that ends at an array names one of several weights of a scope.
         target, weight = (node[last], "") if inside else (node, last)
-        target.setdefault(_BESIDE, {})[weight] = beside
+        target.setdefault(BESIDE, {})[weight] = beside
     return whole
 
 
 def _without_beside(tree: Any) -> Any:
     if isinstance(tree, Mapping):
-        return {k: _without_beside(v) for k, v in tree.items() if k != _BESIDE}
+        return {k: _without_beside(v) for k, v in tree.items() if k != BESIDE}
     return tree
 
 
 def _interceptor(shared: Shared) -> Callable[..., Any]:
     """What applies the adapters after each call of a layer; for ``nn.intercept_methods``."""
     seen: collections.Counter[tuple[str, str]] = collections.Counter()
+    running: set[Path] = set()
 
     def key_of(module: nn.Module, beside: _Beside, plan: _Plan) -> jax.Array | None:
         if plan.name not in beside.keys:
@@ -675,15 +711,24 @@ def _interceptor(shared: Shared) -> Callable[..., Any]:
     def intercept(
         call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: Any
     ) -> Any:
-        y, module = call(*args, **kwargs), context.module
+        module = context.module
         if module.scope is None or context.method_name != "__call__":
-            return y
-        there = module.get_variable("params", _BESIDE)
+            return call(*args, **kwargs)
+        there = module.get_variable("params", BESIDE)
         read = _read_call(context, args, kwargs) if there else None
         beside = None if read is None else there.get(read[0].weight, there.get(""))
         if read is None or beside is None:
-            return y
+            return call(*args, **kwargs)
         spec, weight = read
+        layer = (*module.path, spec.weight)
+        if layer in running:  # a subclass calls its base class, which is intercepted as well
+            return call(*args, **kwargs)
+        check_call(module, [p.method for p in beside.plans if p.strength is not None], module.path)
+        running.add(layer)
+        try:
+            y = call(*args, **kwargs)
+        finally:
+            running.remove(layer)
         matrix = to_matrix(weight, spec.axes)
         bias = nn.meta.unbox(module.get_variable("params", "bias"))
         if bias is not None:
@@ -695,7 +740,7 @@ def _interceptor(shared: Shared) -> Callable[..., Any]:
             p = groups.with_shared(plan.method, own, of_group, plan.layer, matrix.shape)
             parts.append(Part(plan.method, p, plan.strength, key_of(module, beside, plan)))
         out = adapted_output(parts, view.x, view.rows(y), weight=matrix, bias=bias)
-        return warn_of_derivative(_FROZEN_WEIGHT, view.unrows(out).astype(y.dtype), weight)
+        return on_derivative(warn, _FROZEN_WEIGHT, view.unrows(out).astype(y.dtype), weight)
 
     return intercept
 

@@ -46,13 +46,8 @@ class LowRank(Adapter):
 
     def __post_init__(self) -> None:
         """Checks the options, each where it is given."""
-        ranks = self.rank if isinstance(self.rank, tuple) else (self.rank,)
-        if not all(isinstance(r, int) and not isinstance(r, bool) for r in ranks) or not ranks:
-            raise TypeError(f"rank={self.rank!r} must be an int, or a tuple of one for each layer.")
-        if min(ranks) < 1:
-            raise ValueError(f"rank={self.rank!r} must be at least 1.")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout!r} must be at least 0 and below 1.")
+        check_rank(self.rank, per_layer=True)
+        check_dropout(self.dropout)
 
     @abc.abstractmethod
     def factors(self, p: Arrays) -> tuple[jax.Array, jax.Array]:
@@ -158,6 +153,22 @@ class LowRank(Adapter):
     def to_lora(self, p: Arrays) -> tuple[jax.Array, jax.Array]:
         """The factors themselves, scaled; see `Adapter.to_lora`."""
         return self.factors(p)
+
+
+def check_rank(rank: Any, *, name: str = "rank", per_layer: bool = False) -> None:
+    """Raises TypeError or ValueError unless this is an int above 0, or a tuple of them."""
+    ranks = rank if per_layer and isinstance(rank, tuple) else (rank,)
+    if not ranks or not all(isinstance(r, int) and not isinstance(r, bool) for r in ranks):
+        also = ", or a tuple of one for each layer" if per_layer else ""
+        raise TypeError(f"{name}={rank!r} must be an int{also}.")
+    if min(ranks) < 1:
+        raise ValueError(f"{name}={rank!r} must be at least 1.")
+
+
+def check_dropout(dropout: float) -> None:
+    """Raises ValueError unless this is a fraction below 1."""
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout={dropout!r} must be at least 0 and below 1.")
 
 
 def thin_product(x: Operand, first: jax.Array, second: jax.Array) -> jax.Array:

@@ -6,6 +6,7 @@ from lowrank_optax.adapters.adapted_layers import (
     LayerAdapter,
     adapted_layers,
     check_names,
+    check_weights,
     set_weight_matrix,
     sharing,
     weight_matrix,
@@ -44,7 +45,8 @@ def merge(model: Any, name: str | None = None) -> MergeReport:
         with others, or at a strength other than 1, from which the weight could not be found again;
         or if the model's config says that an adapted embedding is tied to its head. Where a model
         ties them by `Embed.attend` instead, calling that raises while an adapter is merged.
-      TypeError: If an adapter has no matrix to add to the weight, as one that routes by its input.
+      TypeError: If an adapter has no matrix to add to the weight, as one that routes by its input;
+        or if a layer may multiply by another weight than its parameter, as Powerpropagation's do.
       RuntimeError: If the adapter shares arrays with layers outside of ``model``.
 
     Example:
@@ -70,6 +72,7 @@ def merge(model: Any, name: str | None = None) -> MergeReport:
             folding.append((path, layer, adapters))
     if not folding:
         raise ValueError("no adapter of the model is active: there is nothing to merge.")
+    check_weights(model, {path: layer for path, layer, _ in folding}, "merging changes")
     rows = []
     with sharing(model):
         for path, layer, adapters in folding:
@@ -99,6 +102,10 @@ def unmerge(model: Any, name: str | None = None) -> None:
     Raises:
       ValueError: If there is no adapter of that name, none is merged, or arrays or the strength of
         one have changed since `merge` (not checked under a transformation).
+      TypeError: If a layer may multiply by another weight than its parameter.
+      ValueError: If there is no adapter of that name, none is merged, arrays or the strength of
+        one have changed since `merge`, or its change has no inverse (the last two are not checked
+        under a transformation).
     """
     wanted, layers = check_names(model, [name] if name else []), []
     for path, layer in adapted_layers(model).items():
@@ -107,6 +114,7 @@ def unmerge(model: Any, name: str | None = None) -> None:
             layers.append((path, layer, adapters))
     if not layers:
         raise ValueError(f"nothing to unmerge: none of {wanted} is merged.")
+    check_weights(model, {path: layer for path, layer, _ in layers}, "unmerging changes")
     with sharing(model):
         for path, layer, adapters in layers:  # nothing is changed if one is refused
             before = {a.name: a.merge_checksum[...] for a in adapters}

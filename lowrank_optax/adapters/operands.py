@@ -29,6 +29,10 @@ class Operand(Protocol):
         """The input with a fraction ``rate`` of its elements zero and the others scaled up."""
         ...
 
+    def squared(self) -> "Operand":
+        """The input with its elements squared, float32."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
@@ -54,6 +58,10 @@ class Rows:
     def drop(self, key: jax.Array, rate: float) -> "Rows":
         """Inverted dropout."""
         return Rows(_dropout(self.x, key, rate))
+
+    def squared(self) -> "Rows":
+        """Squares of the activations."""
+        return Rows(jnp.square(self.x.astype(jnp.float32)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +90,10 @@ class Lookup:
         """Itself: row numbers have nothing to drop."""
         return self
 
+    def squared(self) -> "Lookup":
+        """The same rows: they stand for zeros and ones."""
+        return Lookup(self.index)
+
 
 @dataclasses.dataclass(frozen=True)
 class Patches:
@@ -105,6 +117,10 @@ class Patches:
     def drop(self, key: jax.Array, rate: float) -> "Patches":
         """Inverted dropout of the convolution's input."""
         return Patches(_dropout(self.x, key, rate), self.convolve)
+
+    def squared(self) -> "Patches":
+        """Squares of the convolution's input."""
+        return Patches(jnp.square(self.x.astype(jnp.float32)), self.convolve)
 
 
 def _to_float32(x: jax.Array) -> jax.Array:

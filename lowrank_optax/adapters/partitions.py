@@ -45,7 +45,8 @@ def check_arrays(
 ) -> None:
     """Checks that a group of layers can have such adapters, before any is attached.
 
-    Nothing is computed: the arrays' shapes are found by ``jax.eval_shape``.
+    Nothing is computed: the arrays' shapes are found by ``jax.eval_shape``. Where they depend on
+    the weights' values, nothing is checked.
 
     Args:
       methods: The method of each layer.
@@ -56,6 +57,8 @@ def check_arrays(
       ValueError: If the axes that a method declares are not those of its arrays.
       Exception: What the method raises where it cannot be attached to such weights.
     """
+    if not all(method.has_static_shapes for method in methods):
+        return
     init = lambda key, weights: init_group(key, methods, weights, embeddings)
     shared, own = jax.eval_shape(init, jax.random.key(0), list(weights))
     of_layers = zip((shared, *own), (methods[0], *methods), (weights[0], *weights), strict=True)

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from lowrank_optax.adapters import groups
 from lowrank_optax.adapters.base import Adapter, counts_of, parameter_count
 from lowrank_optax.adapters.factored import FactoredWeight
+from lowrank_optax.adapters.folding import check_invertible
+from lowrank_optax.adapters.layer_calls import refuse_derivative
 from lowrank_optax.matrices.names import named_kind
 from lowrank_optax.matrices.paths import normalised_path
 from lowrank_optax.matrices.rules import (
@@ -182,8 +184,25 @@ def effective(params: Any, adapter: PytreeAdapter) -> Any:
 
     Returns:
       The tree with adapted leaves replaced, in their dtype.
+
+    Raises:
+      ValueError: If it is differentiated with respect to arrays of a method that collects
+        statistics of inputs (PRILoRA).
     """
-    return _replaced(params, adapter, jax.checkpoint(_sum, static_argnums=0))
+
+    def one(leaf: Leaf, value: jax.Array, p: dict[str, jax.Array]) -> jax.Array:
+        summed = jax.checkpoint(_sum, static_argnums=0)(leaf, value, p)
+        statistics = {name: p[name] for name in leaf.method.statistics & p.keys()}
+        message = _NO_STATISTICS.format(leaf.name, type(leaf.method).__name__)
+        return refuse_derivative(message, summed, statistics) if statistics else summed
+
+    return _replaced(params, adapter, one)
+
+
+_NO_STATISTICS = (
+    "{0}: a gradient by the statistics of {1} is asked for, which needs the inputs that the weight "
+    "is multiplied by, and a sum with the weight has no such inputs: use `factored`."
+)
 
 
 def apply(
@@ -257,11 +276,17 @@ def merge(params: Any, adapter: PytreeAdapter) -> Any:
 
 
 def unmerge(merged: Any, adapter: PytreeAdapter) -> Any:
-    """The parameters before `merge` with this adapter, to the rounding of their dtype."""
+    """The parameters before `merge` with this adapter, to the rounding of their dtype.
+
+    Raises:
+      ValueError: If a change that depends on the weight has no inverse (not checked under a
+        transformation, where the leaf is NaN).
+    """
 
     def one(leaf: Leaf, value: jax.Array, p: dict[str, jax.Array]) -> jax.Array:
         matrix, p = to_matrix(value, leaf.spec), leaf.repeated(p)
         before = leaf.method.original(p, leaf.method.unmerged(p, matrix))
+        check_invertible(leaf.name, leaf.method, before)
         return from_matrix(before, leaf.spec, value)
 
     return _replaced(merged, dataclasses.replace(adapter, base={}), one)

@@ -11,6 +11,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from lowrank_optax.adapters.operands import Operand
+
 
 @jax.custom_vjp
 def with_statistic(out: jax.Array, z: jax.Array) -> jax.Array:
@@ -29,6 +31,20 @@ def with_statistic(out: jax.Array, z: jax.Array) -> jax.Array:
     """
     del z
     return out
+
+
+def with_mean_squares(out: jax.Array, x: Operand, slot: jax.Array) -> jax.Array:
+    """``out [..., d]`` itself; the gradient of ``slot [d_in, 1]`` is the mean square of ``x``.
+
+    The mean is over tokens, as in `with_statistic`. Squares are not saved for the backward pass.
+
+    Args:
+      out: What is computed of ``x``, with a row for each token.
+      x: The layer's input.
+      slot: Float32, for each feature of ``x``.
+    """
+    z = jax.checkpoint(lambda slot: (x.squared() @ slot).astype(jnp.float32))(slot)
+    return with_statistic(out, z)
 
 
 def _forward(out: jax.Array, z: jax.Array) -> tuple[jax.Array, None]:

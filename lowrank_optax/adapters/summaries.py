@@ -13,7 +13,6 @@ from lowrank_optax.adapters.adapted_layers import (
     weight_shape,
 )
 from lowrank_optax.adapters.base import Adapter, byte_count, counts_of, parameter_count
-from lowrank_optax.adapters.low_rank import LowRank
 from lowrank_optax.adapters.own_values import owned_parameters
 from lowrank_optax.matrices.selection import path_string
 from lowrank_optax.modules.report import Report, Table, matrices_string
@@ -139,7 +138,7 @@ def row_of(
       counts: Numbers trained, not trained, and bytes.
       state: A word, its strength, or None where it is inactive.
     """
-    rank = method.rank if isinstance(method, LowRank) else None
+    rank = getattr(method, "rank", None)
     if not isinstance(state, str):
         state = "inactive" if state is None else "active" if state == 1 else f"active × {state:g}"
     view = matrices_string(matrix)

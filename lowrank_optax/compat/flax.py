@@ -38,3 +38,10 @@ def linen_children(module: Any) -> Iterator[Any]:
     for child in jax.tree.leaves(fields, is_leaf=is_module):
         if is_module(child) and child.scope is not None:
             yield child
+
+
+def in_interceptor() -> bool:
+    """Whether this runs within a ``flax.linen.intercept_methods``."""
+    from flax.linen import module
+
+    return len(module._global_interceptor_stack) > 0

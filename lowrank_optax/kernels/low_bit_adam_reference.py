@@ -60,7 +60,7 @@ def low_bit_adam(
       moments.
 
     Raises:
-      ValueError: If shapes do not agree, or there is no such implementation.
+      ValueError: If shapes or dtypes do not agree, or there is no such implementation.
       NotImplementedError: If a kernel asked for does not support these arrays; with the reason.
 
     Example:
@@ -95,6 +95,12 @@ def low_bit_adam(
                 f"{name} has codes and scales of shapes {moment.codes.shape} and "
                 f"{moment.scales.shape}: for an array {gradient.shape} and blocks of "
                 f"{fmt.block_size} they must be {expected[0]} and {expected[1]}."
+            )
+        dtypes = jnp.dtype(jnp.uint8), jnp.dtype(fmt.scale_dtype)
+        if (moment.codes.dtype, moment.scales.dtype) != dtypes:
+            raise ValueError(
+                f"{name} has codes and scales of dtypes {moment.codes.dtype} and "
+                f"{moment.scales.dtype}: in its format they must be {dtypes[0]} and {dtypes[1]}."
             )
     arguments = (gradient, first, second, param, as_float32(scalars))
     asked = "low_bit_adam", reference, _KERNELS, implementation, interpret

@@ -1,12 +1,18 @@
 """The layers in Flax Linen."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+import dataclasses
 import functools
-from typing import Any
+import re
+from types import MappingProxyType
+from typing import Any, ClassVar
 
+from flax import core
 from flax import linen as nn
 import jax
+import optax
 
+from lowrank_optax.compat.flax import in_interceptor
 from lowrank_optax.compat.jax import in_trace, new_trace
 from lowrank_optax.layers.powerpropagation.reparameterisation import (
     Where,
@@ -20,9 +26,10 @@ from lowrank_optax.layers.randomized.linear import (
     check_sketches,
 )
 from lowrank_optax.layers.randomized.sketch import Sketch
-from lowrank_optax.matrices.paths import compiled_pattern
+from lowrank_optax.matrices.paths import compiled_pattern, normalised_path
 from lowrank_optax.matrices.rules import is_weight
 from lowrank_optax.matrices.selection import Path, check_patterns, path_string
+from lowrank_optax.modules.spec import BESIDE
 
 __all__ = ["PowerpropDense", "PowerpropModule", "Randomized", "RandomizedDense"]
 
@@ -54,6 +61,11 @@ class PowerpropDense(nn.Dense):
     """
 
     alpha: float = 1.5
+
+    @property
+    def plain_weights(self) -> bool:
+        """Whether the parameters are the weights, so that adapters may read and change them."""
+        return self.alpha == 1
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
@@ -93,6 +105,11 @@ class PowerpropModule(nn.Module):
     alpha: float = 1.5
     where: Where = None
 
+    @property
+    def plain_weights(self) -> bool:
+        """Whether the parameters are the weights, so that adapters may read and change them."""
+        return self.alpha == 1
+
     @nn.compact
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module with its effective weights."""
@@ -103,10 +120,21 @@ class PowerpropModule(nn.Module):
 
 def _with_weights(call: Any, module: nn.Module, alpha: float, where: Where) -> Any:
     """A method that sees the effective weights in ``params``; initial weights are stored as θ."""
+
+    def to_weights(variables: Any) -> Any:
+        # Arrays of adapters come along beside the weights, and pass as they are.
+        is_beside = lambda path: BESIDE in normalised_path(path)
+        theta = jax.tree_util.tree_map_with_path(
+            lambda path, x: optax.MaskedNode() if is_beside(path) else x, variables
+        )
+        weights = powerprop(theta, alpha, where)
+        is_hole = lambda x: isinstance(x, optax.MaskedNode)
+        return jax.tree.map(lambda x, w: x if is_hole(w) else w, variables, weights)
+
     return nn.map_variables(
         call,
         "params",
-        trans_in_fn=lambda variables: powerprop(variables, alpha, where),
+        trans_in_fn=to_weights,
         trans_out_fn=lambda variables: powerprop_inverse(variables, alpha, where),
         init=module.is_initializing(),
     )
@@ -146,6 +174,9 @@ class RandomizedDense(nn.Dense):
       Bershatsky et al., 2022, https://arxiv.org/abs/2201.13195.
     """
 
+    plain_weights: ClassVar[bool] = True
+    """The call multiplies by the parameter itself: adapters may read and change it."""
+
     sketch: Sketch | None = None
     deterministic: bool | None = None
     rng_collection: str = "sketch"
@@ -175,6 +206,7 @@ class RandomizedDense(nn.Dense):
         return call_sketched(nn.Dense.__call__, self, inputs, **options)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class Randomized:
     """A Linen module whose ``nn.Dense`` layers work from sketches, as `RandomizedDense` does.
 
@@ -183,15 +215,15 @@ class Randomized:
     such a key, or a single key, in ``rngs``, `apply` is that of the module. Under a scan with
     ``split_rngs={"sketch": False}`` all layers have one key. Call `apply` inside ``jax.jit``.
 
-    Flax traces blocks of one class and shape under ``nn.jit`` once, so all of them get the sketches
-    of the first: give such blocks one sketch. Other ``nn.intercept_methods`` around such a block
-    must be the same in all calls.
+    Blocks under ``nn.jit`` share a trace if the same patterns are found in their layers. Within
+    other ``nn.intercept_methods``, each call of `apply` traces them again.
 
-    Args:
+    Attributes:
       module: Any Linen module, or an object with its ``init`` and ``apply``.
       sketch: Sketch of all ``nn.Dense`` layers except output heads, or sketches by regular
         expressions found in their paths (``blocks/mlp/up``), of which the first that is found
-        counts.
+        counts. It cannot be changed: ``dataclasses.replace(randomized, sketch=...)`` makes another
+        object.
 
     Raises:
       TypeError: If a sketch is not a `Sketch`, or the module has no ``apply``.
@@ -213,19 +245,24 @@ class Randomized:
       Bershatsky et al., 2022, https://arxiv.org/abs/2201.13195.
     """
 
-    def __init__(self, module: nn.Module | Any, sketch: Sketch | Mapping[str, Sketch]) -> None:
-        if not callable(getattr(module, "apply", None)):
-            raise TypeError(f"module={module!r} must be a Linen module, or have its apply.")
-        check_sketches(sketch)
-        self.module, self.sketch = module, sketch
-        by_pattern = sketch if isinstance(sketch, Mapping) else {}
-        self._patterns = [(compiled_pattern("sketch", p), s) for p, s in by_pattern.items()]
-        # Modules under nn.jit are traced once for this object, and only then intercepted.
-        self._trace = new_trace()
-        self._paths: dict[Path, None] = {}
+    module: nn.Module | Any
+    sketch: Sketch | Mapping[str, Sketch]
+    _traces: "dict[Hashable, _Trace]" = dataclasses.field(
+        default_factory=dict, init=False, repr=False
+    )
+
+    def __post_init__(self) -> None:
+        if not callable(getattr(self.module, "apply", None)):
+            raise TypeError(f"module={self.module!r} must be a Linen module, or have its apply.")
+        check_sketches(self.sketch)
+        if isinstance(self.sketch, Mapping):
+            for pattern in self.sketch:
+                compiled_pattern("sketch", pattern)
+            object.__setattr__(self, "sketch", MappingProxyType(dict(self.sketch)))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.module, self.sketch)  # a copy has a trace of its own
+        sketch = dict(self.sketch) if isinstance(self.sketch, Mapping) else self.sketch
+        return type(self), (self.module, sketch)  # a copy has traces of its own
 
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the variables of the module: ``module.init``."""
@@ -247,36 +284,75 @@ class Randomized:
             rngs = {"params": rngs, "sketch": rngs}
         if rngs is None or "sketch" not in rngs:
             return self.module.apply(variables, *args, rngs=rngs, **kwargs)
+        trace = self._trace_of((variables, args, rngs, kwargs))
 
         def intercept(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
             layer = context.module
             is_dense = isinstance(layer, nn.Dense) and type(layer).__call__ is nn.Dense.__call__
             if not is_dense or context.method_name != "__call__":
                 return call(*args, **kwargs)
-            self._paths[layer.path] = None
-            sketch = self._sketch_of(path_string(layer.path))
+            trace.paths[layer.path] = None
             run = functools.partial(call, *args, **kwargs)
-            return run() if sketch is None else _sketched(run, layer, sketch)
+            sketches = [*self._found(layer.path).values()]
+            return _sketched(run, layer, sketches[0]) if sketches else run()
 
-        # A module under nn.jit that was traced without the interceptor is traced again.
-        with nn.intercept_methods(intercept), in_trace(self._trace):
+        # nn.jit traces a block again if its variables differ: make them tell its patterns.
+        name = f"lowrank_optax_patterns_{trace.number}"
+        variables = {**variables, name: self._patterns(variables.get("params", {}))}
+        with nn.intercept_methods(intercept), in_trace(trace.number):
             result = self.module.apply(variables, *args, rngs=rngs, **kwargs)
-        if not self._paths:
+        self._check_found(trace.paths)
+        if kwargs.get("mutable", False) is False or name not in result[1]:
+            return result
+        outputs, updates = result
+        return outputs, core.pop(updates, name)[0]
+
+    def _trace_of(self, arguments: Any) -> "_Trace":
+        """The trace of calls with such arguments: what they call may depend on them."""
+        if in_interceptor():  # nothing says what the others do
+            return _Trace()
+        leaves, structure = jax.tree.flatten(arguments)
+        kinds = ((type(x), x) if not hasattr(x, "dtype") else (x.shape, x.dtype) for x in leaves)
+        try:
+            return self._traces.setdefault((structure, *kinds), _Trace())
+        except TypeError:  # an argument is not hashable
+            return _Trace()
+
+    def _check_found(self, paths: Mapping[Path, None]) -> None:
+        if not paths:
             raise ValueError("the module called no nn.Dense, so nothing has a sketch.")
         if isinstance(self.sketch, Mapping):
-            check_patterns("sketch", self.sketch, self._paths, "nn.Dense layer")
-        elif not any(self._sketch_of(path_string(path)) for path in self._paths):
-            names = ", ".join(map(path_string, self._paths))
+            check_patterns("sketch", self.sketch, paths, "nn.Dense layer")
+        elif not any(map(self._found, paths)):
+            names = ", ".join(map(path_string, paths))
             raise ValueError(
                 f"the nn.Dense layers called are only output heads ({names}), which one sketch "
                 "leaves out: give sketches by patterns."
             )
-        return result
 
-    def _sketch_of(self, path: str) -> Sketch | None:
+    def _found(self, path: Path) -> dict[str, Sketch]:
+        """The sketches of a layer by patterns that are found in its path; the first counts."""
+        name = path_string(path)
         if isinstance(self.sketch, Mapping):
-            return next((each for pattern, each in self._patterns if pattern.search(path)), None)
-        return self.sketch if is_weight(f"{path}/kernel") else None
+            return {p: sketch for p, sketch in self.sketch.items() if re.search(p, name)}
+        return {"": self.sketch} if is_weight(f"{name}/kernel") else {}
+
+    def _patterns(self, params: Mapping[str, Any], path: Path = ()) -> dict[str, Any]:
+        """By the paths of kernels, the patterns that are found, as names of empty dictionaries."""
+        inside = {
+            name: self._patterns(x, (*path, name))
+            for name, x in params.items()
+            if isinstance(x, Mapping)
+        }
+        return {**inside, **({p: {} for p in self._found(path)} if "kernel" in params else {})}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Trace:
+    """Number of a trace, and the paths of the ``nn.Dense`` layers that were called in it."""
+
+    number: int = dataclasses.field(default_factory=new_trace)
+    paths: dict[Path, None] = dataclasses.field(default_factory=dict)
 
 
 def _sketched(call: Callable[[], Any], layer: nn.Dense, sketch: Sketch) -> Any:

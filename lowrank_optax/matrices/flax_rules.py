@@ -104,17 +104,12 @@ def weight_dimension_numbers(
         lambda path: is_weight(path) or path in wanted,
     )
     # ``None`` is a leaf of the answer but a subtree for JAX, so the answer is made from params.
-    by_name = {
-        normalised_path(path): spec
-        for path, spec in jax.tree_util.tree_leaves_with_path(by_names, is_leaf=_is_spec)
-    }
+    is_spec = lambda x: isinstance(x, WeightDimensionNumbers)
+    found = jax.tree_util.tree_leaves_with_path(by_names, is_leaf=is_spec)
+    by_name = {normalised_path(path): spec for path, spec in found}
     chosen = {n: None if n in excluded else specs.get(n, by_name.get(n)) for n in shapes}
     _check_included(include, included - excluded, chosen, shapes)
     return jax.tree_util.tree_map_with_path(lambda path, _: chosen[normalised_path(path)], params)
-
-
-def _is_spec(x: Any) -> bool:
-    return isinstance(x, WeightDimensionNumbers)
 
 
 def _open(model_or_params: Any) -> tuple[Any, dict[_Path, list[Kernel] | None]]:

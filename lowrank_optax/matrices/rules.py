@@ -10,11 +10,7 @@ import optax
 from lowrank_optax.matrices.flax_layers import is_linen_module, is_nnx_module
 from lowrank_optax.matrices.names import named_kind
 from lowrank_optax.matrices.paths import normalised_path, path_string
-from lowrank_optax.matrices.views import (
-    WeightDimensionNumbers,
-    is_dimension_numbers,
-    matrix_shape,
-)
+from lowrank_optax.matrices.views import WeightDimensionNumbers, is_dimension_numbers, matrix_shape
 
 DimensionNumbersRule: TypeAlias = WeightDimensionNumbers | Callable[[Any], Any] | Any | None
 """One spec for all leaves, a tree of specs (prefixes, None and MaskedNode allowed), or a callable

@@ -58,15 +58,12 @@ def is_dimension_numbers(x: Any) -> TypeGuard[WeightDimensionNumbers]:
     return hasattr(x, "reduction_axis") and hasattr(x, "output_axis")
 
 
-def _as_tuple(axis: int | Sequence[int]) -> tuple[int, ...]:
-    return (axis,) if isinstance(axis, int) else tuple(axis)
-
-
 def _axes(shape: tuple[int, ...], spec: WeightDimensionNumbers, where: str = "") -> _Axes:
     ndim, place = len(shape), f" at {where!r}" if where else ""
     named = []
     for field in ("reduction_axis", "output_axis"):
-        given = _as_tuple(getattr(spec, field))
+        given = getattr(spec, field)
+        given = (given,) if isinstance(given, int) else tuple(given)
         if not given or any(not -ndim <= axis < ndim for axis in given):
             raise ValueError(
                 f"{field}={given}{place} does not name axes of a weight of shape {shape}: "

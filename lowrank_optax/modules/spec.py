@@ -5,10 +5,14 @@ from typing import Any, Literal, TypeAlias
 
 from lowrank_optax.matrices.flax_layers import Kernel, infer_axes, kernel_axes, read_layer
 from lowrank_optax.matrices.views import WeightDimensionNumbers
+from lowrank_optax.modules.wrap import own_class
 
 Kind: TypeAlias = Literal["linear", "general", "einsum", "convolution", "embedding"]
 """How a layer uses its weight: ``x @ W``, a contraction of several axes, an einsum, a convolution,
 or a look-up of rows."""
+
+BESIDE = "lora_adapters"
+"""Name of the arrays of adapters beside the weight of a Linen layer, in its scope."""
 
 _KINDS: dict[str, Kind] = {
     "Linear": "linear",
@@ -58,6 +62,21 @@ def kind_of(module: Any) -> Kind | None:
     """The kind of one of Flax's own layers, or of a subclass; None for other modules."""
     names = (t.__name__ for t in type(module).__mro__ if t.__module__.startswith("flax."))
     return next((_KINDS[name] for name in names if name in _KINDS), None)
+
+
+def has_other_weights(module: Any) -> bool:
+    """Whether a module, or those inside it, may multiply by other weights than their parameters.
+
+    A subclass of a Flax layer with its own call may, and Flax's normalization of weights does. Any
+    class can say it itself, by an attribute or property ``plain_weights`` beside its ``__call__``.
+    """
+    cls = own_class(module)
+    defines = next((t for t in cls.__mro__ if "__call__" in vars(t)), cls)
+    if "plain_weights" in vars(defines):
+        return not module.plain_weights
+    if defines.__module__.startswith("flax."):
+        return defines.__name__ in ("SpectralNorm", "WeightNorm")
+    return kind_of(module) is not None
 
 
 def usable_weight(module: Any) -> Kernel | None:

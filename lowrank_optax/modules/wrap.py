@@ -51,8 +51,7 @@ def wrap(
       module: A ``flax.nnx.Module``. A wrap of the same name is replaced.
       name: Name of the wrap. The last name in the alphabet is the outermost wrap, whatever came
         first, so that the same wraps make the same class.
-      around: What runs instead of the methods; or a class, a mixin whose methods and properties
-        come before the module's own (``methods`` are then not used).
+      around: What runs instead of the methods.
       methods: Names of methods of the module's class.
       innermost: Whether the wrap is inside all others: it computes the layer's own product.
     """
@@ -70,8 +69,9 @@ def own_class(module: Any) -> type:
 
 
 def set_own_class(module: Any, cls: type) -> None:
-    """Changes the class of a module below its wraps, which stay."""
-    set_class(module, _wrapped(cls, _wraps(module)))
+    """Changes the class of a module below its wraps, which stay on the methods that it has."""
+    has = lambda each: tuple(name for name in each.methods if hasattr(cls, name))
+    set_class(module, _wrapped(cls, tuple(w._replace(methods=has(w)) for w in _wraps(module))))
 
 
 def unwrap(model: Any, name: str) -> list[Path]:
@@ -100,15 +100,11 @@ def _wraps(module: Any) -> tuple[_Wrap, ...]:
 def _wrapped(cls: type, wraps: tuple[_Wrap, ...]) -> type:
     made = cls
     for count, each in enumerate(wraps, 1):
-        is_mixin = isinstance(each.around, type)
-        bases = (each.around, made) if is_mixin else (made,)
-        methods = () if is_mixin else each.methods
-        has = [name for name in methods if hasattr(made, name)]  # the class may have changed
-        body: dict[str, Any] = {n: _method(getattr(made, n), each.around) for n in has}
+        body: dict[str, Any] = {n: _method(getattr(made, n), each.around) for n in each.methods}
         body |= {n: getattr(cls, n) for n in ("__module__", "__qualname__", "__doc__")}
         body |= {"_class_without_wraps": cls, "_wraps": wraps[:count]}
         body |= made_by(_wrapped, cls, wraps[:count])
-        made = type(cls)(cls.__name__, bases, body)
+        made = type(cls)(cls.__name__, (made,), body)
     return made
 
 

@@ -8,11 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.matrices import DimensionNumbersRule
-from lowrank_optax.optimizers.lookahead import (
-    Direction,
-    check_inner_learning_rate,
-    direction_from,
-)
+from lowrank_optax.optimizers.lookahead import Direction, check_inner_learning_rate, direction_from
 from lowrank_optax.states.arguments import refuse_unused, transformation
 from lowrank_optax.states.precision import to_float32
 

@@ -196,12 +196,7 @@ def nag_gs(
       https://arxiv.org/abs/2209.14937, Algorithm 1.
     """
     tx = scale_by_nag_gs(
-        learning_rate,
-        mu,
-        gamma,
-        constant_gamma,
-        paper_start=paper_start,
-        state_dtype=state_dtype,
+        learning_rate, mu, gamma, constant_gamma, paper_start=paper_start, state_dtype=state_dtype
     )
     tx = with_state_bits(tx, state_bits)
     if has_no_decay(weight_decay):

@@ -208,10 +208,7 @@ def saved_residuals(
 
 
 def compare_saved_residuals(
-    variants: Mapping[str, Any],
-    *args: Any,
-    loss: Callable[..., Any] | None = None,
-    **options: Any,
+    variants: Mapping[str, Any], *args: Any, loss: Callable[..., Any] | None = None, **options: Any
 ) -> SavedResidualsComparison:
     """What several losses, or one loss with several models, save for the backward pass.
 

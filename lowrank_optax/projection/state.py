@@ -140,7 +140,7 @@ class InnerRunner(NamedTuple):
         inner = self.parts.inner
         if not self.parts.each_alone:
             return inner.init(self._tree(zeros)), other
-        each = [mine and init_one(inner, x, ndim) for mine, x, ndim in self._each(zeros)]
+        each = [init_one(inner, x, ndim) if mine else None for mine, x, ndim in self._each(zeros)]
         return self.join(each), other
 
     def split(self, state: Any) -> list[Any]:
@@ -188,15 +188,14 @@ class InnerRunner(NamedTuple):
             answers = [other if view is None else own for view, own, other in triples]
         return answers, state, other_state
 
-    def _each(self, xs: Sequence[Any]) -> list[tuple[Any, Any, int]]:
-        """For each leaf: True if the inner optimizer handles it, ``x``, number of batch axes."""
-        mine = lambda view: True if self.non_matrix is None or view is not None else None
-        pairs = zip(self.views, xs, strict=True)
-        return [(mine(v), x, 0 if v is None else len(v.batch)) for v, x in pairs]
+    def _each(self, xs: Sequence[Any]) -> list[tuple[bool, Any, int]]:
+        """For each leaf: whether the inner optimizer handles it, ``x``, number of batch axes."""
+        every, pairs = self.non_matrix is None, zip(self.views, xs, strict=True)
+        return [(every or v is not None, x, 0 if v is None else len(v.batch)) for v, x in pairs]
 
     def _tree(self, xs: Sequence[Any], mine: bool = True) -> Any:
         """The tree of what the inner optimizer handles, or (not ``mine``) the other one."""
-        chosen = [x if bool(m) == mine else optax.MaskedNode() for m, x, _ in self._each(xs)]
+        chosen = [x if m == mine else optax.MaskedNode() for m, x, _ in self._each(xs)]
         return self.treedef.unflatten(chosen)
 
     def _structure(self) -> jax.tree_util.PyTreeDef:

@@ -104,7 +104,7 @@ def scale_by_projection(
         other. In ``init``: if no leaf is a matrix though some have two axes or more, if a pattern
         of ``subspace`` matches no matrix, or if moments to be rotated, followed or fed back are no
         moving averages of gradients and their squares. ``init`` warns if most elements of leaves
-        of two axes or more are left out.
+        of two axes or more are left out, or if ``params`` are one vector, as in ``optax.flatten``.
       TypeError: If ``inner`` or ``non_matrix_transform`` is no optax transformation, or
         ``subspace`` no subspace rule.
 
@@ -137,8 +137,8 @@ def scale_by_projection(
         on_refresh=on_refresh,
         scale=scale,
     )
-    _check(parts, side, accumulate_steps)
-    micro_steps = accumulate_steps or 1
+    micro_steps = 1 if accumulate_steps is None else accumulate_steps
+    _check(parts, side, micro_steps)
     non_matrix = None
     if non_matrix_transform is not None:
         non_matrix = transformation("non_matrix_transform", non_matrix_transform)
@@ -277,8 +277,6 @@ def _check(parts: Parts, side: Any, accumulate_steps: Any) -> None:
         raise ValueError(
             "side='both' has no columns for the residual rule to scale; take one side."
         )
-    if accumulate_steps is None:
-        accumulate_steps = 1
     if not isinstance(accumulate_steps, int) or accumulate_steps < 1:
         raise ValueError(
             f"accumulate_steps={accumulate_steps!r} must be an int of at least 1, or None; under "
@@ -304,6 +302,12 @@ def _check_found(params: Any, views: Sequence[View | None], subspace: Subspace) 
     left_out = [
         (x.size, path, x.shape) for (path, x), view in leaves if not view and x.ndim > 1 and x.size
     ]
+    if not known and [(path, x.ndim) for (path, x), _ in leaves] == [((), 1)]:
+        warnings.warn(
+            "params are one vector, of which nothing is projected. optax.flatten makes one of a "
+            "tree: put it inside, as inner=optax.flatten(optax.adam(1e-3)), not around.",
+            stacklevel=4,
+        )
     total = sum(size for size, *_ in left_out)
     largest = ""
     if total:

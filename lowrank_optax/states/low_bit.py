@@ -23,14 +23,7 @@ from lowrank_optax.matrices.paths import (
     owner_of,
     path_string,
 )
-from lowrank_optax.quantization import (
-    Bits,
-    BlockFormat,
-    Quantized,
-    code_map,
-    dequantize,
-    quantize,
-)
+from lowrank_optax.quantization import Bits, BlockFormat, Quantized, code_map, dequantize, quantize
 from lowrank_optax.quantization.blocks import same_layout
 from lowrank_optax.slices.call import (
     Call,

@@ -10,9 +10,7 @@ import optax
 from lowrank_optax.states.arguments import transformation
 
 
-def in_float32(
-    inner: optax.GradientTransformation,
-) -> optax.GradientTransformationExtraArgs:
+def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """``inner`` run in float32, its state too, whatever the dtype of gradients and parameters.
 
     Updates are float32: ``optax.apply_updates`` rounds their sum with the parameters once, and
@@ -42,9 +40,7 @@ def in_float32(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def keep_dtypes(
-    tx: optax.GradientTransformationExtraArgs,
-) -> optax.GradientTransformationExtraArgs:
+def keep_dtypes(tx: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
     """``tx`` with updates of the gradients' dtype, also where a traced float32 rate promotes them.
 
     Under ``optax.inject_hyperparams(..., hyperparam_dtype=jnp.float32)`` it does so in every part

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank_optax.activations.coding import (
+from lowrank_optax.activations.codebooks import (
     MOST_BINS,
     MOST_COMPARES,
     MOST_SELECTS,

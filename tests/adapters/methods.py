@@ -5,8 +5,14 @@ from lowrank_optax import adapters
 METHODS = {
     "LoRA": adapters.LoRA(rank=2, alpha=6),
     "LoTR": adapters.LoTR(rank=2, alpha=4),
+    "MiSS": adapters.MiSS(rank=3),
+    "MiSSBat": adapters.MiSSBat(rank=2),
     "PiSSA": adapters.PiSSA(rank=2, alpha=5),
+    "RandLoRA": adapters.RandLoRA(rank=3, alpha=4),
+    "PRILoRA": adapters.PRILoRA(rank=2, scale=1.5),
+    "SoRA": adapters.SoRA(rank=3, alpha=4),
     "VeRA": adapters.VeRA(rank=3),
+    "SaRA": adapters.SaRA(fraction=0.3),
     "DoRA": adapters.DoRA(rank=2, alpha=3),
     "FlyLoRA": adapters.FlyLoRA(rank=4, active=2),
 }

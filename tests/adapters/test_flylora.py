@@ -191,6 +191,11 @@ def test_with_all_ranks_active_it_is_lora_with_a_frozen_projection():
     assert_close(X @ method.merged(p, WEIGHTS[1]).weight, y, 100)
     first, second = method.to_lora(p)
     assert_close(first @ second, method.delta(p, WEIGHTS[1]), 100)
+    tree, pytree = {"w": WEIGHTS[1]}, lro.adapters.pytree
+    adapter = pytree.init(jax.random.key(0), tree, method.method).replace({"w": {"B": b[1]}})
+    assert_close(
+        X @ pytree.effective(tree, adapter)["w"], X @ pytree.factored(tree, adapter)["w"], 100
+    )
 
 
 def test_a_routed_change_has_no_matrix_and_becomes_a_lora_only_with_its_error():
@@ -334,8 +339,8 @@ def test_a_scanned_stack_routes_and_counts_as_its_layers_do_also_rematerialised(
 
 def test_options_out_of_range_are_refused():
     for options, message in (
-        ({"active": 0}, "active=0 must be at least 1 and at most the rank, 32"),
-        ({"active": 33}, "active=33 must be at least 1"),
+        ({"active": 0}, "active=0 must be at least 1"),
+        ({"active": 33}, "active=33 must be at most the rank, 32"),
         ({"rank": (8, 4), "active": 5}, "at most the rank, 4"),
         ({"density": 0.0}, "density=0.0 must be above 0"),
         ({"density": 1.5}, "density=1.5 must be above 0"),

@@ -1,7 +1,7 @@
 """Every kind of layer: with an adapter it computes what it would with the changed weight."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from close import assert_close
 from flax import nnx
@@ -34,7 +34,9 @@ def conv(*args: Any, **options: Any) -> Callable[[], nnx.Conv]:
 
 
 class MyLinear(nnx.Linear):
-    """A subclass of a user's."""
+    """A subclass of a user's, which multiplies by its kernel."""
+
+    plain_weights: ClassVar[bool] = True
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return 2 * super().__call__(x / 2)

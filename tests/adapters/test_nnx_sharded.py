@@ -109,6 +109,7 @@ OF_METHODS = {
     lro.adapters.DoRA(rank=16): FACTORS | {"magnitude": P("model"), "norm_squared": P("model")},
     lro.adapters.AFLoRA(rank=16): FACTORS | {"d": P(None), "b": P("model")},
     lro.adapters.LaMDA(rank=16): FACTORS | {"S": P(None, None), "principal": FACTORS["B"]},
+    lro.adapters.MiSS(rank=8): {"D": P(None, "model"), "row": P("data")},
     lro.adapters.PiSSA(rank=16): FACTORS | {f"{name}_0": at for name, at in FACTORS.items()},
     lro.adapters.SVFit(rank=16): {"U": FACTORS["A"], "V": P("model", None), "t": P(None)},
 }

@@ -158,6 +158,8 @@ OUR_CASES = {
     "lamda": ("LaMDA", {}, {}),
     "aflora": ("AFLoRA", {}, {}),
     "svfit": ("SVFit", {"alpha": None}, {}),
+    "sora": ("SoRA", {}, {}),
+    "prilora": ("PRILoRA", {}, {}),
     "pissa": ("PiSSA", {}, {}),
     "pissa_without_residual": ("PiSSA", {"residual": False}, {}),
     "pissa_as_pissa": ("PiSSA", {}, {"as_lora": False}),
@@ -202,6 +204,28 @@ def test_ranks_embeddings_and_trained_parameters_of_ours_are_in_peft(base, tmp_p
     theirs = peft.PeftModel.from_pretrained(torch_base(base), tmp_path / "a").eval()
     agree(torch_logits(theirs), model(TOKENS))
     agree(load_peft(ours(base), tmp_path / "a")(TOKENS), model(TOKENS))
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_a_compacted_adapter_has_ranks_of_its_own_in_peft(base, tmp_path, scan_layers):
+    model = ours(base, scan_layers)
+    lro.adapters.attach(model, lro.adapters.SoRA(rank=4, alpha=5), "query|value", rngs=3)
+    disturb(model)
+    thresholded = lambda path, x: jnp.where(abs(x) < 1, 0, x) if "gate" in str(path) else x
+    state = nnx.state(model, lro.adapters.trainable)
+    nnx.update(model, jax.tree_util.tree_map_with_path(thresholded, state))
+    expected = model(TOKENS)
+    assert abs(expected - ours(base)(TOKENS)).max() > 1e-3
+    rows = lro.adapters.compact(model).rows
+    ranks = [rank for row in rows for rank in row.ranks]
+    assert len(ranks) == 2 * LAYERS
+    assert min(ranks) < max(ranks)
+    save_peft(model, tmp_path / "a", base_model=str(base))
+    theirs = peft.PeftModel.from_pretrained(torch_base(base), tmp_path / "a").eval()
+    agree(torch_logits(theirs), expected)
+    numbers = sum(x.numel() for name, x in theirs.named_parameters() if "lora_" in name)
+    sizes = {"query": 16 + 16, "value": 16 + 8}
+    assert numbers == sum(sizes[row.path.rpartition("/")[2]] * sum(row.ranks) for row in rows)
 
 
 @pytest.mark.parametrize("case", ["regex_and_patterns", "dora", "pissa", "modules_to_save"])

@@ -54,9 +54,11 @@ def test_sums_and_factors_and_the_merged_parameters_give_the_same(method):
         "factored": lambda a: _run(pytree.factored(params, a), X),
         "apply": lambda a: pytree.apply(_run, params, a, X),
     }
+    # What collects statistics of its inputs is trained by factors alone.
+    first, *rest = ["factored"] if method.statistics else list(by)
     loss = lambda name: lambda t: (by[name](adapter.replace(t)) ** 2).sum()
-    value, gradient = jax.jit(jax.value_and_grad(loss("effective")))(trained)
-    for name in ("factored", "apply"):
+    value, gradient = jax.jit(jax.value_and_grad(loss(first)))(trained)
+    for name in rest:
         other, others = jax.jit(jax.value_and_grad(loss(name)))(trained)
         assert_close(other, value, 800)
         for a, b in zip(jax.tree.leaves(others), jax.tree.leaves(gradient), strict=True):

@@ -7,7 +7,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lowrank_optax.compat.flax import is_lifted_call, is_nnx_state, linen_children, set_class
+from lowrank_optax.compat.flax import (
+    in_interceptor,
+    is_lifted_call,
+    is_nnx_state,
+    linen_children,
+    set_class,
+)
 from lowrank_optax.compat.nnx_context import ContextModule
 
 
@@ -74,6 +80,14 @@ def test_linen_modules_of_setup_are_attributes_of_a_bound_module_without_its_par
     x = jnp.ones((1, 4))
     bound = Pair().bind(Pair().init(jax.random.key(0), x))
     assert sorted(child.name for child in linen_children(bound)) == ["first", "rest_0", "rest_1"]
+
+
+def test_a_linen_interceptor_is_known_while_it_is_active() -> None:
+    pass_on = lambda call, args, kwargs, context: call(*args, **kwargs)
+    assert not in_interceptor()
+    with linen.intercept_methods(pass_on):
+        assert in_interceptor()
+    assert not in_interceptor()
 
 
 class InContext(ContextModule):

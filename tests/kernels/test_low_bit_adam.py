@@ -221,6 +221,12 @@ def test_arguments_that_do_not_agree_are_refused() -> None:
         low_bit_adam(*step._replace(param=other.param), SCALARS, formats=formats)
     with pytest.raises(ValueError, match="second has codes and scales of shapes"):
         low_bit_adam(*step._replace(second=other.second), SCALARS, formats=formats)
+    narrow = step.second._replace(scales=step.second.scales.astype(jnp.bfloat16))
+    with pytest.raises(ValueError, match=r"second has .*bfloat16: .*must be uint8 and float32"):
+        low_bit_adam(*step._replace(second=narrow), SCALARS, formats=formats)
+    wide = step.first._replace(codes=step.first.codes.astype(jnp.int32))
+    with pytest.raises(ValueError, match="first has codes and scales of dtypes int32"):
+        low_bit_adam(*step._replace(first=wide), SCALARS, formats=formats)
 
 
 def test_codes_that_are_not_in_rows_are_refused() -> None:

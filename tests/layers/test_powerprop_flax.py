@@ -255,9 +255,53 @@ def test_a_linear_layer_with_frozen_variables_computes_the_same(names: tuple[str
     assert_close(layer(X), expected, 100)
 
 
-def test_a_wrapped_module_without_parameters_is_refused() -> None:
-    wrapped = lro.layers.PowerpropModule(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), 2.0)
+@pytest.mark.parametrize("names", [("a",), ("a", "b")])
+def test_a_wrapped_module_with_frozen_variables_computes_the_same(names: tuple[str, ...]) -> None:
+    module = nnx.Dict(a=nnx.Linear(3, 3, rngs=nnx.Rngs(0)), b=nnx.Linear(3, 4, rngs=nnx.Rngs(1)))
+    model = Chain(module)
+    expected = model(X)
+    wrapped = lro.layers.PowerpropModule(model, 2.0)
+    assert wrapped.paths == ("layers/a/kernel", "layers/b/kernel")
+    assert_close(wrapped(X), expected, 100)
+    for name in names:
+        for parameter in ("kernel", "bias"):
+            setattr(module[name], parameter, Frozen(getattr(module[name], parameter)[...]))
+    assert_close(wrapped(X), expected, 100)
+    wrapped.change_alpha(3.0)
+    assert isinstance(module.a.kernel, Frozen)
+    assert_close(wrapped(X), expected, 100)
+    assert_close(wrapped.export()(X), expected, 100)
+
+
+class Chain(nnx.Module):
+    """Two layers."""
+
+    def __init__(self, layers: Any) -> None:
+        self.layers = layers
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.layers.b(self.layers.a(x))
+
+
+def test_parameters_added_to_a_wrapped_module_are_used_as_they_are() -> None:
+    wrapped = lro.layers.PowerpropModule(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), 2.0, "kernel|later")
+    expected = wrapped(X)
+    wrapped.module.later = nnx.Param(jnp.full((2, 2), 3.0))
+    assert_close(wrapped(X), expected)
+    wrapped.change_alpha(4.0)
+    np.testing.assert_array_equal(wrapped.module.later[...], 3)
+
+
+def test_a_wrapped_module_without_its_parameters_is_refused() -> None:
+    frozen = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
     for name in ("kernel", "bias"):
-        setattr(wrapped.module, name, Frozen(getattr(wrapped.module, name)[...]))
+        setattr(frozen, name, Frozen(getattr(frozen, name)[...]))
     with pytest.raises(ValueError, match=r"Linear has no nnx\.Param"):
-        wrapped(X)
+        lro.layers.PowerpropModule(frozen, 2.0)
+    wrapped = lro.layers.PowerpropModule(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), 2.0)
+    uses = (lambda: wrapped(X), wrapped.export, lambda: wrapped.change_alpha(3.0))
+    for kernel in (Frozen(jnp.ones((3, 4), jnp.int8)), None):
+        wrapped.module.kernel = kernel
+        for use in uses:
+            with pytest.raises(ValueError, match=r"kernel are no longer .* in the Linear"):
+                use()

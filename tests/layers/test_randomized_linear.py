@@ -185,7 +185,7 @@ def test_kept_are_the_sketch_the_key_and_the_kernel(kind: SketchKind, dtype: Any
 @pytest.mark.slow
 def test_what_is_not_differentiated_costs_nothing() -> None:
     x, kernel, bias, _ = arrays(4, 8)
-    kept = lambda fn, *args: {array.shape for array in residuals(fn, *args)}
+    kept = lambda fn, *args: {array.shape for array in residuals(fn, *args) if array.size}
     linear = lambda *args: randomized_linear(*args, key=KEY, sketch=Sketch(size=3))
     assert kept(lambda x: linear(x, kernel, bias), x) == {kernel.shape}  # the kernel is frozen
     assert kept(lambda kernel: linear(x, kernel, bias), kernel) == {(3, 6), ()}
@@ -319,6 +319,31 @@ def test_bad_arguments_are_refused() -> None:
         call(x, kernel, valid=jnp.ones(4))
     with pytest.raises(TypeError, match="floating point"):
         call(jnp.ones((4, 6), int), kernel.astype(int))
+
+
+@pytest.mark.parametrize("kind", ["stratified", "norm_weighted", "rademacher"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_compiled_layers_of_equal_shapes_may_be_differentiated_by_other_arguments(
+    kind: SketchKind, masked: bool
+) -> None:
+    x, _, _, _ = arrays(16)
+    kernels = [np.random.default_rng(i).standard_normal((6, 6), np.float32) for i in range(3)]
+    valid = jnp.arange(16) % 3 > 0 if masked else None
+    keys = jax.random.split(KEY, 3)
+
+    def gradients(layer: Any) -> Any:
+        def loss(first: jax.Array, last: jax.Array) -> jax.Array:
+            # Differentiated by the kernel alone, by the input alone, and by both.
+            y = layer(layer(x, first, keys[0]), kernels[1], keys[1])
+            return jnp.sum(layer(y, last, keys[2]) ** 2)
+
+        return jax.jit(jax.grad(loss, (0, 1)))(kernels[0], kernels[2])
+
+    sketch = Sketch(kind, size=4)
+    layer = lambda x, kernel, key: randomized_linear(x, kernel, key=key, sketch=sketch, valid=valid)
+    jax.tree.map(
+        lambda *pair: assert_close(*pair, 100), gradients(jax.jit(layer)), gradients(layer)
+    )
 
 
 def test_the_sketch_has_a_name_for_policies() -> None:

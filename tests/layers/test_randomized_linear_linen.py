@@ -1,6 +1,9 @@
 """The randomized layer in Linen is nn.Dense but for its kernel's gradient."""
 
+import copy
+import dataclasses
 import functools
+import pickle
 from typing import Any
 
 from close import assert_close
@@ -353,3 +356,142 @@ def test_what_has_nothing_to_sketch_is_refused() -> None:
         Randomized(head, {"(": QUARTER})
     with pytest.raises(TypeError, match=r"module=3 must be a Linen module"):
         Randomized(3, QUARTER)
+
+
+class Blocks(nn.Module):
+    """Two blocks of one class, and calls of another kind."""
+
+    block: Any = Compiled
+
+    def setup(self) -> None:
+        self.first, self.second = self.block(), self.block()
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.first(x) + self.second(x)
+
+    def only(self, x: jax.Array, name: str) -> jax.Array:
+        return {"first": self.first, "second": self.second, "tanh": nn.tanh}[name](x)
+
+
+def sketched_blocks(module: Any, variables: Any, seed: int = 1) -> dict[str, jax.Array]:
+    """The gradient of each block's kernel, by that of T alone."""
+    rngs = {"sketch": jax.random.key(seed)}
+    slope = jax.grad(lambda v: jnp.sum(module.apply(v, X, rngs=rngs) * T))
+    return {name: each["up"]["kernel"] for name, each in slope(variables)["params"].items()}
+
+
+@pytest.mark.parametrize(
+    "sketch",
+    [
+        QUARTER,
+        {"first": QUARTER},
+        {"second": QUARTER},
+        {"first": QUARTER, "second": Sketch(size=2)},
+    ],
+    ids=str,
+)
+def test_compiled_blocks_of_one_class_have_the_sketches_of_blocks_that_are_not(sketch: Any) -> None:
+    variables = initial(Blocks())
+    found = sketched_blocks(Randomized(Blocks(), sketch), variables)
+    exact = sketched_blocks(Blocks(), variables)
+    for name in ("first", "second"):
+        is_sketched = not isinstance(sketch, dict) or name in sketch
+        assert np.allclose(found[name], exact[name]) != is_sketched
+    assert not np.allclose(found["first"], found["second"])  # a key, or a sketch, of its own
+    _, updates = Randomized(Blocks(), sketch).apply(variables, X, mutable=True, **KEY)
+    jax.tree.map(np.testing.assert_array_equal, updates, variables)
+
+
+def test_compiled_blocks_of_one_pattern_are_traced_once() -> None:
+    traces: list[int] = []
+
+    class Counted(Inner):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            traces.append(1)
+            return nn.Dense(4, name="up")(x)
+
+    blocks = Blocks(nn.jit(Counted))
+    variables = blocks.init(jax.random.key(0), X)
+    for sketch, number in (
+        (QUARTER, 1),
+        ({"first|second": QUARTER}, 1),
+        ({"first": QUARTER}, 2),
+        ({"first|second": QUARTER, "second": QUARTER}, 2),  # the last is found too
+    ):
+        traces.clear()
+        module = Randomized(blocks, sketch)
+        for _ in range(2):
+            module.apply(variables, X, **KEY)
+        assert len(traces) == number
+
+
+def test_a_compiled_block_is_traced_again_within_another_interceptor() -> None:
+    def negated(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        y = call(*args, **kwargs)
+        return -y if isinstance(context.module, nn.Dense) else y
+
+    variables = initial(Blocks())
+    randomized = Randomized(Blocks(), QUARTER)
+    before = randomized.apply(variables, X, **KEY)
+    with nn.intercept_methods(negated):
+        within = randomized.apply(variables, X, **KEY)
+    assert_close(within, -before)
+    assert_close(randomized.apply(variables, X, **KEY), before)
+
+
+class Headed(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nn.Dense(4, name="last")(Blocks(name="blocks")(x))
+
+
+@pytest.mark.parametrize("order", [(0, 1, 0), pytest.param((1, 0, 1), marks=pytest.mark.full)])
+def test_a_randomized_module_may_be_randomized_again(order: tuple[int, ...]) -> None:
+    variables = initial(Headed())
+    inner = Randomized(Headed(), {"last": QUARTER})
+    nested = inner, Randomized(inner, {"first": QUARTER})
+
+    def gradient(module: Any) -> dict[str, Any]:
+        params = jax.grad(lambda v: jnp.sum(module.apply(v, X, **KEY) ** 2))(variables)["params"]
+        blocks = {name: each["up"]["kernel"] for name, each in params["blocks"].items()}
+        return {**blocks, "last": params["last"]["kernel"]}
+
+    exact = gradient(Headed())
+    for number in order:
+        found = gradient(nested[number])
+        sketched = {name for name in exact if not np.allclose(found[name], exact[name])}
+        assert sketched == ({"last", "first"} if number else {"last"})
+
+
+def test_its_sketches_cannot_be_changed_but_replaced() -> None:
+    sketches = {"first": QUARTER}
+    randomized = Randomized(Blocks(), sketches)
+    variables = initial(Blocks())
+    expected = sketched_blocks(randomized, variables)
+    sketches["second"] = QUARTER
+    jax.tree.map(np.testing.assert_array_equal, sketched_blocks(randomized, variables), expected)
+    with pytest.raises(dataclasses.FrozenInstanceError, match="cannot assign to field 'sketch'"):
+        randomized.sketch = QUARTER  # type: ignore[misc]
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        randomized.sketch["second"] = QUARTER  # type: ignore[index]
+    replaced = dataclasses.replace(randomized, sketch={"second": QUARTER})
+    exact = sketched_blocks(Blocks(), variables)
+    assert np.allclose(sketched_blocks(replaced, variables)["first"], exact["first"])
+    again = copy.deepcopy(randomized)
+    jax.tree.map(assert_close, sketched_blocks(again, variables), expected)
+    again = pickle.loads(pickle.dumps(Randomized(Inner(), {"": QUARTER})))
+    assert again.sketch == {"": QUARTER}
+
+
+def test_each_call_has_to_find_its_layers() -> None:
+    variables = initial(Blocks())
+    randomized = Randomized(Blocks(), {"first": QUARTER})
+    call = lambda name: randomized.apply(variables, X, name, method="only", **KEY)
+    for _ in range(2):
+        randomized.apply(variables, X, **KEY)
+        call("first")
+        with pytest.raises(ValueError, match=r"sketch='first' matches no nn\.Dense layer"):
+            call("second")
+        with pytest.raises(ValueError, match=r"called no nn\.Dense"):
+            call("tanh")

@@ -166,6 +166,21 @@ def test_restored_the_model_is_the_one_it_was() -> None:
         assert not lro.layers.randomized_layers(model).rows
 
 
+def test_restored_a_layer_that_is_the_whole_model_has_its_adapters_as_a_plain_one_has() -> None:
+    plain, randomized = nnx.Linear(8, 8, rngs=nnx.Rngs(0)), nnx.Linear(8, 8, rngs=nnx.Rngs(0))
+    made = RandomizedLinear(8, 8, sketch=QUARTER, rngs=nnx.Rngs(0))
+    randomize(randomized, {"": QUARTER}, rngs=1)
+    x = jnp.ones((2, 8))
+    for layer in (plain, randomized, made):
+        # Its methods, not the same in each class, make the arrays known that adapters share.
+        lro.adapters.attach(layer, lro.adapters.VeRA(rank=2), lambda *_: True, rngs=nnx.Rngs(1))
+    for layer in (randomized, made):
+        assert nnx.graphdef(restore_linears(layer)) == nnx.graphdef(plain)
+        np.testing.assert_array_equal(layer(x), plain(x))
+        lro.adapters.detach(layer)
+        assert type(layer) is nnx.Linear
+
+
 def test_a_layer_stays_the_object_it_is_and_shared_ones_are_one() -> None:
     model = Net(nnx.Rngs(0))
     up, kernel = model.up, model.up.kernel

@@ -262,6 +262,20 @@ ADAPTERS = (
         ("tests/adapters/test_lora_fa.py",),
     ),
     Fault(
+        "identity left out of the blocks of MiSSBat",
+        "lowrank_optax/adapters/methods/miss.py",
+        "_product(c, blocks) + self._spread(c, blocks)",
+        "_product(c, blocks)",
+        ("tests/adapters/test_miss.py",),
+    ),
+    Fault(
+        "change of RandLoRA on a square weight transposed",
+        "lowrank_optax/adapters/methods/randlora.py",
+        "if shape[0] <= shape[1] else (v, u)",
+        "if shape[0] < shape[1] else (v, u)",
+        ("tests/adapters/test_randlora.py",),
+    ),
+    Fault(
         "scale missing in LoRA-FA's projection",
         "lowrank_optax/adapters/training/lora_fa_projection.py",
         "columns = a.astype(jnp.float32) * scale[..., None, :]",
@@ -274,6 +288,13 @@ ADAPTERS = (
         "jnp.where(over(flag, x), 0, x)",
         "jnp.where(over(flag, x), x, 0)",
         ("tests/adapters/test_aflora_frozen.py",),
+    ),
+    Fault(
+        "SaRA's reselection one update early",
+        "lowrank_optax/adapters/training/sara_masks.py",
+        "state.count == reselect_after",
+        "state.count + 1 == reselect_after",
+        ("tests/adapters/test_sara_masks.py",),
     ),
     Fault(
         "LaMDA's rows frozen one row early",

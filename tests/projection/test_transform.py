@@ -141,6 +141,13 @@ def test_nothing_to_project_is_refused_where_there_is_something_of_two_axes() ->
         tx.init(params)
 
 
+def test_a_tree_flattened_to_one_vector_is_warned_of() -> None:
+    tx = lro.scale_by_projection(optax.scale_by_adam(), SVD(2))
+    params = {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}
+    with pytest.warns(UserWarning, match=r"one vector.* optax\.flatten"):
+        optax.flatten(tx).init(params)
+
+
 def test_leaving_out_most_elements_is_warned_of_with_the_largest_leaf() -> None:
     tx = lro.scale_by_projection(optax.scale_by_adam(), SVD(2))
     params = {"kernel": jnp.ones((4, 3)), "experts": jnp.ones((4, 3, 3)), "bias": jnp.ones(99)}

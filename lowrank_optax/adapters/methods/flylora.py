@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_optax.adapters.base import Adapter, AdapterParams, Arrays, Axes, Weights
-from lowrank_optax.adapters.low_rank import LowRank
+from lowrank_optax.adapters.low_rank import LowRank, check_rank
 from lowrank_optax.adapters.operands import Operand, Rows
 from lowrank_optax.adapters.statistics import with_statistic
 
@@ -92,6 +92,7 @@ class FlyLoRA(LowRank):
     """
 
     axes: ClassVar[Axes] = {"A": ("in", None), "B": (None, "out")}
+    statistics: ClassVar[frozenset[str]] = frozenset({"balance_bias"})
 
     rank: int | tuple[int, ...] = 32
     active: int = 8
@@ -102,13 +103,10 @@ class FlyLoRA(LowRank):
     def __post_init__(self) -> None:
         """Checks the options."""
         super().__post_init__()
-        if not isinstance(self.active, int) or isinstance(self.active, bool):
-            raise TypeError(f"active={self.active!r} must be an int: the ranks that a token uses.")
+        check_rank(self.active, name="active")
         lowest = min(self.rank) if isinstance(self.rank, tuple) else self.rank
-        if not 1 <= self.active <= lowest:
-            raise ValueError(
-                f"active={self.active} must be at least 1 and at most the rank, {lowest}."
-            )
+        if self.active > lowest:
+            raise ValueError(f"active={self.active} must be at most the rank, {lowest}.")
         if self.density is not None and not 0 < self.density <= 1:
             raise ValueError(f"density={self.density!r} must be above 0 and at most 1.")
         if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha != 0):

@@ -1,6 +1,7 @@
 """LaMDA++: a rank for each layer, larger where a weight's spectrum is flatter."""
 
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 import math
 import re
 from typing import Any, TypeAlias
@@ -115,6 +116,54 @@ def _raised(energies: Sequence[np.ndarray], ranks: Sequence[int], budget: float)
             break
         at[best] += 1
     return [ranks[level] for level in at]
+
+
+def linear_ranks(first: int, last: int, layers: int) -> tuple[int, ...]:
+    r"""Ranks that grow (or fall) linearly with depth.
+
+    .. math::
+      r_l = \mathrm{round}\bigl(r_{\text{first}} + (r_{\text{last}} - r_{\text{first}})
+            \, l / (L - 1)\bigr), \qquad l = 0, \dots, L - 1,
+
+    with halves rounded to the even neighbour. If ``first + last`` is even, the sum is exactly
+    ``layers * (first + last) / 2``, the budget of one rank for all; if it is odd, ranks that fall
+    on a half can change it by a little: take ``sum`` of the result. A single layer has the mean.
+
+    Args:
+      first: Rank of the first layer.
+      last: Rank of the last layer.
+      layers: Number of layers.
+
+    Returns:
+      A rank for each layer: ``rank`` of a method for a stack of them, or values of
+      ``rank_pattern``.
+
+    Raises:
+      ValueError: If an argument is below 1.
+      TypeError: If an argument is not an int.
+
+    Example:
+      >>> from lowrank_optax.adapters import linear_ranks
+      >>> ranks = linear_ranks(4, 12, layers=12)
+      >>> print(ranks, sum(ranks))
+      (4, 5, 5, 6, 7, 8, 8, 9, 10, 11, 11, 12) 96
+      >>> pattern = {f"^blocks/{i}/": rank for i, rank in enumerate(ranks)}
+
+    Reference:
+      Benedek and Wolf, PRILoRA: Pruned and Rank-Increasing Low-Rank Adaptation, 2024,
+      https://arxiv.org/abs/2401.11316.
+    """
+    for name, value in (("first", first), ("last", last), ("layers", layers)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name}={value!r} must be an int.")
+        if value < 1:
+            raise ValueError(f"{name}={value!r} must be at least 1.")
+    if layers == 1:
+        return (round(Fraction(first + last, 2)),)
+    return tuple(
+        round(Fraction(first * (layers - 1) + (last - first) * layer, layers - 1))
+        for layer in range(layers)
+    )
 
 
 def weight_spectra(model: Any, where: Any = None) -> dict[str, jax.Array]:

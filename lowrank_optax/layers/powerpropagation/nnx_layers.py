@@ -6,6 +6,7 @@ from typing import Any
 
 from flax import nnx
 import jax
+import jax.numpy as jnp
 
 from lowrank_optax.layers.powerpropagation.reparameterisation import (
     Where,
@@ -13,7 +14,9 @@ from lowrank_optax.layers.powerpropagation.reparameterisation import (
     power,
     powerprop,
     powerprop_inverse,
+    selected,
 )
+from lowrank_optax.matrices.paths import path_string
 
 
 class PowerpropLinear(nnx.Linear):
@@ -64,6 +67,11 @@ class PowerpropLinear(nnx.Linear):
         vars(layer)["kernel"] = self.kernel.replace(self.effective_kernel())
         return nnx.Linear.__call__(layer, inputs, out_sharding)
 
+    @property
+    def plain_weights(self) -> bool:
+        """Whether the parameter is the weight, so that adapters may read and change it."""
+        return self.alpha == 1
+
     def effective_kernel(self) -> jax.Array:
         """Return the weights ``[in, out]``, to prune by and to export."""
         return power(self.kernel[...], self.alpha)
@@ -83,15 +91,22 @@ class PowerpropModule(nnx.Module):
 
     The selected ``nnx.Param`` of the module become :math:`\theta`, in place; a call runs it with
     :math:`\theta |\theta|^{\alpha - 1}` instead. Its other variables (statistics, random streams)
-    are shared, so calls update them. `export` undoes the wrapping.
+    are shared, so calls update them. What is selected stays so if it becomes a variable of another
+    type, as frozen parameters do. `export` undoes the wrapping.
 
     Args:
       module: Module with initial or pretrained weights.
       alpha: Exponent, a Python number of at least 1.
       where: Parameters, as for `powerprop`.
 
+    Attributes:
+      module: The module given.
+      alpha: The exponent; `change_alpha` sets it.
+      paths: Paths of the selected parameters in the module.
+
     Raises:
-      ValueError: As `powerprop_inverse`; when called, if the module has no ``nnx.Param``.
+      ValueError: As `powerprop_inverse`, or if the module has no ``nnx.Param``; when called, if a
+        selected parameter is no longer an array of real numbers in the module.
 
     Example:
       >>> from flax import nnx
@@ -107,35 +122,50 @@ class PowerpropModule(nnx.Module):
     """
 
     def __init__(self, module: nnx.Module, alpha: float, where: Where = None) -> None:
-        _map_params(module, powerprop_inverse, alpha, where)
-        self.module, self.alpha, self.where = module, alpha, where
+        params = nnx.state(module, nnx.Param)
+        if not jax.tree.leaves(params):
+            raise ValueError(f"{type(module).__name__} has no nnx.Param to be reparameterised.")
+        nnx.update(module, powerprop_inverse(params, alpha, where))
+        leaves = jax.tree_util.tree_leaves_with_path(params)
+        both = zip(leaves, selected(params, where), strict=True)
+        self.module, self.alpha = module, alpha
+        self.paths = tuple(path_string(path) for (path, _), is_chosen in both if is_chosen)
+
+    @property
+    def plain_weights(self) -> bool:
+        """Whether the parameters are the weights, so that adapters may read and change them."""
+        return self.alpha == 1
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module with its effective weights."""
-        graphdef, params, rest = nnx.split(self.module, nnx.Param, ...)
-        weights = powerprop(_checked(self.module, params), self.alpha, self.where)
+        graphdef, theta, rest = self._split()
+        weights = powerprop(theta, self.alpha, _EVERY)
         return nnx.merge(graphdef, weights, rest)(*args, **kwargs)
 
     def change_alpha(self, alpha: float) -> None:
         """Change the exponent and keep the weights: see `change_alpha`."""
-        _map_params(self.module, change_alpha, self.alpha, alpha, self.where)
+        _, theta, _ = self._split()
+        nnx.update(self.module, change_alpha(theta, self.alpha, alpha, _EVERY))
         self.alpha = alpha
 
     def export(self) -> nnx.Module:
         """Return the module itself, with the weights as its parameters again."""
-        _map_params(self.module, powerprop, self.alpha, self.where)
-        self.alpha = 1.0
+        self.change_alpha(1.0)
         return self.module
 
+    def _split(self) -> tuple[Any, Any, Any]:
+        # By path: a parameter frozen later is a variable of another type than nnx.Param.
+        is_chosen = lambda path, _: "/".join(map(str, path)) in self.paths
+        graphdef, theta, rest = nnx.split(self.module, is_chosen, ...)
+        leaves = jax.tree_util.tree_leaves_with_path(theta)
+        found = [path_string(p) for p, x in leaves if jnp.issubdtype(x.dtype, jnp.floating)]
+        if missing := sorted(set(self.paths) - set(found)):
+            raise ValueError(
+                f"the reparameterised parameters {', '.join(missing)} are no longer arrays of real "
+                f"numbers in the {type(self.module).__name__}: put them back, or export the module "
+                "before it is changed and wrap it again."
+            )
+        return graphdef, theta, rest
 
-def _map_params(module: nnx.Module, function: Callable[..., Any], *args: Any) -> None:
-    nnx.update(module, function(_checked(module, nnx.state(module, nnx.Param)), *args))
 
-
-def _checked(module: nnx.Module, params: Any) -> Any:
-    if not jax.tree.leaves(params):
-        raise ValueError(
-            f"{type(module).__name__} has no nnx.Param whose weights could be computed: leave its "
-            "parameters nnx.Param, and freeze them by the optimizer's `wrt`."
-        )
-    return params
+_EVERY = ""  # a pattern found in every path

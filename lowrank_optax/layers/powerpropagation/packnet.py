@@ -4,6 +4,7 @@ Each task trains the weights that no earlier task owns, keeps as few of them as 
 and leaves the others to later tasks. The weights of a task, and its outputs, never change again.
 """
 
+import bisect
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -180,18 +181,16 @@ def prune(
         raise ValueError(
             f"the score with all weights is {dense_score:g}; it must be a positive number."
         )
-    keep, sparse_score = 1.0, dense_score  # if no share is enough, as the dense network does
-    low, high = 0, len(levels)
-    while low < high:
-        middle = (low + high) // 2
-        # The owners are not stored: at the end they are computed again, from the share.
-        found = float(score(of_task(_owned(state, params, levels[middle], where), params, task)))
-        if found >= tolerance * dense_score:
-            keep, sparse_score = levels[middle], found
-            high = middle
-        else:
-            low = middle + 1
-    return Pruned(_owned(state, params, keep, where), keep, sparse_score, dense_score)
+    # The owners are not stored: at the end they are computed again, from the share.
+    owned = lambda share: _owned(state, params, share, where)
+    scores = {1.0: dense_score}  # if no share is enough, as the dense network does
+
+    def is_enough(share: float) -> bool:
+        scores[share] = float(score(of_task(owned(share), params, task)))
+        return scores[share] >= tolerance * dense_score
+
+    keep = (*levels, 1.0)[bisect.bisect_left(levels, True, key=is_enough)]
+    return Pruned(owned(keep), keep, scores[keep], dense_score)
 
 
 @jax.jit

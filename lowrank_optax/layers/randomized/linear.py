@@ -219,25 +219,29 @@ def _sketched_product(
 
 def _forward(product: _Product, x: Any, kernel: Any, key: Any, valid: Any) -> tuple[Any, Any]:
     y = product.dense(x.value, kernel.value)
-    sketched = None
+    partitions = product.sketch_partition(x.value), PartitionSpec()
+    sketch = product.on_any_mesh(product.sketch, partitions)
+    operands = x.value, key.value, None if valid is None else valid.value
+    # Calls of one compiled function share the structure of what they save, but may differentiate by
+    # other arguments: an empty array is saved for what a call does not need.
     if kernel.perturbed:
-        partitions = product.sketch_partition(x.value), PartitionSpec()
-        sketch = product.on_any_mesh(product.sketch, partitions)
-        rows, seed = sketch(x.value, key.value, None if valid is None else valid.value)
+        rows, seed = sketch(*operands)
         # The name is for jax.checkpoint_policies.save_only_these_names.
         sketched = checkpoint_name(rows, "linear_sketch"), seed
-    return y, (sketched, kernel.value if x.perturbed else None)
+    else:
+        sketched = jax.tree.map(lambda _: jnp.zeros(0), jax.eval_shape(sketch, *operands))
+    return y, (sketched, kernel.value if x.perturbed else jnp.zeros(0))
 
 
 def _backward(product: _Product, saved: Any, gradient: Any) -> tuple[Any, Any, None, None]:
-    sketched, kernel = saved
+    (rows, seed), kernel = saved
     input_gradient, kernel_gradient = None, None
     if not isinstance(gradient, SymbolicZero):
-        if kernel is not None:
+        if kernel.size:
             input_gradient = product.input_gradient(kernel, gradient)
-        if sketched is not None:
+        if rows.size:
             compute = product.on_any_mesh(product.kernel_gradient, product.kernel_partition)
-            kernel_gradient = compute(*sketched, gradient)
+            kernel_gradient = compute(rows, seed, gradient)
     return input_gradient, kernel_gradient, None, None
 
 

@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 import dataclasses
-from typing import Any, NamedTuple, TypeAlias
+import functools
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 from flax import nnx
 import jax
@@ -17,7 +18,7 @@ from lowrank_optax.layers.randomized.sketch import Sketch
 from lowrank_optax.matrices.selection import Path, Where, path_string
 from lowrank_optax.modules.report import Report, Table, matrices_string
 from lowrank_optax.modules.select import modules_by_path, options_by_path, select
-from lowrank_optax.modules.wrap import own_class, set_own_class, wrap
+from lowrank_optax.modules.wrap import made_by, own_class, set_own_class
 
 Sketches: TypeAlias = Sketch | Mapping[str, Sketch]
 """One sketch for all, or sketches by regular expressions found in the layers' paths, of which the
@@ -69,6 +70,9 @@ class RandomizedLinear(nnx.Linear):
     Reference:
       Bershatsky et al., 2022, https://arxiv.org/abs/2201.13195.
     """
+
+    plain_weights: ClassVar[bool] = True
+    """The call multiplies by the parameter itself: adapters may read and change it."""
 
     def __init__(
         self,
@@ -187,8 +191,24 @@ def randomize(
         if not isinstance(layer, RandomizedLinear):
             layer.deterministic = False
             layer.sketch_stream = _sketch_stream(rngs, layer.kernel.shape[:-2])
-            wrap(layer, "sketch", RandomizedLinear, innermost=True)
+            set_own_class(layer, _randomized(own_class(layer)))
     return randomized_layers(model)
+
+
+@functools.cache
+def _randomized(cls: type) -> type:
+    """The class of randomized layers of a class of plain ones."""
+    if cls is nnx.Linear:
+        return RandomizedLinear
+    body = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+    body |= {"_plain_class": cls, **made_by(_randomized, cls)}
+    return type(cls)(cls.__name__, (RandomizedLinear, cls), body)
+
+
+def _plain_class(layer: Any) -> Any:
+    """The class of a randomized layer before; None for a subclass of `RandomizedLinear`."""
+    cls = own_class(layer)
+    return nnx.Linear if cls is RandomizedLinear else vars(cls).get("_plain_class")
 
 
 def _check_layer(name: str, layer: Any) -> None:
@@ -222,16 +242,13 @@ def restore_linears(model: Any) -> nnx.Module:
     if not layers:
         raise ValueError(f"the {type(model).__name__} has no randomized layer to restore.")
     for path, layer in layers.items():
-        cls = own_class(layer)
-        if issubclass(cls, RandomizedLinear) and cls is not RandomizedLinear:
+        if _plain_class(layer) is None:
             raise ValueError(
-                f"{path_string(path)} is of the class {cls.__name__}, which has no plain layer: "
-                "replace it before the others are restored."
+                f"{path_string(path)} is of the class {type(layer).__name__}, which has no plain "
+                "layer: replace it before the others are restored."
             )
     for layer in layers.values():
-        wrap(layer, "sketch", None)
-        if isinstance(layer, RandomizedLinear):  # made as one
-            set_own_class(layer, nnx.Linear)
+        set_own_class(layer, _plain_class(layer))
         del layer.sketch, layer.deterministic, layer.sketch_stream
     return model
 

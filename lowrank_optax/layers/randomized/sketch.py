@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lowrank_optax.states.precision import to_float32
+
 SketchKind: TypeAlias = Literal[
     "rows",
     "stratified",
@@ -163,7 +165,7 @@ def scale(kind: SketchKind, size: int, count: int) -> float:
 
 def _sum_rows(kind: SketchKind, size: int, key: Any, x: jax.Array, precision: Any) -> jax.Array:
     if kind in ("gaussian", "rademacher"):
-        dtype = to_float32(x).dtype
+        dtype = jnp.promote_types(x.dtype, jnp.float32)
         if kind == "gaussian":
             s = jax.random.normal(key, (size, len(x)), dtype).astype(x.dtype)
         else:
@@ -197,7 +199,7 @@ def hadamard_transform(x: jax.Array, precision: Any = None) -> jax.Array:
     """
     exponent = max(len(x) - 1, 0).bit_length()
     count = 2**exponent
-    dtype = to_float32(x).dtype
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
     mixed = jnp.pad(x, ((0, count - len(x)), (0, 0)))
     for done in range(0, exponent, 6):
         bits = min(6, exponent - done)
@@ -291,8 +293,3 @@ def _stratified(size: int, key: Any, count: int, valid: jax.Array | None) -> Cho
 def divide_or_0(a: jax.Array | float, b: jax.Array) -> jax.Array:
     """a / b, and 0 where b is 0."""
     return jnp.where(b == 0, 0, a / jnp.where(b == 0, 1, b))
-
-
-def to_float32(x: jax.Array) -> jax.Array:
-    """x as float32, or wider."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

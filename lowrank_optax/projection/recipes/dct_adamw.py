@@ -37,7 +37,6 @@ def dct_adamw(
     on_refresh: OnRefresh = "rotate_moments",
     side: Side = "shorter",
     state_bits: Bits | None = None,
-    seed: int = 0,
     weight_dimension_numbers: DimensionNumbersRule = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""DCT-AdamW: the basis is ``rank`` columns of one cosine matrix, chosen at every step.
@@ -58,7 +57,6 @@ def dct_adamw(
       transform: ``"products"`` or ``"fft"``, to compute coefficients: see `subspaces.dct`.
       on_refresh: See `scale_by_projection`. ``"keep"`` is the code's default, by which indices
         inherit moments of others.
-      seed: Not used by this rule.
 
     Raises:
       ValueError: If an argument is out of range.
@@ -92,6 +90,5 @@ def dct_adamw(
         on_refresh=on_refresh,
         refresh_every=refresh_every,
         side=side,
-        seed=seed,
         weight_dimension_numbers=weight_dimension_numbers,
     )

@@ -71,3 +71,8 @@ def test_8_bits_of_feedback_stay_close_to_32() -> None:
     )
     assert np.abs(rounded - exact).max() < 0.02
     assert np.abs(none - exact).max() > 0.1
+
+
+def test_has_no_seed_as_nothing_is_drawn() -> None:
+    with pytest.raises(TypeError, match="seed"):
+        lro.dct_adamw(0.1, RANK, seed=1)  # pyrefly: ignore

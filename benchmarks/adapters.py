@@ -1,20 +1,24 @@
-"""The fine-tuning table: every adapter of the example on one model, at its best learning rate.
+"""The table of adapters: each on one model, at its best learning rate, with its bytes and time.
 
-    python benchmarks/finetuning.py
-    python benchmarks/finetuning.py --markdown          # the table of what has been run
-    python benchmarks/finetuning.py --adapters lora lotr --model tests/config.json --steps 50
+    python benchmarks/adapters.py
+    python benchmarks/adapters.py --markdown          # the table of what has been run
+    python benchmarks/adapters.py --adapters lora lotr --model tests/config.json --steps 50
 
 A model is made once, of the standard library's code without its documentation, and adapted to that
 documentation. The learning rate of each adapter is chosen on seed 0, from three times and a third
-of the example's on, further while the best is at an end; then the other seeds run with it. Seeds
+of the example's on, further while the best is at an end; then the other seeds run with it. It is
+chosen by the loss on every second held-out window, and the loss on the others is reported. Seeds
 differ in the adapters' initial values and in the order of the text. Every run is written to the
-results at once, so that a stopped benchmark goes on where it was.
+results at once, so that a stopped benchmark goes on where it was; the table that the page "Which
+adapter" shows is written beside them.
 """
 
 import argparse
 from collections.abc import Callable
+import contextlib
 import dataclasses
 import functools
+import io
 from pathlib import Path
 import statistics
 import sys
@@ -29,17 +33,22 @@ from rich.console import Console
 from training_runs import CHUNK, read_json, steps_of, write_json
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-from _adapters import attach, parameter_count, take_apart
+from _adapters import Parts, attach, parameter_count, put_together, take_apart
 from _base_model import find_base
 from _compaction import state_bytes
 from _finetune_settings import FinetuneSettings
-from _machine import make_mesh
+from _finished import logits_of
+from _machine import make_mesh, peak_bytes
 from _recipes import RECIPES, Adapted, Chosen, choose
 from _start import Start, make_start
 from finetune import loss_on, train_step
+from pretrain import held_out_loss
+
+import lowrank_optax as lro
 
 ROOT = Path(__file__).resolve().parents[1]
 MOST_RATES = 6
+ROUNDS = 5
 
 
 class Finetuning:
@@ -48,8 +57,11 @@ class Finetuning:
     def __init__(self, chosen: Chosen, start: Start, text: Any, settings: FinetuneSettings) -> None:
         # The schedule then is the learning rate itself.
         self.chosen, self.start = chosen._replace(learning_rate=1.0), start
+        self.rate = chosen.learning_rate
         self.text, self.settings = text, settings
         self.chunk: Callable | None = None
+        self.peak: int | None = None
+        self.last: tuple[Any, ...] | None = None  # what the last step was given
 
     def _compile(self, parts: Any, adapted: Adapted) -> None:
         def step(carry: Any, inputs: Any, rest: Any) -> tuple[Any, jax.Array]:
@@ -78,23 +90,51 @@ class Finetuning:
         tx = self.chosen.optimizer(lambda count: 0.0, adapted)
         carry = trained, jax.jit(tx.init)(trained), parts.counts
         loop = dataclasses.replace(self.settings.loop(), seed=seed)
-        seconds = []
         for tokens, rates in steps_of(self.text, loop, rate, self.settings.steps):
-            began = time.perf_counter()
-            carry, losses = self.chunk(carry, parts.rest, tokens, rates)
-            jax.block_until_ready(losses)
-            seconds.append((time.perf_counter() - began) / len(rates))
+            if self.peak is None:
+                self.peak = peak_bytes(self.chunk.lower(carry, parts.rest, tokens, rates).compile())
+            carry, _ = self.chunk(carry, parts.rest, tokens, rates)
+        self.last = carry, parts.rest, tokens, rates
         loss = lambda windows: float(self.evaluate(windows, carry[0], carry[2], parts.rest))
         return {
-            "held_out_loss": loss(self.start.windows),
+            "choosing_loss": loss(self.start.windows[::2]),
+            "held_out_loss": loss(self.start.windows[1::2]),
             "old_text_loss": loss(self.start.old_windows),
             "trained": parameter_count(carry[0]),
             "state_bytes": state_bytes(carry[1]),
-            "step_seconds": min(seconds),
+            "peak_bytes": self.peak,
+            "merge_error": merge_error(parts._replace(trained=carry[0], counts=carry[2]), self),
         }
 
+    def seconds(self) -> float:
+        """Time of a few steps more, after `run`; the trained values are given up."""
+        assert self.chunk is not None
+        assert self.last is not None
+        carry, *inputs = self.last
+        began = time.perf_counter()
+        carry, _ = jax.block_until_ready(self.chunk(carry, *inputs))
+        self.last = (carry, *inputs)
+        return time.perf_counter() - began
 
-def learn(name: str, train: Callable[[int, float], float], peak: float, seeds: int) -> float:
+
+def step_ratio(trainer: Finetuning, reference: Finetuning) -> float:
+    """Median time of steps of the one over that of the other, which take turns."""
+    pairs = [(trainer.seconds(), reference.seconds()) for _ in range(ROUNDS)]
+    return statistics.median(x for x, _ in pairs) / statistics.median(y for _, y in pairs)
+
+
+def merge_error(parts: Parts, trainer: Finetuning) -> float | None:
+    """Largest difference of a logit after merging, over the largest; None if it cannot be."""
+    method = trainer.chosen.method()
+    if method is None or not method.has_delta:
+        return None
+    model, tokens = put_together(parts), trainer.start.windows[0, :, :-1]
+    before = logits_of(model, tokens)
+    lro.adapters.merge(model)
+    return float(jnp.max(jnp.abs(logits_of(model, tokens) - before)) / jnp.max(jnp.abs(before)))
+
+
+def learn(train: Callable[[int, float], float], peak: float, seeds: int) -> float:
     """Runs an adapter on all seeds at the learning rate that is best on the first."""
     losses = {rate: train(0, rate) for rate in (peak / 3, peak, 3 * peak)}
     while True:
@@ -119,19 +159,22 @@ def make_table(results: dict[str, Any], names: list[str], markdown: bool) -> Non
         losses = [r["held_out_loss"] for r in runs]
         old = [r["old_text_loss"] - before["old_text_loss"] for r in runs]
         spread = statistics.stdev(losses) if len(losses) > 1 else 0.0
-        one = min(runs, key=lambda r: r["step_seconds"])
-        rows.append(one | {"loss": statistics.mean(losses), "spread": spread})
-        rows[-1] |= {"old": statistics.mean(old), "seeds": len(runs)}
+        rows.append(runs[0] | {"loss": statistics.mean(losses), "spread": spread})
+        rows[-1] |= {"old": statistics.mean(old), "step": results["steps"][name]}
     columns = [
         Column("adapter", lambda r: r["adapter"]),
         Column("rank", lambda r: "" if r["rank"] is None else str(r["rank"])),
         Column("trained", lambda r: f"{r['trained']:,}"),
         Column("state, KiB", lambda r: f"{r['state_bytes'] / 2**10:,.1f}"),
+        Column("peak, MiB", lambda r: f"{r['peak_bytes'] / 2**20:,.1f}"),
         Column("learning rate", lambda r: f"{r['rate']:.1e}"),
         Column("held-out loss", lambda r: f"{r['loss']:.4f} ± {r['spread']:.4f}"),
         Column("old text", lambda r: f"{r['old']:+.4f}"),
-        Column("step, ms", lambda r: f"{1e3 * r['step_seconds']:.1f}"),
-        Column("seeds", lambda r: str(r["seeds"])),
+        Column("step over LoRA's", lambda r: f"{r['step']:.2f}"),
+        Column(
+            "merge error",
+            lambda r: "" if r["merge_error"] is None else f"{r['merge_error']:.0e}",
+        ),
     ]
     title = (
         f"{before['model']} after {before['steps']} steps; before: {before['held_out_loss']:.4f}, "
@@ -151,13 +194,17 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/finetuning.json")
-    parser.add_argument("--base", type=Path, default=ROOT / "runs/finetuning", help="its folder")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/adapters.json")
+    parser.add_argument("--base", type=Path, default=ROOT / "runs/adapters", help="its folder")
     parser.add_argument("--markdown", action="store_true", help="run nothing")
     args = parser.parse_args()
-    results = read_json(args.results) or {"before": {}, "runs": {}, "best": {}}
+    results = read_json(args.results) or {"before": {}, "runs": {}, "best": {}, "steps": {}}
     if not args.markdown:
         run_all(args, results)
+        page = io.StringIO()
+        with contextlib.redirect_stdout(page):
+            make_table(results, list(results["best"]), markdown=True)
+        args.results.with_suffix(".md").write_text(page.getvalue(), encoding="utf-8")
     make_table(results, args.adapters, args.markdown)
 
 
@@ -177,26 +224,41 @@ def run_all(args: argparse.Namespace, results: dict[str, Any]) -> None:
     console = Console(soft_wrap=True)
     start = make_start(base, settings, mesh, args.base, console, threading.Event())
     assert start is not None
-    figures = {k: start.figures[k] for k in ("weights", "held_out_loss", "old_text_loss")}
+    figures = {k: start.figures[k] for k in ("weights", "old_text_loss")}
+    evaluate = jax.jit(functools.partial(held_out_loss, graphdef=start.graphdef))
+    figures["held_out_loss"] = float(evaluate(start.params, start.windows[1::2]))
     figures |= {"model": args.model, "steps": args.steps, "rank": args.rank}
     if results["before"] not in ({}, figures):
         sys.exit(f"{args.results} is of another model or other settings: give --results")
     results["before"] = figures
-    for chosen in choose(args.adapters, args.set, None, args.rank, None):
-        trainer = Finetuning(chosen, start, base.text, settings)
+    trainers = {
+        chosen.name: Finetuning(chosen, start, base.text, settings)
+        for chosen in choose(
+            dict.fromkeys(["lora", *args.adapters]), args.set, None, args.rank, None
+        )
+    }
 
-        def train(seed: int, rate: float, trainer: Finetuning = trainer) -> float:
-            name = trainer.chosen.name
-            key = f"{name} seed {seed} rate {rate:.3g}"
-            if key not in results["runs"]:
-                run = {"adapter": name, "seed": seed, "rate": rate, "rank": trainer.chosen.rank}
-                results["runs"][key] = run | trainer.run(seed, rate)
-                write_json(args.results, results)
-                console.print(f"{key}: {results['runs'][key]['held_out_loss']:.4f}")
-            loss = results["runs"][key]["held_out_loss"]
-            return loss if loss == loss else float("inf")  # NaN is the worst
+    def train(trainer: Finetuning, seed: int, rate: float) -> float:
+        name = trainer.chosen.name
+        key = f"{name} seed {seed} rate {rate:.3g}"
+        if key not in results["runs"]:
+            run = {"adapter": name, "seed": seed, "rate": rate, "rank": trainer.chosen.rank}
+            results["runs"][key] = run | trainer.run(seed, rate)
+            write_json(args.results, results)
+            console.print(f"{key}: {results['runs'][key]['held_out_loss']:.4f}")
+        loss = results["runs"][key]["choosing_loss"]
+        return loss if loss == loss else float("inf")  # NaN is the worst
 
-        results["best"][chosen.name] = learn(chosen.name, train, chosen.learning_rate, args.seeds)
+    for name in args.adapters:
+        trainer = trainers[name]
+        rate = learn(functools.partial(train, trainer), trainer.rate, args.seeds)
+        results["best"][name] = rate
+        if name not in results["steps"]:
+            for each in (trainer, trainers["lora"]):
+                if each.last is None:
+                    each.run(0, each.rate)
+            results["steps"][name] = step_ratio(trainer, trainers["lora"])
+        trainer.last = None if name != "lora" else trainer.last
         write_json(args.results, results)
 
 

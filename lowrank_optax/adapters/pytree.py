@@ -17,7 +17,7 @@ from lowrank_optax.adapters import groups
 from lowrank_optax.adapters.base import Adapter, counts_of, parameter_count
 from lowrank_optax.adapters.factored import FactoredWeight
 from lowrank_optax.adapters.folding import check_invertible
-from lowrank_optax.adapters.layer_calls import refuse_derivative
+from lowrank_optax.adapters.layer_calls import on_derivative, refuse
 from lowrank_optax.matrices.names import named_kind
 from lowrank_optax.matrices.paths import normalised_path
 from lowrank_optax.matrices.rules import (
@@ -194,7 +194,7 @@ def effective(params: Any, adapter: PytreeAdapter) -> Any:
         summed = jax.checkpoint(_sum, static_argnums=0)(leaf, value, p)
         statistics = {name: p[name] for name in leaf.method.statistics & p.keys()}
         message = _NO_STATISTICS.format(leaf.name, type(leaf.method).__name__)
-        return refuse_derivative(message, summed, statistics) if statistics else summed
+        return on_derivative(refuse, message, summed, statistics) if statistics else summed
 
     return _replaced(params, adapter, one)
 

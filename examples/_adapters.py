@@ -1,6 +1,7 @@
 """Adapters on a model: attached, of equal size if asked for, and what is trained of the model."""
 
 from collections.abc import Callable
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -84,7 +85,14 @@ def equal_parameters(
         raise InputError(f"--equal-parameters: {first.name} has no rank to compare others with")
     target = count(first, first.options["rank"])
     return [first] + [
-        with_rank(each, _nearest(lambda rank, each=each: count(each, rank), target))
+        with_rank(
+            each,
+            _nearest(
+                functools.cache(functools.partial(count, each)),
+                target,
+                each.options.get("active", 1),
+            ),
+        )
         if "rank" in each.options
         else each
         for each in several[1:]
@@ -96,13 +104,16 @@ def with_rank(chosen: Chosen, rank: int) -> Chosen:
     return chosen._replace(options=chosen.options | {"rank": rank})
 
 
-def _nearest(count: Callable[[int], float], target: float) -> int:
-    """The rank whose count is nearest: counts rise with it, up to what the weights have."""
-    low, high = 1, 2
-    while count(high) < target and count(high) > count(high // 2):
+def _nearest(count: Callable[[int], float], target: float, least: int) -> int:
+    """The rank whose count is nearest: counts rise, or fall, up to what the weights have."""
+    sign = 1 if count(least + 1) > count(least) else -1
+    low, high = least, 2 * least
+    while sign * count(high) < sign * target and sign * count(high) > sign * count(high // 2):
         low, high = high, 2 * high
-    target = min(target, count(high))
+    if sign > 0:
+        target = min(target, count(high))
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if count(middle) < target else (low, middle)
+        reached = sign * count(middle) >= sign * target
+        low, high = (low, middle) if reached else (middle, high)
     return min((low, high), key=lambda rank: abs(count(rank) - target))

@@ -105,6 +105,49 @@ def lamda(
     return lro.adapters.lamda_freezing(tx, adapted.steps, eta)
 
 
+def flylora(
+    learning_rate: optax.ScalarOrSchedule,
+    adapted: Adapted,
+    *,
+    balance_step: float = 1e-3,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    weight_decay: float = 0.0,
+) -> optax.GradientTransformation:
+    """AdamW, with the ranks balanced over the tokens."""
+    tx = adamw(learning_rate, adapted, b1=b1, b2=b2, weight_decay=weight_decay)
+    return lro.adapters.flylora_balance(tx, balance_step)
+
+
+def sora(
+    learning_rate: optax.ScalarOrSchedule,
+    adapted: Adapted,
+    *,
+    penalty: float = 0.5,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    weight_decay: float = 0.0,
+) -> optax.GradientTransformation:
+    """AdamW, with the gates shrunk after each step; gates at zero are ranks to cut."""
+    tx = adamw(learning_rate, adapted, b1=b1, b2=b2, weight_decay=weight_decay)
+    return lro.adapters.soft_threshold_gates(tx, learning_rate, penalty)
+
+
+def prilora(
+    learning_rate: optax.ScalarOrSchedule,
+    adapted: Adapted,
+    *,
+    every: int = 40,
+    fraction: float = 0.5,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    weight_decay: float = 0.0,
+) -> optax.GradientTransformation:
+    """AdamW, with the least important entries of the first factor set to zero now and then."""
+    tx = adamw(learning_rate, adapted, b1=b1, b2=b2, weight_decay=weight_decay)
+    return lro.adapters.prilora_pruning(tx, every, fraction)
+
+
 class Recipe(NamedTuple):
     """How an adapter is made and trained."""
 
@@ -127,6 +170,14 @@ RECIPES: dict[str, Recipe] = {
     "lotr": Recipe("LoTR", 3e-2),
     "aflora": Recipe("AFLoRA", 3e-2, {}, aflora),
     "lamda": Recipe("LaMDA", 6e-3, {}, lamda),
+    "vera": Recipe("VeRA", 3e-2, {"rank": 256, "alpha": None}),
+    "miss": Recipe("MiSS", 3e-3, {"alpha": None}),
+    "miss_bat": Recipe("MiSSBat", 3e-3, {"alpha": None}),
+    "randlora": Recipe("RandLoRA", 1e-3, {"alpha": None}),
+    "sara": Recipe("SaRA", 3e-3, {"fraction": 0.1}),
+    "sora": Recipe("SoRA", 1.5e-2, {}, sora),
+    "prilora": Recipe("PRILoRA", 1.5e-2, {}, prilora),
+    "flylora": Recipe("FlyLoRA", 1.5e-2, {"rank": 32, "active": 8, "alpha": None}, flylora),
     # A number a direction: it takes many, and has no scale.
     "svfit": Recipe("SVFit", 6e-2, {"rank": 64, "alpha": None}),
     "full": Recipe(None, 3e-3),

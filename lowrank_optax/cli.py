@@ -26,6 +26,9 @@ replaced when the result is complete.
   PiSSA as a LoRA:      lowrank-optax convert SOURCE TARGET --plain-lora --base MODEL
   a model, merged:      lowrank-optax convert SOURCE TARGET --base MODEL --merge
 
+AdaLoRA, VeRA and MiSS (with --base) become plain LoRAs too. LoHa, LoKr, IA3, OFT and RandLoRA can
+only be merged. VeRA and RandLoRA need their random projections in the file (save_projection).
+
 An adapter of type BONE is renamed to MISS, as PEFT calls it now. Adapters of this library become
 PEFT's by `lowrank_optax.adapters.save_peft`, which needs the model."""
 

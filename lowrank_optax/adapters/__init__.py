@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from lowrank_optax.adapters.peft.config import UnsupportedConfigError
     from lowrank_optax.adapters.peft.loading import load_peft
     from lowrank_optax.adapters.peft.saving import save_peft
+    from lowrank_optax.adapters.peft.weight_folding import fold_peft
     from lowrank_optax.adapters.summaries import AdapterSummary, summary
     from lowrank_optax.adapters.switching import activate, deactivate, disabled
 
@@ -86,6 +87,7 @@ _FLAX = {
     "deactivate": "switching",
     "detach": "attaching",
     "disabled": "switching",
+    "fold_peft": "peft.weight_folding",
     "freeze_arrays": "own_values",
     "load_peft": "peft.loading",
     "merge": "merging",
@@ -180,6 +182,7 @@ __all__ = [
     "unmerge",
     # Files of Hugging Face PEFT
     "UnsupportedConfigError",
+    "fold_peft",
     "load_peft",
     "save_peft",
     # In a Flax Linen model, and in any function of parameters

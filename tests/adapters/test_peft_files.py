@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import lowrank_optax as lro
-from lowrank_optax.adapters import load_peft, save_peft
+from lowrank_optax.adapters import fold_peft, load_peft, save_peft
 from lowrank_optax.models import Decoder, DecoderConfig, decoder_config
 from tests.adapters.peft_files import (
     DIM,
@@ -426,8 +426,10 @@ def test_an_embedding_that_may_be_the_head_is_warned_of_and_a_tied_one_refused(t
     save_peft(model, tmp_path / "a", names=NAMES)
     load_peft(Model(True), tmp_path / "a", names=NAMES)  # it has a head of its own
     names = {k: v for k, v in NAMES.items() if k != "head"}
-    with pytest.warns(UserWarning, match=r"model\.embed_tokens\. If its table is the head's too"):
-        load_peft(Model(True), tmp_path / "a", names=names)
+    for read_into in (load_peft, fold_peft):
+        match = r"model\.embed_tokens\. If its table is the head's too"
+        with pytest.warns(UserWarning, match=match):
+            read_into(Model(True), tmp_path / "a", names=names)
     tied = Model(True)
     tied.config = DecoderConfig(8, 8, 8, 1, 1, tie_word_embeddings=True)
     with pytest.raises(lro.adapters.UnsupportedConfigError, match=r"embed_tokens alone: PEFT gave"):

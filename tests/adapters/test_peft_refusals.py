@@ -9,7 +9,8 @@ import pytest
 
 import lowrank_optax as lro
 from lowrank_optax.adapters import UnsupportedConfigError, load_peft, save_peft
-from lowrank_optax.adapters.peft.config import _REFUSED, parse_config
+from lowrank_optax.adapters.peft.config import _REFUSED
+from lowrank_optax.adapters.peft.parsing import parse_config
 from lowrank_optax.storage.safetensors_files import CheckpointMismatchError
 from tests.adapters.peft_files import (
     DIM,
@@ -87,9 +88,8 @@ def test_all_refusals_are_in_one_message(folder):
 
 def test_other_types_are_refused(tmp_path):
     matches = (
-        ("BONE", "rename BONE to MISS.*bone_.*miss_"),
-        ("VERA", "peft_type='VERA' is not supported, only 'LORA' is"),
-        ("RANDLORA", "peft_type='RANDLORA'"),
+        ("BOFT", "peft_type='BOFT' is not supported, only LORA, ADALORA, .*, RANDLORA are"),
+        ("VBLORA", "peft_type='VBLORA'"),
         (None, "no peft_type"),
     )
     cases = [({"peft_type": kind}, match) for kind, match in matches]
@@ -397,7 +397,7 @@ def test_foreign_files_are_refused_with_what_to_do(folder, tmp_path):
     write(tmp_path / "b", config | {"target_modules": ["c_attn"]}, c_attn)
     match = r"changes model\.layers\.0\.self_attn\.c_attn, .* It has .*q_proj.* another archit"
     refused(tmp_path / "b", ValueError, match)
-    refused(changed(folder, peft_type="VERA"), UnsupportedConfigError, "Merge it in PEFT .*load")
+    refused(changed(folder, peft_type="BOFT"), UnsupportedConfigError, "Merge it in PEFT .*load")
     (folder / "adapter_model.safetensors").write_bytes(b"PK\x03\x04 is another format")
     write_config = json.dumps({"peft_type": "LORA", **config})
     (folder / "adapter_config.json").write_text(write_config)

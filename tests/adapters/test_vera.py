@@ -69,7 +69,8 @@ def test_options_out_of_range_are_refused():
             VeRA(**options)
 
 
-def test_a_file_of_peft_holds_the_lora_that_it_is_equal_to(tmp_path):
+@pytest.mark.parametrize("as_lora", [None, True])
+def test_a_file_of_peft_holds_it_or_the_lora_that_it_is_equal_to(tmp_path, as_lora):
     model, names = nnx.Sequential(nnx.Linear(6, 5, rngs=nnx.Rngs(0))), {"layers/{}": "{}"}
     y = model(X)
     lro.adapters.attach(model, lro.adapters.VeRA(rank=4), rngs=0)
@@ -77,7 +78,7 @@ def test_a_file_of_peft_holds_the_lora_that_it_is_equal_to(tmp_path):
     arrays["b"].set_value(RNG.normal(size=5).astype(np.float32))
     after = model(X)
     assert np.abs(after - y).max() > 0.1
-    lro.adapters.save_peft(model, tmp_path / "vera", names=names)
+    lro.adapters.save_peft(model, tmp_path / "vera", names=names, as_lora=as_lora)
     again = nnx.Sequential(nnx.Linear(6, 5, rngs=nnx.Rngs(0)))
     lro.adapters.load_peft(again, tmp_path / "vera", names=names)
     np.testing.assert_allclose(again(X), after, atol=1e-5)

@@ -326,9 +326,9 @@ ADAPTERS = (
     ),
     Fault(
         "PEFT field that changes the function let through",
-        "lowrank_optax/adapters/peft/config.py",
-        "if refused:",
-        "if len(refused) > 1:",
+        "lowrank_optax/adapters/peft/parsing.py",
+        "if refused := kind.refused(content):",
+        "if len(refused := kind.refused(content)) > 1:",
         ("tests/adapters/test_peft_refusals.py",),
     ),
     Fault(

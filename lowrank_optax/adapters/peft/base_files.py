@@ -111,6 +111,8 @@ def modules_of_adapter(adapter: Mapping[str, Shapes]) -> dict[str, FileModule]:
         names = ("lora_A.weight", "lora_B.weight")
         if "lora_embedding_A" in shapes:
             names = ("lora_embedding_A", "lora_embedding_B")
+        elif "lora_E" in shapes:  # of AdaLoRA
+            names = ("lora_A", "lora_B")
         a, b = (shapes.get(name, ()) for name in names)
         if len(a) < 2 or len(b) < 2:
             raise ValueError(

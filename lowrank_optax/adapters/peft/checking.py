@@ -14,7 +14,7 @@ import numpy as np
 from lowrank_optax.adapters.peft.base_files import FileModule
 from lowrank_optax.adapters.peft.config import (
     MERGE_IN_PEFT,
-    PeftConfig,
+    BaseConfig,
     UnsupportedConfigError,
     as_tuple,
     has_pattern,
@@ -22,7 +22,7 @@ from lowrank_optax.adapters.peft.config import (
     is_saved,
 )
 from lowrank_optax.adapters.peft.module_names import Slot
-from lowrank_optax.adapters.peft.tensors import PREFIX, Layout, Tied, split_name
+from lowrank_optax.adapters.peft.tensors import PREFIX, SHARED, Layout, Tied, split_name
 from lowrank_optax.storage.safetensors_files import TensorReader
 
 _LISTED = 8
@@ -39,65 +39,68 @@ _Shapes = dict[tuple[str, str], tuple[int, ...]]
 
 
 def checked_tensors(
-    reader: TensorReader, modules: Mapping[str, Module], config: PeftConfig, tied: Tied | None
+    reader: TensorReader, modules: Mapping[str, Module], config: BaseConfig, tied: Tied | None
 ) -> tuple[dict[str, Layout], dict[str, dict[str, np.ndarray]]]:
     """Reads the tensors of an adapter, after all have been compared with what a base requires.
 
     Returns:
       Layouts of the adapted layers by module, and tensors by module and what follows its name.
+      Tensors that layers share are among those of each.
 
     Raises:
       CheckpointMismatchError: If the file is damaged, or its tensors are others.
       ValueError: If the adapter is of another architecture; something that the configuration names
         is not in the base (near names are listed); or the file has two values of a weight that is
-        an embedding's and a head's.
+        an embedding's and a head's, or of a tensor that layers share.
       UnsupportedConfigError: If the configuration selects something that is not supported.
     """
     layers = [m for m, module in modules.items() if module.is_layer and config.is_target(m)]
     _check_tied(modules, config, tied)
     layouts = {m: layout for m in layers if (layout := modules[m].layout)}
     names = {".".join(split_name(name)): name for name in reader.shapes}
-    _check_architecture(modules, list(dict.fromkeys(split_name(n)[0] for n in reader.shapes)))
+    changed = dict.fromkeys(split_name(n)[0] for n in reader.shapes)
+    _check_architecture(modules, [m for m in changed if m != SHARED])
     _check_names(modules, layers, config)
     required, optional = _expected_shapes(modules, layouts, config)
     if tied and (tied.embedding, "weight") in required:
         optional[tied.head, "weight"] = required[tied.embedding, "weight"]
     found = {key: names[".".join(key)] for key in required | optional if ".".join(key) in names}
-    missing = {key: PREFIX + ".".join(key) for key in required if key not in found}
+    prefix = lambda module: "base_model" if module == SHARED else PREFIX
+    missing = {key: prefix(key[0]) + ".".join(key) for key in required if key not in found}
     expected = {name: (required | optional)[key] for key, name in (found | missing).items()}
     reader.check(expected, ignore=lambda _: False)
     both = [found[m, "weight"] for m in tied or () if (m, "weight") in found]
     if len(both) == 2 and not reader.equal(*both):
         raise ValueError(f"{' and '.join(reversed(both))} are tied, but differ.")
-    tensors: dict[str, dict[str, np.ndarray]] = {}
+    shared = {tensor: found[SHARED, tensor] for tensor in config.shared_shapes(layouts.values())}
+    for (_, tensor), name in found.items():
+        if tensor in shared and not reader.equal(name, shared[tensor]):
+            raise ValueError(f"{name} must be the same as {shared[tensor]}, but differs.")
+    values = {tensor: reader.read(name) for tensor, name in shared.items()}
+    tensors = {module: dict(values) for module in layouts}
     for (module, tensor), name in found.items():
-        tensors.setdefault(module, {})[tensor] = reader.read(name)
+        if tensor not in shared:
+            tensors.setdefault(module, {})[tensor] = reader.read(name)
     return layouts, tensors
 
 
 def _expected_shapes(
-    modules: Mapping[str, Module], layouts: Mapping[str, Layout], config: PeftConfig
+    modules: Mapping[str, Module], layouts: Mapping[str, Layout], config: BaseConfig
 ) -> tuple[_Shapes, _Shapes]:
     """_Shapes of the tensors that must be there, and of those that may."""
     required: _Shapes = {}
     optional: _Shapes = {}
+    shared = config.shared_shapes(layouts.values())
+    required |= {(SHARED, name): shape for name, shape in shared.items()}
     for module, layout in layouts.items():
-        if config.use_dora and layout.kind == "embedding":
-            raise UnsupportedConfigError(
-                f"use_dora=True of an embedding ({module}): unsupported. {MERGE_IN_PEFT}"
-            )
-        if config.is_pissa and layout.kind != "linear":
-            raise UnsupportedConfigError(
-                f"init_lora_weights='pissa' of {module}, which is no linear layer: unsupported. "
-                f"{MERGE_IN_PEFT}"
-            )
-        of_layer = layout.shapes(config.rank_of(module), config.use_dora)
+        of_layer = config.layer_shapes(module, layout)
         required |= {(module, name): shape for name, shape in of_layer.items()}
+        optional |= {(module, name): shape for name, shape in shared.items()}
         optional[module, "base_layer.weight"] = layout.weight_shape
     for name, module in modules.items():
         if is_saved(name, config.modules_to_save) and name not in layouts:
             required |= {(name, p): shape for p, shape in module.shapes.items()}
-        elif config.bias != "none" and "bias" in module.shapes:
+        elif getattr(config, "bias", "none") != "none" and "bias" in module.shapes:
             key = "base_layer.bias" if name in layouts else "bias"
             optional[name, key] = module.shapes["bias"]
     return required, optional
@@ -121,7 +124,7 @@ def _check_architecture(modules: Mapping[str, Module], found: list[str]) -> None
     )
 
 
-def _check_tied(modules: Mapping[str, Module], config: PeftConfig, tied: Tied | None) -> None:
+def _check_tied(modules: Mapping[str, Module], config: BaseConfig, tied: Tied | None) -> None:
     """Raises UnsupportedConfigError if an adapter changes one of two modules with one weight."""
     saved = [m for m in tied or () if is_saved(m, config.modules_to_save)]
     targets = [m for m in tied or () if config.is_target(m)]
@@ -144,7 +147,7 @@ def _check_tied(modules: Mapping[str, Module], config: PeftConfig, tied: Tied | 
         )
 
 
-def _check_names(modules: Mapping[str, Module], layers: list[str], config: PeftConfig) -> None:
+def _check_names(modules: Mapping[str, Module], layers: list[str], config: BaseConfig) -> None:
     """Raises ValueError if something that the configuration names is not there."""
     all_layers = [m for m, module in modules.items() if module.is_layer]
     targets = config.target_modules
@@ -175,7 +178,7 @@ def _check_names(modules: Mapping[str, Module], layers: list[str], config: PeftC
     if any(map(is_there, of_task)):
         saved = tuple(name for name in saved if name not in of_task)
     _check_each("modules_to_save", saved, is_there, modules)
-    for field in ("rank_pattern", "alpha_pattern"):
+    for field in config.pattern_fields:
         is_there = lambda pattern: any(has_pattern(m, pattern) for m in layers)
         _check_each(field, getattr(config, field), is_there, layers)
     excluded = config.exclude_modules or ()

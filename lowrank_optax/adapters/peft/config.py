@@ -3,14 +3,17 @@
 A module is named by its dotted path in the PyTorch model, ``model.layers.0.self_attn.q_proj``.
 """
 
-from collections.abc import Mapping
+import abc
+from collections.abc import Iterable, Mapping
 import dataclasses
 import json
 from pathlib import Path
 import re
-from typing import Any, TypeVar
-import warnings
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+import numpy as np
+
+from lowrank_optax.adapters.base import Adapter
 from lowrank_optax.adapters.methods.dora import DoRA
 from lowrank_optax.adapters.methods.lora import LoRA
 from lowrank_optax.adapters.methods.pissa import PiSSA
@@ -21,12 +24,16 @@ from lowrank_optax.storage.fields import (
     NUMBER,
     PATTERN,
     TEXT,
+    Kind,
     choice,
     integer,
     list_of,
     mapping_to,
     wrong_fields,
 )
+
+if TYPE_CHECKING:
+    from lowrank_optax.adapters.peft.tensors import Layout
 
 CONFIG_FILE = "adapter_config.json"
 
@@ -47,42 +54,18 @@ _REFUSED = {
     "use_qalora": "QALoRA, whose inputs are pooled",
     "velora_config": "VeLoRA, whose backward pass is another",
 }
-# Fields without effect on what the adapter computes.
-_HARMLESS = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "corda_config",
-    "eva_config",
-    "inference_mode",
-    "loftq_config",
-    "lora_ga_config",
-    "megatron_config",
-    "megatron_core",
-    "peft_type",
-    "peft_version",
-    "qalora_group_size",
-    "revision",
-    "runtime_config",
-    "task_type",
-}
 _NAMES_OR_PATTERN = PATTERN | list_of(TEXT) | NULL
-_KINDS = {
-    "r": integer(1),
-    "lora_alpha": NUMBER,
-    "lora_dropout": FRACTION,
-    "use_rslora": BOOLEAN,
-    "use_dora": BOOLEAN,
-    "target_modules": _NAMES_OR_PATTERN,
-    "exclude_modules": _NAMES_OR_PATTERN,
-    "layers_to_transform": integer(0) | list_of(integer(0)) | NULL,
-    "layers_pattern": PATTERN | list_of(PATTERN) | NULL,
-    "rank_pattern": mapping_to(PATTERN, integer(1)) | NULL,
-    "alpha_pattern": mapping_to(PATTERN, NUMBER) | NULL,
-    "modules_to_save": list_of(PATTERN) | NULL,
-    "bias": choice("none", "all", "lora_only"),
-    "fan_in_fan_out": BOOLEAN,
-    "ensure_weight_tying": BOOLEAN | NULL,
-}
+HARMLESS_OF_LORA = frozenset(
+    {
+        "corda_config",
+        "eva_config",
+        "loftq_config",
+        "lora_ga_config",
+        "megatron_config",
+        "megatron_core",
+        "qalora_group_size",
+    }
+)
 # What to do with an adapter that is not supported.
 MERGE_IN_PEFT = (
     "Merge it in PEFT (`merge_and_unload`), save the merged model, and load that instead."
@@ -96,40 +79,94 @@ class UnsupportedConfigError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PeftConfig:
-    """An adapter_config.json of the LoRA family, with the fields it has there.
+class BaseConfig(abc.ABC):
+    """An adapter_config.json: the fields that every kind of adapter has.
+
+    A kind is a subclass. Its fields are those of the file, with PEFT's defaults.
 
     Attributes:
       others: Every further field, as it was read: they are written again.
     """
 
-    r: int = 8
-    lora_alpha: float = 8
-    lora_dropout: float = 0.0
-    use_rslora: bool = False
-    use_dora: bool = False
-    init_lora_weights: bool | str | None = True
+    peft_type: ClassVar[str]
+    field_kinds: ClassVar[Mapping[str, Kind]] = {
+        "target_modules": _NAMES_OR_PATTERN,
+        "exclude_modules": _NAMES_OR_PATTERN,
+        "layers_to_transform": integer(0) | list_of(integer(0)) | NULL,
+        "layers_pattern": PATTERN | list_of(PATTERN) | NULL,
+        "modules_to_save": list_of(PATTERN) | NULL,
+        "fan_in_fan_out": BOOLEAN,
+        "ensure_weight_tying": BOOLEAN | NULL,
+    }
+    """What each field may be."""
+    harmless: ClassVar[frozenset[str]] = frozenset(
+        {
+            "auto_mapping",
+            "base_model_name_or_path",
+            "inference_mode",
+            "peft_type",
+            "peft_version",
+            "revision",
+            "runtime_config",
+            "task_type",
+            *_REFUSED,
+        }
+    )
+    """Fields without effect on what the adapter computes, or refused unless they are off."""
+    pattern_fields: ClassVar[tuple[str, ...]] = ()
+    """Fields that map patterns of modules to values."""
+
     target_modules: Names = None
     exclude_modules: Names = None
     layers_to_transform: int | tuple[int, ...] | None = None
     layers_pattern: Names = None
-    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
     modules_to_save: Names = None
-    bias: str = "none"
     fan_in_fan_out: bool = False
     ensure_weight_tying: bool | None = False
     others: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+    @classmethod
+    def refused(cls, content: Mapping[str, Any]) -> list[str]:
+        """Fields that change the function and are not supported, each with its value and why."""
+        return [f"{k}={content[k]!r} ({why})" for k, why in _REFUSED.items() if content.get(k)]
+
+    @classmethod
+    def wrong(cls, content: Mapping[str, Any]) -> list[str]:
+        """A sentence for each field whose value is impossible, alone or beside the others."""
+        wrong = wrong_fields(content, cls.field_kinds)
+        layers, pattern = (content.get(f"layers_{k}") for k in ("to_transform", "pattern"))
+        if isinstance(content.get("target_modules"), str) and (layers not in (None, []) or pattern):
+            wrong.append(
+                "layers_to_transform and layers_pattern select layers of a list in target_modules, "
+                f"which is the regular expression {content['target_modules']!r}"
+            )
+        if pattern and layers is None:
+            wrong.append(f"layers_pattern={pattern!r} needs layers_to_transform, which is null")
+        return wrong
+
+    @abc.abstractmethod
+    def layer_shapes(self, module: str, layout: "Layout") -> dict[str, tuple[int, ...]]:
+        """Names (after the module's) and PyTorch's shapes of the tensors of a layer's adapter.
+
+        Raises:
+          ValueError: If the configuration is not possible or not supported for such a layer.
+        """
+
     @property
-    def is_pissa(self) -> bool:
-        return self.init_lora_weights == "pissa"
+    def needs_base(self) -> str:
+        """The field, with its value, that has no meaning without the base model; or ""."""
+        return ""
+
+    def shared_shapes(self, layouts: Iterable["Layout"]) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the tensors that these layers share; there are none by default."""
+        del layouts
+        return {}
 
     def content(self) -> dict[str, Any]:
         """The fields of the file."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         others = fields.pop("others")
-        return {"peft_type": "LORA", "inference_mode": True, **others, **fields}
+        return {"peft_type": self.peft_type, "inference_mode": True, **others, **fields}
 
     def is_target(self, module: str) -> bool:
         """Whether a module is adapted, by PEFT's rules.
@@ -158,13 +195,134 @@ class PeftConfig:
         found = (re.match(pattern, module) for pattern in patterns)
         return next((int(match[1]) for match in found if match), None)
 
+
+class AttachedConfig(BaseConfig):
+    """An adapter_config.json of a kind that is attached as a method of this library."""
+
+    @property
+    def is_pissa(self) -> bool:
+        """Whether the base is changed when it is attached."""
+        return False
+
+    @property
+    def is_off_at_scale_zero(self) -> bool:
+        """Whether an adapter of scale zero leaves a layer as it is."""
+        return True
+
+    @abc.abstractmethod
+    def method(self) -> Adapter:
+        """The method that the file holds."""
+
+    @abc.abstractmethod
     def rank_of(self, module: str) -> int:
         """The rank of a module's adapter."""
-        return _by_pattern(module, self.rank_pattern, self.r)
+
+    def scale_of(self, module: str) -> float:
+        """The scale of a module's adapter."""
+        del module
+        return 1.0
+
+    @abc.abstractmethod
+    def arrays(self, layout: "Layout", tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Arrays of the method for one layer, float32, by their names there."""
+
+    def shared_arrays(
+        self, layout: "Layout", tensors: Mapping[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        """Arrays that layers of this layout share, as `arrays`; there are none by default."""
+        del layout, tensors
+        return {}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PeftConfig(AttachedConfig):
+    """An adapter_config.json of the LoRA family, with the fields it has there."""
+
+    peft_type = "LORA"
+    field_kinds: ClassVar = {
+        **BaseConfig.field_kinds,
+        "r": integer(1),
+        "lora_alpha": NUMBER,
+        "lora_dropout": FRACTION,
+        "use_rslora": BOOLEAN,
+        "use_dora": BOOLEAN,
+        "rank_pattern": mapping_to(PATTERN, integer(1)) | NULL,
+        "alpha_pattern": mapping_to(PATTERN, NUMBER) | NULL,
+        "bias": choice("none", "all", "lora_only"),
+    }
+    harmless = BaseConfig.harmless | HARMLESS_OF_LORA
+    pattern_fields = ("rank_pattern", "alpha_pattern")
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: bool | str | None = True
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    bias: str = "none"
+
+    @classmethod
+    def refused(cls, content: Mapping[str, Any]) -> list[str]:
+        """Fields of variants of LoRA; values of init_lora_weights that belong to another base."""
+        refused = super().refused(content)
+        initial = content.get("init_lora_weights", True)
+        if initial not in _INITIALS:
+            about = "unknown"
+            if initial in ("olora", "loftq", "corda", "lora_ga"):
+                about = "it belongs to a base that it changed: have PEFT convert it as it saves"
+            elif str(initial).startswith("pissa_niter"):
+                about = "its residual is random: have PEFT convert it into a plain LoRA as it saves"
+            refused.append(f"init_lora_weights={initial!r} ({about})")
+        if initial == "pissa" and content.get("use_dora"):
+            refused.append("use_dora=True with init_lora_weights='pissa' (DoRA of a residual)")
+        return refused
+
+    def layer_shapes(self, module: str, layout: "Layout") -> dict[str, tuple[int, ...]]:
+        """The factors and DoRA's magnitude; see `BaseConfig.layer_shapes`."""
+        if self.use_dora and layout.kind == "embedding":
+            raise UnsupportedConfigError(
+                f"use_dora=True of an embedding ({module}): unsupported. {MERGE_IN_PEFT}"
+            )
+        if self.is_pissa and layout.kind != "linear":
+            raise UnsupportedConfigError(
+                f"init_lora_weights='pissa' of {module}, which is no linear layer: unsupported. "
+                f"{MERGE_IN_PEFT}"
+            )
+        return layout.shapes(self.rank_of(module), self.use_dora)
+
+    @property
+    def is_pissa(self) -> bool:
+        """See `AttachedConfig.is_pissa`."""
+        return self.init_lora_weights == "pissa"
+
+    @property
+    def is_off_at_scale_zero(self) -> bool:
+        """See `AttachedConfig.is_off_at_scale_zero`."""
+        return not (self.use_dora or self.is_pissa)
+
+    @property
+    def needs_base(self) -> str:
+        """PiSSA's; see `BaseConfig.needs_base`."""
+        return "init_lora_weights='pissa'" if self.is_pissa else ""
+
+    def arrays(self, layout: "Layout", tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """See `AttachedConfig.arrays`."""
+        a, b = layout.unpack(tensors)
+        arrays = {"A": a, "B": b}
+        if self.use_dora:
+            magnitude = tensors["lora_magnitude_vector"].astype(np.float32)
+            arrays["magnitude"] = magnitude.reshape(-1)
+        return arrays
+
+    def rank_of(self, module: str) -> int:
+        """The rank of a module's adapter."""
+        return by_pattern(module, self.rank_pattern, self.r)
 
     def alpha_of(self, module: str) -> float:
         """The alpha of a module's adapter."""
-        return _by_pattern(module, self.alpha_pattern, self.lora_alpha)
+        return by_pattern(module, self.alpha_pattern, self.lora_alpha)
 
     def scale_of(self, module: str) -> float:
         """``alpha / rank``, or ``alpha / sqrt(rank)`` of rsLoRA."""
@@ -208,7 +366,7 @@ def has_pattern(module: str, pattern: str) -> bool:
     return re.match(rf"(.*\.)?({pattern})$", module) is not None
 
 
-def _by_pattern(module: str, patterns: Mapping[str, T], default: T) -> T:
+def by_pattern(module: str, patterns: Mapping[str, T], default: T) -> T:
     """The value of the first pattern, in the file's order, that the name ends with."""
     return next((patterns[p] for p in patterns if has_pattern(module, p)), default)
 
@@ -227,67 +385,3 @@ def read_json(folder: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{file} is damaged: it holds no JSON object.")
     return content
-
-
-def parse_config(content: Mapping[str, Any], source: str = CONFIG_FILE) -> PeftConfig:
-    """The configuration in an object of adapter_config.json, which is from a file of that name.
-
-    Raises:
-      UnsupportedConfigError: If a field that changes what the adapter computes has a value that is
-        not supported: each by name, with its value.
-      ValueError: If a field has a value that it cannot have.
-    """
-    kind = content.get("peft_type")
-    if kind is None:
-        raise UnsupportedConfigError(f"{source} has no peft_type, so no known meaning.")
-    if str(kind).upper() == "BONE":
-        raise UnsupportedConfigError(
-            f"{source}: peft_type='BONE' is an old name, PEFT calls it MISS now: rename BONE to "
-            "MISS, and `.bone_` in the tensors' names to `.miss_`, as `lowrank-optax convert` "
-            "does. Neither is supported here yet."
-        )
-    if str(kind).upper() != "LORA":
-        raise UnsupportedConfigError(
-            f"{source}: peft_type={kind!r} is not supported, only 'LORA' is. {MERGE_IN_PEFT}"
-        )
-    refused = [f"{k}={content[k]!r} ({why})" for k, why in _REFUSED.items() if content.get(k)]
-    initial = content.get("init_lora_weights", True)
-    if initial not in _INITIALS:
-        about = "unknown"
-        if initial in ("olora", "loftq", "corda", "lora_ga"):
-            about = "it belongs to a base that it changed: have PEFT convert it as it saves"
-        elif str(initial).startswith("pissa_niter"):
-            about = "its residual is random: have PEFT convert it into a plain LoRA as it saves"
-        refused.append(f"init_lora_weights={initial!r} ({about})")
-    if initial == "pissa" and content.get("use_dora"):
-        refused.append("use_dora=True with init_lora_weights='pissa' (DoRA of a residual)")
-    if refused:
-        raise UnsupportedConfigError(
-            f"{source} has {'; '.join(refused)}: unsupported. {MERGE_IN_PEFT}"
-        )
-    wrong = wrong_fields(content, _KINDS)
-    layers, pattern = (content.get(f"layers_{k}") for k in ("to_transform", "pattern"))
-    if isinstance(content.get("target_modules"), str) and (layers not in (None, []) or pattern):
-        wrong.append(
-            "layers_to_transform and layers_pattern select layers of a list in target_modules, "
-            f"which is the regular expression {content['target_modules']!r}"
-        )
-    if pattern and layers is None:
-        wrong.append(f"layers_pattern={pattern!r} needs layers_to_transform, which is null")
-    if wrong:
-        raise ValueError(f"{source} is damaged: {'; '.join(wrong)}.")
-    own = {f.name for f in dataclasses.fields(PeftConfig)} - {"others"}
-    unknown = content.keys() - own - _REFUSED.keys() - _HARMLESS
-    noticed = sorted(f"{k}={content[k]!r}" for k in unknown if content[k] or content[k] == 0)
-    if noticed:
-        warnings.warn(
-            f"{source} has fields that are not known here: {', '.join(noticed)}. "
-            "They are ignored, as PEFT does with those it does not know.",
-            stacklevel=3,
-        )
-    given: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in content.items() if k in own
-    }
-    for name in ("rank_pattern", "alpha_pattern"):
-        given[name] = given.get(name) or {}
-    return PeftConfig(**given, others={k: v for k, v in content.items() if k not in own})

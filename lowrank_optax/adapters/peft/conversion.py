@@ -1,30 +1,21 @@
 """Adapters' folders changed into others, and folded into weights, without a model."""
 
 from collections.abc import Mapping
+import dataclasses
 import os
 from pathlib import Path
+import re
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 import numpy as np
 
-from lowrank_optax.adapters.methods.lora import LoRA
-from lowrank_optax.adapters.methods.pissa import PiSSA
-from lowrank_optax.adapters.peft.base_files import (
-    modules_of_adapter,
-    modules_of_base,
-    tied_in_files,
-)
-from lowrank_optax.adapters.peft.checking import checked_tensors
-from lowrank_optax.adapters.peft.config import CONFIG_FILE, parse_config, read_json
-from lowrank_optax.adapters.peft.tensors import (
-    PREFIX,
-    AdapterFolder,
-    open_tensors,
-    shapes_by_module,
-)
+from lowrank_optax.adapters.peft.base_files import modules_of_base, tied_in_files
+from lowrank_optax.adapters.peft.checking import Module
+from lowrank_optax.adapters.peft.config import BaseConfig, PeftConfig
+from lowrank_optax.adapters.peft.tensors import PREFIX, AdapterFolder, Shapes, Tied
+from lowrank_optax.adapters.peft.weight_folding import CheckedAdapter
 from lowrank_optax.storage.safetensors_files import TensorReader
 
 
@@ -38,6 +29,17 @@ class BaseModel(NamedTuple):
 
     config: Mapping[str, Any]
     reader: TensorReader
+
+    def modules(
+        self, adapter: Mapping[str, Shapes], fan_in_fan_out: bool
+    ) -> tuple[Mapping[str, Module], Tied | None]:
+        """See `Base.modules`."""
+        modules = modules_of_base(self.reader.shapes, adapter, self.config, fan_in_fan_out)
+        return modules, tied_in_files(self.config, self.reader)
+
+    def weight(self, module: str) -> np.ndarray:
+        """The weight of a module."""
+        return self.reader.read(f"{module}.weight")
 
 
 def cast(adapter: AdapterFolder, dtype: DTypeLike) -> AdapterFolder:
@@ -64,38 +66,58 @@ def rename_bone(adapter: AdapterFolder) -> AdapterFolder:
 def to_plain_lora(path: str | os.PathLike, base: BaseModel | None) -> AdapterFolder:
     """The same change of the base as a LoRA whose alpha is its rank: scales are folded in.
 
-    PiSSA needs the base model; others are compared with it if it is given.
+    LoRA, rsLoRA and AdaLoRA need no base model, and are compared with it if it is given. PiSSA,
+    VeRA and MiSS need it.
 
     Raises:
-      TypeError: If it is DoRA, whose change is of full rank.
-      ValueError: If it is PiSSA and there is no base; or the adapter is not supported, damaged, or
-        of another base.
+      TypeError: If the change has no low rank, as that of DoRA.
+      ValueError: If it needs the base and there is none; or the adapter is not supported, damaged,
+        or of another base.
     """
-    checked = _CheckedFolder(Path(path), base)
-    config, tensors = checked.config, {}
-    if config.is_pissa and base is None:
-        raise ValueError("init_lora_weights='pissa': its base is needed to convert it (--base).")
+    checked, tensors = CheckedAdapter(Path(path), base), {}
+    config, ranks = checked.config, {}
+    is_pissa = isinstance(config, PeftConfig) and config.is_pissa
     for module, of_module in checked.tensors.items():
-        new = checked.trained(module)
+        is_layer = module in checked.layouts
+        own = f"{module}.base_layer" if is_layer else module
+        new = {f"{own}.{name}": x for name, x in checked.trained(module).items()}
         # What PEFT saves as PiSSA's base is the residual, and that of a LoRA is the whole weight.
-        if "base_layer.weight" in of_module and not config.is_pissa:
-            new["base_layer.weight"] = of_module["base_layer.weight"]
-        if module in checked.layouts:
-            method, p, _ = checked.layer(module)
-            a, b = (np.asarray(x) for x in method.to_lora(p))
-            new |= checked.layouts[module].pack(a, b)
-        tensors |= {f"{PREFIX}{module}.{name}": x for name, x in new.items()}
-    factor = 2 if config.is_pissa else 1
-    pattern = {p: factor * rank for p, rank in config.rank_pattern.items()}
+        if "base_layer.weight" in of_module and not is_pissa:
+            new[f"{own}.weight"] = of_module["base_layer.weight"]
+        if is_layer:
+            a, b = checked.factors(module, base.weight(module) if base else None)
+            ranks[module] = a.shape[1]
+            packed = checked.layouts[module].pack(a, b)
+            new |= {f"{module}.{name}": x for name, x in packed.items()}
+        tensors |= {PREFIX + name: x for name, x in new.items()}
+    if isinstance(config, PeftConfig):
+        factor = 2 if is_pissa else 1
+        rank, content = factor * config.r, checked.content
+        pattern = {p: factor * of_module for p, of_module in config.rank_pattern.items()}
+    else:
+        rank, content = max(ranks.values()), _lora_content(config)
+        pattern = {re.escape(module): r for module, r in ranks.items() if r != rank}
     changed = {
-        "r": factor * config.r,
-        "lora_alpha": factor * config.r,
+        "r": rank,
+        "lora_alpha": rank,
         "rank_pattern": pattern,
         "alpha_pattern": pattern,
         "use_rslora": False,
         "init_lora_weights": True,
     }
-    return AdapterFolder({**checked.content, **changed}, tensors)
+    return AdapterFolder({**content, **changed}, tensors)
+
+
+def _lora_content(config: BaseConfig) -> dict[str, Any]:
+    """The fields of a LoRA on the modules that an adapter of another kind is on."""
+    common = {f.name: getattr(config, f.name) for f in dataclasses.fields(BaseConfig)}
+    others = {k: x for k, x in config.others.items() if k in BaseConfig.harmless}
+    bias = getattr(config, "bias", "none")
+    common |= {
+        "others": {k: x for k, x in others.items() if k not in ("peft_type", "inference_mode")},
+        "bias": "lora_only" if bias.endswith("_only") else bias,
+    }
+    return PeftConfig(**common).content()
 
 
 class Merging:
@@ -109,84 +131,32 @@ class Merging:
     """
 
     def __init__(self, path: str | os.PathLike, base: BaseModel) -> None:
-        self._checked, self._base = _CheckedFolder(Path(path), base), base
+        self._checked, self._base = CheckedAdapter(Path(path), base), base
+        self._checked.check_not_tied()
         layers, tied = self._checked.layouts, self._checked.tied
-        if tied and not layers.keys().isdisjoint(tied):
-            raise ValueError(
-                f"{', '.join(m for m in tied if m in layers)}: the base model ties its embedding "
-                "and its head, and a change of one would become a change of both. Load the "
-                "adapter beside the model instead: lro.adapters.load_peft(model, path)."
-            )
         self._replaced = {
-            f"{module}.{name.removeprefix('base_layer.')}": tensor
+            f"{module}.{name}": tensor
             for module in self._checked.tensors
             for name, tensor in self._checked.trained(module).items()
         }
         if tied and f"{tied.embedding}.weight" in self._replaced:
             self._replaced[f"{tied.head}.weight"] = self._replaced[f"{tied.embedding}.weight"]
+        biases = (f"{module}.bias" for module in layers if self._checked.changes_bias(module))
         self.names = {
             name
-            for name in (*self._replaced, *(f"{module}.weight" for module in layers))
+            for name in (*self._replaced, *(f"{module}.weight" for module in layers), *biases)
             if name in base.reader.shapes  # except a head that is tied
         }
         shapes = {name: base.reader.shapes[name] for name in self.names}
         base.reader.check(shapes, ignore=lambda _: True)
 
     def tensor(self, name: str) -> np.ndarray:
-        """A tensor: summed in float32, rounded once to the base's dtype."""
+        """A tensor: computed in float32, rounded once to the base's dtype."""
         old = self._base.reader.read(name)
         if name in self._replaced:
             return self._replaced[name].astype(old.dtype)
         if name not in self.names:
             return old
-        module = name.removesuffix(".weight")
-        method, p, base = self._checked.layer(module)
-        merged = np.asarray(method.merged(p, base).weight)
-        return self._checked.layouts[module].pack_weight(merged).astype(old.dtype)
-
-
-class _CheckedFolder:
-    """A folder's configuration and tensors, after they have been compared with the base."""
-
-    def __init__(self, folder: Path, base: BaseModel | None) -> None:
-        self.content, self.base = read_json(folder), base
-        self.config = parse_config(self.content, str(folder / CONFIG_FILE))
-        with open_tensors(folder) as reader:
-            found, self.tied = shapes_by_module(reader), None
-            if base is None:
-                modules = modules_of_adapter(found)
-            else:
-                shapes, fan_in_fan_out = base.reader.shapes, self.config.fan_in_fan_out
-                modules = modules_of_base(shapes, found, base.config, fan_in_fan_out)
-                self.tied = tied_in_files(base.config, base.reader)
-            self.layouts, self.tensors = checked_tensors(reader, modules, self.config, self.tied)
-
-    def trained(self, module: str) -> dict[str, np.ndarray]:
-        """The module's own parameters that the file has trained values of."""
-        return {
-            name: x
-            for name, x in self.tensors[module].items()
-            if not name.startswith("lora_") and name != "base_layer.weight"
-        }
-
-    def layer(self, module: str) -> tuple[LoRA | PiSSA, dict[str, jax.Array], Any]:
-        """The method of a layer, its arrays and, if there is a base, the weight they add to."""
-        tensors, layout = self.tensors[module], self.layouts[module]
-        method = self.config.method(module)
-        a, b = layout.unpack(tensors)
-        p = {"A": jnp.asarray(a), "B": jnp.asarray(b)}
-        if self.base is None:
-            return method, p, None
-        tensor = self.base.reader.read(f"{module}.weight")
-        own = tensors.get("base_layer.weight", tensor).astype(tensor.dtype)
-        weight, base = (jnp.asarray(layout.unpack_weight(x)) for x in (tensor, own))
-        # PiSSA decomposes the base model's weight, and the file's own base is the residual.
-        start = weight if self.config.is_pissa else base
-        params = method.init(jax.random.key(0), start[None])
-        p = method.layer_arrays(params, 0) | p
-        if params.base is not None and "base_layer.weight" not in tensors:
-            base = params.base[0]
-        if self.config.use_dora:
-            magnitude = tensors["lora_magnitude_vector"].astype(np.float32)
-            p["magnitude"] = jnp.asarray(magnitude.reshape(-1))
-        return method, p, base
+        module, _, parameter = name.rpartition(".")
+        folded = self._checked.folded_bias if parameter == "bias" else self._checked.folded_weight
+        return folded(module, old)

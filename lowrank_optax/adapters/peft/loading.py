@@ -18,9 +18,10 @@ from lowrank_optax.adapters.peft.checking import checked_tensors
 from lowrank_optax.adapters.peft.config import (
     CONFIG_FILE,
     MERGE_IN_PEFT,
+    AttachedConfig,
+    BaseConfig,
     PeftConfig,
     UnsupportedConfigError,
-    parse_config,
     read_json,
 )
 from lowrank_optax.adapters.peft.module_names import (
@@ -28,7 +29,9 @@ from lowrank_optax.adapters.peft.module_names import (
     Slot,
     module_slots,
     tied_in_model,
+    warn_of_heads,
 )
+from lowrank_optax.adapters.peft.parsing import parse_config
 from lowrank_optax.adapters.peft.tensors import Tensors, open_tensors
 from lowrank_optax.adapters.switching import deactivate, disabled
 from lowrank_optax.matrices.selection import Path, path_string
@@ -48,7 +51,8 @@ def load_peft(
     """Attaches the adapter in a folder of Hugging Face PEFT to a model, in place.
 
     Reads LoRA, rsLoRA, DoRA and PiSSA, with regular expressions, lists, ranks and alphas by
-    pattern, ``modules_to_save`` and trained biases, of linear layers, embeddings and convolutions.
+    pattern, ``modules_to_save`` and trained biases, of linear layers, embeddings and convolutions;
+    and VeRA of linear layers. `fold_peft` reads more kinds, and attaches nothing.
     Everything is compared before anything is attached: the file's tensors must be those that its
     configuration requires of this model. Layers that the model has stacked are stacked.
 
@@ -83,19 +87,18 @@ def load_peft(
     """
     folder = pathlib.Path(path)
     config = parse_config(read_json(folder), str(folder / CONFIG_FILE))
+    if not isinstance(config, AttachedConfig):
+        raise UnsupportedConfigError(
+            f"{folder / CONFIG_FILE}: peft_type={config.peft_type!r} cannot be attached. Fold it "
+            "into the weights instead: lro.adapters.fold_peft(model, path)."
+        )
     slots = module_slots(model, names)
     with open_tensors(folder) as reader:
         layouts, tensors = checked_tensors(reader, slots, config, tied_in_model(model, slots))
     with values_of(model, name):  # not those of other adapters
         trained, bases = _own_values(config, slots, tensors)
-    for module in tensors:
-        if "weight" in tensors[module] and _may_be_head(model, slots, module):
-            warnings.warn(
-                f"modules_to_save has {module}. If its table is the head's too in this model, "
-                "the head changes with it, as in PEFT only with ensure_weight_tying=True.",
-                stacklevel=2,
-            )
-    if config.is_pissa and config.lora_dropout:
+    warn_of_heads(model, slots, (m for m in tensors if "weight" in tensors[m]))
+    if isinstance(config, PeftConfig) and config.is_pissa and config.lora_dropout:
         warnings.warn(
             f"lora_dropout={config.lora_dropout} is left out: PiSSA has no dropout here.",
             stacklevel=2,
@@ -126,21 +129,10 @@ def load_peft(
     return model
 
 
-def _may_be_head(model: Any, slots: Mapping[str, Slot], module: str) -> bool:
-    """Whether this is a table that may be the head's too: the model has no other head."""
-    if module not in slots or not isinstance(slots[module].module, nnx.Embed):
-        return False
-    if hasattr(getattr(model, "config", None), "tie_word_embeddings"):
-        return False
-    rows = slots[module].shapes["weight"][0]
-    others = (slot.shapes.get("weight") for other, slot in slots.items() if other != module)
-    return all(shape is None or shape[0] != rows for shape in others)
-
-
 def _attach(
     model: Any,
     name: str,
-    config: PeftConfig,
+    config: AttachedConfig,
     layers: Mapping[str, Slot],
     tensors: Mapping[str, Tensors],
     rngs: nnx.Rngs | int,
@@ -149,6 +141,9 @@ def _attach(
     for module, slot in layers.items():
         by_path.setdefault(slot.path, {})[module] = slot
     pattern = {path: f"^{re.escape(path_string(path))}$" for path in by_path}
+    alphas = {}
+    if isinstance(config, PeftConfig):
+        alphas = {pattern[p]: config.alpha_of(next(iter(g))) for p, g in by_path.items()}
     attach(
         model,
         config.method(),
@@ -156,27 +151,29 @@ def _attach(
         rngs=rngs,
         name=name,
         rank_pattern={pattern[path]: _ranks(config, group) for path, group in by_path.items()},
-        alpha_pattern={pattern[p]: config.alpha_of(next(iter(g))) for p, g in by_path.items()},
+        alpha_pattern=alphas,
     )
     for group in by_path.values():
-        arrays = next(iter(group.values())).adapters[name].arrays
-        keys = {"A", "B", "magnitude", "rank_scale"} & arrays.keys()
-        values = {key: np.zeros(arrays[key].shape, arrays[key].dtype) for key in keys}
+        adapter = next(iter(group.values())).adapters[name]
+        arrays, values, shared = adapter.arrays, {}, {}
         for module, slot in group.items():
-            rank, index, of_module = config.rank_of(module), slot.index, tensors[module]
             layout = slot.layout
             assert layout is not None  # only layers are targets
-            a, b = layout.unpack(of_module)
-            values["A"][index][:, :rank], values["B"][index][:rank] = a, b
-            if "magnitude" in keys:
-                values["magnitude"][index] = of_module["lora_magnitude_vector"].reshape(-1)
-            if "rank_scale" in keys:
-                values["rank_scale"][index][:rank] = config.scale_of(module)
+            of_layer = config.arrays(layout, tensors[module])
+            shared = config.shared_arrays(layout, tensors[module])
+            if "rank_scale" in arrays:
+                of_layer["rank_scale"] = np.full(config.rank_of(module), config.scale_of(module))
+            for key, x in of_layer.items():
+                zeros = np.zeros(arrays[key].shape, arrays[key].dtype)
+                own = values.setdefault(key, zeros)[slot.index]
+                own[tuple(map(slice, x.shape))] = x  # beyond a layer's own rank is padding
         for key, value in values.items():
             arrays[key].set_value(jnp.asarray(value))
+        for key, value in shared.items():
+            model.adapter_groups[name][adapter.group][key].set_value(jnp.asarray(value))
 
 
-def _ranks(config: PeftConfig, group: Mapping[str, Slot]) -> int | tuple[int, ...]:
+def _ranks(config: AttachedConfig, group: Mapping[str, Slot]) -> int | tuple[int, ...]:
     """The rank of a Flax layer, or one for each layer of a stack if ranks or scales differ.
 
     Layers of the stack without an adapter have one of scale zero.
@@ -187,7 +184,7 @@ def _ranks(config: PeftConfig, group: Mapping[str, Slot]) -> int | tuple[int, ..
     slot = next(iter(group.values()))
     ranks = {slot.index: config.rank_of(module) for module, slot in group.items()}
     layers = list(np.ndindex(slot.stack))
-    if len(group) < len(layers) and (config.use_dora or config.is_pissa):
+    if len(group) < len(layers) and not config.is_off_at_scale_zero:
         raise UnsupportedConfigError(
             f"{type(config.method()).__name__} of {len(group)} of the {len(layers)} layers stacked "
             f"at {path_string(slot.path)}: load it into a model whose layers are not stacked."
@@ -199,7 +196,7 @@ def _ranks(config: PeftConfig, group: Mapping[str, Slot]) -> int | tuple[int, ..
 
 
 def _own_values(
-    config: PeftConfig, slots: Mapping[str, Slot], tensors: Mapping[str, Tensors]
+    config: BaseConfig, slots: Mapping[str, Slot], tensors: Mapping[str, Tensors]
 ) -> tuple[Values, Values]:
     """Trained values of the model's own parameters, and bases that are not the model's.
 

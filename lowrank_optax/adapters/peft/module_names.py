@@ -1,10 +1,11 @@
 """The layers of a Flax model by the names they have in PyTorch."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 import itertools
 import math
 import re
 from typing import Any, NamedTuple, TypeAlias
+import warnings
 
 from flax import nnx
 import jax.numpy as jnp
@@ -214,3 +215,25 @@ def tied_in_model(model: Any, slots: Mapping[str, Slot]) -> Tied | None:
         return None
     tables = [name for name, slot in slots.items() if isinstance(slot.module, nnx.Embed)]
     return Tied(tables[0], "lm_head") if tables else None
+
+
+def warn_of_heads(model: Any, slots: Mapping[str, Slot], modules: Iterable[str]) -> None:
+    """Warns of modules whose table is changed and may be the head's, unknown to the model."""
+    for module in modules:
+        if _may_be_head(model, slots, module):
+            warnings.warn(
+                f"the adapter changes {module}. If its table is the head's too in this model, the "
+                "head changes with it, as in PEFT only with ensure_weight_tying=True.",
+                stacklevel=3,
+            )
+
+
+def _may_be_head(model: Any, slots: Mapping[str, Slot], module: str) -> bool:
+    """Whether this is a table that may be the head's too: the model has no other head."""
+    if module not in slots or not isinstance(slots[module].module, nnx.Embed):
+        return False
+    if hasattr(getattr(model, "config", None), "tie_word_embeddings"):
+        return False
+    rows = slots[module].shapes["weight"][0]
+    others = (slot.shapes.get("weight") for other, slot in slots.items() if other != module)
+    return all(shape is None or shape[0] != rows for shape in others)

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
+import functools
 import os
 import re
 from typing import Any, NamedTuple
@@ -17,8 +18,10 @@ from lowrank_optax.adapters.methods.dora import DoRA
 from lowrank_optax.adapters.methods.lora import LoRA
 from lowrank_optax.adapters.methods.lora_fa import LoRAFA
 from lowrank_optax.adapters.methods.pissa import PiSSA
+from lowrank_optax.adapters.methods.vera import VeRA
 from lowrank_optax.adapters.own_values import values_of
-from lowrank_optax.adapters.peft.config import PeftConfig
+from lowrank_optax.adapters.peft import kinds
+from lowrank_optax.adapters.peft.config import BaseConfig, PeftConfig
 from lowrank_optax.adapters.peft.module_names import (
     ModuleNames,
     Slot,
@@ -46,9 +49,11 @@ def save_peft(
 ) -> None:
     """Saves an adapter as a folder that Hugging Face PEFT loads.
 
-    LoRA (with rsLoRA's scale), LoRA-FA and DoRA are written as they are. What PEFT does not have
-    (LoTR, VeRA, LaMDA, AFLoRA, SVFit), and PiSSA, whose base is not the model's, is written as a
-    plain LoRA of the same change, the scale folded into its factors. Parameters that `also_train`
+    LoRA (with rsLoRA's scale), LoRA-FA and DoRA are written as they are, and VeRA where one pair of
+    projections serves all adapted layers, as PEFT has it: if they have one shape, or came from a
+    file of PEFT. Other VeRA, what PEFT does not have (LoTR, LaMDA, AFLoRA, SVFit), and PiSSA, whose
+    base is not the model's, is written as a plain LoRA of the same change, the scale folded into
+    its factors. Parameters that `also_train`
     trains with this adapter become ``modules_to_save``, with ``ensure_weight_tying`` where that is
     an embedding which is the model's head too. Layers of a stack become modules of their own, with
     their own ranks.
@@ -65,7 +70,8 @@ def save_peft(
         function of a path. None for the model's own ``huggingface_names``, which the decoder of
         `lowrank_optax.models` has.
       as_lora: True for a plain LoRA with the scale folded in, of any method; False for PiSSA as
-        PEFT has it (which decomposes the base again when it loads); None as said above.
+        PEFT has it (which decomposes the base again when it loads), and for VeRA in its own form or
+        not at all; None as said above.
       base_model: ``base_model_name_or_path``: where PEFT finds the base model.
       task_type: What PEFT makes of it: ``"CAUSAL_LM"``, ``"SEQ_CLS"``, None, ....
       dtype: Dtype of the tensors: float32, bfloat16 or float16.
@@ -101,13 +107,15 @@ def save_peft(
     slots = module_slots(model, names)
     with values_of(model, name), sharing(model):
         _check_named(model, slots, name)
-        pieces = {m: p for m, slot in slots.items() if (p := _piece(slot, name, as_lora))}
+        shared = {} if as_lora else _projections(slots, name)
+        piece = functools.partial(_piece, name=name, as_lora=as_lora, is_vera=bool(shared))
+        pieces = {m: p for m, slot in slots.items() if (p := piece(slot))}
         saved = {m: x for m, slot in slots.items() if (x := _trained(slot, m in pieces))}
         bases = {m: slots[m].read("weight") for m in pieces if _holds_base(m, slots[m], name)}
     tied = tied_in_model(model, slots)
     ties = tied is not None and tied.embedding in saved and tied.embedding not in pieces
     content = {
-        **_config(pieces, slots, saved).content(),
+        **_config(pieces, slots, saved, bool(shared)).content(),
         "base_model_name_or_path": base_model,
         "task_type": task_type,
         "ensure_weight_tying": ties,
@@ -120,6 +128,7 @@ def save_peft(
         for module, of_module in arrays
         for tensor, x in of_module.items()
     }
+    tensors |= {f"base_model.{x}": values.astype(jnp.dtype(dtype)) for x, values in shared.items()}
     # In the model's dtype: `load_peft` compares them with the weights of the model.
     tensors |= {f"{PREFIX}{module}.base_layer.weight": x for module, x in bases.items()}
     write_adapter(path, AdapterFolder(content, tensors))
@@ -143,7 +152,28 @@ class _Piece(NamedTuple):
     tensors: Tensors
 
 
-def _piece(slot: Slot, name: str, as_lora: bool | None) -> _Piece | None:
+def _projections(slots: Mapping[str, Slot], name: str) -> dict[str, np.ndarray]:
+    """VeRA's projections of the most inputs and outputs, as PEFT has them.
+
+    Empty if the layers have other adapters or are not linear, or if what each reads is not the
+    beginning of one pair.
+    """
+    having = [slot for slot in slots.values() if name in slot.adapters]
+    is_linear = lambda slot: slot.layout is not None and slot.layout.kind == "linear"
+    if not all(type(s.adapters[name].method) is VeRA and is_linear(s) for s in having):
+        return {}
+    groups = {slot.adapters[name].group: slot.adapters[name].p() for slot in having}
+    firsts = [np.asarray(p["A"].astype(jnp.float32)).T for p in groups.values()]
+    seconds = [np.asarray(p["B"].astype(jnp.float32)).T for p in groups.values()]
+    if len({x.shape[0] for x in firsts}) != 1:  # ranks
+        return {}
+    a, b = max(firsts, key=lambda x: x.shape[1]), max(seconds, key=len)
+    agree = all((a[:, : x.shape[1]] == x).all() for x in firsts)
+    agree = agree and all((b[: len(x)] == x).all() for x in seconds)
+    return {"vera_A": a, "vera_B": b} if agree else {}
+
+
+def _piece(slot: Slot, name: str, as_lora: bool | None, is_vera: bool) -> _Piece | None:
     """The adapter of a module; None if it has none, as a layer between those `load_peft` adapts."""
     if name not in slot.adapters:
         return None
@@ -160,6 +190,11 @@ def _piece(slot: Slot, name: str, as_lora: bool | None) -> _Piece | None:
             f"{where}: the adapter's strength is {adapter.strength}, which a file does not hold: "
             "set it to 1 by `activate`."
         )
+    if is_vera:
+        d, b = (np.asarray(p[x].astype(jnp.float32)) for x in ("d", "b"))
+        d = d if scales is None else np.where(scales != 0, d, 0)  # beyond the layer's own rank
+        tensors = {"vera_lambda_d": d, "vera_lambda_b": b}
+        return _Piece(len(d), 1.0, {"vera_dropout": method.dropout}, tensors)
     fields, dropout = _form(method, as_lora), {"lora_dropout": getattr(method, "dropout", 0.0)}
     if fields is None:  # a plain LoRA of the same change of the original weight
         a, b = (np.asarray(x.astype(jnp.float32)) for x in method.to_lora(p))
@@ -193,6 +228,12 @@ def _form(method: Any, as_lora: bool | None) -> dict[str, Any] | None:
     is_pissa, has_form = type(method) is PiSSA, type(method) in (LoRA, LoRAFA, DoRA)
     if as_lora or (as_lora is None and not has_form):
         return None
+    if type(method) is VeRA:
+        raise ValueError(
+            "as_lora=False: PEFT has VeRA of linear layers only, of one rank and with one pair of "
+            "projections for all layers, of which each reads the beginning; leave it out for a "
+            "plain LoRA."
+        )
     if not (has_form or is_pissa):
         raise TypeError(
             f"as_lora=False: PEFT has no {type(method).__name__}; leave it out for a plain LoRA."
@@ -255,8 +296,11 @@ def _check_unchanged(slot: Slot) -> None:
 
 
 def _config(
-    pieces: Mapping[str, _Piece], slots: Mapping[str, Slot], saved: Mapping[str, Tensors]
-) -> PeftConfig:
+    pieces: Mapping[str, _Piece],
+    slots: Mapping[str, Slot],
+    saved: Mapping[str, Tensors],
+    is_vera: bool,
+) -> BaseConfig:
     fields = {tuple(sorted(p.fields.items())) for p in pieces.values()}
     if len(fields) != 1:
         found = "; ".join(str(dict(f)) for f in sorted(fields, key=str))
@@ -271,13 +315,19 @@ def _config(
     last = lambda module: module.rpartition(".")[2]
     others = {last(m) for m, slot in slots.items() if m not in pieces and slot.is_layer}
     targets = {m if last(m) in others else last(m) for m in pieces}
+    common: dict[str, Any] = {
+        "r": rank,
+        "target_modules": tuple(sorted(targets)),
+        "modules_to_save": tuple(sorted(saved.keys() - pieces.keys())) or None,
+        **dict(next(iter(fields))),
+    }
+    if is_vera:
+        others = {"save_projection": True}
+        return kinds.VeRA(bias="vera_only" if biases else "none", others=others, **common)
     return PeftConfig(
-        r=rank,
         lora_alpha=alpha,
-        target_modules=tuple(sorted(targets)),
         rank_pattern={re.escape(m): p.rank for m, p in pieces.items() if p.rank != rank},
         alpha_pattern={re.escape(m): p.alpha for m, p in pieces.items() if p.alpha != alpha},
-        modules_to_save=tuple(sorted(saved.keys() - pieces.keys())) or None,
         bias="lora_only" if biases else "none",
-        **dict(next(iter(fields))),
+        **common,
     )

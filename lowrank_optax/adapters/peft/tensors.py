@@ -22,10 +22,25 @@ from lowrank_optax.storage.safetensors_files import TensorReader, import_safeten
 
 TENSOR_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+SHARED = ""  # Module of the tensors that all layers share: they are named base_model.vera_A.
 
 Shapes = Mapping[str, tuple[int, ...]]
 Tensors = Mapping[str, np.ndarray]
 
+# Names of the tensors of adapters, beside those of LoRA.
+_TENSORS = (
+    "hada_(?:w[12]_[ab]|t[12])",
+    "ia3_l",
+    "lokr_(?:w[12](?:_[ab])?|t2)",
+    "(?:miss|bone)_block",
+    r"oft_(?:embedding_)?R(?:\.weight)?",
+    "randlora_(?:lambda|gamma|[AB])",
+    "vera_(?:lambda_[bd]|[AB])",
+)
+_OF_ADAPTER = re.compile(rf"(.*)\.({'|'.join(_TENSORS)})")
+_DEFAULT = re.compile(
+    r"(\.(?:(?:lora|vera|randlora|miss|bone|hada|lokr|oft)_\w+|ia3_l))\.default(?=\.|$)"
+)
 _PICKLED = "adapter_model.bin"
 _FOLDER = FolderKind("an adapter", CONFIG_FILE, "peft_type", (CONFIG_FILE, TENSOR_FILE, _PICKLED))
 _MISSING = "Hugging Face adapters need safetensors: pip install 'lowrank_optax[peft]'"
@@ -186,9 +201,13 @@ def split_name(name: str) -> tuple[str, str]:
       ('lm_head', 'lora_A.weight')
       >>> split_name("base_model.model.model.norm.weight")
       ('model.norm', 'weight')
+      >>> split_name("base_model.model.lm_head.oft_R.weight"), split_name("base_model.vera_A")
+      (('lm_head', 'oft_R.weight'), ('', 'vera_A'))
     """
-    name = re.sub(r"(\.lora_[A-Za-z_]+)\.default(?=\.|$)", r"\1", name.removeprefix(PREFIX))
+    name = _DEFAULT.sub(r"\1", name.removeprefix(PREFIX))
     name = re.sub(r"(\.lora_magnitude_vector)\.weight$", r"\1", name)
+    if match := _OF_ADAPTER.fullmatch(name):
+        return (SHARED if match[1] == "base_model" else match[1]), match[2]
     for inside in (".base_layer.", ".lora_"):
         if inside in name:
             at = name.find(inside)

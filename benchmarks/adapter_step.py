@@ -33,6 +33,7 @@ OURS = {
     "LoRA-FA": lro.adapters.LoRAFA,
     "DoRA": lro.adapters.DoRA,
     "LoTR": lro.adapters.LoTR,
+    "FlyLoRA": lro.adapters.FlyLoRA,
 }
 # After a step of PyTorch its threads go on spinning for a while, on the cores of who is next.
 SETTLE = 0.05
@@ -89,7 +90,10 @@ def model_of(kind: str, args: argparse.Namespace, *, scan: bool = False) -> tupl
     model = Stack(args, plain_linear, scan=scan)
     if kind == FULL:
         return model, nnx.Param
-    method = OURS[kind](rank=args.rank, alpha=2 * args.rank)
+    # FlyLoRA has as many active ranks, of four times as many.
+    options = {"active": args.rank} if kind == "FlyLoRA" else {}
+    rank = 4 * args.rank if options else args.rank
+    method = OURS[kind](rank=rank, alpha=2 * rank, **options)
     lro.adapters.attach(model, method, ".*", rngs=0)
     return model, lro.adapters.trainable
 
@@ -102,6 +106,7 @@ class Stepper:
         graph, trained, rest = nnx.split(model, wrt, ...)
         trained, self.rest = nnx.as_pure(trained), nnx.as_pure(rest)
         tx = optax.adamw(1e-4)
+        tx = lro.adapters.flylora_balance(tx) if kind == "FlyLoRA" else tx
         self.carry = (trained, tx.init(trained))
         self.x = jax.random.normal(jax.random.key(1), (args.tokens, args.width))
 

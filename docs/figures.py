@@ -19,6 +19,7 @@ from figure_aflora import aflora
 from figure_codes import low_bit
 from figure_extrapolation import extrapolation
 from figure_few_bit import few_bit
+from figure_flylora import flylora
 from figure_gated import gated_activations
 from figure_grams import grams
 from figure_lamda import lamda
@@ -327,6 +328,7 @@ FIGURES = {
         lamda,
         pissa,
         svfit,
+        flylora,
         few_bit,
         gated_activations,
         randomized_linear,

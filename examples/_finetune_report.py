@@ -22,12 +22,11 @@ def report(console: Console, before: dict[str, Any], results: Results, folder: P
     console.print(table(before, results))
     console.width = width
     console.print(f"curves: {folder / 'curves.png'}", soft_wrap=True)
-    for name in results:
-        console.print(
-            f"{name}: log and checkpoints in {folder / name}, merged model in "
-            f"{folder / name / 'merged'}",
-            soft_wrap=True,
-        )
+    for name, result in results.items():
+        merged = f", merged model in {folder / name / 'merged'}"
+        if result["merged_difference"] is None:
+            merged = "; it depends on the input and is not merged"
+        console.print(f"{name}: log and checkpoints in {folder / name}{merged}", soft_wrap=True)
     print_sample(console, "before, the model continues the held-out text", *before["sample"])
     for name, result in results.items():
         print_sample(console, f"with {name}", *result["sample"])

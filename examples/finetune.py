@@ -22,7 +22,14 @@ from typing import Any, NamedTuple
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 try:
-    from _adapters import Parts, attach, equal_parameters, parameter_count, take_apart
+    from _adapters import (
+        Parts,
+        attach,
+        equal_parameters,
+        parameter_count,
+        put_together,
+        take_apart,
+    )
     from _base_model import Base, find_base
     from _batch_size import Feed
     from _compaction import state_bytes
@@ -213,14 +220,17 @@ def save_all(job: Job, start: Start, parts: Parts, folder: Path) -> dict[str, An
       CheckError: if what was saved gives other numbers.
     """
     tokens = start.windows[0, :, :-1]
-    adapted = job.adapter.recipe.method is not None
-    base, model = job.base, start.model()
-    merged, difference = save_merged(parts, folder / "merged", base.tokenizer, tokens, adapted)
-    peft = save_peft(parts, model, folder / "peft", tokens, base.folder) if adapted else None
+    method, base = job.adapter.method(), job.base
+    written, merged, peft = put_together(parts), None, None
+    if method is None or method.has_delta:
+        to = folder / "merged"
+        written, merged = save_merged(parts, to, base.tokenizer, tokens, method is not None)
+    if method is not None:
+        peft = save_peft(parts, start.model(), folder / "peft", tokens, base.folder)
     return {
-        "merged_difference": difference,
+        "merged_difference": merged,
         "peft_difference": peft,
-        "sample": sample(merged, job.base.text, job.settings.seed),
+        "sample": sample(written, base.text, job.settings.seed),
     }
 
 

@@ -8,6 +8,7 @@ from lowrank_optax.adapters.live_ranks import CompactLoRA, compact_arrays
 from lowrank_optax.adapters.low_rank import LowRank
 from lowrank_optax.adapters.methods.aflora import AFLoRA
 from lowrank_optax.adapters.methods.dora import DoRA
+from lowrank_optax.adapters.methods.flylora import FlyLoRA, UnroutedLoRA
 from lowrank_optax.adapters.methods.lamda import LaMDA
 from lowrank_optax.adapters.methods.lora import LoRA
 from lowrank_optax.adapters.methods.lora_fa import LoRAFA
@@ -26,6 +27,7 @@ from lowrank_optax.adapters.training.aflora_freezing import (
     aflora_freezing,
     aflora_schedule,
 )
+from lowrank_optax.adapters.training.flylora_balance import flylora_balance
 from lowrank_optax.adapters.training.gate_thresholds import (
     GateThresholdState,
     soft_threshold_gates,
@@ -104,6 +106,7 @@ __all__ = [
     "Merged",
     # Methods
     "AFLoRA",
+    "FlyLoRA",
     "LaMDA",
     "DoRA",
     "LoRA",
@@ -117,6 +120,7 @@ __all__ = [
     "SVFit",
     "SaRA",
     "SoRA",
+    "UnroutedLoRA",
     "VeRA",
     "energy_rank",
     "reduction_ratio",
@@ -126,6 +130,8 @@ __all__ = [
     "lora_fa_projection",
     "lora_plus_adamw",
     "scale_lora_plus",
+    # The balance of FlyLoRA's ranks
+    "flylora_balance",
     # LoTR's factors from other methods' updates
     "TuckerFactors",
     "lotr_from_lora",

@@ -21,6 +21,10 @@ class Operand(Protocol):
         """The product ``[..., k]`` with a matrix ``[d_in, k]``, in the layer's own dtype."""
         ...
 
+    def float32_product(self, matrix: jax.Array) -> jax.Array:
+        """The same product in float32, or float64 where the layer has it: never rounded to half."""
+        ...
+
     def drop(self, key: jax.Array, rate: float) -> "Operand":
         """The input with a fraction ``rate`` of its elements zero and the others scaled up."""
         ...
@@ -45,6 +49,11 @@ class Rows:
 
     def __matmul__(self, matrix: jax.Array) -> jax.Array:
         return jnp.matmul(self.x, matrix.astype(self.x.dtype))
+
+    def float32_product(self, matrix: jax.Array) -> jax.Array:
+        """Summed in float32 and not rounded."""
+        dtype = jnp.promote_types(self.x.dtype, jnp.float32)
+        return jnp.matmul(self.x, matrix.astype(self.x.dtype), preferred_element_type=dtype)
 
     def drop(self, key: jax.Array, rate: float) -> "Rows":
         """Inverted dropout."""
@@ -73,6 +82,10 @@ class Lookup:
         rows = jnp.take(matrix, self.index, axis=0)
         return rows if self.dtype is None else rows.astype(self.dtype)
 
+    def float32_product(self, matrix: jax.Array) -> jax.Array:
+        """The rows, converted."""
+        return _to_float32(jnp.take(matrix, self.index, axis=0))
+
     def drop(self, key: jax.Array, rate: float) -> "Lookup":
         """Itself: row numbers have nothing to drop."""
         return self
@@ -97,6 +110,10 @@ class Patches:
     def __matmul__(self, matrix: jax.Array) -> jax.Array:
         return self.convolve(self.x, matrix.astype(self.x.dtype))
 
+    def float32_product(self, matrix: jax.Array) -> jax.Array:
+        """The convolution's output, converted: the layer chooses the dtype it is rounded to."""
+        return _to_float32(self @ matrix)
+
     def drop(self, key: jax.Array, rate: float) -> "Patches":
         """Inverted dropout of the convolution's input."""
         return Patches(_dropout(self.x, key, rate), self.convolve)
@@ -104,6 +121,10 @@ class Patches:
     def squared(self) -> "Patches":
         """Squares of the convolution's input."""
         return Patches(jnp.square(self.x.astype(jnp.float32)), self.convolve)
+
+
+def _to_float32(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _dropout(x: jax.Array, key: jax.Array, rate: float) -> jax.Array:

@@ -192,7 +192,7 @@ def effective(params: Any, adapter: PytreeAdapter) -> Any:
 
     def one(leaf: Leaf, value: jax.Array, p: dict[str, jax.Array]) -> jax.Array:
         summed = jax.checkpoint(_sum, static_argnums=0)(leaf, value, p)
-        statistics = {name: p[name] for name in leaf.method.statistics}
+        statistics = {name: p[name] for name in leaf.method.statistics & p.keys()}
         message = _NO_STATISTICS.format(leaf.name, type(leaf.method).__name__)
         return on_derivative(refuse, message, summed, statistics) if statistics else summed
 

@@ -14,4 +14,6 @@ METHODS = {
     "VeRA": adapters.VeRA(rank=3),
     "SaRA": adapters.SaRA(fraction=0.3),
     "DoRA": adapters.DoRA(rank=2, alpha=3),
+    "FlyLoRA": adapters.FlyLoRA(rank=4, active=2),
 }
+MERGEABLE = {name: method for name, method in METHODS.items() if method.has_delta}

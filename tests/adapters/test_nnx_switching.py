@@ -81,7 +81,7 @@ def model_of(kind: str, dtype: Any = jnp.float32) -> Any:
     return {"unrolled": Unrolled, "scanned": Scanned}[kind](2, nnx.Rngs(0), dtype)
 
 
-METHODS = {**methods.METHODS, "moved": Moved(rank=1)}
+METHODS = {**methods.MERGEABLE, "moved": Moved(rank=1)}
 
 
 @pytest.mark.slow

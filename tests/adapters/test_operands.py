@@ -16,6 +16,27 @@ def test_rows_multiply_in_their_own_dtype() -> None:
     np.testing.assert_array_equal(product, np.full((2, 4), 1.5))
 
 
+def test_a_float32_product_of_half_precision_is_not_rounded_to_it() -> None:
+    rng = np.random.default_rng(0)
+    x, matrix = (jnp.asarray(rng.normal(size=n), jnp.bfloat16) for n in ((5, 40), (40, 3)))
+    exact = np.asarray(x, np.float64) @ np.asarray(matrix, np.float64)
+    product = Rows(x).float32_product(matrix)
+    assert_close(product, exact)
+    assert not np.array_equal(product, Rows(x) @ matrix)
+    g = rng.normal(size=(5, 3)).astype(np.float32)
+    slope = jax.grad(lambda x: jnp.sum(g * Rows(x).float32_product(matrix)))(x)
+    assert slope.dtype == jnp.bfloat16
+    expected = g @ np.asarray(matrix, np.float32).T
+    assert_close(slope, expected, 4, size=np.abs(g) @ np.abs(matrix).T, dtype=jnp.bfloat16)
+    rows = Lookup(jnp.array([2, 0]), jnp.dtype(jnp.bfloat16)).float32_product(jnp.eye(3))
+    np.testing.assert_array_equal(rows, np.eye(3, dtype=np.float32)[[2, 0]])
+    patches = Patches(x, lambda x, matrix: x @ matrix).float32_product(matrix)
+    assert (rows.dtype, patches.dtype) == (jnp.float32, jnp.float32)
+    assert_close(patches, exact, 4, dtype=jnp.bfloat16)
+    with jax.enable_x64(True):
+        assert Rows(jnp.ones((2, 3), jnp.float64)).float32_product(matrix[:3]).dtype == jnp.float64
+
+
 def test_rows_of_experts_meet_the_matrices_of_their_experts() -> None:
     rng = np.random.default_rng(0)
     x, matrices = rng.normal(size=(2, 5, 3)), rng.normal(size=(2, 3, 4))

@@ -8,7 +8,7 @@ import pytest
 
 import lowrank_optax as lro
 from lowrank_optax.matrices import WeightDimensionNumbers
-from tests.adapters.methods import METHODS
+from tests.adapters.methods import MERGEABLE
 
 pytree = lro.adapters.pytree
 LORA = lro.adapters.LoRA(rank=2, alpha=6, initial="random")
@@ -41,7 +41,7 @@ def _moved(tree):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("method", MERGEABLE.values(), ids=MERGEABLE)
 def test_sums_and_factors_and_the_merged_parameters_give_the_same(method):
     params = _params()
     adapter = pytree.init(jax.random.key(1), params, method, "up|down", LAST)

@@ -13,6 +13,7 @@ import pytest
 import lowrank_optax as lro
 from lowrank_optax.adapters.base import AdapterParams
 from lowrank_optax.adapters.operands import Rows
+from tests.adapters import methods
 from tests.adapters.nnx_models import Scanned, Unrolled, call, randomized, tokens, weights
 
 EXPERTS = 3
@@ -41,15 +42,25 @@ class Routed(lro.adapters.Adapter):
 
 
 def expected(p: Any, x: np.ndarray) -> np.ndarray:
-    a, r, b = (np.asarray(p[name], np.float64) for name in "ARB")
-    weight = np.exp(x @ r)
-    return (x @ a * weight / weight.sum(-1, keepdims=True)) @ b
+    """The output of `Routed`, or of a `FlyLoRA` with two active ranks, by NumPy."""
+    p = {name: np.asarray(array, np.float64) for name, array in p.items()}
+    u = x @ p["A"]
+    if "R" in p:
+        weight = np.exp(x @ p["R"])
+        return (u * weight / weight.sum(-1, keepdims=True)) @ p["B"]
+    score = np.abs(u) + p["balance_bias"]
+    return 2 * np.where(score >= np.sort(score)[..., -2:-1], u, 0) @ p["B"]
 
 
-def test_it_is_added_to_a_layers_output_with_its_strength() -> None:
+METHODS = [Routed(), methods.METHODS["FlyLoRA"]]
+each_method = pytest.mark.parametrize("method", METHODS, ids=["Routed", "FlyLoRA"])
+
+
+@each_method
+def test_it_is_added_to_a_layers_output_with_its_strength(method: Any) -> None:
     layer = nnx.Linear(6, 4, rngs=nnx.Rngs(0))
     y = layer(X)
-    lro.adapters.attach(layer, Routed(), ".*", rngs=0)
+    lro.adapters.attach(layer, method, ".*", rngs=0)
     np.testing.assert_array_equal(layer(X), y)
     randomized(layer)
     p = {name: x[...] for name, x in layer.adapters["default"].arrays.items()}
@@ -58,16 +69,17 @@ def test_it_is_added_to_a_layers_output_with_its_strength() -> None:
     np.testing.assert_allclose(layer(X) - y, 0.5 * expected(p, X), atol=1e-5)
 
 
+@each_method
 @pytest.mark.parametrize("kind", [Unrolled, Scanned])
-def test_merging_is_refused_before_any_weight_is_changed(kind: Any) -> None:
+def test_merging_is_refused_before_any_weight_is_changed(kind: Any, method: Any) -> None:
     model = kind(2, nnx.Rngs(0))
     lro.adapters.attach(model, lro.adapters.LoRA(rank=2), "up", rngs=0)
-    lro.adapters.attach(model, Routed(), "down", rngs=1, name="routed")
+    lro.adapters.attach(model, method, "down", rngs=1, name="routed")
     randomized(model)
     lro.adapters.activate(model, "default", "routed")
     before, y = weights(model), call(model, tokens())
     with pytest.raises(
-        TypeError, match=r"Routed 'routed' of .* cannot be merged: its change depends on the"
+        TypeError, match=r"'routed' of .* cannot be merged: its change depends on the"
     ):
         lro.adapters.merge(model)
     assert before.keys() == weights(model).keys()
@@ -81,42 +93,46 @@ def test_merging_is_refused_before_any_weight_is_changed(kind: Any) -> None:
     np.testing.assert_allclose(call(model, tokens()), y, atol=1e-5)
 
 
-def test_functions_that_need_a_matrix_say_so(tmp_path: Any) -> None:
-    method, weight = Routed(), jnp.zeros((6, 4))
+@each_method
+def test_functions_that_need_a_matrix_say_so(tmp_path: Any, method: Any) -> None:
+    weight = jnp.zeros((6, 4))
     p = method.layer_arrays(method.init(jax.random.key(0), weight[None]), 0)
     for function in (method.delta, method.merged, method.unmerged):
         with pytest.raises(TypeError, match=CANNOT):
             function(p, weight)
-    with pytest.raises(TypeError, match="Routed makes no change of low rank"):
+    with pytest.raises(TypeError, match=r"makes no change of low rank|no LoRA does"):
         method.to_lora(p)
     model = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
     lro.adapters.attach(model, method, ".*", rngs=0)
-    with pytest.raises(TypeError, match="Routed makes no change of low rank"):
+    with pytest.raises(TypeError, match=r"makes no change of low rank|no LoRA does"):
         lro.adapters.save_peft(model, tmp_path, names={"layers/{}": "{}"})
 
 
-def test_in_linen_it_is_added_and_not_merged() -> None:
+@each_method
+def test_in_linen_it_is_added_and_not_merged(method: Any) -> None:
     model = nn.Dense(4)
-    adapted = lro.adapters.linen.Adapted(model, Routed(), ".*")
+    adapted = lro.adapters.linen.Adapted(model, method, ".*")
     base = model.init(jax.random.key(0), X)
     variables = adapted.attach(base, jax.random.key(1), X)
     draw = lambda x: jax.random.normal(jax.random.key(x.size), x.shape)
     trained = jax.tree.map(draw, variables["adapters"])
     variables = {**variables, "adapters": trained}
-    p = trained["default"]
+    p = trained["default"] | variables.get("adapter_constants", {}).get("default", {})
     change = adapted.apply(variables, X) - model.apply(base, X)
     np.testing.assert_allclose(change, expected(p, X), atol=1e-4)
     with pytest.raises(TypeError, match=CANNOT):
         adapted.merge(variables)
 
 
-def test_in_a_pytree_it_multiplies_beside_the_weight_and_has_no_sum() -> None:
+@each_method
+def test_in_a_pytree_it_multiplies_beside_the_weight_and_has_no_sum(method: Any) -> None:
     pytree, params = lro.adapters.pytree, {"w": jnp.ones((6, 4))}
-    adapter = pytree.init(jax.random.key(0), params, Routed(), ".*")
+    adapter = pytree.init(jax.random.key(0), params, method, ".*")
     trained = jax.tree.map(lambda x: jnp.ones_like(x) / x.size, adapter.trainable)
     adapter = adapter.replace(trained)
     change = X @ pytree.factored(params, adapter)["w"] - X @ params["w"]
-    np.testing.assert_allclose(change, expected(trained["w"], X), atol=1e-5)
+    (arrays,) = adapter.arrays().values()
+    np.testing.assert_allclose(change, expected(arrays, X), atol=1e-5)
     for function in (pytree.effective, pytree.merge, pytree.unmerge):
         with pytest.raises(TypeError, match=CANNOT):
             function(params, adapter)

@@ -304,6 +304,20 @@ ADAPTERS = (
         ("tests/adapters/test_lamda_freezing.py",),
     ),
     Fault(
+        "FlyLoRA's bias of an overused rank raised",
+        "lowrank_optax/adapters/training/flylora_balance.py",
+        "step * _sign(-update)",
+        "step * _sign(update)",
+        ("tests/adapters/test_flylora_balance.py",),
+    ),
+    Fault(
+        "FlyLoRA's equal scores routed to the higher rank",
+        "lowrank_optax/adapters/methods/flylora.py",
+        "index[None, :] < index[:, None]",
+        "index[None, :] > index[:, None]",
+        ("tests/adapters/test_flylora.py",),
+    ),
+    Fault(
         "what dropout keeps not scaled up",
         "lowrank_optax/adapters/operands.py",
         "jnp.where(kept, x / (1 - rate), jnp.zeros_like(x))",

@@ -18,6 +18,7 @@ WRAPPERS: dict[str, Callable[[Any], Any]] = {
     "galore": lambda inner: lro.galore(0.1, 2, inner=inner),
     "powerprop_updates": lambda inner: lro.layers.powerprop_updates(inner, 2.0),
     "mask_updates": lambda inner: lro.layers.mask_updates(inner, {}),
+    "flylora_balance": lro.adapters.flylora_balance,
     "lamda_freezing": lambda inner: lro.adapters.lamda_freezing(inner, 10, 0.3),
     "aflora_freezing": lambda inner: lro.adapters.aflora_freezing(inner, 10, 2, 4),
 }

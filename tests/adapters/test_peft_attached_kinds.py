@@ -246,7 +246,7 @@ def test_miss_is_a_plain_lora_if_that_is_asked_for(tmp_path):
 )
 def test_what_peft_has_not_and_is_no_lora_is_refused(tmp_path, method, where, options, as_lora):
     model = adapted(True, method, where, **options)
-    with pytest.raises(ValueError, match=r"^\S+: PEFT has \w+ of linear layers only.* be saved\. M"):
+    with pytest.raises(ValueError, match=r"^\S+: PEFT has \w+ of linear layers only.* be saved"):
         save_peft(model, tmp_path / "a", names=NAMES, as_lora=as_lora)
     assert not (tmp_path / "a").exists()
 

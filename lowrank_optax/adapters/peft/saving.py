@@ -54,7 +54,7 @@ def save_peft(
     or came from a file of PEFT. Other MiSS and VeRA, what PEFT does not have (LoTR, LaMDA, AFLoRA,
     SVFit, SoRA, PRILoRA), and PiSSA, whose base is not the model's, are written as a plain LoRA of
     the same change, the scale folded into its factors. A method without such a LoRA and without a
-    form in PEFT is refused: SaRA, ``MiSSBat(side="in")``, and those that route by the input.
+    form in PEFT is refused: SaRA, ``MiSSBat(side="in")``, and FlyLoRA, which routes by its input.
 
     Parameters that `also_train` trains with this adapter become ``modules_to_save``, with
     ``ensure_weight_tying`` where that is an embedding which is the model's head too. Layers of a

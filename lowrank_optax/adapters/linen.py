@@ -8,7 +8,6 @@ import collections
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import copy
 import dataclasses
-import functools
 import itertools
 from typing import Any, NamedTuple, TypeAlias
 import zlib
@@ -31,8 +30,7 @@ from lowrank_optax.adapters.folding import (
 )
 from lowrank_optax.adapters.layer_calls import Part, adapted_output, on_derivative, view_call, warn
 from lowrank_optax.adapters.summaries import AdapterSummary, SummaryRow, row_of
-from lowrank_optax.compat.flax import is_lifted_call
-from lowrank_optax.compat.jax import in_fresh_trace
+from lowrank_optax.compat.flax import is_lifted_call, run_traced_apart
 from lowrank_optax.matrices.flax_layers import Kernel, kernel_axes
 from lowrank_optax.matrices.selection import Path, Where
 from lowrank_optax.matrices.views import from_matrix, to_matrix
@@ -224,7 +222,7 @@ class Adapted:
           kwargs: Keyword arguments of the model, with ``method``.
         """
         rngs = jax.random.key(0) if rngs is None else rngs
-        self._layers = _find_layers(functools.partial(self.module.init, rngs), args, kwargs)
+        self._layers = _find_layers(self.module, None, rngs, args, kwargs)
 
     def apply(
         self,
@@ -256,8 +254,7 @@ class Adapted:
             if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
                 key = jax.random.wrap_key_data(key)
             if not self._layers:
-                run = functools.partial(self.module.apply, own, rngs=rngs, mutable=True)
-                self._layers = _find_layers(run, args, kwargs)
+                self._layers = _find_layers(self.module, own, rngs, args, kwargs)
         beside, shared = _beside_weights(self.adapters, self._layers, variables, key)
         if beside:
             own["params"] = _put_beside(own["params"], beside)
@@ -494,7 +491,13 @@ class LinenLayer(NamedTuple):
 Layers: TypeAlias = dict[Path, LinenLayer]
 
 
-def _find_layers(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Layers:
+def _find_layers(
+    module: nn.Module,
+    variables: Variables | None,
+    rngs: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Layers:
     """The layers that a call of a model goes through, by path; nothing is computed.
 
     The path is that of the module, and the weight's name if it has several. A weight used in two
@@ -527,10 +530,10 @@ def _find_layers(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     def abstract(shaped: dict[int, Any]) -> Any:
         whole = [shaped.get(i, x) for i, x in enumerate(leaves)]
         own_args, own_kwargs = jax.tree.unflatten(tree, whole)
-        return run(*own_args, **own_kwargs)
+        return run_traced_apart(module, variables, rngs, *own_args, **own_kwargs)
 
-    # Under nn.jit a layer that has been traced before would not run: in another context it does.
-    with nn.intercept_methods(watch), in_fresh_trace():
+    # Blocks of one class under nn.jit are traced apart: a trace that is reused calls no layers.
+    with nn.intercept_methods(watch):
         jax.eval_shape(abstract, shapes)
     around = lambda scope: (others.get(scope[:n], "") for n in range(len(scope) + 1))
     usable = [

@@ -42,6 +42,7 @@ from lowrank_optax.modules.spec import (
     kernel_spec,
     kind_of,
     usable_weight,
+    without_beside,
 )
 
 __all__ = ["Adapted"]
@@ -263,7 +264,7 @@ class Adapted:
         if mutable is False:
             return result
         output, updates = result
-        return output, _without_beside(updates)
+        return output, without_beside(updates)
 
     def activate(self, *names: str, strengths: Mapping[str, float] | None = None) -> "Adapted":
         """The same model with these adapters active and no others; see `lro.adapters.activate`.
@@ -689,12 +690,6 @@ def _put_beside(params: Any, layers: Mapping[Path, _Beside]) -> dict[str, Any]:
         target, weight = (node[last], "") if inside else (node, last)
         target.setdefault(BESIDE, {})[weight] = beside
     return whole
-
-
-def _without_beside(tree: Any) -> Any:
-    if isinstance(tree, Mapping):
-        return {k: _without_beside(v) for k, v in tree.items() if k != BESIDE}
-    return tree
 
 
 def _interceptor(shared: Shared) -> Callable[..., Any]:

@@ -602,7 +602,8 @@ class _Plan:
 
     Attributes:
       name: The adapter's name.
-      layer: The layer's path.
+      layer: The layer's path if arrays are shared, which tells its group. Empty else: layers of
+        blocks under ``nn.jit`` then share a trace.
       method: The method with the rank of this layer.
       strength: What its change is multiplied by; None if it is switched off.
       call: A number of this call of the model if arrays are shared, else 0. Shared arrays are
@@ -659,7 +660,8 @@ def _beside_weights(
         keys, plans = {}, []
         for name in by_name:
             attached, layer = adapters[name], "/".join(path)
-            plans.append(_Plan(name, layer, attached.at(path), attached.strength, call))
+            at = layer if shared else ""
+            plans.append(_Plan(name, at, attached.at(path), attached.strength, call))
             if key is not None and _drops(attached) and path in layers:
                 own = jax.random.fold_in(key, zlib.crc32(f"{name}:{layer}".encode()))
                 stack = layers[path].spec.stack(_weight(variables, path, layers[path]).shape)
@@ -694,7 +696,7 @@ def _put_beside(params: Any, layers: Mapping[Path, _Beside]) -> dict[str, Any]:
 
 def _interceptor(shared: Shared) -> Callable[..., Any]:
     """What applies the adapters after each call of a layer; for ``nn.intercept_methods``."""
-    seen: collections.Counter[tuple[str, str]] = collections.Counter()
+    seen: collections.Counter[tuple[str, Path]] = collections.Counter()
     running: set[Path] = set()
 
     def key_of(module: nn.Module, beside: _Beside, plan: _Plan) -> jax.Array | None:
@@ -703,8 +705,8 @@ def _interceptor(shared: Shared) -> Callable[..., Any]:
         if module.has_rng("dropout"):
             return module.make_rng("dropout")
         # A scan that does not split the stream hides it, but not what is beside its weights.
-        seen[plan.name, plan.layer] += 1
-        return jax.random.fold_in(beside.keys[plan.name], seen[plan.name, plan.layer] - 1)
+        seen[plan.name, module.path] += 1
+        return jax.random.fold_in(beside.keys[plan.name], seen[plan.name, module.path] - 1)
 
     def intercept(
         call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: Any

@@ -102,7 +102,7 @@ def _check(adapt: Callable[[Any], Adapted], way: str, model: Any = Two) -> Any:
 _is_of_b = lambda path, module: path[0] == "b"
 
 
-@pytest.mark.parametrize("way", list(WAYS)[1:])
+@pytest.mark.parametrize("way", ["class", "params", "method", "function"])
 @pytest.mark.parametrize("where", ["a|b", "b", pytest.param(_is_of_b, id="function")])
 def test_compiled_blocks_have_the_adapters_of_blocks_that_are_not(where: Any, way: str) -> None:
     shapes = _check(lambda model: Adapted(model, LORA, where), way)["default"]
@@ -133,6 +133,29 @@ def test_compiled_blocks_have_several_adapters_of_their_own(first: str, second: 
     shapes = _check(adapt, "class")
     assert sorted(shapes["one"]) == ["a"]
     assert "/".join(sorted(shapes["two"])) == second.replace("|", "/")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "patterns", "number"),
+    [(LORA, {}, 1), (LORA, {"b": 3}, 2), (lro.adapters.LoTR(rank=2), {}, 2)],
+)
+def test_compiled_blocks_with_equal_adapters_are_traced_once_unless_they_share_arrays(
+    method: Any, patterns: Any, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traced = []
+
+    class Counted(Block):
+        def __call__(self, x: jax.Array) -> jax.Array:
+            traced.append(1)
+            return super().__call__(x)
+
+    monkeypatch.setitem(WAYS, "counted", (nn.jit(Counted), call))
+    adapted = Adapted(Two("counted"), method, "a|b", rank_pattern=patterns)
+    variables = adapted.attach(_base(Two), jax.random.key(1), X)
+    traced.clear()
+    jax.eval_shape(adapted.apply, variables, X)
+    assert len(traced) == number
 
 
 @pytest.mark.slow

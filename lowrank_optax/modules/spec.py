@@ -1,5 +1,6 @@
 """What is known of a layer once and for all: its weight, its axes, the kind of its call."""
 
+from collections.abc import Mapping
 import dataclasses
 from typing import Any, Literal, TypeAlias
 
@@ -48,6 +49,13 @@ class LayerSpec:
     def stack(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The leading sizes of a weight's shape, along which layers are stacked."""
         return tuple(shape[: len(shape) - self.ndim])
+
+
+def without_beside(tree: Any, name: str = BESIDE) -> Any:
+    """The variables of a Linen model without what is beside its weights under this name."""
+    if isinstance(tree, Mapping):
+        return {k: without_beside(v, name) for k, v in tree.items() if k != name}
+    return tree
 
 
 def kernel_spec(kernel: Kernel, kind: Kind) -> LayerSpec:

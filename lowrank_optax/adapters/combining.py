@@ -16,6 +16,7 @@ from lowrank_optax.adapters.adapted_layers import (
     adapted_layers,
     check_names,
     sharing,
+    weight_matrix,
     weight_shape,
 )
 from lowrank_optax.adapters.attaching import attach
@@ -29,15 +30,6 @@ from lowrank_optax.matrices.selection import Path, path_string
 
 How: TypeAlias = Literal["concatenate", "linear", "svd", "ties", "dare", "ties_svd", "dare_svd"]
 Sign: TypeAlias = Literal["total", "frequency"]
-
-
-class _Options(NamedTuple):
-    """How adapters are merged; see `merge_adapters`."""
-
-    how: How
-    rank: int | None
-    density: float
-    sign: Sign
 
 
 def merge_adapters(
@@ -74,14 +66,15 @@ def merge_adapters(
     PEFT's ``add_weighted_adapter`` calls them ``cat``, ``svd``, ``linear``, ``ties``,
     ``dare_linear``, ``ties_svd`` and ``dare_linear_svd``. The first two are exact; ``linear``,
     ``ties`` and ``dare`` of factors depend on how each adapter's change is divided into factors,
-    and need equal ranks.
+    and need equal ranks. The strengths of `activate` have no part in it, and dropout ends.
 
     Args:
       model: A model with the adapters, none of them merged into the weights.
       weights: The weight :math:`w_t` of each adapter by name; of any sign.
       how: See above.
       name: The name of the new adapter.
-      rank: Rank of the new adapter, with the SVD; None for the largest of the adapters' ranks.
+      rank: Rank of the new adapter, with the SVD; None for the largest rank of the adapters'
+        changes, which is twice PiSSA's.
       density: The fraction of entries that TIES and DARE leave, above 0 and at most 1.
       sign: With TIES: how the sign at a place is elected, by the sum of the entries (``"total"``,
         the default) or by their number (``"frequency"``).
@@ -93,8 +86,8 @@ def merge_adapters(
     Raises:
       ValueError: If the model lacks an adapter of a name or has one named ``name``, ``weights`` is
         empty or not finite, an adapter is merged or trains parameters of the model
-        (`also_train`), ranks differ where they must not, or an argument is missing, out of range
-        or without a meaning for ``how``.
+        (`also_train`), ranks differ where they must not, ``density`` leaves no entry of an array,
+        or an argument is missing, out of range or without a meaning for ``how``.
       TypeError: If an adapter's change has no low rank (DoRA) or depends on the input.
 
     Example:
@@ -114,19 +107,30 @@ def merge_adapters(
       Yadav et al., TIES-Merging, 2023, https://arxiv.org/abs/2306.01708; Yu et al., Language Models
       are Super Mario (DARE), 2023, https://arxiv.org/abs/2311.03099.
     """
-    options = _options(how, rank, density, sign, key)
+    _check_options(how, rank, density, sign, key)
     if not weights or not all(math.isfinite(w) for w in weights.values()):
         raise ValueError(f"weights={dict(weights)} must give each adapter's name a finite number.")
     layers = _layers(model, check_names(model, weights))
     factors: dict[Path, tuple[jax.Array, jax.Array]] = {}
     with sharing(model):
         for number, (path, (layer, adapters)) in enumerate(layers.items()):
-            pairs = tuple(_factors(path_string(path), layer, a) for a in adapters)
-            own = tuple(float(weights[a.name]) for a in adapters)
-            ranks = {getattr(a.method, "rank", 0) for a in adapters}
-            _check_ranks(path_string(path), ranks, options, weight_shape(layer)[-2:])
-            own_key = None if key is None else jax.random.fold_in(key, number)
-            factors[path] = _combined(options, own, pairs, own_key)
+            string, sides = path_string(path) or "the model", weight_shape(layer)[-2:]
+            pairs = tuple(_factors(string, layer, a) for a in adapters)
+            if rank is not None and rank > min(sides):
+                raise ValueError(f"rank={rank} is above the sides {sides} of {string}.")
+            if how in ("linear", "ties", "dare"):
+                _check_one_rank(string, how, adapters, pairs)
+            if how.startswith("ties"):
+                _check_density(string, how, density or 1.0, sides, pairs[0])
+            factors[path] = _combined(
+                jnp.array([float(weights[a.name]) for a in adapters], jnp.float32),
+                pairs,
+                None if key is None else jax.random.fold_in(key, number),
+                how=how,
+                rank=rank or max(pair.b.shape[-2] for pair in pairs),
+                density=density or 1.0,
+                sign=sign or "total",
+            )
     rank_pattern = {f"^{re.escape(path_string(p))}$": b.shape[-2] for p, (_, b) in factors.items()}
     attach(
         model,
@@ -144,32 +148,28 @@ def merge_adapters(
     return model
 
 
-def _options(
+def _check_options(
     how: How, rank: int | None, density: float | None, sign: Sign | None, key: jax.Array | None
-) -> _Options:
+) -> None:
     if how not in get_args(How):
         raise ValueError(f"how={how!r} must be one of {', '.join(map(repr, get_args(How)))}.")
     kind = how.removesuffix("_svd")
-    given = {"rank": rank, "density": density, "sign": sign, "key": key}
-    used = {
-        "rank": how.endswith("svd"),
-        "density": kind in ("ties", "dare"),
-        "sign": kind == "ties",
-        "key": kind == "dare",
-    }
-    for argument, value in given.items():
-        if value is not None and not used[argument]:
-            given_as = "key" if argument == "key" else f"{argument}={value!r}"
-            raise ValueError(f"{given_as} has no meaning for how={how!r}: leave it out.")
-    if used["key"] and key is None:
-        raise ValueError(f"key=None: how={how!r} draws entries, and needs a key of jax.random.")
-    if used["density"] and (density is None or not 0 < density <= 1):
-        raise ValueError(f"density={density!r} must be above 0 and at most 1 for how={how!r}.")
-    if rank is not None and (not isinstance(rank, int) or rank < 1):
+    if rank is not None and not how.endswith("svd"):
+        raise ValueError(f"rank={rank!r} has no meaning for how={how!r}: leave it out.")
+    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
         raise ValueError(f"rank={rank!r} must be an int of at least 1, or None.")
+    if density is not None and kind not in ("ties", "dare"):
+        raise ValueError(f"density={density!r} has no meaning for how={how!r}: leave it out.")
+    if kind in ("ties", "dare") and (density is None or not 0 < density <= 1):
+        raise ValueError(f"density={density!r} must be above 0 and at most 1 for how={how!r}.")
+    if sign is not None and kind != "ties":
+        raise ValueError(f"sign={sign!r} has no meaning for how={how!r}: leave it out.")
     if sign not in (None, *get_args(Sign)):
         raise ValueError(f"sign={sign!r} must be 'total' or 'frequency'.")
-    return _Options(how, rank, 1.0 if density is None else density, sign or "total")
+    if key is not None and kind != "dare":
+        raise ValueError(f"key has no meaning for how={how!r}, which draws nothing: leave it out.")
+    if key is None and kind == "dare":
+        raise ValueError(f"key=None: how={how!r} draws entries, and needs a key of jax.random.")
 
 
 def _layers(model: Any, names: Sequence[str]) -> dict[Path, tuple[Any, list[LayerAdapter]]]:
@@ -199,9 +199,9 @@ class _Factors(NamedTuple):
     """The change of one adapter in a stack of ``L`` weights.
 
     Attributes:
-      a: ``[L, d_in, r]``, float32.
+      a: ``[L, d_in, r]``, float32; zero where the scale is.
       b: ``[L, r, d_out]``, scaled.
-      scale: The scale in ``b``, float32 ``[L]``.
+      scale: The scale in ``b``, float32 ``[L]``; zero where a layer has no adapter.
     """
 
     a: jax.Array
@@ -210,76 +210,98 @@ class _Factors(NamedTuple):
 
 
 def _factors(path: str, layer: Any, adapter: LayerAdapter) -> _Factors:
-    method, (*batch, d_in, d_out) = adapter.method, weight_shape(layer)
-    if not method.has_delta:
-        method.delta({}, jnp.zeros(()))  # says why there is none
+    method, p, (*batch, d_in, d_out) = adapter.method, adapter.p(), weight_shape(layer)
     try:
-        a, b = method.to_lora(adapter.p())
+        if not method.has_delta:
+            method.delta(p, weight_matrix(layer))  # says why there is none
+        a, b = method.to_lora(p)
     except TypeError as error:
         raise TypeError(f"{adapter.name!r} of {path}: {error}") from None
     rank, size = b.shape[-2], math.prod(batch)
     a = jnp.broadcast_to(a, (*batch, d_in, rank)).reshape(size, d_in, rank)
     b = jnp.broadcast_to(b, (*batch, rank, d_out)).reshape(size, rank, d_out)
-    scale = method.scales(size) if isinstance(method, LowRank) else np.ones(size, np.float32)
-    return _Factors(a.astype(jnp.float32), b.astype(jnp.float32), jnp.asarray(scale))
+    scale = jnp.asarray(method.scales(size) if isinstance(method, LowRank) else np.ones(size))
+    if "rank_scale" in p:
+        scale = p["rank_scale"].reshape(size, -1)[:, 0]
+    a = jnp.where(scale[:, None, None] == 0, 0, a.astype(jnp.float32))
+    return _Factors(a, b.astype(jnp.float32), scale.astype(jnp.float32))
 
 
-def _check_ranks(
-    path: str, ranks: set[int | tuple[int, ...]], options: _Options, sides: tuple[int, ...]
+def _check_one_rank(
+    path: str, how: How, adapters: Sequence[LayerAdapter], pairs: Sequence[_Factors]
 ) -> None:
-    one = len(ranks) == 1 and not isinstance(next(iter(ranks)), tuple)
-    if options.how in ("linear", "ties", "dare") and not one:
+    """Checks that the adapters have one rank in all layers of a stack that they are in."""
+    ranks = {pair.b.shape[-2] for pair in pairs}
+    for adapter, pair in zip(adapters, pairs, strict=True):
+        method = adapter.method
+        if isinstance(method, LowRank) and isinstance(method.rank, tuple):
+            is_there = True if isinstance(pair.scale, jax.core.Tracer) else pair.scale != 0
+            ranks |= set(method.ranks(len(pair.scale))[np.asarray(is_there)].tolist())
+    if len(ranks) > 1:
         raise ValueError(
-            f"how={options.how!r} adds factors, which need one rank, and those of {path} are "
-            f"{', '.join(map(str, sorted(ranks, key=str)))}: use 'concatenate' or one with the SVD."
+            f"how={how!r} adds factors, which need one rank, and those of {path} have "
+            f"{', '.join(map(str, sorted(ranks)))}: use 'concatenate' or one with the SVD."
         )
-    if options.rank is not None and options.rank > min(sides):
-        raise ValueError(f"rank={options.rank} is above the sides {sides} of {path}.")
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+def _check_density(
+    path: str, how: How, density: float, sides: Sequence[int], pair: _Factors
+) -> None:
+    sizes = [math.prod(sides)] if how == "ties_svd" else [n * pair.b.shape[-2] for n in sides]
+    if int(density * min(sizes)) == 0:
+        raise ValueError(
+            f"density={density} leaves none of the {min(sizes)} entries of an array of {path}."
+        )
+
+
+@functools.partial(jax.jit, static_argnames=("how", "rank", "density", "sign"))
 def _combined(
-    options: _Options, weights: tuple[float, ...], pairs: tuple[_Factors, ...], key: Any
+    weights: jax.Array,
+    pairs: tuple[_Factors, ...],
+    key: jax.Array | None,
+    *,
+    how: How,
+    rank: int,
+    density: float,
+    sign: Sign,
 ) -> tuple[jax.Array, jax.Array]:
     """The factors ``[L, d_in, R]`` and ``[L, R, d_out]`` of the new adapter."""
-    rank = options.rank or max(pair.b.shape[-2] for pair in pairs)
-    both = lambda pairs: zip(weights, pairs, strict=True)
+    reduced = functools.partial(_reduced, how=how, density=density, sign=sign)
 
     def one(layer: tuple[tuple[_Factors, ...], jax.Array]) -> tuple[jax.Array, jax.Array]:
         pairs, number = layer
         keys = [None] * 2 if key is None else jax.random.split(jax.random.fold_in(key, number))
-        if options.how in ("concatenate", "svd"):
-            a = jnp.concatenate([w * pair.a for w, pair in both(pairs)], axis=-1)
+        if how in ("concatenate", "svd"):
+            a = jnp.concatenate([w * x.a for w, x in zip(weights, pairs, strict=True)], axis=-1)
             b = jnp.concatenate([pair.b for pair in pairs], axis=-2)
-            return (a, b) if options.how == "concatenate" else _truncated_product(a, b, rank)
-        if options.how.endswith("svd"):
+            return (a, b) if how == "concatenate" else _truncated_product(a, b, rank)
+        if how.endswith("svd"):
             deltas = jnp.stack([product(pair.a, pair.b) for pair in pairs])
-            return _truncated(_reduced(options, deltas, jnp.asarray(weights), keys[0]), rank)
+            return _truncated(reduced(deltas, weights, keys[0]), rank)
         # PEFT's rule: half of each weight and scale goes to either factor, the sign to the first.
-        size = jnp.stack([jnp.abs(w) * pair.scale for w, pair in both(pairs)]) ** 0.5
-        a = jnp.stack([pair.a for pair in pairs])
-        b = jnp.stack([pair.b / pair.scale for pair in pairs])
-        return (
-            _reduced(options, a, jnp.sign(jnp.asarray(weights)) * size, keys[0]),
-            _reduced(options, b, size, keys[1]),
-        )
+        scale = jnp.stack([pair.scale for pair in pairs])
+        whole = weights * scale
+        half = jnp.sqrt(jnp.abs(whole))
+        a, b = (jnp.stack([pair[i] for pair in pairs]) for i in range(2))
+        b = b / jnp.where(scale == 0, 1, scale)[:, None, None]
+        return reduced(a, jnp.sign(whole) * half, keys[0]), reduced(b, half, keys[1])
 
     return jax.lax.map(one, (pairs, jnp.arange(pairs[0].a.shape[0])))
 
 
-def _reduced(options: _Options, x: jax.Array, weights: jax.Array, key: Any) -> jax.Array:
+def _reduced(
+    x: jax.Array, weights: jax.Array, key: Any, *, how: How, density: float, sign: Sign
+) -> jax.Array:
     """One array of those of all adapters, ``x [adapters, m, n]``."""
     weighted = weights[:, None, None] * x
-    if options.how == "linear":
+    if how == "linear":
         return weighted.sum(0)
-    if options.how.startswith("dare"):
-        kept = jax.random.bernoulli(key, options.density, x.shape)
-        return jnp.where(kept, weighted / options.density, 0).sum(0)
-    kept = jax.vmap(lambda y: _largest(y, options.density))(x)
-    trimmed = jnp.where(kept, x, 0)
-    votes = trimmed if options.sign == "total" else jnp.sign(trimmed)
-    elected = jnp.where(votes.sum(0) >= 0, 1, -1)
-    agree = jnp.sign(trimmed) == elected
+    if how.startswith("dare"):
+        kept = jax.random.bernoulli(key, density, x.shape)
+        return jnp.where(kept, weighted / density, 0).sum(0)
+    trimmed = jnp.where(jax.vmap(lambda y: _largest(y, density))(x), x, 0)
+    votes = trimmed if sign == "total" else jnp.sign(trimmed)
+    agree = jnp.sign(trimmed) == jnp.where(votes.sum(0) >= 0, 1, -1)
     return jnp.where(agree, weighted, 0).sum(0) / jnp.maximum(agree.sum(0), 1)
 
 

@@ -8,7 +8,6 @@ import collections
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import copy
 import dataclasses
-import functools
 import itertools
 from typing import Any, NamedTuple, TypeAlias
 import zlib
@@ -31,8 +30,7 @@ from lowrank_optax.adapters.folding import (
 )
 from lowrank_optax.adapters.layer_calls import Part, adapted_output, on_derivative, view_call, warn
 from lowrank_optax.adapters.summaries import AdapterSummary, SummaryRow, row_of
-from lowrank_optax.compat.flax import is_lifted_call
-from lowrank_optax.compat.jax import in_fresh_trace
+from lowrank_optax.compat.flax import is_lifted_call, run_traced_apart
 from lowrank_optax.matrices.flax_layers import Kernel, kernel_axes
 from lowrank_optax.matrices.selection import Path, Where
 from lowrank_optax.matrices.views import from_matrix, to_matrix
@@ -44,6 +42,7 @@ from lowrank_optax.modules.spec import (
     kernel_spec,
     kind_of,
     usable_weight,
+    without_beside,
 )
 
 __all__ = ["Adapted"]
@@ -224,7 +223,7 @@ class Adapted:
           kwargs: Keyword arguments of the model, with ``method``.
         """
         rngs = jax.random.key(0) if rngs is None else rngs
-        self._layers = _find_layers(functools.partial(self.module.init, rngs), args, kwargs)
+        self._layers = _find_layers(self.module, None, rngs, args, kwargs)
 
     def apply(
         self,
@@ -256,8 +255,7 @@ class Adapted:
             if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
                 key = jax.random.wrap_key_data(key)
             if not self._layers:
-                run = functools.partial(self.module.apply, own, rngs=rngs, mutable=True)
-                self._layers = _find_layers(run, args, kwargs)
+                self._layers = _find_layers(self.module, own, rngs, args, kwargs)
         beside, shared = _beside_weights(self.adapters, self._layers, variables, key)
         if beside:
             own["params"] = _put_beside(own["params"], beside)
@@ -266,7 +264,7 @@ class Adapted:
         if mutable is False:
             return result
         output, updates = result
-        return output, _without_beside(updates)
+        return output, without_beside(updates)
 
     def activate(self, *names: str, strengths: Mapping[str, float] | None = None) -> "Adapted":
         """The same model with these adapters active and no others; see `lro.adapters.activate`.
@@ -494,7 +492,13 @@ class LinenLayer(NamedTuple):
 Layers: TypeAlias = dict[Path, LinenLayer]
 
 
-def _find_layers(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Layers:
+def _find_layers(
+    module: nn.Module,
+    variables: Variables | None,
+    rngs: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Layers:
     """The layers that a call of a model goes through, by path; nothing is computed.
 
     The path is that of the module, and the weight's name if it has several. A weight used in two
@@ -527,10 +531,10 @@ def _find_layers(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     def abstract(shaped: dict[int, Any]) -> Any:
         whole = [shaped.get(i, x) for i, x in enumerate(leaves)]
         own_args, own_kwargs = jax.tree.unflatten(tree, whole)
-        return run(*own_args, **own_kwargs)
+        return run_traced_apart(module, variables, rngs, *own_args, **own_kwargs)
 
-    # Under nn.jit a layer that has been traced before would not run: in another context it does.
-    with nn.intercept_methods(watch), in_fresh_trace():
+    # Blocks of one class under nn.jit are traced apart: a trace that is reused calls no layers.
+    with nn.intercept_methods(watch):
         jax.eval_shape(abstract, shapes)
     around = lambda scope: (others.get(scope[:n], "") for n in range(len(scope) + 1))
     usable = [
@@ -598,7 +602,8 @@ class _Plan:
 
     Attributes:
       name: The adapter's name.
-      layer: The layer's path.
+      layer: The layer's path if arrays are shared, which tells its group. Empty else: layers of
+        blocks under ``nn.jit`` then share a trace.
       method: The method with the rank of this layer.
       strength: What its change is multiplied by; None if it is switched off.
       call: A number of this call of the model if arrays are shared, else 0. Shared arrays are
@@ -655,7 +660,8 @@ def _beside_weights(
         keys, plans = {}, []
         for name in by_name:
             attached, layer = adapters[name], "/".join(path)
-            plans.append(_Plan(name, layer, attached.at(path), attached.strength, call))
+            at = layer if shared else ""
+            plans.append(_Plan(name, at, attached.at(path), attached.strength, call))
             if key is not None and _drops(attached) and path in layers:
                 own = jax.random.fold_in(key, zlib.crc32(f"{name}:{layer}".encode()))
                 stack = layers[path].spec.stack(_weight(variables, path, layers[path]).shape)
@@ -688,15 +694,9 @@ def _put_beside(params: Any, layers: Mapping[Path, _Beside]) -> dict[str, Any]:
     return whole
 
 
-def _without_beside(tree: Any) -> Any:
-    if isinstance(tree, Mapping):
-        return {k: _without_beside(v) for k, v in tree.items() if k != BESIDE}
-    return tree
-
-
 def _interceptor(shared: Shared) -> Callable[..., Any]:
     """What applies the adapters after each call of a layer; for ``nn.intercept_methods``."""
-    seen: collections.Counter[tuple[str, str]] = collections.Counter()
+    seen: collections.Counter[tuple[str, Path]] = collections.Counter()
     running: set[Path] = set()
 
     def key_of(module: nn.Module, beside: _Beside, plan: _Plan) -> jax.Array | None:
@@ -705,8 +705,8 @@ def _interceptor(shared: Shared) -> Callable[..., Any]:
         if module.has_rng("dropout"):
             return module.make_rng("dropout")
         # A scan that does not split the stream hides it, but not what is beside its weights.
-        seen[plan.name, plan.layer] += 1
-        return jax.random.fold_in(beside.keys[plan.name], seen[plan.name, plan.layer] - 1)
+        seen[plan.name, module.path] += 1
+        return jax.random.fold_in(beside.keys[plan.name], seen[plan.name, module.path] - 1)
 
     def intercept(
         call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: Any

@@ -3,7 +3,8 @@
 Nothing here imports Flax: the optax side of the library works where Flax is not installed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+import itertools
 from typing import Any
 
 
@@ -45,3 +46,53 @@ def in_interceptor() -> bool:
     from flax.linen import module
 
     return len(module._global_interceptor_stack) > 0
+
+
+class _TracedApart:
+    """A flag with another hash each time: ``nn.jit`` finds a trace by a hash of flags and more."""
+
+    _hashes = itertools.count()
+
+    def __hash__(self) -> int:
+        return next(self._hashes)
+
+
+def run_traced_apart(
+    module: Any,
+    variables: Mapping[str, Any] | None,
+    rngs: Any,
+    /,
+    *args: Any,
+    method: str | Callable[..., Any] | None = None,
+    mutable: Any = None,
+    capture_intermediates: Any = None,
+    **kwargs: Any,
+) -> Any:
+    """Calls a Linen module such that each call under ``nn.jit`` in it gets a trace of its own.
+
+    Args:
+      module: Unbound Linen module.
+      variables: Variables of the module; None to initialize them.
+      rngs: Random keys, as for ``module.init`` and ``module.apply``.
+      args: Positional arguments of the module.
+      method: Method to call, as for ``module.init``.
+      mutable: Without effect: no variables are returned.
+      capture_intermediates: Likewise.
+      kwargs: Keyword arguments of the module.
+
+    Returns:
+      The output.
+    """
+    from flax import core
+
+    if method is None or isinstance(method, str):
+        method = getattr(module, method or "__call__")
+    method = getattr(method, "__func__", method)  # of a bound method
+    run = lambda scope, *args, **kwargs: method(
+        module.clone(parent=scope, _deep_clone=True), *args, **kwargs
+    )
+    flags: dict[str, Any] = {"lowrank_optax_traced_apart": _TracedApart()}
+    if variables is None:
+        flags["initializing"] = True
+    every = core.DenyList("intermediates")
+    return core.apply(run, every, flags)(variables or {}, *args, rngs=rngs, **kwargs)[0]

@@ -291,11 +291,6 @@ def in_trace(number: int) -> Any:
     return set_xla_metadata(lowrank_optax_trace=str(number))
 
 
-def in_fresh_trace() -> Any:
-    """A context in which jitted functions that were traced before are traced again."""
-    return in_trace(new_trace())
-
-
 def in_default_layout(x: jax.Array) -> jax.Array:
     """``x`` stored in the order of its axes."""
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))

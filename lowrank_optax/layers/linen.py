@@ -7,7 +7,6 @@ import re
 from types import MappingProxyType
 from typing import Any, ClassVar
 
-from flax import core
 from flax import linen as nn
 import jax
 import optax
@@ -29,7 +28,7 @@ from lowrank_optax.layers.randomized.sketch import Sketch
 from lowrank_optax.matrices.paths import compiled_pattern, normalised_path
 from lowrank_optax.matrices.rules import is_weight
 from lowrank_optax.matrices.selection import Path, check_patterns, path_string
-from lowrank_optax.modules.spec import BESIDE
+from lowrank_optax.modules.spec import BESIDE, without_beside
 
 __all__ = ["PowerpropDense", "PowerpropModule", "Randomized", "RandomizedDense"]
 
@@ -296,16 +295,19 @@ class Randomized:
             sketches = [*self._found(layer.path).values()]
             return _sketched(run, layer, sketches[0]) if sketches else run()
 
-        # nn.jit traces a block again if its variables differ: make them tell its patterns.
+        # nn.jit traces a block again if its variables differ: make them tell its patterns. They are
+        # in params, since a scan or nn.jit may leave out any other collection.
         name = f"lowrank_optax_patterns_{trace.number}"
-        variables = {**variables, name: self._patterns(variables.get("params", {}))}
+        variables = {
+            c: self._with_patterns(name, x) if c == "params" else x for c, x in variables.items()
+        }
         with nn.intercept_methods(intercept), in_trace(trace.number):
             result = self.module.apply(variables, *args, rngs=rngs, **kwargs)
         self._check_found(trace.paths)
-        if kwargs.get("mutable", False) is False or name not in result[1]:
+        if kwargs.get("mutable", False) is False:
             return result
         outputs, updates = result
-        return outputs, core.pop(updates, name)[0]
+        return outputs, without_beside(updates, name)
 
     def _trace_of(self, arguments: Any) -> "_Trace":
         """The trace of calls with such arguments: what they call may depend on them."""
@@ -337,14 +339,13 @@ class Randomized:
             return {p: sketch for p, sketch in self.sketch.items() if re.search(p, name)}
         return {"": self.sketch} if is_weight(f"{name}/kernel") else {}
 
-    def _patterns(self, params: Mapping[str, Any], path: Path = ()) -> dict[str, Any]:
-        """By the paths of kernels, the patterns that are found, as names of empty dictionaries."""
-        inside = {
-            name: self._patterns(x, (*path, name))
-            for name, x in params.items()
-            if isinstance(x, Mapping)
+    def _with_patterns(self, name: str, params: Mapping[str, Any], path: Path = ()) -> Any:
+        """The parameters, and beside each kernel the patterns found, as empty dictionaries."""
+        new = {
+            key: self._with_patterns(name, x, (*path, key)) if isinstance(x, Mapping) else x
+            for key, x in params.items()
         }
-        return {**inside, **({p: {} for p in self._found(path)} if "kernel" in params else {})}
+        return {**new, name: {p: {} for p in self._found(path)}} if "kernel" in params else new
 
 
 @dataclasses.dataclass(frozen=True)

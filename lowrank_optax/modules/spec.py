@@ -1,5 +1,6 @@
 """What is known of a layer once and for all: its weight, its axes, the kind of its call."""
 
+from collections.abc import Mapping
 import dataclasses
 from typing import Any, Literal, TypeAlias
 
@@ -50,6 +51,13 @@ class LayerSpec:
         return tuple(shape[: len(shape) - self.ndim])
 
 
+def without_beside(tree: Any, name: str = BESIDE) -> Any:
+    """The variables of a Linen model without what is beside its weights under this name."""
+    if isinstance(tree, Mapping):
+        return {k: without_beside(v, name) for k, v in tree.items() if k != name}
+    return tree
+
+
 def kernel_spec(kernel: Kernel, kind: Kind) -> LayerSpec:
     """The spec of one layer whose weight is not stacked, or stacked along leading axes."""
     ndim = len(kernel.shape)
@@ -67,15 +75,17 @@ def kind_of(module: Any) -> Kind | None:
 def has_other_weights(module: Any) -> bool:
     """Whether a module, or those inside it, may multiply by other weights than their parameters.
 
-    A subclass of a Flax layer with its own call may, and Flax's normalization of weights does. Any
-    class can say it itself, by an attribute or property ``plain_weights`` beside its ``__call__``.
+    A subclass of a Flax layer with its own call may, and Flax's normalization of weights and its
+    convolutions with a mask do. Any class can say it itself, by an attribute or property
+    ``plain_weights`` beside its ``__call__``.
     """
     cls = own_class(module)
     defines = next((t for t in cls.__mro__ if "__call__" in vars(t)), cls)
     if "plain_weights" in vars(defines):
         return not module.plain_weights
     if defines.__module__.startswith("flax."):
-        return defines.__name__ in ("SpectralNorm", "WeightNorm")
+        masked = kind_of(module) == "convolution" and getattr(module, "mask", None) is not None
+        return masked or defines.__name__ in ("SpectralNorm", "WeightNorm")
     return kind_of(module) is not None
 
 

@@ -133,6 +133,33 @@ def test_dare_drops_entries_and_keeps_the_mean():
     assert np.max(np.abs(mean / exact - 1)) < 5 / np.sqrt(draws)
 
 
+@pytest.mark.parametrize("how", ["linear", "ties", "dare"])
+def test_scales_of_any_sign(how):
+    """A scale of zero, or the lack of an adapter in a layer of a stack, takes no part."""
+    options = {} if how == "linear" else {"density": 1.0}
+    options |= {"key": jax.random.key(0)} if how == "dare" else {}
+    methods = {name: lro.adapters.LoRA(rank=2, alpha=a) for name, a in (("a", -6), ("b", 2))}
+    model = adapted(methods=methods | {"c": lro.adapters.LoRA(rank=2, alpha=0)})
+    partial = lro.adapters.LoRA(rank=(2, 2, 1))
+    lro.adapters.attach(model, partial, "up", rngs=9, name="d")
+    arrays = model.blocks.up.adapters["d"].arrays
+    arrays["rank_scale"].set_value(arrays["rank_scale"][...].at[2].set(0))  # as PEFT's files
+    a1, b1, _ = factors(model, "a")
+    weights = dict.fromkeys("acd", 1.0)
+    lro.adapters.merge_adapters(model, weights, how, name="new", **options)
+    # In the last layer the first adapter is alone.
+    expected = -6 / 2 * a1[2] @ b1[2]
+    np.testing.assert_allclose(change(model, "new")[2], expected, atol=3e-5)
+    assert np.isfinite(change(model, "new")).all()
+
+
+def test_a_density_that_leaves_nothing_is_refused():
+    with pytest.raises(ValueError, match=r"density=0.05 leaves none of the 12 entries"):
+        lro.adapters.merge_adapters(
+            adapted(), {"a": 1.0, "b": 1.0}, "ties", name="new", density=0.05
+        )
+
+
 def test_layers_with_some_of_the_adapters():
     model = Scanned(3, nnx.Rngs(0))
     lro.adapters.attach(model, lro.adapters.LoRA(rank=1), "up|down", rngs=1, name="a")
@@ -186,9 +213,12 @@ def test_bad_arguments_are_refused_and_nothing_is_changed(case):
 def test_adapters_that_cannot_be_merged():
     both = {"a": 1.0, "b": 1.0}
     unlike = {"a": lro.adapters.LoRA(rank=2), "b": lro.adapters.LoRA(rank=3)}
-    with pytest.raises(ValueError, match=r"which need one rank, and those of .* are 2, 3"):
+    with pytest.raises(ValueError, match=r"which need one rank, and those of .* have 2, 3"):
         lro.adapters.merge_adapters(adapted(methods=unlike), both, "linear", name="new")
     full = {"a": lro.adapters.LoRA(rank=2), "b": lro.adapters.DoRA(rank=2)}
+    pissa = {"a": lro.adapters.PiSSA(rank=2), "b": lro.adapters.LoRA(rank=2)}
+    with pytest.raises(ValueError, match=r"need one rank, and those of .* have 2, 4"):
+        lro.adapters.merge_adapters(adapted(methods=pissa), both, "linear", name="new")
     with pytest.raises(TypeError, match=r"'b' of .*DoRA"):
         lro.adapters.merge_adapters(adapted(methods=full), both, "svd", name="new")
     model = adapted()
@@ -209,10 +239,10 @@ def test_agrees_with_the_peft_package(how):
     base = torch.nn.Sequential(torch.nn.Linear(6, 12, bias=False))
     config = lambda alpha: peft.LoraConfig(r=2, lora_alpha=alpha, target_modules=["0"])
     theirs = peft.get_peft_model(base, config(6), adapter_name="one")
-    theirs.add_adapter("two", config(2))
+    theirs.add_adapter("two", config(-3))
     model = nnx.Sequential(nnx.Linear(6, 12, use_bias=False, rngs=nnx.Rngs(0)))
     layer = theirs.base_model.model[0]
-    for name, alpha in (("one", 6), ("two", 2)):
+    for name, alpha in (("one", 6), ("two", -3)):
         method = lro.adapters.LoRA(rank=2, alpha=alpha)
         lro.adapters.attach(model, method, "layers", rngs=1, name=name)
         with torch.no_grad():

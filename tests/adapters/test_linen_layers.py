@@ -151,3 +151,12 @@ def test_layers_and_their_arrays_equal_those_of_nnx():
         for name, array in arrays.items():
             other = gradient[layer]["adapters"]["default"]["arrays"][name]
             np.testing.assert_allclose(array, other, rtol=1e-4, atol=1e-4)
+
+
+def test_a_masked_convolution_multiplies_by_another_weight():
+    mask = jnp.ones((3, 4, 6)).at[0].set(0)
+    module, x = nn.Conv(6, (3,), mask=mask), _x(2, 5, 4)
+    base = module.init(jax.random.key(0), x)
+    adapted = Adapted(module, lro.adapters.PiSSA(rank=2), where=".*")
+    with pytest.raises(TypeError, match="PiSSA reads the layer's weight, but the call of Conv"):
+        adapted.attach(base, jax.random.key(1), x)

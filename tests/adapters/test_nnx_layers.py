@@ -275,3 +275,14 @@ def test_attention_is_adapted_by_its_projections() -> None:
     assert not np.allclose(after, before, atol=1e-2)
     lro.adapters.merge(attention)
     np.testing.assert_allclose(call(lro.adapters.detach(attention), x), after, atol=2e-5)
+
+
+def test_a_masked_convolution_multiplies_by_another_weight() -> None:
+    mask = np.ones((3, 4, 6), np.float32)
+    mask[0] = 0
+    model = conv(4, 6, (3,), mask=jnp.asarray(mask))()
+    with pytest.raises(TypeError, match="PiSSA reads the layer's weight, but the call of Conv"):
+        lro.adapters.attach(model, lro.adapters.PiSSA(rank=2), where=".*", rngs=0)
+    lro.adapters.attach(model, lro.adapters.LoRA(rank=2), where=".*", rngs=0)
+    with pytest.raises(TypeError, match="another weight than the parameter"):
+        lro.adapters.merge(model)

@@ -6,7 +6,9 @@ import math
 
 from close import assert_close
 from flax import nnx
+import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import numpy as np
 import pytest
 
@@ -488,6 +490,37 @@ def test_other_layers_than_linear_ones_are_refused(folder, tmp_path):
 def test_load_peft_says_what_folds_a_kind_that_is_not_trained(folder):
     for case in ("OFT", "LOKR"):
         refused(folder(case), UnsupportedConfigError, f"'{case}' cannot .*fold_peft", load_peft)
+
+
+def test_parameters_that_are_not_the_weights_are_refused(folder):
+    names = {f"module/{path}": name for path, name in NAMES.items()}
+    for case in ("MISS", "IA3"):
+        model = lro.layers.PowerpropModule(Model(True), 2.0)
+        before = snapshot(model)
+        with pytest.raises(TypeError, match="folding changes the layer's weight, but the call of"):
+            fold_peft(model, folder(case), names=names)
+        assert snapshot(model) == before
+
+
+def test_a_traced_model_is_refused(folder):
+    path = folder("MISS")
+    with pytest.raises(ValueError, match="call it outside jit"):
+        nnx.jit(lambda model: fold_peft(model, path, names=NAMES) and None)(Model(True))
+
+
+def test_what_is_written_keeps_its_sharding(folder):
+    devices = jax.devices()[:2]
+    mesh = jax.make_mesh((2,), ("m",), axis_types=(AxisType.Auto,), devices=devices)
+    model = with_biases(True)
+    sharding = NamedSharding(mesh, PartitionSpec(None, "m"))
+    bias, kernel = model.layers.query.bias, model.layers.query.kernel
+    for x in (bias, kernel):
+        x.set_value(jax.device_put(x[...], sharding))
+    before = np.asarray(bias[...])
+    fold_peft(model, folder("IA3"), names=NAMES)
+    assert (np.asarray(bias[...]) != before).any()
+    for x in (bias, kernel):
+        assert x[...].sharding.is_equivalent_to(sharding, x[...].ndim)
 
 
 def test_a_model_with_adapters_is_refused(folder):

@@ -12,6 +12,7 @@ from lowrank_optax.compat.flax import (
     is_lifted_call,
     is_nnx_state,
     linen_children,
+    run_traced_apart,
     set_class,
 )
 from lowrank_optax.compat.nnx_context import ContextModule
@@ -88,6 +89,52 @@ def test_a_linen_interceptor_is_known_while_it_is_active() -> None:
     with linen.intercept_methods(pass_on):
         assert in_interceptor()
     assert not in_interceptor()
+
+
+TRACED: list[str] = []
+
+
+class Counted(linen.Module):
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        TRACED.append("/".join(self.path))
+        return linen.Dense(4)(x)
+
+
+class CountedMethod(Counted):
+    __call__ = linen.jit(Counted.__call__)
+
+
+called = linen.jit(lambda module, x: module(x))
+
+
+class Two(linen.Module):
+    """Two blocks of one class, called under ``nn.jit`` in one of three ways."""
+
+    blocks: tuple[Any, Any]
+    is_function: bool = False
+
+    def __call__(self, x: jax.Array, *, scale: float = 1.0) -> jax.Array:
+        for block in self.blocks:
+            x = called(block, x) if self.is_function else block(x)
+        return scale * x
+
+
+@pytest.mark.parametrize("way", ["class", "method", "function"])
+def test_calls_under_linen_jit_share_a_trace_unless_they_are_traced_apart(way: str) -> None:
+    block = {"class": linen.jit(Counted), "method": CountedMethod, "function": Counted}[way]
+    module, x, key = Two((block(), block()), way == "function"), jnp.ones(4), jax.random.key(0)
+    variables = module.init(key, x)
+    expected = module.apply(variables, x)
+    TRACED.clear()
+    module.apply(variables, x)
+    assert not TRACED
+    for of in (variables, None, variables):
+        options = {"method": Two.__call__, "mutable": True, "capture_intermediates": True}
+        result = run_traced_apart(module, of, {"params": key}, x, scale=2.0, **options)
+        assert jnp.allclose(result, 2 * expected, rtol=1e-6, atol=1e-6)
+        assert TRACED == ["blocks_0", "blocks_1"]
+        TRACED.clear()
 
 
 class InContext(ContextModule):

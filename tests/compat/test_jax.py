@@ -147,15 +147,17 @@ def test_equations_know_their_scopes_and_the_lines_they_come_from() -> None:
     assert found[0][1].endswith("layer")
 
 
-def test_a_jitted_function_is_traced_again_in_a_fresh_trace() -> None:
+def test_a_jitted_function_is_traced_once_for_each_number_of_a_trace() -> None:
     count = []
     fn = jax.jit(lambda x: count.append(1) or x)
     for _ in range(2):
         jax.eval_shape(fn, X)
     assert len(count) == 1
-    with compat.in_fresh_trace():
-        jax.eval_shape(fn, X)
-    assert len(count) == 2
+    first, second = compat.new_trace(), compat.new_trace()
+    for number, traces in ((first, 2), (second, 3), (first, 3)):
+        with compat.in_trace(number):
+            jax.eval_shape(fn, X)
+        assert len(count) == traces
 
 
 def test_the_default_layout_is_the_order_of_the_axes() -> None:

@@ -402,6 +402,41 @@ def test_compiled_blocks_of_one_class_have_the_sketches_of_blocks_that_are_not(s
     jax.tree.map(np.testing.assert_array_equal, updates, variables)
 
 
+class Scanned(nn.Module):
+    """A scan over two layers of two blocks each."""
+
+    block: Any = Compiled
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        layer = lambda blocks, x, _: (blocks(x)[..., :3], None)
+        splits = {"params": True, "sketch": True}
+        run = nn.scan(layer, variable_axes={"params": 0}, split_rngs=splits, length=2)
+        return run(Blocks(self.block, name="blocks"), x, None)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", [Blocks, Scanned])
+@pytest.mark.parametrize("name", ["first", pytest.param("second", marks=pytest.mark.full)])
+def test_compiled_blocks_that_see_parameters_alone_have_their_own_sketches(
+    name: str, module: Any
+) -> None:
+    model = module(nn.jit(Inner, variables=["params"]))
+    variables = initial(model)
+    randomized = Randomized(model, {name: QUARTER})
+
+    def blocks(model: Any) -> dict[str, Any]:
+        params = jax.grad(lambda v: jnp.sum(model.apply(v, X, **KEY) ** 2))(variables)["params"]
+        return params.get("blocks", params)
+
+    found, exact = blocks(randomized), blocks(model)
+    assert {
+        n for n in exact if not np.allclose(*(x[n]["up"]["kernel"] for x in (found, exact)))
+    } == {name}
+    _, updates = randomized.apply(variables, X, mutable=["params"], **KEY)
+    jax.tree.map(np.testing.assert_array_equal, updates, variables)
+
+
 def test_compiled_blocks_of_one_pattern_are_traced_once() -> None:
     traces: list[int] = []
 

@@ -1,6 +1,7 @@
 """The layers of a Flax model by the names they have in PyTorch."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+import contextlib
 import itertools
 import math
 import re
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 import warnings
 
 from flax import nnx
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -120,14 +122,23 @@ class Slot(NamedTuple):
     def write(self, parameter: str, tensor: np.ndarray) -> None:
         """Sets a parameter from PyTorch's tensor, in the model's own dtype."""
         layout, variable = self.layout, self.variable(parameter)
-        if layout is None or parameter == "bias":
-            value = np.array(variable[...])
-            value[self.index] = tensor.reshape(value[self.index].shape).astype(value.dtype)
-            variable.set_value(jnp.asarray(value))
-        else:
-            matrices = np.array(weight_matrix(self.module))
-            matrices[self.index] = layout.unpack_weight(tensor).astype(matrices.dtype)
-            set_weight_matrix(self.module, jnp.asarray(matrices))
+        with sharding_kept(variable):
+            if layout is None or parameter == "bias":
+                value = np.array(variable[...])
+                value[self.index] = tensor.reshape(value[self.index].shape).astype(value.dtype)
+                variable.set_value(jnp.asarray(value))
+            else:
+                matrices = np.array(weight_matrix(self.module))
+                matrices[self.index] = layout.unpack_weight(tensor).astype(matrices.dtype)
+                set_weight_matrix(self.module, jnp.asarray(matrices))
+
+
+@contextlib.contextmanager
+def sharding_kept(variable: Any) -> Iterator[None]:
+    """Gives a variable, set inside from the host's arrays, the sharding that it had."""
+    sharding = variable[...].sharding
+    yield
+    variable.set_value(jax.device_put(variable[...], sharding))
 
 
 def also_trained(module: Any) -> list[str]:

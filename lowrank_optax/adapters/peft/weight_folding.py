@@ -10,7 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_optax.adapters.adapted_layers import set_weight_matrix, weight_matrix, weight_variable
+from lowrank_optax.adapters.adapted_layers import (
+    check_weights,
+    set_weight_matrix,
+    weight_matrix,
+    weight_variable,
+)
 from lowrank_optax.adapters.methods.lora import LoRA
 from lowrank_optax.adapters.methods.pissa import PiSSA
 from lowrank_optax.adapters.peft.base_files import modules_of_adapter
@@ -21,6 +26,7 @@ from lowrank_optax.adapters.peft.module_names import (
     ModuleNames,
     Slot,
     module_slots,
+    sharding_kept,
     tied_in_model,
     warn_of_heads,
 )
@@ -39,7 +45,8 @@ def fold_peft(
     Reads what `load_peft` reads, and kinds that are not trained here, of linear layers: AdaLoRA,
     LoHa, LoKr, IA3, OFT, MiSS (also by its old name Bone), VeRA and RandLoRA. Values of
     ``modules_to_save`` and biases become the model's. The result is computed in float32 and
-    rounded once to the weight's dtype. Everything is compared before any weight is changed.
+    rounded once to the weight's dtype. Everything is compared before any weight is changed. A
+    second call with the same folder folds it a second time.
 
     Args:
       model: An NNX model with the weights of the adapter's base model.
@@ -60,7 +67,9 @@ def fold_peft(
       CheckpointMismatchError: The file is damaged or truncated, or tensors are missing, unknown or
         of other shapes; all of them are listed.
       ValueError: The model has adapters; a file is damaged or pickled; the configuration selects no
-        layer of the model; or a changed embedding is tied to the model's head.
+        layer of the model; a changed embedding is tied to the model's head; or this is called
+        under ``jit``.
+      TypeError: A changed layer multiplies by another weight than its parameter.
 
     Example:
       >>> import tempfile
@@ -82,9 +91,13 @@ def fold_peft(
             f"the model has adapters at {', '.join(path_string(p) for p in list(adapted)[:5])}, "
             "which belong to the weights that would be changed: `detach` them first."
         )
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(nnx.state(model))):
+        raise ValueError("fold_peft reads files, which a traced model cannot: call it outside jit.")
     slots = module_slots(model, names)
     checked = CheckedAdapter(Path(path), _FlaxBase(model, slots))
     checked.check_not_tied()
+    changed = [slots[module] for module in checked.tensors if module in slots]
+    check_weights(model, {s.path: s.module for s in changed if s.is_layer}, "folding changes")
     saved = (m for m, of_module in checked.tensors.items() if "weight" in of_module)
     warn_of_heads(model, slots, (*saved, *checked.layouts))
     by_layer: dict[Any, dict[str, Slot]] = {}
@@ -102,16 +115,15 @@ def fold_peft(
 def _fold(checked: "CheckedAdapter", slots: Mapping[str, Slot]) -> None:
     """Folds the adapters of one Flax layer, or of the layers in its stack, into its parameters."""
     layer = next(iter(slots.values())).module
-    variable = weight_variable(layer)
-    sharding, matrices = variable[...].sharding, np.array(weight_matrix(layer))
+    matrices = np.array(weight_matrix(layer))
     for module, slot in slots.items():
         layout = checked.layouts[module]
         weight = checked.folded_weight(module, layout.pack_weight(matrices[slot.index]))
         matrices[slot.index] = layout.unpack_weight(weight)
         if checked.changes_bias(module) and "bias" in slot.parameters:
             slot.write("bias", checked.folded_bias(module, slot.read("bias")))
-    set_weight_matrix(layer, jnp.asarray(matrices))
-    variable.set_value(jax.device_put(variable[...], sharding))
+    with sharding_kept(weight_variable(layer)):
+        set_weight_matrix(layer, jnp.asarray(matrices))
 
 
 class Base(Protocol):

@@ -98,7 +98,8 @@ def attach(
 
     Raises:
       ValueError: If ``where`` matches no layer (the message lists near ones), a pattern matches
-        none of the layers chosen, a layer has an adapter of this name already, or ``method`` is
+        none of the layers chosen, a layer has an adapter of this name already or would share its
+        arrays with layers that have (VeRA), or ``method`` is
         computed from a weight that has values of its own in an adapter (`also_train`); if it is
         DoRA, and the weight is merged or changed by a method such as PiSSA, or the other way round;
         or if a method that changes the weight (PiSSA) is given an embedding that the model's config
@@ -134,7 +135,13 @@ def attach(
         d_in, d_out = target.shape[-2:]
         group = target.method.group(path_string(target.path), (d_in, d_out))
         groups.setdefault(group, []).append(target)
-    for members in groups.values():  # what cannot be is refused before anything is changed
+    shared = getattr(model, "adapter_groups", {}).get(name, {})
+    for group, members in groups.items():  # what cannot be is refused before anything is changed
+        if group_name(group) in shared:
+            raise ValueError(
+                f"{path_string(members[0].path)} would share arrays with layers that have the "
+                f"adapter {name!r} already: give another name, or attach it to all of them at once."
+            )
         check_arrays(*_of_group(members, values=False))
     for group, members in groups.items():
         _attach_group(model, name, group_name(group), members, rngs)

@@ -1,7 +1,10 @@
 """VeRA: shared random factors and two trained vectors."""
 
+import functools
+
 from flax import nnx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -82,3 +85,15 @@ def test_a_file_of_peft_holds_it_or_the_lora_that_it_is_equal_to(tmp_path, as_lo
     again = nnx.Sequential(nnx.Linear(6, 5, rngs=nnx.Rngs(0)))
     lro.adapters.load_peft(again, tmp_path / "vera", names=names)
     np.testing.assert_allclose(again(X), after, atol=1e-5)
+
+
+def test_a_second_attachment_that_would_replace_shared_arrays_is_refused():
+    model = Unrolled(2, nnx.Rngs(0))
+    attach = functools.partial(lro.adapters.attach, model, lro.adapters.VeRA(rank=2), rngs=0)
+    attach(where="blocks/0/up")
+    before = jax.tree.map(jnp.copy, nnx.state(model))
+    with pytest.raises(ValueError, match="blocks/1/up would share arrays with layers that have"):
+        attach(where="blocks/1")
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, before, nnx.state(model)))
+    attach(where="blocks/1", name="other")
+    attach(where="blocks/1/down")  # of another shape: a group of its own

@@ -502,6 +502,34 @@ def test_parameters_that_are_not_the_weights_are_refused(folder):
         assert snapshot(model) == before
 
 
+def test_saved_weights_are_not_those_of_other_parameters(tmp_path):
+    """Weights of ``modules_to_save`` are neither read into parameters that are not, nor written."""
+    names = {f"module/{path}": name for path, name in NAMES.items()}
+    plain = lro.adapters.attach(Model(True), lro.adapters.LoRA(rank=1), "query", rngs=0)
+    lro.adapters.also_train(plain, "head/kernel")
+    save_peft(plain, tmp_path / "a", names=NAMES)
+    model = lro.layers.PowerpropModule(Model(True), 2.0)
+    before = snapshot(model)
+    for load in (load_peft, fold_peft):
+        with pytest.raises(TypeError, match="the layer's weight, but the call of PowerpropModule"):
+            load(model, tmp_path / "a", names=names)
+        assert snapshot(model) == before
+    lro.adapters.attach(model, lro.adapters.LoRA(rank=1), "query", rngs=0)
+    lro.adapters.also_train(model, "head/kernel")
+    with pytest.raises(TypeError, match="save_peft writes the layer's weight"):
+        save_peft(model, tmp_path / "b", names=names)
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("load", [load_peft, fold_peft])
+def test_a_saved_square_weight_that_may_be_transposed_is_refused(tmp_path, load):
+    plain = lro.adapters.attach(Model(True), lro.adapters.LoRA(rank=1), "query", rngs=0)
+    lro.adapters.also_train(plain, "mlp/kernel")
+    save_peft(plain, tmp_path / "a", names=NAMES)
+    path = changed(tmp_path / "a", fan_in_fan_out=True)
+    refused(path, UnsupportedConfigError, "mlp in modules_to_save, a square weight", load)
+
+
 def test_a_traced_model_is_refused(folder):
     path = folder("MISS")
     with pytest.raises(ValueError, match="call it outside jit"):

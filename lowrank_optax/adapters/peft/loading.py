@@ -17,9 +17,7 @@ from lowrank_optax.adapters.own_values import check_can_claim, claim, live_in, v
 from lowrank_optax.adapters.peft.checking import checked_tensors
 from lowrank_optax.adapters.peft.config import (
     CONFIG_FILE,
-    MERGE_IN_PEFT,
     AttachedConfig,
-    BaseConfig,
     PeftConfig,
     UnsupportedConfigError,
     read_json,
@@ -27,6 +25,7 @@ from lowrank_optax.adapters.peft.config import (
 from lowrank_optax.adapters.peft.module_names import (
     ModuleNames,
     Slot,
+    check_saved_weights,
     module_slots,
     tied_in_model,
     warn_of_heads,
@@ -96,8 +95,9 @@ def load_peft(
     slots = module_slots(model, names)
     with open_tensors(folder) as reader:
         layouts, tensors = checked_tensors(reader, slots, config, tied_in_model(model, slots))
+    check_saved_weights(model, config, slots, tensors, "load_peft writes")
     with values_of(model, name):  # not those of other adapters
-        trained, bases = _own_values(config, slots, tensors)
+        trained, bases = _own_values(slots, tensors)
     warn_of_heads(model, slots, (m for m in tensors if "weight" in tensors[m]))
     if isinstance(config, PeftConfig) and config.is_pissa and config.lora_dropout:
         warnings.warn(
@@ -196,25 +196,13 @@ def _ranks(config: AttachedConfig, group: Mapping[str, Slot]) -> int | tuple[int
     return tuple(ranks.get(index, 1) for index in layers)
 
 
-def _own_values(
-    config: BaseConfig, slots: Mapping[str, Slot], tensors: Mapping[str, Tensors]
-) -> tuple[Values, Values]:
-    """Trained values of the model's own parameters, and bases that are not the model's.
-
-    Raises:
-      UnsupportedConfigError: If a square weight may be of transformers' Conv1D or of a Linear.
-    """
+def _own_values(slots: Mapping[str, Slot], tensors: Mapping[str, Tensors]) -> tuple[Values, Values]:
+    """Trained values of the model's own parameters, and bases that are not the model's."""
     trained, bases = [], []
     for module, of_module in tensors.items():
         if module not in slots:
             continue  # a head that is tied to its embedding
         slot = slots[module]
-        layout = slot.layout if config.fan_in_fan_out and "weight" in of_module else None
-        if layout and layout.kind == "linear" and layout.d_in == layout.d_out:
-            raise UnsupportedConfigError(
-                f"fan_in_fan_out=True with {module} in modules_to_save, a square weight, which "
-                f"PyTorch may hold as [in, out] or [out, in]: unsupported. {MERGE_IN_PEFT}"
-            )
         for tensor, value in of_module.items():
             if tensor in ("weight", "bias", "base_layer.bias"):
                 trained.append((slot, tensor.removeprefix("base_layer."), value))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 import numpy as np
 
-from lowrank_optax.adapters.adapted_layers import check_names, sharing
+from lowrank_optax.adapters.adapted_layers import check_names, check_weights, sharing
 from lowrank_optax.adapters.low_rank import LowRank
 from lowrank_optax.adapters.methods.dora import DoRA
 from lowrank_optax.adapters.methods.lora import LoRA
@@ -115,6 +115,9 @@ def save_peft(
         pieces = {m: p for m, slot in slots.items() if (p := piece(slot))}
         saved = {m: x for m, slot in slots.items() if (x := _trained(slot, m in pieces))}
         bases = {m: slots[m].read("weight") for m in pieces if _holds_base(m, slots[m], name)}
+    written = [slots[m] for m in (*bases, *(m for m, x in saved.items() if "weight" in x))]
+    written = {slot.path: slot.module for slot in written if slot.is_layer}
+    check_weights(model, written, "save_peft writes")
     tied = tied_in_model(model, slots)
     ties = tied is not None and tied.embedding in saved and tied.embedding not in pieces
     content = {

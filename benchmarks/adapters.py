@@ -161,6 +161,7 @@ def make_table(results: dict[str, Any], names: list[str], markdown: bool) -> Non
         spread = statistics.stdev(losses) if len(losses) > 1 else 0.0
         rows.append(runs[0] | {"loss": statistics.mean(losses), "spread": spread})
         rows[-1] |= {"old": statistics.mean(old), "step": results["steps"][name]}
+    rows.sort(key=lambda row: row["loss"])
     columns = [
         Column("adapter", lambda r: r["adapter"]),
         Column("rank", lambda r: "" if r["rank"] is None else str(r["rank"])),

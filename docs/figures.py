@@ -14,6 +14,7 @@ import time
 from typing import Any
 
 from figure_activation_memory import activation_memory
+from figure_adapters import adapters
 from figure_adaptive_batch_size import adaptive_batch_size
 from figure_aflora import aflora
 from figure_codes import low_bit
@@ -329,6 +330,7 @@ FIGURES = {
         pissa,
         svfit,
         flylora,
+        adapters,
         few_bit,
         gated_activations,
         randomized_linear,

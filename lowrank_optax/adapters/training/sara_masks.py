@@ -54,7 +54,7 @@ def sara(
     fraction: float | None = None,
     threshold: float | None = None,
     reselect_after: int | None = None,
-    rank_penalty: float = 0.0,
+    rank_penalty: float | None = None,
     seed: int = 0,
     weight_dimension_numbers: DimensionNumbersRule = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -72,7 +72,8 @@ def sara(
     Args:
       inner: Any optax transformation, with its learning rate and weight decay.
       fraction: Fraction of each leaf that is selected, above 0 and at most 1: its smallest
-        entries by magnitude, and all others of the same magnitude as the largest of them.
+        entries by magnitude, and all others of the same magnitude as the largest of them. List it
+        in the ``static_args`` of ``optax.inject_hyperparams``.
       threshold: The threshold :math:`\theta` instead, the same for all leaves.
       reselect_after: Number of updates :math:`t_0` after which entries are frozen for good whose
         magnitude has reached :math:`\theta`, that of the leaf at the start; None for never. The
@@ -80,7 +81,8 @@ def sara(
       rank_penalty: The paper's :math:`\lambda_\mathrm{rank}`: at each step the gradient of one
         matrix, drawn at random among all with more than 64 rows and columns, gets
         :math:`\lambda_\mathrm{rank}` times that of the nuclear norm of its trained entries. It
-        costs some 50 products with a square matrix of the shorter side; the paper takes 5e-4.
+        costs some 50 products with a square matrix of the shorter side; the paper takes 5e-4. None
+        for no penalty.
       seed: Seed of these draws.
       weight_dimension_numbers: Which leaves are matrices for ``rank_penalty``; as for
         `lro.scale_by_projection`, None for the rule by names and shapes.
@@ -106,14 +108,20 @@ def sara(
     Reference:
       Hu et al., SaRA, 2024, https://arxiv.org/abs/2409.06633.
     """
+    if isinstance(fraction, jax.Array):
+        raise TypeError(
+            f"fraction={fraction} must be a number and not an array: under "
+            'optax.inject_hyperparams give static_args="fraction".'
+        )
     # Under optax.inject_hyperparams the threshold is an array.
     check_selection(fraction, 1.0 if isinstance(threshold, jax.Array) else threshold)
-    if not isinstance(rank_penalty, jax.Array | int | float):
+    if not isinstance(rank_penalty, jax.Array | int | float | None):
         raise TypeError(f"rank_penalty={rank_penalty!r} must be a number.")
-    traced, penalty = isinstance(rank_penalty, jax.Array), None
-    if not traced and not (math.isfinite(rank_penalty) and rank_penalty >= 0):
+    known = isinstance(rank_penalty, int | float)
+    if known and not (math.isfinite(rank_penalty) and rank_penalty >= 0):
         raise ValueError(f"rank_penalty={rank_penalty!r} must be finite and not negative.")
-    if traced or rank_penalty > 0:
+    penalty = None
+    if rank_penalty is not None and not (known and rank_penalty == 0):
         penalty = _Penalty(rank_penalty, seed, weight_dimension_numbers)
 
     def start(path: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -123,13 +131,14 @@ def sara(
                 "numbers. Leave it out by optax.masked."
             )
         limit = threshold if fraction is None else _quantile(x, fraction)
-        limit = jnp.asarray(limit, _in_float32(x).dtype)
+        limit = jnp.array(limit, _in_float32(x).dtype)  # each leaf's own, to be donated
         return limit, jnp.abs(_in_float32(x)) < limit
 
     def check(params: Any, trained: list[jax.Array]) -> None:
         known = trained and not any(isinstance(x, jax.core.Tracer) for x in trained)
         if known and not any(bool(x.any()) for x in trained):
-            message = f"sara(threshold={threshold}) selects no entry: nothing is trained."
+            given = f"threshold={threshold}" if fraction is None else f"fraction={fraction}"
+            message = f"sara({given}) selects no entry: nothing is trained."
             warnings.warn(message, stacklevel=4)
         if penalty is not None and is_whole(params) and not penalty.matrices(params):
             warnings.warn(
@@ -195,8 +204,8 @@ def sara_reselection(
         limit: ArrayLike | None = threshold
         if limit is None:
             largest = jnp.max(jnp.abs(_in_float32(x)), axis=-1, keepdims=True, initial=0)
-            limit = jnp.nextafter(largest, jnp.full_like(largest, jnp.inf))
-        return jnp.asarray(limit, _in_float32(x).dtype), jnp.ones_like(x, bool)
+            limit = _just_above(largest)
+        return jnp.array(limit, _in_float32(x).dtype), jnp.ones_like(x, bool)
 
     def check(params: Any, trained: list[jax.Array]) -> None:
         if is_whole(params) and not trained:
@@ -347,5 +356,10 @@ def _quantile(x: jax.Array, fraction: float) -> jax.Array:
         return jnp.asarray(jnp.inf, _in_float32(x).dtype)
     partition = partition_of(x)
     x = constrain(_in_float32(x), None if partition is None else PartitionSpec(*[None] * x.ndim))
-    last = jnp.sort(jnp.abs(x).ravel())[max(1, round(fraction * x.size)) - 1]
-    return jnp.nextafter(last, jnp.full_like(last, jnp.inf))
+    return _just_above(jnp.sort(jnp.abs(x).ravel())[max(1, round(fraction * x.size)) - 1])
+
+
+def _just_above(x: jax.Array) -> jax.Array:
+    """The least normal number above ``x``: XLA takes others for zero."""
+    above = jnp.nextafter(x, jnp.full_like(x, jnp.inf))
+    return jnp.maximum(above, jnp.finfo(x.dtype).tiny)

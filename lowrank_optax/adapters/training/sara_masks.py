@@ -147,7 +147,7 @@ def sara(
                 stacklevel=4,
             )
 
-    return _selecting(inner, lambda path: True, start, check, reselect_after, penalty)
+    return _selecting(inner, start, check, reselect_after, penalty)
 
 
 def sara_reselection(
@@ -200,7 +200,9 @@ def sara_reselection(
     if reselect_after is None:
         raise TypeError("reselect_after=None must be an int: without it, leave this out.")
 
-    def start(path: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def start(path: Any, x: jax.Array) -> tuple[jax.Array, jax.Array] | None:
+        if normalised_path(path)[-1:] not in {(name,) for name in names}:
+            return None
         limit: ArrayLike | None = threshold
         if limit is None:
             largest = jnp.max(jnp.abs(_in_float32(x)), axis=-1, keepdims=True, initial=0)
@@ -214,8 +216,7 @@ def sara_reselection(
                 "lro.adapters.SaRA, and make the optimizer for what it trains."
             )
 
-    chosen = lambda path: normalised_path(path)[-1:] in {(name,) for name in names}
-    return _selecting(inner, chosen, start, check, reselect_after, None)
+    return _selecting(inner, start, check, reselect_after, None)
 
 
 class _Penalty(NamedTuple):
@@ -273,8 +274,7 @@ def _stack_shape(x: jax.Array, spec: WeightDimensionNumbers) -> tuple[int, int, 
 
 def _selecting(
     inner: optax.GradientTransformation,
-    chosen: Callable[[Any], bool],
-    start: Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]],
+    start: Callable[[Any, jax.Array], tuple[jax.Array, jax.Array] | None],
     check: Callable[[Any, list[jax.Array]], None],
     reselect_after: int | None,
     penalty: _Penalty | None,
@@ -283,11 +283,11 @@ def _selecting(
 
     Args:
       inner: Any optax transformation.
-      chosen: Function of a path: whether entries of the leaf are selected, or all are trained.
-      start: Function of a path and a chosen leaf: its threshold, and what is trained at first.
+      start: Function of a path and a leaf: its threshold, and what is trained at first; None for a
+        leaf that is left alone.
       check: Function of the parameters and of what is trained, called in ``init``.
       reselect_after: As for `sara`.
-      penalty: As for `sara`; then all leaves are chosen.
+      penalty: As for `sara`; then no leaf is left alone.
     """
     known = isinstance(reselect_after, int | np.integer | jax.Array | None)
     if not known or isinstance(reselect_after, bool):
@@ -298,11 +298,9 @@ def _selecting(
 
     def init_fn(params: optax.Params) -> SaraState:
         paths, treedef = jax.tree_util.tree_flatten_with_path(params)
-        found = {i: start(path, x) for i, (path, x) in enumerate(paths) if chosen(path)}
-        check(params, [trained for _, trained in found.values()])
-        put = lambda n: treedef.unflatten(
-            [found[i][n] if i in found else optax.MaskedNode() for i in range(len(paths))]
-        )
+        found = [start(path, x) for path, x in paths]
+        check(params, [x[1] for x in found if x is not None])
+        put = lambda n: treedef.unflatten([x[n] if x else optax.MaskedNode() for x in found])
         return SaraState(jnp.zeros([], jnp.int32), put(0), put(1), inner.init(params))
 
     def update_fn(
@@ -316,34 +314,27 @@ def _selecting(
                 raise ValueError(f"{name} needs the parameters: tx.update(grads, state, params).")
         if penalty is not None and (extra_args.get("whole") or Whole()).tree is not None:
             raise CannotCutError("rank_penalty draws one of all matrices: it needs the whole tree.")
-        trained: list[jax.Array] = jax.tree.leaves(state.trained)
+        trained = state.trained
         if reselect_after is not None:
-            values = [x for path, x in _leaves(params) if chosen(path)]
-            limits, now = jax.tree.leaves(state.threshold), state.count == reselect_after
-            trained = [
-                flags & (~now | (jnp.abs(_in_float32(x)) < limit))
-                for flags, x, limit in zip(trained, values, limits, strict=True)
-            ]
-
-        def stopped(tree: Any) -> Any:
-            flags = iter(trained)
-            paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
-            new = [jnp.where(next(flags), x, 0) if chosen(path) else x for path, x in paths]
-            return treedef.unflatten(new)
-
+            now = state.count == reselect_after
+            small = lambda flags, x, limit: flags & (~now | (jnp.abs(_in_float32(x)) < limit))
+            trained = _map_chosen(small, trained, params, state.threshold)
+        stopped = lambda tree: _map_chosen(lambda x, flags: jnp.where(flags, x, 0), tree, trained)
         gradients = stopped(updates)
         if penalty is not None:
-            gradients = penalty.add(gradients, trained, params, state.count)
+            gradients = penalty.add(gradients, jax.tree.leaves(trained), params, state.count)
         new, inner_state = inner.update(gradients, state.inner_state, params, **extra_args)
-        flags = jax.tree.unflatten(jax.tree.structure(state.trained), trained)
         count = optax.safe_increment(state.count)
-        return stopped(new), SaraState(count, state.threshold, flags, inner_state)
+        return stopped(new), SaraState(count, state.threshold, trained, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _leaves(tree: Any) -> list[tuple[Any, jax.Array]]:
-    return jax.tree_util.tree_leaves_with_path(tree)
+def _map_chosen(f: Callable[..., jax.Array], first: Any, *rest: Any) -> Any:
+    """``f`` of leaves; the first tree's where another has a `MaskedNode`."""
+    masked = lambda x: isinstance(x, optax.MaskedNode)
+    one = lambda x, *others: x if any(map(masked, (x, *others))) else f(x, *others)
+    return jax.tree.map(one, first, *rest, is_leaf=masked)
 
 
 def _in_float32(x: jax.Array) -> jax.Array:

@@ -22,7 +22,7 @@ from lowrank_optax.adapters.adapted_layers import (
     weight_variable,
 )
 from lowrank_optax.adapters.base import Adapter, Weights
-from lowrank_optax.adapters.folding import depends_on_weight, needs_weight
+from lowrank_optax.adapters.folding import needs_weight
 from lowrank_optax.adapters.groups import (
     check_method,
     check_patterns,
@@ -192,17 +192,17 @@ def _check_weight_stays(path: str, layer: Any, method: Adapter) -> None:
     for adapter in getattr(layer, "adapters", {}).values():
         other = f"{path}: the adapter {adapter.name!r}"
         named = f"{other} ({type(adapter.method).__name__})"
-        if depends_on_weight(method) and adapter.merged:
+        if method.depends_on_weight and adapter.merged:
             raise ValueError(
                 f"{other} is merged into its weight, and {kind} depends on the base's: unmerge "
                 f"{adapter.name!r} first."
             )
-        if depends_on_weight(method) and adapter.method.changes_base:
+        if method.depends_on_weight and adapter.method.changes_base:
             raise ValueError(
                 f"{named} has changed the weight, and {kind} depends on the base's: detach "
                 f"{adapter.name!r} first."
             )
-        if method.changes_base and depends_on_weight(adapter.method):
+        if method.changes_base and adapter.method.depends_on_weight:
             raise ValueError(
                 f"{named} depends on the base's weight, which {kind} would change: detach "
                 f"{adapter.name!r} first."

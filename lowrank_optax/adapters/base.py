@@ -112,6 +112,14 @@ class Adapter(abc.ABC):
         """Whether its change is a matrix added to the weight, so that it can be merged."""
         return type(self).delta is not Adapter.delta
 
+    @property
+    def depends_on_weight(self) -> bool:
+        """Whether `delta` reads the weight's values; by default if the method defines `unmerged`.
+
+        Such a method is merged only by itself and at strength 1.
+        """
+        return type(self).unmerged is not Adapter.unmerged
+
     def group(self, path: str, shape: tuple[int, int]) -> Hashable:
         """The group of a weight: those of equal groups share the arrays of `init_shared`.
 
@@ -230,10 +238,7 @@ class Adapter(abc.ABC):
 
     def merged(self, p: Arrays, weight: jax.Array) -> Merged:
         """The weight with the adapter folded in: summed in float32, rounded once."""
-        exact = weight.astype(jnp.float32) + self.delta(p, weight)
-        rounded = exact.astype(weight.dtype)
-        error = jnp.max(jnp.abs(exact - rounded.astype(jnp.float32)), initial=0.0)
-        return Merged(rounded, error)
+        return rounded_to(weight.dtype, weight.astype(jnp.float32) + self.delta(p, weight))
 
     def unmerged(self, p: Arrays, merged: jax.Array) -> jax.Array:
         """The weight before `merged`, to the rounding of its dtype."""
@@ -264,6 +269,12 @@ class Adapter(abc.ABC):
         raise TypeError(
             f"{type(self).__name__} makes no change of low rank: it cannot be converted to LoRA."
         )
+
+
+def rounded_to(dtype: Any, exact: jax.Array) -> Merged:
+    """A merged weight in its dtype, with the rounding error."""
+    rounded = exact.astype(dtype)
+    return Merged(rounded, jnp.max(jnp.abs(exact - rounded.astype(exact.dtype)), initial=0.0))
 
 
 def product(first: jax.Array, second: jax.Array) -> jax.Array:

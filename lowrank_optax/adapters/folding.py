@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_optax.adapters.base import Adapter, Arrays
+from lowrank_optax.adapters.base import Adapter, Arrays, rounded_to
 from lowrank_optax.modules.report import Report, Table
 from lowrank_optax.modules.spec import has_other_weights
 from lowrank_optax.modules.wrap import own_class
@@ -111,7 +111,7 @@ class Folding(NamedTuple):
                 "since it was merged, so its change cannot be taken out of the weight again: put "
                 "back those of that time, or detach the adapter and load the original weights."
             )
-        if depends_on_weight(self.methods[0][0]):
+        if self.methods[0][0].depends_on_weight:
             check_invertible(self.path, self.methods[0][0], self.unfolded())
 
     def _flat_own(self) -> tuple[Arrays, ...]:
@@ -131,9 +131,10 @@ def _folded(
     def one(args: tuple[jax.Array, tuple[Arrays, ...]]) -> tuple[jax.Array, ...]:
         w, arrays = args
         change = _change(methods, w, arrays, shared)
-        exact = w.astype(jnp.float32) + change
-        rounded = exact.astype(w.dtype)
-        error = jnp.max(jnp.abs(exact - rounded.astype(jnp.float32)), initial=0.0)
+        if _by_itself(methods):
+            rounded, error = methods[0][0].merged({**arrays[0], **shared[0]}, w)
+        else:
+            rounded, error = rounded_to(w.dtype, w.astype(jnp.float32) + change)
         return rounded, error, jnp.sum(change**2), jnp.sum(w.astype(jnp.float32) ** 2)
 
     merged, errors, changes, sizes = jax.lax.map(one, (weights, own))
@@ -150,12 +151,17 @@ def _unfolded(
 ) -> jax.Array:
     def one(args: tuple[jax.Array, tuple[Arrays, ...]]) -> jax.Array:
         w, arrays = args
-        if depends_on_weight(methods[0][0]):
+        if _by_itself(methods):
             return methods[0][0].unmerged({**arrays[0], **shared[0]}, w)
         change = _change(methods, w, arrays, shared)
         return (w.astype(jnp.float32) - change).astype(w.dtype)
 
     return jax.lax.map(one, (weights, own))
+
+
+def _by_itself(methods: tuple[tuple[Adapter, float], ...]) -> bool:
+    """Whether `Adapter.merged` and `Adapter.unmerged` of one method apply, at strength 1."""
+    return len(methods) == 1 and methods[0][1] == 1
 
 
 def _change(
@@ -196,14 +202,9 @@ def _bit_sum(x: jax.Array, batch: int) -> jax.Array:
     return jnp.sum(x.astype(jnp.uint32) * factors, axis=range(batch, x.ndim), dtype=jnp.uint32)
 
 
-def depends_on_weight(method: Adapter) -> bool:
-    """Whether the change is a function of the weight: such a method has its own `unmerged`."""
-    return type(method).unmerged is not Adapter.unmerged
-
-
 def needs_weight(method: Adapter) -> bool:
     """Whether a layer's weight is read or changed while this is attached."""
-    return method.reads_weights or method.changes_base or depends_on_weight(method)
+    return method.reads_weights or method.changes_base or method.depends_on_weight
 
 
 def check_call(layer: Any, methods: Sequence[Adapter], path: Sequence[str] = ("a layer",)) -> None:
@@ -214,7 +215,7 @@ def check_call(layer: Any, methods: Sequence[Adapter], path: Sequence[str] = ("a
       methods: Those that are active in it.
       path: Path of the layer.
     """
-    reading = [type(method).__name__ for method in methods if depends_on_weight(method)]
+    reading = [type(method).__name__ for method in methods if method.depends_on_weight]
     if reading and has_other_weights(layer):
         use, cls = f"{reading[0]} reads", own_class(layer).__name__
         raise other_weights_error("/".join(path), use, cls)
@@ -266,7 +267,7 @@ def check_can_unmerge(path: str, together: list[tuple[str, Adapter, float]]) -> 
                 "on the layer's input, so no matrix can be added to the weight instead. Leave it "
                 "attached."
             )
-        if depends_on_weight(method) and (len(together) > 1 or strength != 1):
+        if method.depends_on_weight and (len(together) > 1 or strength != 1):
             raise ValueError(
                 f"the change of {type(method).__name__} {name!r} of {path} depends on the weight, "
                 "so it can be merged only by itself and at strength 1."

@@ -17,7 +17,6 @@ from lowrank_optax.adapters.folding import (
     MergedLayer,
     MergeReport,
     check_can_unmerge,
-    depends_on_weight,
 )
 from lowrank_optax.adapters.tied_tables import check_not_tied
 from lowrank_optax.matrices.selection import Path, path_string
@@ -100,12 +99,10 @@ def unmerge(model: Any, name: str | None = None) -> None:
       name: Name of the adapter; None for all that are merged.
 
     Raises:
-      ValueError: If there is no adapter of that name, none is merged, or arrays or the strength of
-        one have changed since `merge` (not checked under a transformation).
-      TypeError: If a layer may multiply by another weight than its parameter.
       ValueError: If there is no adapter of that name, none is merged, arrays or the strength of
         one have changed since `merge`, or its change has no inverse (the last two are not checked
         under a transformation).
+      TypeError: If a layer may multiply by another weight than its parameter.
     """
     wanted, layers = check_names(model, [name] if name else []), []
     for path, layer in adapted_layers(model).items():
@@ -149,6 +146,6 @@ def _check_can_unmerge(path: str, layer: Any, adapters: list[LayerAdapter]) -> N
     others = [a for a in layer.adapters.values() if a.name not in {x.name for x in adapters}]
     # An active one that depends on the weight would be applied to the merged weight.
     together = adapters + [
-        a for a in others if a.merged or (a.active and depends_on_weight(a.method))
+        a for a in others if a.merged or (a.active and a.method.depends_on_weight)
     ]
     check_can_unmerge(path, [(a.name, a.method, a.strength) for a in together])

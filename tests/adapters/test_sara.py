@@ -3,6 +3,7 @@
 import itertools
 
 from close import assert_close
+from flax import linen as nn
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ WEIGHTS, X = (RNG.normal(size=s).astype(np.float32) for s in ((3, 6, 5), (7, 6))
 WEIGHTS[1] *= 0.5
 THETA = 0.4
 KEY = jax.random.key(0)
+BITS = {jnp.float32: np.uint32, jnp.bfloat16: np.uint16}
 METHODS = {"fraction": {"fraction": 0.3}, "threshold": {"threshold": THETA}}
 
 
@@ -107,10 +109,117 @@ def test_merging_leaves_the_other_entries_as_they_are(dtype):
     method, params = made({"fraction": 1 / 30}, w[None])  # the first of the two zeros
     p = method.layer_arrays(moved(params), 0)
     merged = method.merged(p, w).weight
-    bits = lambda x: np.asarray(x).view(np.uint32 if dtype == jnp.float32 else np.uint16)
+    bits = lambda x: np.asarray(x).view(BITS[dtype])
     changed = bits(merged) != bits(w)
     assert np.flatnonzero(changed) == [0]
     assert_close(merged[0, 0], p["values"][0], 1, dtype=dtype)
+
+
+def merged_and_unmerged(host, kernel, method):
+    """A kernel [6, 5] after three rounds, with other values in each, and the merged ones."""
+    draw = lambda x: jnp.asarray(RNG.normal(size=x.shape), x.dtype)
+    merged = []
+    if host == "pytree":
+        params = {"kernel": kernel}
+        adapter = lro.adapters.pytree.init(KEY, params, method, ".*")
+        for _ in range(3):
+            adapter = adapter.replace(jax.tree.map(draw, adapter.trainable))
+            merged.append(lro.adapters.pytree.merge(params, adapter)["kernel"])
+            params = lro.adapters.pytree.unmerge({"kernel": merged[-1]}, adapter)
+        return params["kernel"], merged
+    if host == "linen":
+        x, module = jnp.ones((1, 6)), nn.Dense(5, use_bias=False, param_dtype=kernel.dtype)
+        adapted = lro.adapters.linen.Adapted(module, method, ".*")
+        variables = adapted.attach({"params": {"kernel": kernel}}, KEY, x)
+        for _ in range(3):
+            variables["adapters"] = jax.tree.map(draw, variables["adapters"])
+            variables, _ = adapted.merge(variables)
+            merged.append(variables["params"]["kernel"])
+            variables = adapted.unmerge(variables)
+        return variables["params"]["kernel"], merged
+    model = nnx.Linear(6, 5, use_bias=False, param_dtype=kernel.dtype, rngs=nnx.Rngs(0))
+    model.kernel.set_value(kernel)
+    lro.adapters.attach(model, method, ".*", rngs=0)
+    values = model.adapters["default"].arrays["values"]
+    for _ in range(3):
+        values.set_value(draw(values[...]))
+        lro.adapters.merge(model)
+        merged.append(model.kernel[...])
+        lro.adapters.unmerge(model)
+        lro.adapters.check_base(model)
+    return model.kernel[...], merged
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("host", ["nnx", "linen", "pytree"])
+def test_unmerging_gives_every_bit_of_the_weight_back(host, dtype):
+    kernel = jnp.asarray(WEIGHTS[0], dtype).at[0, 0].set(0).at[5, 4].set(-0.0).at[5, 0].set(-0.0)
+    before = np.asarray(kernel).view(BITS[dtype])
+    # One of the zeros is not selected by the fraction.
+    for options in ({"fraction": 2 / 30}, METHODS["threshold"]):
+        after, merged = merged_and_unmerged(host, kernel, lro.adapters.SaRA(**options))
+        np.testing.assert_array_equal(np.asarray(after).view(BITS[dtype]), before)
+        assert all((x != kernel).any() for x in merged)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_merging_writes_the_values_rounded_once(dtype):
+    w = 100 * jnp.asarray(WEIGHTS[:1], dtype)
+    method, params = made({"fraction": 1.0}, w)
+    values = np.asarray(RNG.normal(size=(30,)), np.float32)
+    p = method.layer_arrays(params, 0) | {"values": values}
+    merged = method.merged(p, w[0])
+    np.testing.assert_array_equal(merged.weight.ravel(), values.astype(dtype))
+    assert (merged.rounding_error == 0) == (dtype == jnp.float32)
+    # Beside another change of the weight both are in it.
+    beside = method.merged(p, 2 * w[0]).weight
+    np.testing.assert_allclose(
+        beside.astype(np.float32).ravel(),
+        np.asarray(w[0], np.float32).ravel() + values,
+        rtol=2 * float(jnp.finfo(dtype).eps),
+        atol=1e-4,
+    )
+    np.testing.assert_allclose(
+        method.unmerged(p, beside).astype(np.float32),
+        np.asarray(2 * w[0], np.float32),
+        rtol=0,
+        atol=400 * float(jnp.finfo(dtype).eps),
+    )
+
+
+def test_merged_beside_others_or_at_a_strength_it_adds_its_change():
+    lora = lro.adapters.LoRA(rank=2, initial="random")
+    model = nnx.Linear(6, 5, use_bias=False, rngs=nnx.Rngs(0))
+    before, x = model.kernel[...], jnp.asarray(X)
+    lro.adapters.attach(model, lro.adapters.SaRA(fraction=0.3), ".*", rngs=0)
+    lro.adapters.attach(model, lora, ".*", rngs=1, name="lora")
+    values = model.adapters["default"].arrays["values"]
+    values.set_value(values[...] + 0.5)
+    for strengths, names in (
+        ({"default": 1.0}, (None,)),
+        ({"default": 1.0}, ("default", "lora")),
+        ({"default": 1.0}, ("lora", "default")),
+        ({"default": 0.5}, (None,)),
+        ({"default": 0.5}, ("default", "lora")),
+    ):
+        lro.adapters.activate(model, "default", "lora", strengths=strengths)
+        expected = model(x)
+        for name in names:
+            lro.adapters.merge(model, name)
+            assert_close(model(x), expected, 20)
+        for name in names:  # not in the reverse order
+            lro.adapters.unmerge(model, name)
+            assert_close(model(x), expected, 40)
+        assert_close(model.kernel[...], before, 20)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_a_step_may_donate_the_values(jit):
+    init = lro.adapters.SaRA(fraction=0.5).init
+    params = (jax.jit(init) if jit else init)(KEY, jnp.asarray(WEIGHTS))
+    jax.jit(lambda tree: jax.tree.map(jnp.cos, tree), donate_argnums=0)(params.trainable)
+    selected = np.take_along_axis(WEIGHTS.reshape(3, -1), np.asarray(params.frozen["indices"]), 1)
+    np.testing.assert_array_equal(params.frozen["initial"], selected)
 
 
 def test_the_gradient_of_values_is_that_of_the_weight_at_the_positions():
@@ -351,6 +460,12 @@ def test_on_an_explicit_mesh_the_change_is_sharded_as_the_weight():
         value, others = run(placed, out_sharding=split)
     assert_close(value, expected, 100)
     assert_close(others["values"], slopes["values"], 100)
+    params = method.init(KEY, jnp.asarray(stack))
+    p = method.layer_arrays(moved(params), 0)
+    with jax.set_mesh(mesh):
+        merged = method.merged(p, placed[0]).weight
+        assert merged.sharding.spec == split
+        np.testing.assert_array_equal(method.unmerged(p, merged), stack[0])
 
 
 def test_bad_options_and_weights_are_refused():

@@ -68,6 +68,69 @@ def test_a_fraction_is_each_leafs_own_and_takes_ties_together():
     np.testing.assert_array_equal(np.sort(np.abs(params["w"][state.trained["w"]])), below)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_fraction_selects_zeros_and_subnormal_numbers(dtype):
+    params = {"zero": jnp.zeros(4, dtype), "some": jnp.array([0, 0, 0, 1, 2], dtype)}
+    params["least"] = jnp.full(3, 1e-40, dtype)
+    state = lro.adapters.sara(ADAMW, fraction=0.5).init(params)
+    counts = {name: int(x.sum()) for name, x in state.trained.items()}
+    assert counts == {"zero": 4, "some": 3, "least": 3}
+
+
+def test_values_that_stay_zero_are_not_frozen():
+    values = {"values": jnp.array([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0]])}
+    push = {"values": jnp.array([[0.0, 1.0, 0.0], [0.0, 0.0, 0.0]])}
+    _, state = after(lro.adapters.sara_reselection(optax.sgd(0.1), 1), values, lambda _: push, 2)
+    np.testing.assert_array_equal(
+        state.trained["values"], [[True, False, True], [True, True, True]]
+    )
+
+
+def injected(make, inner, **options):
+    static = {"fraction"} & options.keys()
+    return optax.inject_hyperparams(make, static_args=static)(inner, **options)
+
+
+def plain(make, inner, **options):
+    return make(inner, **options)
+
+
+@pytest.mark.parametrize("make", [injected, plain])
+@pytest.mark.parametrize(
+    "options", [{"threshold": 1.5}, {"fraction": 0.5}, {"threshold": 1.5, "reselect_after": 2}]
+)
+def test_a_step_may_donate_parameters_and_state(make, options):
+    params = {"a": normal(4), "b": normal(4)}
+    tx, again = make(lro.adapters.sara, ADAMW, **options), jax.tree.map(jnp.array, params)
+
+    def step(params, state):
+        updates, state = tx.update(jax.tree.map(jnp.cos, params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    state, donating = tx.init(params), jax.jit(step, donate_argnums=(0, 1))
+    for _ in range(2):
+        params, state = donating(params, state)
+    expected, _ = after(tx, again, lambda p: jax.tree.map(jnp.cos, p), 2)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), params, expected)
+
+
+def test_each_leaf_has_a_buffer_of_its_own_for_an_injected_threshold():
+    reselection, params = lro.adapters.sara_reselection, {"values": jnp.ones(4)}
+    tx = injected(reselection, ADAMW, reselect_after=2, threshold=1.5)
+    state = tx.init({"a": params, "b": params})
+    doubled = jax.jit(lambda state: jax.tree.map(lambda x: x + x, state), donate_argnums=0)
+    assert doubled(state).inner_state.threshold["b"]["values"] == 3
+
+
+@pytest.mark.parametrize("make", [injected, plain])
+def test_without_a_penalty_nothing_of_it_is_computed(make):
+    params, sgd = {"kernel": normal(70, 70)}, optax.sgd(1.0)
+    tx = make(lro.adapters.sara, sgd, threshold=1.0)
+    assert "dot_general" not in str(jax.make_jaxpr(tx.update)(params, tx.init(params)))
+    tx = make(lro.adapters.sara, sgd, threshold=1.0, rank_penalty=0.1)
+    assert "dot_general" in str(jax.make_jaxpr(tx.update)(params, tx.init(params), params))
+
+
 def test_what_has_grown_is_frozen_once_at_its_value_and_the_others_keep_their_moments():
     params = {"values": jnp.array([[0.1, -0.2, 0.3], [1.0, -2.0, 0.0]]), "other": jnp.ones(2)}
     push = {"values": jnp.array([[-1.0, 0.0, 0.0], [0.0, 2.0, 0.0]]), "other": jnp.ones(2)}
@@ -122,12 +185,12 @@ def test_the_penalty_lowers_the_nuclear_norm_along_training():
     start, x, target = 0.1 * normal(70, 80), normal(40, 70), normal(40, 80)
     gradients = jax.grad(lambda p: jnp.square(x @ p["kernel"] - target).mean())
     norms = []
-    for penalty in (0.0, 5e-4):
+    for penalty in (0.0, 5e-3):
         tx = lro.adapters.sara(optax.adamw(1e-3), threshold=0.1, rank_penalty=penalty)
         new, state = after(tx, {"kernel": start}, gradients, 50)
         masked = np.where(state.trained["kernel"], new["kernel"], 0)
         norms.append(np.linalg.svd(masked, compute_uv=False).sum())
-    assert norms[1] < 0.99 * norms[0]
+    assert norms[1] < 0.95 * norms[0]
 
 
 def test_bad_arguments_are_refused():
@@ -141,6 +204,7 @@ def test_bad_arguments_are_refused():
         (lambda: sara(ADAMW, fraction=1, reselect_after="9"), TypeError, "'9' must be an int"),
         (lambda: sara(ADAMW, fraction=1, reselect_after=0), ValueError, "must be at least 1"),
         (lambda: sara(ADAMW, fraction=1, reselect_after=0.5), TypeError, "must be an int"),
+        (lambda: sara(ADAMW, fraction=jnp.ones([])), TypeError, 'give static_args="fraction"'),
         (lambda: sara(optax.adam, fraction=1), TypeError, "inner=adam must be"),
         (lambda: reselection(ADAMW, None), TypeError, "reselect_after=None must be an int"),
         (lambda: reselection(ADAMW, 3, threshold=-1.0), ValueError, "threshold=-1.0 must be"),
@@ -159,6 +223,8 @@ def test_bad_arguments_are_refused():
         tx.update(large, tx.init(large), large, whole=Whole(tree=large))
     with pytest.warns(UserWarning, match=r"sara\(threshold=0.5\) selects no entry"):
         sara(ADAMW, threshold=0.5).init(params)
+    with pytest.warns(UserWarning, match=r"sara\(fraction=0.5\) selects no entry"):
+        sara(ADAMW, fraction=0.5).init({"w": jnp.full(2, jnp.nan)})
     with pytest.warns(UserWarning, match="rank_penalty=0.1 has no effect: no parameter is a"):
         state = (tx := sara(optax.sgd(1.0), fraction=1, rank_penalty=0.1)).init(params)
     updates, _ = tx.update(params, state, params)

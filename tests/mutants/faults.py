@@ -242,9 +242,9 @@ ADAPTERS = (
     ),
     Fault(
         "change subtracted when merged",
-        "lowrank_optax/adapters/folding.py",
-        "exact = w.astype(jnp.float32) + change",
-        "exact = w.astype(jnp.float32) - change",
+        "lowrank_optax/adapters/base.py",
+        "weight.astype(jnp.float32) + self.delta(p, weight)",
+        "weight.astype(jnp.float32) - self.delta(p, weight)",
         ("tests/adapters/test_nnx_switching.py",),
     ),
     Fault(
@@ -288,6 +288,13 @@ ADAPTERS = (
         "jnp.where(over(flag, x), 0, x)",
         "jnp.where(over(flag, x), x, 0)",
         ("tests/adapters/test_aflora_frozen.py",),
+    ),
+    Fault(
+        "SaRA unmerged by subtraction",
+        "lowrank_optax/adapters/methods/sara.py",
+        "changed = jnp.where(is_value, initial, subtracted)",
+        "changed = subtracted",
+        ("tests/adapters/test_sara.py",),
     ),
     Fault(
         "SaRA's reselection one update early",

@@ -11,7 +11,14 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 import numpy as np
 
-from lowrank_optax.adapters.base import Adapter, AdapterParams, Arrays, Weights
+from lowrank_optax.adapters.base import (
+    Adapter,
+    AdapterParams,
+    Arrays,
+    Merged,
+    Weights,
+    rounded_to,
+)
 from lowrank_optax.adapters.operands import Operand
 from lowrank_optax.matrices.explicit_sharding import constrain, partition_of
 from lowrank_optax.matrices.polar import polar_factor
@@ -39,7 +46,7 @@ class SaRA(Adapter):
     change :math:`P - W` and the gradient of all its entries again for one layer after the other,
     and reads the selected ones. Gradients and optimizer state are of ``values`` alone.
 
-    Chain `sara_reselection` around the optimizer to freeze entries that have grown.
+    Wrap the optimizer in `sara_reselection` to freeze entries that have grown.
 
     Args:
       fraction: Fraction of each matrix that is selected, above 0 and at most 1: its smallest
@@ -107,7 +114,8 @@ class SaRA(Adapter):
         partition = partition_of(weights)
         whole = None if partition is None else PartitionSpec(None, None, None)
         indices, initial = _selected(self, count, constrain(jnp.asarray(weights), whole))
-        values = initial.astype(jnp.promote_types(initial.dtype, jnp.float32))
+        # A copy also of float32, so that a step that donates the values leaves `initial`.
+        values = jnp.array(initial, jnp.promote_types(initial.dtype, jnp.float32))
         return AdapterParams({"values": values}, {"indices": indices, "initial": initial})
 
     def branch(
@@ -128,6 +136,33 @@ class SaRA(Adapter):
     def delta(self, p: Arrays, weight: jax.Array) -> jax.Array:
         """``P - W``, with ``-0.0`` outside of the selection; see `Adapter.delta`."""
         return _dense(_change(p).astype(jnp.float32), p["indices"], weight)
+
+    @property
+    def depends_on_weight(self) -> bool:
+        """False: the change is `values - initial`, whatever the weight."""
+        return False
+
+    def merged(self, p: Arrays, weight: jax.Array) -> Merged:
+        """``P``, with the values rounded once; see `Adapter.merged`.
+
+        Where an entry is not ``initial``, as beside a merged LoRA, the change is added.
+        """
+        wide = weight.astype(jnp.promote_types(weight.dtype, jnp.float32))
+        added = wide + self.delta(p, weight)
+        is_base = _are_bits(p["initial"], p["indices"], weight)
+        values = _dense(p["values"], p["indices"], weight)
+        return rounded_to(weight.dtype, jnp.where(is_base, values, added))
+
+    def unmerged(self, p: Arrays, merged: jax.Array) -> jax.Array:
+        """The weight before `merged`, bit for bit where an entry is the rounded value.
+
+        From other entries the change is subtracted, to the rounding of the weight's dtype.
+        """
+        subtracted = super().unmerged(p, merged)
+        is_value = _are_bits(p["values"], p["indices"], merged)
+        initial = _dense(p["initial"].astype(merged.dtype), p["indices"], merged)
+        changed = jnp.where(is_value, initial, subtracted)
+        return jnp.where(_selection(p["indices"], merged), changed, merged)
 
     def nuclear_norm_gradient(self, p: Arrays, weight: Weights) -> jax.Array:
         r"""The gradient of the nuclear norm of the selected entries, for ``values``.
@@ -163,13 +198,12 @@ class SaRA(Adapter):
           ValueError: If other entries would be selected, or the selected ones have other values.
         """
         now, then = self.init(jax.random.key(0), weights).frozen, params.frozen
-        kinds = [[(x[name].shape, x[name].dtype) for name in now] for x in (now, then)]
-        if kinds[0] != kinds[1]:
-            (shape, dtype), (saved_shape, saved_dtype) = kinds[0][1], kinds[1][1]
+        own, saved = now["initial"], then["initial"]
+        if (own.shape, own.dtype) != (saved.shape, saved.dtype):
             raise ValueError(
-                f"the entries to select of these weights are {dtype}{list(shape)}, and those of "
-                f"this SaRA {saved_dtype}{list(saved_shape)}. Load the weights that it was trained "
-                "on."
+                f"the entries to select of these weights are {own.dtype}{list(own.shape)}, and "
+                f"those of this SaRA {saved.dtype}{list(saved.shape)}. Load the weights that it "
+                "was trained on."
             )
         pairs = [(_bits(now[name]), _bits(then[name])) for name in now]
         different = np.any([a != b for a, b in pairs], axis=0)
@@ -256,6 +290,22 @@ def _dense(entries: jax.Array, indices: jax.Array, weight: Weights) -> jax.Array
 
     dense = jnp.vectorize(one, signature="(n),(n)->(i,o)")(entries, indices)
     return constrain(dense, partition_of(weight))
+
+
+def _selection(indices: jax.Array, weight: jax.Array) -> jax.Array:
+    """Which entries are selected, bool in the weight's shape."""
+    return _dense(jnp.ones(indices.shape, bool), indices, weight)
+
+
+def _are_bits(entries: jax.Array, indices: jax.Array, weight: jax.Array) -> jax.Array:
+    """Which entries of a weight are selected and equal these, rounded to its dtype, in all bits.
+
+    Numbers would be compared in a wider dtype, where XLA may leave out the rounding.
+    """
+    kind = jnp.dtype(f"uint{8 * weight.dtype.itemsize}")
+    bits = lambda x: jax.lax.bitcast_convert_type(x, kind)
+    equal = bits(_dense(entries.astype(weight.dtype), indices, weight)) == bits(weight)
+    return _selection(indices, weight) & equal
 
 
 def _bits(x: jax.Array) -> np.ndarray:

@@ -54,7 +54,7 @@ def sara(
     fraction: float | None = None,
     threshold: float | None = None,
     reselect_after: int | None = None,
-    rank_penalty: float = 0.0,
+    rank_penalty: float | None = None,
     seed: int = 0,
     weight_dimension_numbers: DimensionNumbersRule = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -72,7 +72,8 @@ def sara(
     Args:
       inner: Any optax transformation, with its learning rate and weight decay.
       fraction: Fraction of each leaf that is selected, above 0 and at most 1: its smallest
-        entries by magnitude, and all others of the same magnitude as the largest of them.
+        entries by magnitude, and all others of the same magnitude as the largest of them. List it
+        in the ``static_args`` of ``optax.inject_hyperparams``.
       threshold: The threshold :math:`\theta` instead, the same for all leaves.
       reselect_after: Number of updates :math:`t_0` after which entries are frozen for good whose
         magnitude has reached :math:`\theta`, that of the leaf at the start; None for never. The
@@ -80,7 +81,8 @@ def sara(
       rank_penalty: The paper's :math:`\lambda_\mathrm{rank}`: at each step the gradient of one
         matrix, drawn at random among all with more than 64 rows and columns, gets
         :math:`\lambda_\mathrm{rank}` times that of the nuclear norm of its trained entries. It
-        costs some 50 products with a square matrix of the shorter side; the paper takes 5e-4.
+        costs some 50 products with a square matrix of the shorter side; the paper takes 5e-4. None
+        for no penalty.
       seed: Seed of these draws.
       weight_dimension_numbers: Which leaves are matrices for ``rank_penalty``; as for
         `lro.scale_by_projection`, None for the rule by names and shapes.
@@ -106,14 +108,20 @@ def sara(
     Reference:
       Hu et al., SaRA, 2024, https://arxiv.org/abs/2409.06633.
     """
+    if isinstance(fraction, jax.Array):
+        raise TypeError(
+            f"fraction={fraction} must be a number and not an array: under "
+            'optax.inject_hyperparams give static_args="fraction".'
+        )
     # Under optax.inject_hyperparams the threshold is an array.
     check_selection(fraction, 1.0 if isinstance(threshold, jax.Array) else threshold)
-    if not isinstance(rank_penalty, jax.Array | int | float):
+    if not isinstance(rank_penalty, jax.Array | int | float | None):
         raise TypeError(f"rank_penalty={rank_penalty!r} must be a number.")
-    traced, penalty = isinstance(rank_penalty, jax.Array), None
-    if not traced and not (math.isfinite(rank_penalty) and rank_penalty >= 0):
+    known = isinstance(rank_penalty, int | float)
+    if known and not (math.isfinite(rank_penalty) and rank_penalty >= 0):
         raise ValueError(f"rank_penalty={rank_penalty!r} must be finite and not negative.")
-    if traced or rank_penalty > 0:
+    penalty = None
+    if rank_penalty is not None and not (known and rank_penalty == 0):
         penalty = _Penalty(rank_penalty, seed, weight_dimension_numbers)
 
     def start(path: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -123,13 +131,14 @@ def sara(
                 "numbers. Leave it out by optax.masked."
             )
         limit = threshold if fraction is None else _quantile(x, fraction)
-        limit = jnp.asarray(limit, _in_float32(x).dtype)
+        limit = jnp.array(limit, _in_float32(x).dtype)  # each leaf's own, to be donated
         return limit, jnp.abs(_in_float32(x)) < limit
 
     def check(params: Any, trained: list[jax.Array]) -> None:
         known = trained and not any(isinstance(x, jax.core.Tracer) for x in trained)
         if known and not any(bool(x.any()) for x in trained):
-            message = f"sara(threshold={threshold}) selects no entry: nothing is trained."
+            given = f"threshold={threshold}" if fraction is None else f"fraction={fraction}"
+            message = f"sara({given}) selects no entry: nothing is trained."
             warnings.warn(message, stacklevel=4)
         if penalty is not None and is_whole(params) and not penalty.matrices(params):
             warnings.warn(
@@ -138,7 +147,7 @@ def sara(
                 stacklevel=4,
             )
 
-    return _selecting(inner, lambda path: True, start, check, reselect_after, penalty)
+    return _selecting(inner, start, check, reselect_after, penalty)
 
 
 def sara_reselection(
@@ -191,12 +200,14 @@ def sara_reselection(
     if reselect_after is None:
         raise TypeError("reselect_after=None must be an int: without it, leave this out.")
 
-    def start(path: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def start(path: Any, x: jax.Array) -> tuple[jax.Array, jax.Array] | None:
+        if normalised_path(path)[-1:] not in {(name,) for name in names}:
+            return None
         limit: ArrayLike | None = threshold
         if limit is None:
             largest = jnp.max(jnp.abs(_in_float32(x)), axis=-1, keepdims=True, initial=0)
-            limit = jnp.nextafter(largest, jnp.full_like(largest, jnp.inf))
-        return jnp.asarray(limit, _in_float32(x).dtype), jnp.ones_like(x, bool)
+            limit = _just_above(largest)
+        return jnp.array(limit, _in_float32(x).dtype), jnp.ones_like(x, bool)
 
     def check(params: Any, trained: list[jax.Array]) -> None:
         if is_whole(params) and not trained:
@@ -205,8 +216,7 @@ def sara_reselection(
                 "lro.adapters.SaRA, and make the optimizer for what it trains."
             )
 
-    chosen = lambda path: normalised_path(path)[-1:] in {(name,) for name in names}
-    return _selecting(inner, chosen, start, check, reselect_after, None)
+    return _selecting(inner, start, check, reselect_after, None)
 
 
 class _Penalty(NamedTuple):
@@ -264,8 +274,7 @@ def _stack_shape(x: jax.Array, spec: WeightDimensionNumbers) -> tuple[int, int, 
 
 def _selecting(
     inner: optax.GradientTransformation,
-    chosen: Callable[[Any], bool],
-    start: Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]],
+    start: Callable[[Any, jax.Array], tuple[jax.Array, jax.Array] | None],
     check: Callable[[Any, list[jax.Array]], None],
     reselect_after: int | None,
     penalty: _Penalty | None,
@@ -274,11 +283,11 @@ def _selecting(
 
     Args:
       inner: Any optax transformation.
-      chosen: Function of a path: whether entries of the leaf are selected, or all are trained.
-      start: Function of a path and a chosen leaf: its threshold, and what is trained at first.
+      start: Function of a path and a leaf: its threshold, and what is trained at first; None for a
+        leaf that is left alone.
       check: Function of the parameters and of what is trained, called in ``init``.
       reselect_after: As for `sara`.
-      penalty: As for `sara`; then all leaves are chosen.
+      penalty: As for `sara`; then no leaf is left alone.
     """
     known = isinstance(reselect_after, int | np.integer | jax.Array | None)
     if not known or isinstance(reselect_after, bool):
@@ -289,11 +298,9 @@ def _selecting(
 
     def init_fn(params: optax.Params) -> SaraState:
         paths, treedef = jax.tree_util.tree_flatten_with_path(params)
-        found = {i: start(path, x) for i, (path, x) in enumerate(paths) if chosen(path)}
-        check(params, [trained for _, trained in found.values()])
-        put = lambda n: treedef.unflatten(
-            [found[i][n] if i in found else optax.MaskedNode() for i in range(len(paths))]
-        )
+        found = [start(path, x) for path, x in paths]
+        check(params, [x[1] for x in found if x is not None])
+        put = lambda n: treedef.unflatten([x[n] if x else optax.MaskedNode() for x in found])
         return SaraState(jnp.zeros([], jnp.int32), put(0), put(1), inner.init(params))
 
     def update_fn(
@@ -307,34 +314,27 @@ def _selecting(
                 raise ValueError(f"{name} needs the parameters: tx.update(grads, state, params).")
         if penalty is not None and (extra_args.get("whole") or Whole()).tree is not None:
             raise CannotCutError("rank_penalty draws one of all matrices: it needs the whole tree.")
-        trained: list[jax.Array] = jax.tree.leaves(state.trained)
+        trained = state.trained
         if reselect_after is not None:
-            values = [x for path, x in _leaves(params) if chosen(path)]
-            limits, now = jax.tree.leaves(state.threshold), state.count == reselect_after
-            trained = [
-                flags & (~now | (jnp.abs(_in_float32(x)) < limit))
-                for flags, x, limit in zip(trained, values, limits, strict=True)
-            ]
-
-        def stopped(tree: Any) -> Any:
-            flags = iter(trained)
-            paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
-            new = [jnp.where(next(flags), x, 0) if chosen(path) else x for path, x in paths]
-            return treedef.unflatten(new)
-
+            now = state.count == reselect_after
+            small = lambda flags, x, limit: flags & (~now | (jnp.abs(_in_float32(x)) < limit))
+            trained = _map_chosen(small, trained, params, state.threshold)
+        stopped = lambda tree: _map_chosen(lambda x, flags: jnp.where(flags, x, 0), tree, trained)
         gradients = stopped(updates)
         if penalty is not None:
-            gradients = penalty.add(gradients, trained, params, state.count)
+            gradients = penalty.add(gradients, jax.tree.leaves(trained), params, state.count)
         new, inner_state = inner.update(gradients, state.inner_state, params, **extra_args)
-        flags = jax.tree.unflatten(jax.tree.structure(state.trained), trained)
         count = optax.safe_increment(state.count)
-        return stopped(new), SaraState(count, state.threshold, flags, inner_state)
+        return stopped(new), SaraState(count, state.threshold, trained, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _leaves(tree: Any) -> list[tuple[Any, jax.Array]]:
-    return jax.tree_util.tree_leaves_with_path(tree)
+def _map_chosen(f: Callable[..., jax.Array], first: Any, *rest: Any) -> Any:
+    """``f`` of leaves; the first tree's where another has a `MaskedNode`."""
+    masked = lambda x: isinstance(x, optax.MaskedNode)
+    one = lambda x, *others: x if any(map(masked, (x, *others))) else f(x, *others)
+    return jax.tree.map(one, first, *rest, is_leaf=masked)
 
 
 def _in_float32(x: jax.Array) -> jax.Array:
@@ -347,5 +347,10 @@ def _quantile(x: jax.Array, fraction: float) -> jax.Array:
         return jnp.asarray(jnp.inf, _in_float32(x).dtype)
     partition = partition_of(x)
     x = constrain(_in_float32(x), None if partition is None else PartitionSpec(*[None] * x.ndim))
-    last = jnp.sort(jnp.abs(x).ravel())[max(1, round(fraction * x.size)) - 1]
-    return jnp.nextafter(last, jnp.full_like(last, jnp.inf))
+    return _just_above(jnp.sort(jnp.abs(x).ravel())[max(1, round(fraction * x.size)) - 1])
+
+
+def _just_above(x: jax.Array) -> jax.Array:
+    """The least normal number above ``x``: XLA takes others for zero."""
+    above = jnp.nextafter(x, jnp.full_like(x, jnp.inf))
+    return jnp.maximum(above, jnp.finfo(x.dtype).tiny)

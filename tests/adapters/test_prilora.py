@@ -181,6 +181,24 @@ def test_a_linen_model_has_statistics_among_the_gradients_of_its_adapters() -> N
     np.testing.assert_allclose(mean_squares(found), np.mean(X**2, axis=0), atol=1e-6)
 
 
+@pytest.mark.parametrize("host", ["nnx", "linen"])
+def test_a_bfloat16_convolution_has_statistics_in_float32(host: str) -> None:
+    x, method = jnp.asarray(draw(4, 40, 6), jnp.bfloat16), lro.adapters.PRILoRA(rank=2)
+    if host == "nnx":
+        conv = nnx.Conv(6, 5, (1,), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+        model = nnx.Sequential(conv)
+        lro.adapters.attach(model, method, ".*", rngs=0)
+        found = gradients(model, x)["layers"][0]["adapters"]["default"]["arrays"]
+    else:
+        module = nn.Sequential([nn.Conv(5, (1,), dtype=jnp.bfloat16)])
+        adapted = lro.adapters.linen.Adapted(module, method)
+        variables = adapted.init(jax.random.key(0), x)
+        loss = lambda adapters: jnp.sum(adapted.apply({**variables, "adapters": adapters}, x))
+        found = jax.jit(jax.grad(loss))(variables["adapters"])["default"]["layers_0"]
+    expected = np.mean(np.square(np.asarray(x, np.float32)), axis=(0, 1))
+    assert_close(mean_squares(found), expected)
+
+
 def test_a_tree_of_parameters_has_statistics_by_factored_weights() -> None:
     params, x = {"w": jnp.asarray(WEIGHTS)}, jnp.asarray(X)
     pytree, method = lro.adapters.pytree, lro.adapters.PRILoRA(rank=2)

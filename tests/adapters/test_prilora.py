@@ -220,6 +220,31 @@ def test_a_tree_of_parameters_has_statistics_by_factored_weights() -> None:
     assert jax.jit(jax.grad(of_factors))(factors)["B"].any()
 
 
+@pytest.mark.parametrize(
+    ("method", "trained", "slots"),
+    [
+        (lro.adapters.PRILoRA(rank=2), 2 * (6 + 5), 6 + 1),
+        (lro.adapters.FlyLoRA(rank=2, active=1), 2 * 5, 2),
+    ],
+)
+def test_statistics_are_not_counted_as_trained(method: Any, trained: int, slots: int) -> None:
+    model = nnx.Sequential(nnx.Linear(6, 5, rngs=nnx.Rngs(0)))
+    lro.adapters.attach(model, method, ".*", rngs=0)
+    adapted = lro.adapters.linen.Adapted(nn.Sequential([nn.Dense(5)]), method)
+    variables = jax.eval_shape(lambda: adapted.init(jax.random.key(0), X))
+    params, pytree = {"w": jnp.zeros((6, 5))}, lro.adapters.pytree
+    adapter = pytree.init(jax.random.key(0), params, method, ".*")
+    constants = sum(x.size for x in jax.tree.leaves(adapter.frozen))
+    for table in (
+        lro.adapters.summary(model),
+        adapted.summary(variables),
+        pytree.summary(params, adapter),
+    ):
+        (row,) = table.rows
+        assert (table.trained, row.frozen) == (trained, constants + slots)
+        assert table.bytes == 4 * (trained + constants + slots)
+
+
 def test_the_output_is_loras_and_no_squares_are_saved_for_the_backward_pass() -> None:
     method, lora = (m(rank=2, alpha=3, initial="random") for m in (PRILoRA, LoRA))
     params = method.init(jax.random.key(0), WEIGHTS)

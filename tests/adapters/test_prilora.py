@@ -563,7 +563,7 @@ def test_unusable_options_are_refused() -> None:
         with pytest.raises(ValueError, match=message):
             pruning(optax.sgd(0.1), **options)
     tx = pruning(optax.sgd(0.1))
-    with pytest.raises(ValueError, match="no parameter is named A"):
+    with pytest.raises(ValueError, match="no parameter is named 'A'"):
         tx.init({"up": {"B": jnp.ones((1, 2))}})
     params = leaves()
     for name in ("input_squares", "token_share"):

@@ -9,14 +9,15 @@ from jax.typing import ArrayLike
 import numpy as np
 import optax
 
+from lowrank_optax.adapters.training.leaf_names import are_named, check_any_named
 from lowrank_optax.matrices.explicit_sharding import constrain, in_whole_runs, partition_of
-from lowrank_optax.matrices.paths import is_whole, normalised_path
+from lowrank_optax.matrices.paths import normalised_path
 from lowrank_optax.states.arguments import transformation
 
 PruningGroup: TypeAlias = Literal["per_rank", "per_matrix"] | tuple[int, int]
 Path: TypeAlias = tuple[str, ...]
 
-_SLOTS = {("input_squares",), ("token_share",)}
+_SLOTS = ("input_squares", "token_share")
 
 
 class PriloraPruningState(NamedTuple):
@@ -117,10 +118,7 @@ def prilora_pruning(
 
     def init_fn(params: optax.Params) -> PriloraPruningState:
         leaves, adapters = _by_path(params), _adapters(params)
-        if is_whole(params) and not adapters:
-            raise ValueError(
-                "no parameter is named A: attach lro.adapters.PRILoRA, and train all its arrays."
-            )
+        check_any_named(params, ("A",), "attach lro.adapters.PRILoRA, and train all its arrays.")
         norms, masks = {}, {}
         for adapter in adapters:
             a, squares, _ = _paths(adapter)
@@ -155,8 +153,9 @@ def prilora_pruning(
 
         masks = jax.lax.cond(count % every == 0, find, lambda _: masks, None)
         cut = {path: _cut(old[path], steps[path], mask) for path, mask in masks.items()}
-        slots = {path: jnp.zeros_like(x) for path, x in given.items() if path[-1:] in _SLOTS}
-        return _with_leaves(new, cut | slots, lambda x: x), PriloraPruningState(
+        still = lambda is_slot, u: jnp.zeros_like(u) if is_slot else u
+        new = jax.tree.map(still, are_named(new, _SLOTS), new)
+        return _with_leaves(new, cut, lambda u: u), PriloraPruningState(
             count,
             _with_leaves(updates, norms, _nothing),
             _with_leaves(updates, masks if hold_mask else {}, _nothing),
@@ -234,7 +233,8 @@ def _by_path(tree: Any) -> dict[Path, jax.Array]:
 
 def _paths(adapter: Path) -> tuple[Path, Path, Path]:
     """The paths of an adapter's first factor, mean squares and share of tokens."""
-    return (*adapter, "A"), (*adapter, "input_squares"), (*adapter, "token_share")
+    squares, share = _SLOTS
+    return (*adapter, "A"), (*adapter, squares), (*adapter, share)
 
 
 def _adapters(tree: Any) -> list[Path]:
@@ -258,8 +258,7 @@ def _adapters(tree: Any) -> list[Path]:
 
 def _others(tree: Any) -> Any:
     """Which leaves ``inner`` sees: all but the statistics."""
-    seen = lambda path, _: normalised_path(path)[-1:] not in _SLOTS
-    return jax.tree_util.tree_map_with_path(seen, tree)
+    return jax.tree.map(lambda is_slot: not is_slot, are_named(tree, _SLOTS))
 
 
 def _nothing(_: jax.Array) -> optax.MaskedNode:

@@ -24,8 +24,8 @@ class MiSS(LowRank):
 
     Arrays of a stack ``[L, d_in, d_out]``: trained ``D [L, r, d_out]``, PEFT's ``miss_block``; not
     trained ``row [L, d_in]``, int32, the row of ``D`` that each input uses. With ``mini_rank`` the
-    trained array is ``mini [L, r, mini_rank]`` instead, ``D`` repeats its columns, and the length of
-    ``repeats [L, d_out / mini_rank]``, int8 zeros, says how often.
+    trained array is ``mini [L, r, mini_rank]`` instead, ``D`` repeats its columns, and ``repeats``,
+    int8 zeros ``[L, d_out / mini_rank]``, says by its length how often.
 
     Args:
       rank: The rank ``r``, at most ``d_in``.

@@ -391,7 +391,7 @@ class Adapted:
                 state = "merged" if there[name] else self.adapters[name].strength
                 arrays = (groups.layers_of(t, {}).get(path, {}) for t in trees[name])
                 method = self.adapters[name].at(path)
-                rows.append(row_of("/".join(path), shape, name, method, *arrays, state))
+                rows.append(row_of("/".join(path), shape, name, method, arrays, state))
         for name, both in trees.items():
             for group in groups.shared_of(*both):
                 counts = counts_of(*(groups.shared_of(t, {}).get(group, {}) for t in both))

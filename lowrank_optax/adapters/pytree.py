@@ -313,7 +313,7 @@ def summary(params: Any, adapter: PytreeAdapter) -> Any:
     for leaf in adapter.leaves:
         arrays = (groups.layers_of(tree, {}).get(leaf.path, {}) for tree in trees)
         matrix = matrix_shape(values[leaf.path].shape, leaf.spec)
-        rows.append(row_of(leaf.name, matrix, "default", leaf.method, *arrays, 1.0))
+        rows.append(row_of(leaf.name, matrix, "default", leaf.method, arrays, 1.0))
     for group in groups.shared_of(*trees):
         counts = counts_of(*(groups.shared_of(tree, {}).get(group, {}) for tree in trees))
         label = f"{groups.GROUPS}/{group}"

@@ -1,6 +1,6 @@
 """What is attached where in a model, as a table."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 import math
 from typing import Any, NamedTuple
 
@@ -98,7 +98,7 @@ def summary(model: Any) -> AdapterSummary:
         for a in layer.adapters.values():
             state = "merged" if a.merged else a.strength if a.active else None
             arrays = nnx.state(a.variables(), AdapterParam, AdapterConstant)
-            rows.append(row_of(where, shape, a.name, a.method, *map(dict, arrays), state))
+            rows.append(row_of(where, shape, a.name, a.method, map(dict, arrays), state))
     for name, groups in getattr(model, "adapter_groups", {}).items():
         for group, arrays in groups.items():
             label = f"adapter_groups/{name}/{group}"
@@ -127,8 +127,7 @@ def row_of(
     matrix: tuple[int, ...],
     name: str,
     method: Adapter,
-    trained: Mapping[str, Any],
-    frozen: Mapping[str, Any],
+    arrays: Iterable[Mapping[str, Any]],
     state: str | float | None,
 ) -> SummaryRow:
     """The row of one adapter in one layer.
@@ -138,14 +137,14 @@ def row_of(
       matrix: ``(*batch, d_in, d_out)``.
       name: Name of the adapter.
       method: The adapter with the layer's rank.
-      trained: Its trained arrays, or their shapes, by name; statistics among them are not counted
-        as trained.
-      frozen: Its other arrays.
+      arrays: Its trained arrays and its others, or their shapes, by name. Statistics among the
+        trained ones are not counted as trained.
       state: A word, its strength, or None where it is inactive.
     """
+    trained, frozen = arrays
     slots = {key: x for key, x in trained.items() if key in method.statistics}
-    trained = {key: x for key, x in trained.items() if key not in slots}
-    counts = counts_of(trained, {**frozen, **slots})
+    others = {key: x for key, x in trained.items() if key not in slots}
+    counts = counts_of(others, {**frozen, **slots})
     rank = getattr(method, "rank", None)
     if not isinstance(state, str):
         state = "inactive" if state is None else "active" if state == 1 else f"active × {state:g}"

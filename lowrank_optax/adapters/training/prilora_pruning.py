@@ -125,8 +125,8 @@ def prilora_pruning(
             norms[squares] = jnp.zeros_like(leaves[squares], jnp.float32)
             if hold_mask:
                 masks[a] = jnp.zeros_like(leaves[a], bool)
-        trees = (_with_leaves(params, found, _nothing) for found in (norms, masks))
-        return PriloraPruningState(jnp.zeros([], jnp.int32), *trees, inner.init(params))
+        count, tree_of = jnp.zeros([], jnp.int32), lambda x: _with_leaves(params, x, _nothing)
+        return PriloraPruningState(count, tree_of(norms), tree_of(masks), inner.init(params))
 
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any

@@ -11,7 +11,7 @@ meaning: FlyLoRA's balance uses signs, and PRILoRA's pruning divides sums of squ
 tokens that count, which arrives in the same way.
 
 A function with a `jax.custom_vjp` has no forward-mode derivative: ``jax.jvp``, ``jax.jacfwd`` and
-``jax.hessian`` of a model with such an adapter raise JAX's TypeError, whatever they are taken of.
+``jax.hessian`` through such an adapter raise JAX's TypeError.
 """
 
 import math

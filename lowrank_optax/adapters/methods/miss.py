@@ -138,10 +138,10 @@ class MiSSBat(Adapter):
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
       >>> weight = jnp.array([[1.0, 2.0], [3.0, 4.0]])
-      >>> p = {"D": jnp.array([[[0.1, 0.0], [0.2, 0.5]]])}
+      >>> p = {"D": jnp.array([[[0.5, 0.0], [0.25, 0.5]]])}
       >>> print(lro.adapters.MiSSBat(rank=2).delta(p, weight))
-      [[0.8 1.2]
-       [1.5 2.5]]
+      [[1.75 2.25]
+       [1.5  2.5 ]]
 
     Reference:
       Kang and Yin, Bone, 2024, https://arxiv.org/abs/2409.15371v1. A block for each output block is

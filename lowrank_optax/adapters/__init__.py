@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lowrank_optax.adapters.base import Adapter, AdapterParams, Merged
-from lowrank_optax.adapters.live_ranks import CompactLoRA, compact_arrays
+from lowrank_optax.adapters.compact_lora import CompactLoRA, compact_arrays
 from lowrank_optax.adapters.low_rank import LowRank
 from lowrank_optax.adapters.methods.aflora import AFLoRA
 from lowrank_optax.adapters.methods.dora import DoRA

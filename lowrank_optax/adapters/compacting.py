@@ -14,7 +14,7 @@ from lowrank_optax.adapters.adapted_layers import (
     weight_shape,
 )
 from lowrank_optax.adapters.base import byte_count
-from lowrank_optax.adapters.live_ranks import compact_arrays, rank_of
+from lowrank_optax.adapters.compact_lora import compact_arrays, rank_of
 from lowrank_optax.adapters.partitions import matrix_sharding, variables
 from lowrank_optax.matrices.selection import path_string
 from lowrank_optax.modules.report import Report, Table
@@ -85,8 +85,9 @@ def compact(model: nnx.Module, name: str = "default") -> CompactReport:
 
     Raises:
       ValueError: If there is no adapter of that name, it is merged, or all of its ranks are dead.
-      TypeError: If the method's change is not of low rank (DoRA), it changes the weight itself
-        (PiSSA) or shares arrays among layers (LoTR, VeRA); or if arrays are traced.
+      TypeError: If no LoRA of each layer has the same change: the method has no two factors (DoRA,
+        SaRA, FlyLoRA with routing), changes the weight itself (PiSSA) or shares arrays among layers
+        (LoTR, RandLoRA, VeRA). Also if arrays are traced.
 
     Example:
       >>> from flax import nnx

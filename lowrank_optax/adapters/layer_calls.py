@@ -127,13 +127,21 @@ def _einsum_call(equation: str, x: jax.Array, kernel: jax.Array, y: jax.Array) -
 
 
 def _convolution(module: Any, kernel: jax.Array) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """A convolution with the layer's window, strides and padding, and another kernel."""
+    """A convolution with the layer's window, strides and padding, and another kernel.
+
+    It is in the dtype of its input: squares of a bfloat16 layer's input stay float32.
+    """
 
     def convolve(x: jax.Array, matrix: jax.Array) -> jax.Array:
         window = matrix.reshape(*kernel.shape[:-1], matrix.shape[-1])
         if is_linen_module(module):
             plain = module.clone(
-                features=matrix.shape[-1], use_bias=False, parent=None, name=None, mask=None
+                features=matrix.shape[-1],
+                use_bias=False,
+                parent=None,
+                name=None,
+                mask=None,
+                dtype=x.dtype,
             )
             return plain.apply({"params": {"kernel": window}}, x)
         from flax import nnx
@@ -141,7 +149,8 @@ def _convolution(module: Any, kernel: jax.Array) -> Callable[[jax.Array, jax.Arr
         plain = copy.copy(module)
         set_class(plain, nnx.Conv)
         own = {"kernel": nnx.Param(window), "bias": None, "use_bias": False, "mask": None}
-        vars(plain).update(own, kernel_shape=window.shape, out_features=window.shape[-1])
+        sizes = {"kernel_shape": window.shape, "out_features": window.shape[-1]}
+        vars(plain).update(own | sizes, dtype=x.dtype)
         return nnx.Conv.__call__(plain, x)
 
     return convolve

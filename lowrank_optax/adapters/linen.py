@@ -387,9 +387,9 @@ class Adapted:
             shape = jax.eval_shape(lambda v, p=path: self._matrix(v, p), variables).shape
             for name in of_layer:
                 state = "merged" if there[name] else self.adapters[name].strength
-                counts = counts_of(*(groups.layers_of(t, {}).get(path, {}) for t in trees[name]))
+                arrays = (groups.layers_of(t, {}).get(path, {}) for t in trees[name])
                 method = self.adapters[name].at(path)
-                rows.append(row_of("/".join(path), shape, name, method, counts, state))
+                rows.append(row_of("/".join(path), shape, name, method, arrays, state))
         for name, both in trees.items():
             for group in groups.shared_of(*both):
                 counts = counts_of(*(groups.shared_of(t, {}).get(group, {}) for t in both))

@@ -101,7 +101,8 @@ class Patches:
 
     Attributes:
       x: ``[..., *spatial, channels]``.
-      convolve: ``convolve(x, matrix)``: the convolution with a kernel ``[window * channels, k]``.
+      convolve: ``convolve(x, matrix)``: the convolution with a kernel ``[window * channels, k]``,
+        in the dtype of ``x``.
     """
 
     x: jax.Array
@@ -111,7 +112,7 @@ class Patches:
         return self.convolve(self.x, matrix.astype(self.x.dtype))
 
     def float32_product(self, matrix: jax.Array) -> jax.Array:
-        """The convolution's output, converted: the layer chooses the dtype it is rounded to."""
+        """The convolution's output, converted: it is rounded to the dtype of the input."""
         return _to_float32(self @ matrix)
 
     def drop(self, key: jax.Array, rate: float) -> "Patches":

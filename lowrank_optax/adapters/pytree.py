@@ -311,9 +311,9 @@ def summary(params: Any, adapter: PytreeAdapter) -> Any:
 
     trees, values, rows = (adapter.trainable, adapter.frozen), _by_path(params), []
     for leaf in adapter.leaves:
-        counts = counts_of(*(groups.layers_of(tree, {}).get(leaf.path, {}) for tree in trees))
+        arrays = (groups.layers_of(tree, {}).get(leaf.path, {}) for tree in trees)
         matrix = matrix_shape(values[leaf.path].shape, leaf.spec)
-        rows.append(row_of(leaf.name, matrix, "default", leaf.method, counts, 1.0))
+        rows.append(row_of(leaf.name, matrix, "default", leaf.method, arrays, 1.0))
     for group in groups.shared_of(*trees):
         counts = counts_of(*(groups.shared_of(tree, {}).get(group, {}) for tree in trees))
         label = f"{groups.GROUPS}/{group}"

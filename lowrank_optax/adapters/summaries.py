@@ -1,5 +1,6 @@
 """What is attached where in a model, as a table."""
 
+from collections.abc import Iterable, Mapping
 import math
 from typing import Any, NamedTuple
 
@@ -28,8 +29,8 @@ class SummaryRow(NamedTuple):
       method: The name of its class; ``shared`` for arrays of a group, ``also trained`` for
         parameters of the model itself.
       rank: Its rank or ranks; None where it has none.
-      trained: How many of its numbers are trained.
-      frozen: How many are not.
+      trained: How many of its numbers are trained by their gradients.
+      frozen: How many are not: constants, frozen arrays and statistics (`Adapter.statistics`).
       bytes: Bytes of both.
       state: ``active`` (with its strength, if that is not 1), ``inactive`` or ``merged``.
     """
@@ -96,7 +97,8 @@ def summary(model: Any) -> AdapterSummary:
         where, shape = path_string(path), weight_shape(layer)
         for a in layer.adapters.values():
             state = "merged" if a.merged else a.strength if a.active else None
-            rows.append(row_of(where, shape, a.name, a.method, counts(a.variables()), state))
+            arrays = nnx.state(a.variables(), AdapterParam, AdapterConstant)
+            rows.append(row_of(where, shape, a.name, a.method, map(dict, arrays), state))
     for name, groups in getattr(model, "adapter_groups", {}).items():
         for group, arrays in groups.items():
             label = f"adapter_groups/{name}/{group}"
@@ -125,7 +127,7 @@ def row_of(
     matrix: tuple[int, ...],
     name: str,
     method: Adapter,
-    counts: tuple[int, int, int],
+    arrays: Iterable[Mapping[str, Any]],
     state: str | float | None,
 ) -> SummaryRow:
     """The row of one adapter in one layer.
@@ -135,9 +137,14 @@ def row_of(
       matrix: ``(*batch, d_in, d_out)``.
       name: Name of the adapter.
       method: The adapter with the layer's rank.
-      counts: Numbers trained, not trained, and bytes.
+      arrays: Its trained arrays and its others, or their shapes, by name. Statistics among the
+        trained ones are not counted as trained.
       state: A word, its strength, or None where it is inactive.
     """
+    trained, frozen = arrays
+    slots = {key: x for key, x in trained.items() if key in method.statistics}
+    others = {key: x for key, x in trained.items() if key not in slots}
+    counts = counts_of(others, {**frozen, **slots})
     rank = getattr(method, "rank", None)
     if not isinstance(state, str):
         state = "inactive" if state is None else "active" if state == 1 else f"active × {state:g}"

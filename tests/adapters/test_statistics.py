@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from lowrank_optax.adapters.statistics import with_statistic
 
@@ -53,3 +54,22 @@ def test_layers_of_a_scan_have_statistics_of_their_own():
 
     got = jax.grad(scanned)(jnp.zeros((2, 3, 1)))
     np.testing.assert_allclose(got[..., 0], scales[:, None] * rows.mean(0), atol=1e-6)
+
+
+def test_under_vmap_weights_of_tokens_are_summed_and_a_slot_of_ones_brings_their_sum():
+    rows, x = inputs()
+    used = jnp.array([1.0, 0, 1, 1, 0, 0])
+
+    def by_example(slot):
+        each = lambda *example: loss(slot, *(a[None] for a in example))
+        return jnp.sum(jax.vmap(each)(jnp.pad(rows, ((0, 0), (0, 1)), constant_values=1), x, used))
+
+    got = jax.grad(by_example)(jnp.zeros((4, 1)))
+    np.testing.assert_allclose(got[3], 3, atol=1e-6)
+    np.testing.assert_allclose(got[:3, 0] / got[3], (rows * used[:, None]).sum(0) / 3, atol=1e-6)
+
+
+def test_forward_mode_is_refused_by_jax():
+    rows, x = inputs()
+    with pytest.raises(TypeError, match="custom_vjp"):
+        jax.jvp(lambda x: with_statistic(x, rows @ jnp.zeros((3, 1))), (x,), (x,))

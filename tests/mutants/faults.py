@@ -325,6 +325,13 @@ ADAPTERS = (
         ("tests/adapters/test_flylora.py",),
     ),
     Fault(
+        "PRILoRA's sums of squares not divided by the share of tokens",
+        "lowrank_optax/adapters/training/prilora_pruning.py",
+        "/ jnp.where(share > 0, share, 1)",
+        "/ jnp.where(share > 0, 1, 1)",
+        ("tests/adapters/test_prilora.py",),
+    ),
+    Fault(
         "what dropout keeps not scaled up",
         "lowrank_optax/adapters/operands.py",
         "jnp.where(kept, x / (1 - rate), jnp.zeros_like(x))",

@@ -24,8 +24,8 @@ class MiSS(LowRank):
 
     Arrays of a stack ``[L, d_in, d_out]``: trained ``D [L, r, d_out]``, PEFT's ``miss_block``; not
     trained ``row [L, d_in]``, int32, the row of ``D`` that each input uses. With ``mini_rank`` the
-    trained array is ``mini [L, r, mini_rank]`` instead, ``D`` repeats its columns, and ``column [L,
-    d_out]`` is the one that each output uses.
+    trained array is ``mini [L, r, mini_rank]`` instead, ``D`` repeats its columns, and ``repeats``,
+    int8 zeros ``[L, d_out / mini_rank]``, says by its length how often.
 
     Args:
       rank: The rank ``r``, at most ``d_in``.
@@ -59,7 +59,7 @@ class MiSS(LowRank):
       shared cyclically, as in https://github.com/huggingface/peft.
     """
 
-    axes: ClassVar[Axes] = {"row": ("in",), "column": ("out",), "D": (None, "out")}
+    axes: ClassVar[Axes] = {"row": ("in",), "D": (None, "out")}
 
     rank: int | tuple[int, ...] = 64
     mini_rank: int | None = None
@@ -75,7 +75,7 @@ class MiSS(LowRank):
     def init_layers(
         self, key: jax.Array, weights: Weights, shared: Arrays, *, embedding: bool = False
     ) -> AdapterParams:
-        """Zeros, and which row and column each input and output uses."""
+        """Zeros, and which row each input uses."""
         del key, shared, embedding
         layers, d_in, d_out = weights.shape
         rank, columns = self.max_rank, self.mini_rank or d_out
@@ -85,11 +85,12 @@ class MiSS(LowRank):
             raise ValueError(
                 f"mini_rank={columns} must divide d_out of the weight [{d_in}, {d_out}]."
             )
-        periodic = lambda n, period: jnp.tile(jnp.arange(n, dtype=jnp.int32) % period, (layers, 1))
-        zeros, row = jnp.zeros((layers, rank, columns), self.param_dtype), periodic(d_in, rank)
+        row = jnp.tile(jnp.arange(d_in, dtype=jnp.int32) % rank, (layers, 1))
+        zeros = jnp.zeros((layers, rank, columns), self.param_dtype)
         if self.mini_rank is None:
             return AdapterParams({"D": zeros}, {"row": row})
-        return AdapterParams({"mini": zeros}, {"row": row, "column": periodic(d_out, columns)})
+        repeats = jnp.zeros((layers, d_out // columns), jnp.int8)
+        return AdapterParams({"mini": zeros}, {"row": row, "repeats": repeats})
 
     def times(self, p: Arrays, x: Operand) -> jax.Array:
         """``S D``, with ``S`` by a sum over blocks where the input is plain rows."""
@@ -137,10 +138,10 @@ class MiSSBat(Adapter):
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
       >>> weight = jnp.array([[1.0, 2.0], [3.0, 4.0]])
-      >>> p = {"D": jnp.array([[[0.1, 0.0], [0.2, 0.5]]])}
+      >>> p = {"D": jnp.array([[[0.5, 0.0], [0.25, 0.5]]])}
       >>> print(lro.adapters.MiSSBat(rank=2).delta(p, weight))
-      [[0.8 1.2]
-       [1.5 2.5]]
+      [[1.75 2.25]
+       [1.5  2.5 ]]
 
     Reference:
       Kang and Yin, Bone, 2024, https://arxiv.org/abs/2409.15371v1. A block for each output block is
@@ -253,8 +254,7 @@ def _all_columns(p: Arrays) -> jax.Array:
     """``D`` in float32, ``[..., r, d_out]``."""
     if "D" in p:
         return p["D"].astype(jnp.float32)
-    mini = p["mini"].astype(jnp.float32)
-    return jnp.tile(mini, p["column"].shape[-1] // mini.shape[-1])
+    return jnp.tile(p["mini"].astype(jnp.float32), p["repeats"].shape[-1])
 
 
 def _block_sums(x: jax.Array, size: int) -> jax.Array:

@@ -22,10 +22,11 @@ class PRILoRA(LoRA):
     those of `linear_ranks`, given as ``rank`` of a stack or by ``rank_pattern``.
 
     Parameters of a stack ``[L, d_in, d_out]``: LoRA's ``A [L, d_in, r]`` and ``B [L, r, d_out]``,
-    and ``input_squares [L, d_in, 1]``, float32 zeros that nothing reads: their gradient is the
-    mean over tokens of the squares of the layer's input, without tokens that the loss does not
-    depend on. A tree of parameters is trained by `pytree.factored`: the sums of `pytree.effective`
-    have no inputs.
+    and two float32 arrays of zeros that do not change the output, ``input_squares [L, d_in, 1]``
+    and ``token_share [L, 1]``. The gradient of the second is the share of tokens that the loss
+    depends on; that of the first, divided by this share, is the mean of the squares of the layer's
+    input over these tokens. A tree of parameters is trained by `pytree.factored`: the sums of
+    `pytree.effective` have no inputs. Forward-mode derivatives (``jax.jvp``) do not exist.
 
     The paper's text does not say whether layers of unlike ranks have one scale. Here they do by
     default: 1, whatever the rank.
@@ -37,7 +38,8 @@ class PRILoRA(LoRA):
     Other options, and errors, are those of `LoRA`.
 
     Raises:
-      ValueError: If ``scale`` is not finite, or is given beside ``alpha`` or ``rank_stabilized``.
+      ValueError: If ``scale`` is 0 or not finite, or is given beside ``alpha`` or
+        ``rank_stabilized``.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro
@@ -45,7 +47,7 @@ class PRILoRA(LoRA):
       >>> method = lro.adapters.PRILoRA(rank=ranks, scale=2.0)
       >>> params = method.init(jax.random.key(0), jnp.zeros((3, 4, 5)))
       >>> print({name: x.shape for name, x in params.trainable.items()})
-      {'A': (3, 4, 3), 'B': (3, 3, 5), 'input_squares': (3, 4, 1)}
+      {'A': (3, 4, 3), 'B': (3, 3, 5), 'input_squares': (3, 4, 1), 'token_share': (3, 1)}
       >>> print(params.frozen["rank_scale"])
       [[2. 0. 0.]
        [2. 2. 0.]
@@ -57,7 +59,7 @@ class PRILoRA(LoRA):
     """
 
     axes: ClassVar[Axes] = {**LoRA.axes, "input_squares": ("in", None)}
-    statistics: ClassVar[frozenset[str]] = frozenset({"input_squares"})
+    statistics: ClassVar[frozenset[str]] = frozenset({"input_squares", "token_share"})
 
     scale: float | None = None
 
@@ -66,8 +68,8 @@ class PRILoRA(LoRA):
         super().__post_init__()
         if self.scale is None:
             return
-        if not math.isfinite(self.scale):
-            raise ValueError(f"scale={self.scale!r} must be finite.")
+        if not (math.isfinite(self.scale) and self.scale != 0):
+            raise ValueError(f"scale={self.scale!r} must be finite and not 0.")
         if self.alpha is not None or self.rank_stabilized:
             raise ValueError(
                 f"scale={self.scale!r} is that of all ranks, so alpha={self.alpha!r} and "
@@ -81,10 +83,14 @@ class PRILoRA(LoRA):
     def init_layers(
         self, key: jax.Array, weights: Weights, shared: Arrays, *, embedding: bool = False
     ) -> AdapterParams:
-        """LoRA's arrays, and zeros of whose gradient the statistics are."""
+        """LoRA's arrays, and zeros whose gradients are the statistics."""
         lora = super().init_layers(key, weights, shared, embedding=embedding)
-        squares = jnp.zeros((*weights.shape[:2], 1), jnp.float32)
-        return AdapterParams(lora.trainable | {"input_squares": squares}, lora.frozen)
+        layers, d_in, _ = weights.shape
+        slots = {
+            "input_squares": jnp.zeros((layers, d_in, 1), jnp.float32),
+            "token_share": jnp.zeros((layers, 1), jnp.float32),
+        }
+        return AdapterParams(lora.trainable | slots, lora.frozen)
 
     def branch(
         self,
@@ -98,4 +104,4 @@ class PRILoRA(LoRA):
     ) -> jax.Array:
         """LoRA's, with the statistics of ``x`` before dropout; see `Adapter.branch`."""
         out = super().branch(p, x, y=y, weight=weight, bias=bias, key=key)
-        return with_mean_squares(out, x, p["input_squares"])
+        return with_mean_squares(out, x, p["input_squares"], p["token_share"])

@@ -141,17 +141,14 @@ class RandLoRA(Adapter):
         """Two factors ``[..., d_in, r n]`` and ``[..., r n, d_out]``, float32, scaled."""
         d, largest = min(shape), max(shape)
         count = self._count(d)
-        for name, has, needed in (
-            ("A", p["A"].shape[-3:], (self.rank, 1, d)),
-            ("B", p["B"].shape[-3:], (largest, count, self.rank)),
-        ):
-            if has[-1 if name == "B" else 0] != self.rank or any(
-                size < least for size, least in zip(has, needed, strict=True)
-            ):
-                raise ValueError(
-                    f"the shared array {name!r} has shape {has}: a weight {list(shape)} needs at "
-                    f"least {needed}, with rank={self.rank} as it is."
-                )
+        of_a, of_b = p["A"].shape[-3:], p["B"].shape[-3:]
+        has_rank = of_a[0] == of_b[2] == self.rank
+        if not (has_rank and of_a[2] >= d and of_b[0] >= largest and of_b[1] >= count):
+            raise ValueError(
+                f"the shared arrays A and B have shapes {of_a} and {of_b}: a weight {list(shape)} "
+                f"needs {(self.rank, 1, d)} and {(largest, count, self.rank)}, or more than {d}, "
+                f"{largest} and {count}."
+            )
         scales, gamma, a, b = to_float32(p, "lambda", "gamma", "A", "B")
         scales = scales * (20.0 if self.alpha is None else self.alpha / self.rank)
         u = scales[..., None] * a[..., :d] * gamma[..., None, :, :]  # [..., r, n, d]

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.matrices.paths import is_whole, normalised_path
+from lowrank_optax.adapters.training.leaf_names import are_named, check_any_named
 from lowrank_optax.states.arguments import transformation
 
-BIAS = "balance_bias"
+_BIAS = ("balance_bias",)
 # Excesses below this share of the largest are rounding errors: the sum of a balanced rank's.
 _ROUNDING = 1e-5
 
@@ -62,11 +62,8 @@ def flylora_balance(
     inner = optax.masked(transformation("inner", inner), _others)
 
     def init_fn(params: optax.Params) -> Any:
-        if is_whole(params) and all(jax.tree.leaves(_others(params))):
-            raise ValueError(
-                f"no parameter is named {BIAS!r}: attach FlyLoRA with active below its rank, and "
-                "take gradients of all its trained arrays."
-            )
+        advice = "attach FlyLoRA with active below its rank, and take gradients of all its arrays."
+        check_any_named(params, _BIAS, advice)
         return inner.init(params)
 
     def update_fn(
@@ -74,10 +71,10 @@ def flylora_balance(
     ) -> tuple[optax.Updates, Any]:
         updates, state = inner.update(updates, state, params, **extra_args)
 
-        def balanced(path: Any, update: jax.Array) -> jax.Array:
-            return (step * _sign(-update)).astype(update.dtype) if _is_bias(path) else update
+        def balanced(is_bias: bool, update: jax.Array) -> jax.Array:
+            return (step * _sign(-update)).astype(update.dtype) if is_bias else update
 
-        return jax.tree_util.tree_map_with_path(balanced, updates), state
+        return jax.tree.map(balanced, are_named(updates, _BIAS), updates), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -90,9 +87,5 @@ def _sign(excess: jax.Array) -> jax.Array:
     return jnp.where(size > noise, jnp.sign(excess), 0)
 
 
-def _is_bias(path: Any) -> bool:
-    return normalised_path(path)[-1:] == (BIAS,)
-
-
 def _others(tree: Any) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, _: not _is_bias(path), tree)
+    return jax.tree.map(lambda is_bias: not is_bias, are_named(tree, _BIAS))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 import optax
 
-from lowrank_optax.matrices.paths import is_whole, normalised_path
+from lowrank_optax.adapters.training.leaf_names import are_named, check_any_named
 from lowrank_optax.states.arguments import transformation
 
 
@@ -85,12 +85,9 @@ def soft_threshold_gates(
             raise ValueError(f"{name}={value!r} must be finite and not negative.")
     if isinstance(names, str):
         raise ValueError(f"names={names!r} must be a sequence of names, for example ('gate',).")
-    is_gate = lambda path: normalised_path(path)[-1:] in {(name,) for name in names}
 
     def init_fn(params: optax.Params) -> GateThresholdState:
-        paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-        if is_whole(params) and not any(map(is_gate, paths)):
-            raise ValueError(f"no parameter is named {' or '.join(map(repr, names))}.")
+        check_any_named(params, names, "attach lro.adapters.SoRA, or give `names`.")
         return GateThresholdState(jnp.zeros([], jnp.int32), inner.init(params))
 
     def update_fn(
@@ -100,8 +97,8 @@ def soft_threshold_gates(
             raise ValueError("soft_threshold_gates needs the parameters: update(u, state, params).")
         eta = learning_rate(state.count) if callable(learning_rate) else learning_rate
 
-        def step(path: Any, update: jax.Array, gate: jax.Array) -> jax.Array:
-            if not is_gate(path):
+        def step(is_gate: bool, update: jax.Array, gate: jax.Array) -> jax.Array:
+            if not is_gate:
                 return update
             old = gate.astype(jnp.float32)
             new = soft_threshold(old + update.astype(jnp.float32), eta * penalty, zero_below)
@@ -109,7 +106,7 @@ def soft_threshold_gates(
             return (new - old).astype(jnp.result_type(update, gate))
 
         new, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
-        new = jax.tree_util.tree_map_with_path(step, new, params)
+        new = jax.tree.map(step, are_named(new, names), new, params)
         return new, GateThresholdState(optax.safe_increment(state.count), inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -9,11 +9,15 @@ from jax.typing import ArrayLike
 import numpy as np
 import optax
 
+from lowrank_optax.adapters.training.leaf_names import are_named, check_any_named
 from lowrank_optax.matrices.explicit_sharding import constrain, in_whole_runs, partition_of
-from lowrank_optax.matrices.paths import is_whole, normalised_path
+from lowrank_optax.matrices.paths import normalised_path
 from lowrank_optax.states.arguments import transformation
 
 PruningGroup: TypeAlias = Literal["per_rank", "per_matrix"] | tuple[int, int]
+Path: TypeAlias = tuple[str, ...]
+
+_SLOTS = ("input_squares", "token_share")
 
 
 class PriloraPruningState(NamedTuple):
@@ -25,7 +29,7 @@ class PriloraPruningState(NamedTuple):
         the leaves ``input_squares``; ``MaskedNode`` for other leaves.
       masks: What is held at zero, bool in the shapes of the leaves ``A``; ``MaskedNode`` for other
         leaves, and everywhere without ``hold_mask``.
-      inner_state: State of the inner transformation.
+      inner_state: State of ``optax.masked(inner, ...)``.
     """
 
     count: Any
@@ -45,8 +49,9 @@ def prilora_pruning(
 ) -> optax.GradientTransformationExtraArgs:
     r"""``inner``, and every so many steps the least important entries of ``A`` are set to zero.
 
-    For the leaves named ``A`` and ``input_squares`` of `PRILoRA`. With the root mean square
-    :math:`q_i` of input feature :math:`i` in a step, and :math:`\bar x = q` in the first step,
+    For the leaves named ``A``, ``input_squares`` and ``token_share`` of `PRILoRA`. With the root
+    mean square :math:`q_i` of input feature :math:`i` over the tokens of a step that the loss
+    depends on, and :math:`\bar x = q` in the first step,
 
     .. math::
       \bar x_i \leftarrow \beta \bar x_i + (1 - \beta) q_i, \qquad S_{ic} = |A_{ic}| \, \bar x_i .
@@ -56,9 +61,13 @@ def prilora_pruning(
     feature, then that of the rank. They are trained on from zero, and may be cut again at the next
     event. Moments of ``inner`` stay as they are.
 
-    ``inner`` does not see the leaves ``input_squares``, which stay as they are. Put gradient
-    clipping inside of it: statistics arrive as gradients. A step without statistics for a matrix
-    leaves its average as it was, and a matrix that has had none is not pruned.
+    :math:`q^2` is the gradient of ``input_squares`` divided by that of ``token_share``, so it does
+    not depend on how gradients are summed or scaled: by ``jax.vmap`` over examples, micro-batches,
+    devices or a loss scale.
+
+    ``inner`` does not see ``input_squares`` and ``token_share``, which stay as they are. Put
+    gradient clipping inside of it: statistics arrive as gradients. A step without statistics for a
+    matrix leaves its average as it was, and a matrix that has had none is not pruned.
 
     The paper's constants could not be verified, since its text and code are not public: an
     interval of 40, half of the entries, ``beta`` 0.9, groups per rank, and gradients that go on in
@@ -82,16 +91,17 @@ def prilora_pruning(
     Raises:
       TypeError: If ``inner`` is not an optax transformation.
       ValueError: If an option is out of its range, or ``fraction`` is given beside runs ``(N, M)``;
-        in ``init``, if no leaf ``A`` has ``input_squares`` beside it; in ``update``, if it is not
-        given the parameters.
+        in ``init``, if a leaf ``A`` does not have ``input_squares`` and ``token_share`` beside it,
+        or there is no leaf ``A`` (unless the tree is a part, as of ``optax.partition``); in
+        ``update``, if it is not given the parameters.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro, optax
       >>> a = jnp.array([[0.1, 0.3], [-0.5, 0.02], [0.2, -0.1], [0.05, 0.4]])
-      >>> params = {"A": a, "input_squares": jnp.zeros((4, 1))}
+      >>> params = {"A": a, "input_squares": jnp.zeros((4, 1)), "token_share": jnp.zeros(1)}
       >>> tx = lro.adapters.prilora_pruning(optax.sgd(0.1), every=1)
       >>> squares = jnp.array([[1.0], [0.01], [4.0], [16.0]])  # what the backward pass delivers
-      >>> gradient = {"A": jnp.zeros_like(a), "input_squares": squares}
+      >>> gradient = {"A": jnp.zeros_like(a), "input_squares": squares, "token_share": jnp.ones(1)}
       >>> updates, state = tx.update(gradient, tx.init(params), params)
       >>> print(optax.apply_updates(params, updates)["A"].T)
       [[0.   0.   0.2  0.05]
@@ -102,22 +112,21 @@ def prilora_pruning(
       https://arxiv.org/abs/2401.11316. The score is that of Sun et al., Wanda, 2023,
       https://arxiv.org/abs/2306.11695.
     """
-    inner = transformation("inner", inner)
+    inner = optax.masked(transformation("inner", inner), _others)
     _check(every, fraction, beta, group)
-    share = 0.5 if fraction is None else fraction
+    rho = 0.5 if fraction is None else fraction
 
     def init_fn(params: optax.Params) -> PriloraPruningState:
-        pairs = _pairs(params)
-        if is_whole(params) and not pairs:
-            raise ValueError(
-                "no parameter A has input_squares beside it: attach lro.adapters.PRILoRA, and "
-                "train both."
-            )
-        of_a = {a for a, _ in pairs} if hold_mask else set()
-        norms = _kept(params, _slots(params), lambda x: jnp.zeros_like(x, jnp.float32))
-        masks = _kept(params, of_a, lambda x: jnp.zeros_like(x, bool))
-        shown = _hidden(params)
-        return PriloraPruningState(jnp.zeros([], jnp.int32), norms, masks, inner.init(shown))
+        leaves, adapters = _by_path(params), _adapters(params)
+        check_any_named(params, ("A",), "attach lro.adapters.PRILoRA, and train all its arrays.")
+        norms, masks = {}, {}
+        for adapter in adapters:
+            a, squares, _ = _paths(adapter)
+            norms[squares] = jnp.zeros_like(leaves[squares], jnp.float32)
+            if hold_mask:
+                masks[a] = jnp.zeros_like(leaves[a], bool)
+        count, tree_of = jnp.zeros([], jnp.int32), lambda x: _with_leaves(params, x, _nothing)
+        return PriloraPruningState(count, tree_of(norms), tree_of(masks), inner.init(params))
 
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
@@ -125,49 +134,51 @@ def prilora_pruning(
         if params is None:
             raise ValueError("prilora_pruning needs the parameters: update(u, state, params).")
         count: Any = optax.safe_increment(state.count)
-        norms = jax.tree.map(
-            lambda square, norm: _averaged(square, norm, beta),
-            _kept(updates, _slots(updates), lambda x: x),
-            state.input_norms,
-        )
-        new, inner_state = inner.update(
-            _hidden(updates), state.inner_state, _hidden(params), **extra_args
-        )
-        steps, old, averages = _by_path(new), _by_path(params), _by_path(norms)
-        masks, pairs = _by_path(state.masks), _pairs(updates)
-        factors = {a: (old[a], steps[a]) for a, _ in pairs}
-        if hold_mask:
-            factors = {a: (x, _cut(x, u, masks[a])) for a, (x, u) in factors.items()}
+        new, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
+        given, old, steps = _by_path(updates), _by_path(params), _by_path(new)
+        norms, masks = _by_path(state.input_norms), _by_path(state.masks)
+        adapters = _adapters(updates)
+        for adapter in adapters:
+            a, squares, share = _paths(adapter)
+            norms[squares] = _averaged(given[squares], given[share], norms[squares], beta)
+            masks.setdefault(a, jnp.zeros_like(old[a], bool))
 
         def find(_: Any) -> dict[Any, jax.Array]:
             found = {}
-            for path, slot in pairs:
-                a, u = factors[path]
-                after = (a + u).astype(a.dtype)
-                second = old.get((*path[:-1], "B"))
-                found[path] = _lowest(after, second, averages[slot], share, group)
+            for adapter in adapters:
+                a, squares, _ = _paths(adapter)
+                after = jnp.where(masks[a], 0, (old[a] + steps[a]).astype(old[a].dtype))
+                found[a] = _lowest(after, old.get((*adapter, "B")), norms[squares], rho, group)
             return found
 
-        due = count % every == 0
-        if hold_mask:
-            masks = jax.lax.cond(due, find, lambda _: masks, None)
-            cut = {path: _cut(*factors[path], masks[path]) for path in factors}
-        else:
-            prune = lambda us: {p: _cut(old[p], us[p], mask) for p, mask in find(None).items()}
-            us = {p: u.astype(jnp.result_type(u, a)) for p, (a, u) in factors.items()}
-            cut = jax.lax.cond(due, prune, lambda us: us, us)
-        new = _filled(updates, new, cut)
-        held = _filled(state.masks, state.masks, masks) if hold_mask else state.masks
-        return new, PriloraPruningState(count, norms, held, inner_state)
+        masks = jax.lax.cond(count % every == 0, find, lambda _: masks, None)
+        cut = {path: _cut(old[path], steps[path], mask) for path, mask in masks.items()}
+        still = lambda is_slot, u: jnp.zeros_like(u) if is_slot else u
+        new = jax.tree.map(still, are_named(new, _SLOTS), new)
+        return _with_leaves(new, cut, lambda u: u), PriloraPruningState(
+            count,
+            _with_leaves(updates, norms, _nothing),
+            _with_leaves(updates, masks if hold_mask else {}, _nothing),
+            inner_state,
+        )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _averaged(square: jax.Array, norm: jax.Array, beta: ArrayLike) -> jax.Array:
-    """The average of root mean squares with those of this step, if there are any."""
-    q = jnp.sqrt(jnp.maximum(square.astype(jnp.float32), 0))
+def _averaged(squares: jax.Array, share: jax.Array, norm: jax.Array, beta: ArrayLike) -> jax.Array:
+    """The average of root mean squares with those of this step, if there are any.
+
+    Args:
+      squares: Gradient of ``input_squares [..., n, 1]``.
+      share: Gradient of ``token_share [..., 1]``.
+      norm: The average before ``[..., n, 1]``.
+      beta: Its decay.
+    """
+    share = share.astype(jnp.float32)[..., None]
+    mean = squares.astype(jnp.float32) / jnp.where(share > 0, share, 1)
+    q = jnp.sqrt(jnp.maximum(mean, 0))
     of_matrix = lambda found: jnp.any(found, axis=-2, keepdims=True)
-    seen = of_matrix(q > 0) & ~of_matrix(~jnp.isfinite(q))
+    seen = (share > 0) & ~of_matrix(~jnp.isfinite(q))
     average = jnp.where(of_matrix(norm > 0), norm + (1 - beta) * (q - norm), q)
     return jnp.where(seen, average, norm)
 
@@ -205,11 +216,10 @@ def _order(score: jax.Array, axis: int) -> jax.Array:
     return jnp.argsort(jnp.argsort(score, axis=axis), axis=axis)
 
 
-def _whole(fraction: ArrayLike, sizes: Any) -> Any:
+def _whole(fraction: ArrayLike, sizes: ArrayLike) -> jax.Array:
     """A fraction of these sizes, rounded down; a whole number but for its rounding is that one."""
-    if isinstance(fraction, float | int):
-        return np.floor(fraction * sizes + 1e-6).astype(np.int32)
-    return jnp.floor(fraction * sizes * (1 + 5e-7)).astype(jnp.int32)
+    rounding = 1 + 2 * jnp.finfo(jnp.float32).eps  # of the fraction and of two products
+    return jnp.floor(jnp.float32(fraction) * sizes * rounding).astype(jnp.int32)
 
 
 def _cut(a: jax.Array, update: jax.Array, mask: jax.Array) -> jax.Array:
@@ -217,42 +227,54 @@ def _cut(a: jax.Array, update: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.where(mask, -a, update).astype(jnp.result_type(update, a))
 
 
-def _by_path(tree: Any) -> dict[tuple[str, ...], jax.Array]:
+def _by_path(tree: Any) -> dict[Path, jax.Array]:
     return {normalised_path(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def _slots(tree: Any) -> set[tuple[str, ...]]:
-    """The paths of the statistics."""
-    return {path for path in _by_path(tree) if path[-1:] == ("input_squares",)}
+def _paths(adapter: Path) -> tuple[Path, Path, Path]:
+    """The paths of an adapter's first factor, mean squares and share of tokens."""
+    squares, share = _SLOTS
+    return (*adapter, "A"), (*adapter, squares), (*adapter, share)
 
 
-def _pairs(tree: Any) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
-    """The paths of first factors with those of their statistics."""
-    slots = _slots(tree)
-    firsts = [path for path in _by_path(tree) if path[-1:] == ("A",)]
-    pairs = [(path, (*path[:-1], "input_squares")) for path in firsts]
-    return [(a, slot) for a, slot in pairs if slot in slots]
+def _adapters(tree: Any) -> list[Path]:
+    """The paths of the adapters in a tree.
+
+    Raises:
+      ValueError: If a first factor has no statistics beside it.
+    """
+    paths = _by_path(tree).keys()
+    firsts = [path[:-1] for path in paths if path[-1:] == ("A",)]
+    found = [adapter for adapter in firsts if paths >= set(_paths(adapter))]
+    others = ["/".join((*adapter, "A")) for adapter in firsts if adapter not in found]
+    if others:
+        raise ValueError(
+            f"{', '.join(others)} would never be pruned: input_squares or token_share is missing "
+            "beside it. Attach lro.adapters.PRILoRA and train all three; leave out the factors of "
+            "other adapters by optax.partition."
+        )
+    return found
 
 
-def _kept(tree: Any, paths: set[tuple[str, ...]], make: Callable[[jax.Array], jax.Array]) -> Any:
-    """What ``make`` makes of the leaves at these paths; ``MaskedNode`` for others."""
-    one = lambda path, x: make(x) if normalised_path(path) in paths else optax.MaskedNode()
+def _others(tree: Any) -> Any:
+    """Which leaves ``inner`` sees: all but the statistics."""
+    return jax.tree.map(lambda is_slot: not is_slot, are_named(tree, _SLOTS))
+
+
+def _nothing(_: jax.Array) -> optax.MaskedNode:
+    return optax.MaskedNode()
+
+
+def _with_leaves(
+    tree: Any, found: Mapping[Path, jax.Array], other: Callable[[jax.Array], Any]
+) -> Any:
+    """The tree with these leaves at their paths, and what ``other`` makes of all others."""
+
+    def one(path: Any, x: jax.Array) -> Any:
+        name = normalised_path(path)
+        return found[name] if name in found else other(x)
+
     return jax.tree_util.tree_map_with_path(one, tree)
-
-
-def _hidden(tree: Any) -> Any:
-    """The tree as ``inner`` sees it, without the statistics."""
-    return _kept(tree, _by_path(tree).keys() - _slots(tree), lambda x: x)
-
-
-def _filled(updates: Any, new: Any, cut: Mapping[tuple[str, ...], jax.Array]) -> Any:
-    """The new updates with those that were cut, and zeros where ``inner`` saw nothing."""
-
-    def one(path: Any, update: jax.Array, found: Any) -> jax.Array:
-        own = jnp.zeros_like(update) if isinstance(found, optax.MaskedNode) else found
-        return cut.get(normalised_path(path), own)
-
-    return jax.tree_util.tree_map_with_path(one, updates, new)
 
 
 def _check(every: Any, fraction: Any, beta: Any, group: Any) -> None:

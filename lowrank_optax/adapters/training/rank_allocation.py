@@ -1,4 +1,4 @@
-"""LaMDA++: a rank for each layer, larger where a weight's spectrum is flatter."""
+"""A rank for each layer: by the spectra of weights (LaMDA++), or by depth (PRILoRA)."""
 
 from collections.abc import Mapping, Sequence
 from fractions import Fraction

@@ -44,8 +44,9 @@ def compact_arrays(method: Adapter, p: Arrays) -> CompactLoRA:
       A `CompactLoRA`.
 
     Raises:
-      TypeError: If the method's change is not of low rank (DoRA), it changes the weight itself
-        (PiSSA) or shares arrays among layers (LoTR, VeRA); or if arrays are traced.
+      TypeError: If no LoRA of each layer has the same change: the method has no two factors (DoRA,
+        SaRA, FlyLoRA with routing), changes the weight itself (PiSSA) or shares arrays among layers
+        (LoTR, RandLoRA, VeRA). Also if arrays are traced.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
@@ -81,6 +82,7 @@ def compact_arrays(method: Adapter, p: Arrays) -> CompactLoRA:
     trained: dict[str, jax.Array] = {"A": a.astype(dtype), "B": b.astype(dtype)}
     dropout = getattr(method, "dropout", 0.0)
     lora = LoRA(rank=rank_of(ranks), dropout=dropout, param_dtype=dtype)
+    # A scale of 0 marks a layer without an adapter, for files of PEFT and for `merge_adapters`.
     scales: dict[str, jax.Array] = {
         k: x * np.minimum(ranks, 1)[:, None] for k, x in lora.rank_scales(len(ranks)).items()
     }

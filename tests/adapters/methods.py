@@ -1,5 +1,10 @@
 """The rows of the harness of adapters: every host's tests of a method run for each."""
 
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
 from lowrank_optax import adapters
 
 METHODS = {
@@ -17,3 +22,13 @@ METHODS = {
     "FlyLoRA": adapters.FlyLoRA(rank=4, active=2),
 }
 MERGEABLE = {name: method for name, method in METHODS.items() if method.has_delta}
+
+# What methods ask of a host: shared arrays, a changed base, a dependence on weights, routing. The
+# others run in the full tier.
+_STANDARD = {"LoRA", "PiSSA", "VeRA", "SaRA", "DoRA", "FlyLoRA"}
+
+
+def cases(methods: Mapping[str, Any]) -> list[Any]:
+    """The methods' names, as cases of a test of a host."""
+    rare = methods.keys() & METHODS.keys() - _STANDARD
+    return [pytest.param(name, marks=[pytest.mark.full] * (name in rare)) for name in methods]

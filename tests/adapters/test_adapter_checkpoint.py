@@ -17,7 +17,7 @@ METHODS = {**methods.METHODS, "ranks": lro.adapters.LoRA(rank=(1, 3, 2), alpha=5
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", METHODS)
+@pytest.mark.parametrize("case", methods.cases(METHODS))
 def test_orbax_keeps_adapters_and_trained_parameters(tmp_path, case):
     model = adapted(True, METHODS[case], "query")
     lro.adapters.also_train(model, "norm")

@@ -86,7 +86,7 @@ METHODS = {**methods.MERGEABLE, "moved": Moved(rank=1)}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["unrolled", "scanned"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", methods.cases(METHODS))
 def test_a_merged_model_computes_the_same_and_unmerging_gives_the_weights_back(
     kind: str, name: str
 ) -> None:

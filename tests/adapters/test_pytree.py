@@ -8,7 +8,7 @@ import pytest
 
 import lowrank_optax as lro
 from lowrank_optax.matrices import WeightDimensionNumbers
-from tests.adapters.methods import MERGEABLE
+from tests.adapters.methods import MERGEABLE, cases
 
 pytree = lro.adapters.pytree
 LORA = lro.adapters.LoRA(rank=2, alpha=6, initial="random")
@@ -41,9 +41,9 @@ def _moved(tree):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", MERGEABLE.values(), ids=MERGEABLE)
-def test_sums_and_factors_and_the_merged_parameters_give_the_same(method):
-    params = _params()
+@pytest.mark.parametrize("name", cases(MERGEABLE))
+def test_sums_and_factors_and_the_merged_parameters_give_the_same(name):
+    params, method = _params(), MERGEABLE[name]
     adapter = pytree.init(jax.random.key(1), params, method, "up|down", LAST)
     by_effective = jax.jit(lambda params, t: pytree.effective(params, adapter.replace(t)))
     start = _jitted(by_effective(params, adapter.trainable), X)

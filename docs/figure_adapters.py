@@ -1,10 +1,12 @@
 """The figure of the page on which adapter: what was learned for how many numbers, and forgotten."""
 
 import json
+from operator import itemgetter
 from pathlib import Path
 import statistics
 from typing import Any
 
+LOSS = itemgetter(3)
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "adapters.json"
 
 
@@ -19,15 +21,16 @@ def adapters(figure: Any) -> None:
         mean, spread = statistics.mean(losses), statistics.stdev(losses)
         rows.append((name, runs[0]["trained"], forgotten, mean, spread))
     left, right = figure.subplots(1, 2, sharey=True)
-    for name, trained, forgotten, loss, spread in rows:
+    for number, (name, trained, forgotten, loss, spread) in enumerate(sorted(rows, key=LOSS)):
+        style = {"color": f"C{number % 4}", "marker": "os^Dv"[number // 4 % 5], "ms": 5}
         for axes, x in ((left, trained), (right, forgotten)):
-            axes.errorbar(x, loss, spread, fmt="o", ms=4, color="#3c6e9f", ecolor="0.6")
-            axes.annotate(name, (x, loss), (4, 3), textcoords="offset points", fontsize=7)
+            label = name if axes is left else None
+            axes.errorbar(x, loss, spread, ls="", ecolor="0.7", label=label, **style)
+    figure.legend(loc="outside right center", frameon=False, fontsize=7)
     left.set_xscale("log")
     left.set_xlabel("trained numbers")
     left.set_ylabel("held-out loss")
     right.set_xlabel("rise of the loss on the old text")
     for axes in (left, right):
-        axes.margins(x=0.15)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

@@ -26,6 +26,7 @@ from lowrank_optax.adapters.methods.lora import LoRA
 from lowrank_optax.adapters.own_values import owned_parameters
 from lowrank_optax.adapters.spectra import truncated_svd
 from lowrank_optax.adapters.switching import activate
+from lowrank_optax.matrices.orthonormal import in_turn
 from lowrank_optax.matrices.selection import Path, path_string
 
 How: TypeAlias = Literal["concatenate", "linear", "svd", "ties", "dare", "ties_svd", "dare_svd"]
@@ -319,6 +320,6 @@ def _truncated(matrix: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
 
 def _truncated_product(a: jax.Array, b: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
     """`_truncated` of ``a b``, without that matrix."""
-    (q_a, r_a), (q_b, r_b) = jnp.linalg.qr(a), jnp.linalg.qr(b.T)
+    (q_a, r_a), (q_b, r_b) = (in_turn(lambda x: jnp.linalg.qr(x), each) for each in (a, b.T))
     first, second = _truncated(product(r_a, r_b.T), rank)
     return product(q_a, first), product(second, q_b.T)

@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from lowrank_optax.adapters.base import Adapter, AdapterParams, Arrays, Axes, Weights
 from lowrank_optax.adapters.low_rank import LowRank, check_rank
 from lowrank_optax.adapters.operands import Operand, Rows
+from lowrank_optax.matrices.orthonormal import in_turn
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -218,9 +219,10 @@ class MiSSBat(Adapter):
         """
         blocks, c = self._blocks(merged.astype(jnp.float32)), _transposed(p)
         matrices = jnp.eye(self.rank) + c
-        sizes = jnp.linalg.svd(matrices, compute_uv=False)
+        sizes = in_turn(lambda x: jnp.linalg.svd(x, compute_uv=False), matrices)
         singular = sizes[..., -1] <= self.rank * jnp.finfo(jnp.float32).eps * sizes[..., 0]
-        inverse = jnp.where(singular[..., None, None], jnp.nan, jnp.linalg.inv(matrices))
+        inverse = in_turn(lambda x: jnp.linalg.inv(x), matrices)
+        inverse = jnp.where(singular[..., None, None], jnp.nan, inverse)
         before = _product(inverse, blocks - self._spread(c, blocks))
         return self._matrix(before, merged.shape).astype(merged.dtype)
 

@@ -104,7 +104,7 @@ def with_rank(chosen: Chosen, rank: int) -> Chosen:
     return chosen._replace(options=chosen.options | {"rank": rank})
 
 
-def _nearest(count: Callable[[int], float], target: float, least: int) -> int:
+def _nearest(count: Callable[[int], float], target: float, least: int = 1) -> int:
     """The rank whose count is nearest: counts rise, or fall, up to what the weights have."""
     sign = 1 if count(least + 1) > count(least) else -1
     low, high = least, 2 * least

@@ -3,7 +3,7 @@
 from flax import nnx
 
 from lowrank_optax.adapters.adapted_layers import AdapterParam, adapted_layers, weight_matrix
-from lowrank_optax.adapters.base import AdapterParams
+from lowrank_optax.adapters.base import Adapter, AdapterParams
 from lowrank_optax.matrices.selection import path_string
 
 
@@ -28,11 +28,12 @@ def check_base(model: nnx.Module) -> None:
       >>> lro.adapters.check_base(model)
     """
     for path, layer in adapted_layers(model).items():
-        weights = weight_matrix(layer)
-        batch = weights.ndim - 2
         for adapter in layer.adapters.values():
-            if adapter.merged or adapter.group is not None:
+            says_nothing = type(adapter.method).check_base is Adapter.check_base
+            if says_nothing or adapter.merged or adapter.group is not None:
                 continue
+            weights = weight_matrix(layer)
+            batch = weights.ndim - 2
             params = AdapterParams({}, {})
             for name, x in adapter.arrays.items():
                 arrays = params.trainable if isinstance(x, AdapterParam) else params.frozen

@@ -150,7 +150,7 @@ def _convolution(module: Any, kernel: jax.Array) -> Callable[[jax.Array, jax.Arr
         set_class(plain, nnx.Conv)
         own = {"kernel": nnx.Param(window), "bias": None, "use_bias": False, "mask": None}
         sizes = {"kernel_shape": window.shape, "out_features": window.shape[-1]}
-        vars(plain).update(own | sizes, dtype=x.dtype)
+        vars(plain).update(own | sizes, dtype=x.dtype, preferred_element_type=None)
         return nnx.Conv.__call__(plain, x)
 
     return convolve

@@ -38,7 +38,7 @@ def summed(model, weights):
     return sum(w * change(model, name) for name, w in weights.items())
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", ["scanned", pytest.param("unrolled", marks=pytest.mark.full)])
 def test_concatenation_and_a_large_svd_are_the_weighted_sum(kind):
     weights = {"a": 0.7, "b": -1.5}
     for how, options in (("concatenate", {}), ("svd", {"rank": 4})):
@@ -110,6 +110,7 @@ def test_ties_of_factors_and_of_changes(sign):
         np.testing.assert_allclose(change(model, "svd")[layer], exact, atol=3e-5)
 
 
+@pytest.mark.full
 def test_dare_drops_entries_and_keeps_the_mean():
     model = adapted(methods={"a": lro.adapters.LoRA(rank=2)})
     mean, draws = 0, 60

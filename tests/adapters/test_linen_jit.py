@@ -121,6 +121,7 @@ def test_compiled_blocks_have_ranks_by_pattern_of_their_own(way: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [lro.adapters.LoTR(rank=2), lro.adapters.VeRA(rank=2)], ids=type)
+@pytest.mark.full
 def test_compiled_blocks_with_different_layers_share_the_arrays_of_a_group(method: Any) -> None:
     _check(lambda model: Adapted(model, method, "a/up|b"), "class")
 

@@ -175,6 +175,7 @@ def test_what_is_loaded_is_trained_further(tmp_path):
     ],
     ids=str,
 )
+@pytest.mark.full
 def test_what_is_attached_here_is_written_with_biases_and_read(tmp_path, method, bias, stacked):
     model = adapted(True, method, "query|out|mlp")
     lro.adapters.also_train(model, "query/bias")

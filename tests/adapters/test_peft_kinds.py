@@ -551,6 +551,12 @@ def test_what_is_written_keeps_its_sharding(folder):
         assert x[...].sharding.is_equivalent_to(sharding, x[...].ndim)
 
 
+def test_what_is_written_is_free_to_go_where_other_arguments_are(folder):
+    model = fold_peft(with_biases(True), folder("IA3"), names=NAMES)
+    assert not model.layers.query.bias[...].committed
+    assert not model.layers.query.kernel[...].committed
+
+
 def test_a_model_with_adapters_is_refused(folder):
     path, model = folder("MISS"), Model(True)
     lro.adapters.attach(model, lro.adapters.LoRA(rank=1), "query", rngs=0)

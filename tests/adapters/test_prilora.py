@@ -614,9 +614,42 @@ def miniature(tx: Any, loud: bool, steps: int, seed: int = 0) -> float:
         pytest.param(True, True, 0.015, marks=pytest.mark.full),
     ],
 )
+@pytest.mark.full
 def test_pruning_half_of_the_first_factor_costs_little(
     loud: bool, hold_mask: bool, bound: float
 ) -> None:
     adam = optax.adam(optax.linear_schedule(5e-3, 0.0, 2000))
     error = miniature(pruning(adam, hold_mask=hold_mask), loud, 2000)
     assert 1e-5 < error < bound  # without pruning about 1e-6
+
+
+def test_statistics_of_negated_gradients_are_the_same():
+    """As those of a loss that is maximised."""
+    params = {
+        "A": jnp.ones((4, 1)),
+        "input_squares": jnp.zeros((4, 1)),
+        "token_share": jnp.zeros(1),
+    }
+    tx = lro.adapters.prilora_pruning(optax.sgd(0.0), every=1, fraction=0.5)
+    masks = []
+    for sign in (1, -1):
+        squares = sign * jnp.array([[4.0], [1.0], [9.0], [0.25]])
+        grads = {
+            "A": jnp.zeros((4, 1)),
+            "input_squares": squares,
+            "token_share": sign * jnp.ones(1),
+        }
+        updates, _ = tx.update(grads, tx.init(params), params)
+        masks.append((params["A"] + updates["A"])[:, 0] != 0)
+    assert masks[0].tolist() == masks[1].tolist() == [True, False, True, False]
+
+
+def test_a_convolution_that_sums_in_bfloat16_delivers_statistics() -> None:
+    half = {"dtype": jnp.bfloat16, "preferred_element_type": jnp.bfloat16}
+    model, x = nnx.Conv(4, 6, (3,), **half, rngs=nnx.Rngs(0)), jnp.ones((2, 5, 4))
+    lro.adapters.attach(model, lro.adapters.PRILoRA(rank=2), where=".*", rngs=0)
+    trainable = nnx.DiffState(0, lro.adapters.trainable)
+    gradient = nnx.grad(lambda model: model(x).sum().astype(jnp.float32), argnums=trainable)(model)
+    arrays = gradient["adapters"]["default"]["arrays"]
+    share = np.asarray(arrays["token_share"][...])
+    assert np.max(arrays["input_squares"][...]) == pytest.approx(float(share.max()), rel=1e-5)

@@ -525,7 +525,7 @@ def test_the_threshold_is_strict_and_not_rounded_to_half_precision():
         np.testing.assert_array_equal(params.frozen["indices"][0], expected)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_small_weights_matter_less_than_random_ones():
     """The paper's first claim in miniature: a network fitted to a teacher, then pruned."""
     rng = np.random.default_rng(0)
@@ -562,3 +562,11 @@ def test_small_weights_matter_less_than_random_ones():
         random = [np.where(rng.random(w.shape) < fraction, 0, w) for w in fitted_params]
         pruned, at_random = float(error(small)), float(error(random))
         assert start < pruned < at_random / 3
+
+
+def test_merging_leaves_the_bits_of_subnormal_entries_that_are_not_selected():
+    weight = jnp.array([[0.0, 0.0], [1e-40, 1.0]])
+    method = lro.adapters.SaRA(fraction=0.5)
+    params = method.init(jax.random.key(0), weight[None])
+    merged = method.merged(method.layer_arrays(params, 0), weight).weight
+    assert np.array_equal(np.asarray(merged).view(np.uint32), np.asarray(weight).view(np.uint32))

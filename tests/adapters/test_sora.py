@@ -208,7 +208,7 @@ def test_unusable_arguments_are_refused() -> None:
         tx.update({"gate": jnp.ones(2)}, tx.init({"gate": jnp.ones(2)}))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_larger_penalty_leaves_fewer_gates_down_to_the_rank_of_each_target() -> None:
     n, m, steps, rng = 32, 24, 4000, np.random.default_rng(0)
     left, right = rng.normal(size=(n, 3)) / n**0.5, rng.normal(size=(3, m))

@@ -94,3 +94,10 @@ def test_nearest_rank_is_found(target: int, rank: int) -> None:
     assert _nearest(lambda r: 10 * r if r <= 100 else math.inf, target) == rank
     saturating = _nearest(lambda r: 10 * min(r, 100), target)
     assert 10 * min(saturating, 100) == 10 * rank
+
+
+@pytest.mark.parametrize(("target", "rank"), [(1000, 8), (130, 64), (260, 32)])
+def test_nearest_rank_is_found_where_counts_fall(target: int, rank: int) -> None:
+    """As RandLoRA's do, until one basis is left; none is below the least rank that there is."""
+    falling = lambda r: 64 * math.ceil(100 / r) if r <= 100 else 64 + r
+    assert falling(_nearest(falling, target, 8)) == falling(rank)

@@ -151,7 +151,9 @@ class SaRA(Adapter):
         added = wide + self.delta(p, weight)
         is_base = _are_bits(p["initial"], p["indices"], weight)
         values = _dense(p["values"], p["indices"], weight)
-        return rounded_to(weight.dtype, jnp.where(is_base, values, added))
+        is_selected = _selection(p["indices"], weight)
+        changed = rounded_to(weight.dtype, jnp.where(is_base, values, added))
+        return changed._replace(weight=jnp.where(is_selected, changed.weight, weight))
 
     def unmerged(self, p: Arrays, merged: jax.Array) -> jax.Array:
         """The weight before `merged`, bit for bit where an entry is the rounded value.

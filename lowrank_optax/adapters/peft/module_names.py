@@ -138,9 +138,10 @@ class Slot(NamedTuple):
 @contextlib.contextmanager
 def sharding_kept(variable: Any) -> Iterator[None]:
     """Gives a variable, set inside from the host's arrays, the sharding that it had."""
-    sharding = variable[...].sharding
+    before = variable[...]
     yield
-    variable.set_value(jax.device_put(variable[...], sharding))
+    if getattr(before, "committed", False):  # else it stays free to go where other arguments are
+        variable.set_value(jax.device_put(variable[...], before.sharding))
 
 
 def check_saved_weights(

@@ -175,10 +175,10 @@ def _averaged(squares: jax.Array, share: jax.Array, norm: jax.Array, beta: Array
       beta: Its decay.
     """
     share = share.astype(jnp.float32)[..., None]
-    mean = squares.astype(jnp.float32) / jnp.where(share > 0, share, 1)
+    mean = squares.astype(jnp.float32) / jnp.where(share == 0, 1, share)
     q = jnp.sqrt(jnp.maximum(mean, 0))
     of_matrix = lambda found: jnp.any(found, axis=-2, keepdims=True)
-    seen = (share > 0) & ~of_matrix(~jnp.isfinite(q))
+    seen = (share != 0) & ~of_matrix(~jnp.isfinite(q))
     average = jnp.where(of_matrix(norm > 0), norm + (1 - beta) * (q - norm), q)
     return jnp.where(seen, average, norm)
 

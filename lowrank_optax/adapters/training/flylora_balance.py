@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.adapters.training.leaf_names import are_named, check_any_named
+from lowrank_optax.adapters.training.leaf_names import all_but, are_named, check_any_named
 from lowrank_optax.states.arguments import transformation
 
 _BIAS = ("balance_bias",)
@@ -59,7 +59,7 @@ def flylora_balance(
     """
     if isinstance(step, int | float) and not 0 <= step < float("inf"):
         raise ValueError(f"step={step!r} must be finite and not negative.")
-    inner = optax.masked(transformation("inner", inner), _others)
+    inner = optax.masked(transformation("inner", inner), all_but(_BIAS))
 
     def init_fn(params: optax.Params) -> Any:
         advice = "attach FlyLoRA with active below its rank, and take gradients of all its arrays."
@@ -85,7 +85,3 @@ def _sign(excess: jax.Array) -> jax.Array:
     size = jnp.abs(excess)
     noise = _ROUNDING * jnp.max(size, axis=-1, keepdims=True)
     return jnp.where(size > noise, jnp.sign(excess), 0)
-
-
-def _others(tree: Any) -> Any:
-    return jax.tree.map(lambda is_bias: not is_bias, are_named(tree, _BIAS))

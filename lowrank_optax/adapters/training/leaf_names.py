@@ -1,6 +1,6 @@
 """Leaves of a tree that are chosen by the last names of their paths."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -18,6 +18,11 @@ def are_named(tree: Any, names: Collection[str]) -> Any:
     endings = {(name,) for name in names}
     one = lambda path, _: normalised_path(path)[-1:] in endings
     return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def all_but(names: Collection[str]) -> Callable[[Any], Any]:
+    """A mask for ``optax.masked``: which leaves of a tree have none of these last names."""
+    return lambda tree: jax.tree.map(lambda is_named: not is_named, are_named(tree, names))
 
 
 def check_any_named(params: Any, names: Collection[str], advice: str) -> None:

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 import numpy as np
 import optax
 
-from lowrank_optax.adapters.training.leaf_names import are_named, check_any_named
+from lowrank_optax.adapters.training.leaf_names import all_but, are_named, check_any_named
 from lowrank_optax.matrices.explicit_sharding import constrain, in_whole_runs, partition_of
 from lowrank_optax.matrices.paths import normalised_path
 from lowrank_optax.states.arguments import transformation
@@ -112,7 +112,7 @@ def prilora_pruning(
       https://arxiv.org/abs/2401.11316. The score is that of Sun et al., Wanda, 2023,
       https://arxiv.org/abs/2306.11695.
     """
-    inner = optax.masked(transformation("inner", inner), _others)
+    inner = optax.masked(transformation("inner", inner), all_but(_SLOTS))
     _check(every, fraction, beta, group)
     rho = 0.5 if fraction is None else fraction
 
@@ -254,11 +254,6 @@ def _adapters(tree: Any) -> list[Path]:
             "other adapters by optax.partition."
         )
     return found
-
-
-def _others(tree: Any) -> Any:
-    """Which leaves ``inner`` sees: all but the statistics."""
-    return jax.tree.map(lambda is_slot: not is_slot, are_named(tree, _SLOTS))
 
 
 def _nothing(_: jax.Array) -> optax.MaskedNode:

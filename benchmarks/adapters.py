@@ -92,7 +92,8 @@ class Finetuning:
         loop = dataclasses.replace(self.settings.loop(), seed=seed)
         for tokens, rates in steps_of(self.text, loop, rate, self.settings.steps):
             if self.peak is None:
-                self.peak = peak_bytes(self.chunk.lower(carry, parts.rest, tokens, rates).compile())
+                self.chunk = self.chunk.lower(carry, parts.rest, tokens, rates).compile()
+                self.peak = peak_bytes(self.chunk)
             carry, _ = self.chunk(carry, parts.rest, tokens, rates)
         self.last = carry, parts.rest, tokens, rates
         loss = lambda windows: float(self.evaluate(windows, carry[0], carry[2], parts.rest))

@@ -200,6 +200,37 @@ class Decoder(nnx.Module):
         Returns:
             The logits, float32 [batch, length, vocab_size], and the cache with these tokens in.
         """
+        x, cache = self._hidden(tokens, cache, position)
+        return self._logits(x), cache
+
+    def hidden(self, tokens: jax.Array) -> jax.Array:
+        """The hidden states [batch, length, hidden_size] after the final norm, without logits.
+
+        Takes the tokens of `__call__`, which gives the product of these states and `head`.
+        """
+        return self._hidden(tokens, None, 0)[0]
+
+    def head(self) -> tuple[jax.Array, int]:
+        """The weight of the output layer, and which of its axes is the hidden states' (0 or 1).
+
+        Returns:
+            `lm_head.kernel` [hidden, vocab] and 0; the embedding [vocab, hidden] and 1 if tied.
+
+        Raises:
+            ValueError: an adapter or another change of that layer makes it more than its weight.
+        """
+        name = "embed" if self.lm_head is None else "lm_head"
+        layer = getattr(self, name)
+        if type(layer) not in (nnx.Linear, nnx.Embed):
+            raise ValueError(
+                f"the layer {name!r} computes more than a product with its weight (it has an "
+                "adapter, or was replaced): call the model for its logits, or leave this layer out"
+            )
+        return (layer.embedding[...], 1) if self.lm_head is None else (layer.kernel[...], 0)
+
+    def _hidden(
+        self, tokens: jax.Array, cache: KeyValueCache | None, position: jax.Array | int
+    ) -> tuple[jax.Array, KeyValueCache | None]:
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(
                 "tokens must be integers of shape [batch, length], "
@@ -209,7 +240,7 @@ class Decoder(nnx.Module):
         frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         rotary = rotary_angles(position + jnp.arange(tokens.shape[1]), frequencies)
         x, cache = self._run_blocks(self.embed(tokens), rotary, cache, position)
-        return self._logits(self.norm(x)), cache
+        return self.norm(x), cache
 
     def _logits(self, x: jax.Array) -> jax.Array:
         rows = x.reshape(-1, x.shape[-1])

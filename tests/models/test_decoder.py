@@ -10,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import numpy as np
 import pytest
 
+import lowrank_optax as lro
 from lowrank_optax.models import Decoder, DecoderConfig, decoder_config
 from tests.models.decoders import CONFIG, TOKENS, like, logits_of, random_decoder
 
@@ -217,6 +218,27 @@ def test_dropout_put_into_the_blocks_draws_anew_at_every_call(model, scan_layers
             block.mlp = DroppingMLP(block.mlp, nnx.Dropout(0.5, rngs=rngs))
     call = nnx.jit(lambda model: model(TOKENS))
     assert np.abs(np.asarray(call(model)) - np.asarray(call(model))).max() > 0.1
+
+
+@pytest.mark.parametrize("tie_word_embeddings", [False, True])
+def test_hidden_states_times_the_head_are_the_logits(tie_word_embeddings):
+    config = dataclasses.replace(
+        CONFIG, num_hidden_layers=1, tie_word_embeddings=tie_word_embeddings
+    )
+    model = random_decoder(config, scan_layers=False)
+    hidden, (head, axis) = jax.jit(lambda m: m.hidden(TOKENS))(model), model.head()
+    assert (axis, head.shape[axis]) == (int(tie_word_embeddings), CONFIG.hidden_size)
+    logits = np.tensordot(np.asarray(hidden, np.float64), np.asarray(head, np.float64), (2, axis))
+    assert_close(logits_of(model, TOKENS), logits, 100)
+
+
+def test_the_weight_of_an_adapted_head_is_refused():
+    model = random_decoder()
+    lro.adapters.attach(model, lro.adapters.LoRA(rank=2), "lm_head", rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="'lm_head' computes more than a product"):
+        model.head()
+    lro.adapters.detach(model)
+    assert model.head()[1] == 0
 
 
 def test_tokens_of_a_wrong_kind_are_refused(model):

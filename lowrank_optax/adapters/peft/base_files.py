@@ -51,6 +51,11 @@ class FileModule(NamedTuple):
         """Whether adapters can be attached to it."""
         return self.layout is not None
 
+    @property
+    def is_parameter(self) -> bool:
+        """Files do not show in which order PyTorch registers parameters, so it is none."""
+        return False
+
 
 def modules_of_base(
     shapes: Shapes, adapter: Mapping[str, Shapes], config: Mapping[str, Any], fan_in_fan_out: bool

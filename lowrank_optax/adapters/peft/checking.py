@@ -7,6 +7,7 @@ What is accepted and refused is decided here, for adapters that are attached to 
 from collections.abc import Callable, Iterable, Mapping
 import difflib
 import itertools
+import re
 import warnings
 
 import numpy as np
@@ -21,7 +22,7 @@ from lowrank_optax.adapters.peft.config import (
     is_named,
     is_saved,
 )
-from lowrank_optax.adapters.peft.module_names import Slot
+from lowrank_optax.adapters.peft.module_names import Slot, wrapper_names
 from lowrank_optax.adapters.peft.tensors import PREFIX, SHARED, Layout, Tied, split_name
 from lowrank_optax.storage.safetensors_files import TensorReader
 
@@ -54,21 +55,25 @@ def checked_tensors(
         an embedding's and a head's, or of a tensor that layers share.
       UnsupportedConfigError: If the configuration selects something that is not supported.
     """
-    layers = [m for m, module in modules.items() if module.is_layer and config.is_target(m)]
+    layers = [m for m, x in modules.items() if x.is_layer and _is_target(m, x, config)]
     _check_tied(modules, config, tied)
     layouts = {m: layout for m in layers if (layout := modules[m].layout)}
     names = {".".join(split_name(name)): name for name in reader.shapes}
     changed = dict.fromkeys(split_name(n)[0] for n in reader.shapes)
     _check_architecture(modules, [m for m in changed if m != SHARED])
     _check_names(modules, layers, config)
+    slots = {m: slot for m in layers if isinstance(slot := modules[m], Slot)}
+    wrappers = wrapper_names(slots)
+    in_file = lambda key: f"{wrappers.get(key[0], key[0])}.{key[1]}"
     required, optional = _expected_shapes(modules, layouts, config)
     if tied and (tied.embedding, "weight") in required:
         optional[tied.head, "weight"] = required[tied.embedding, "weight"]
-    found = {key: names[".".join(key)] for key in required | optional if ".".join(key) in names}
+    found = {k: names[in_file(k)] for k in required | optional if in_file(k) in names}
     prefix = lambda module: "base_model" if module == SHARED else PREFIX
-    missing = {key: prefix(key[0]) + ".".join(key) for key in required if key not in found}
+    missing = {key: prefix(key[0]) + in_file(key) for key in required if key not in found}
     expected = {name: (required | optional)[key] for key, name in (found | missing).items()}
     reader.check(expected, ignore=lambda _: False)
+    _warn_of_square_experts(layouts, config)
     both = [found[m, "weight"] for m in tied or () if (m, "weight") in found]
     if len(both) == 2 and not reader.equal(*both):
         raise ValueError(f"{' and '.join(reversed(both))} are tied, but differ.")
@@ -96,9 +101,16 @@ def _expected_shapes(
         of_layer = config.layer_shapes(module, layout)
         required |= {(module, name): shape for name, shape in of_layer.items()}
         optional |= {(module, name): shape for name, shape in shared.items()}
-        optional[module, "base_layer.weight"] = layout.weight_shape
+        if not layout.experts:
+            optional[module, "base_layer.weight"] = layout.weight_shape
     for name, module in modules.items():
-        if is_saved(name, config.modules_to_save) and name not in layouts:
+        if module.is_parameter:
+            if is_saved(name, config.modules_to_save):
+                raise UnsupportedConfigError(
+                    f"modules_to_save={config.modules_to_save!r} has the parameter {name}: whole "
+                    f"stacks of experts are unsupported. {MERGE_IN_PEFT}"
+                )
+        elif is_saved(name, config.modules_to_save) and name not in layouts:
             required |= {(name, p): shape for p, shape in module.shapes.items()}
         elif getattr(config, "bias", "none") != "none" and "bias" in module.shapes:
             key = "base_layer.bias" if name in layouts else "bias"
@@ -106,8 +118,16 @@ def _expected_shapes(
     return required, optional
 
 
+def _is_target(name: str, module: Module, config: BaseConfig) -> bool:
+    """Whether a module or a parameter is adapted; PEFT's other fields select modules only."""
+    if module.is_parameter:
+        return is_named(name, getattr(config, "target_parameters", None))
+    return config.is_target(name)
+
+
 def _check_architecture(modules: Mapping[str, Module], found: list[str]) -> None:
-    if not found or any(name in modules for name in found):
+    parents = {name.rpartition(".")[0] for name, module in modules.items() if module.is_parameter}
+    if not found or any(name in modules or name in parents for name in found):
         return
     prefixes = {name[: -len(m)] for name in found for m in modules if name.endswith(f".{m}")}
     if len(prefixes) == 1:
@@ -149,8 +169,17 @@ def _check_tied(modules: Mapping[str, Module], config: BaseConfig, tied: Tied | 
 
 def _check_names(modules: Mapping[str, Module], layers: list[str], config: BaseConfig) -> None:
     """Raises ValueError if something that the configuration names is not there."""
-    all_layers = [m for m, module in modules.items() if module.is_layer]
-    targets = config.target_modules
+    all_layers = [m for m, x in modules.items() if x.is_layer and not x.is_parameter]
+    targets, parameters = config.target_modules, getattr(config, "target_parameters", None)
+    stacks = [m for m, module in modules.items() if module.is_parameter]
+    if parameters and not stacks:
+        raise UnsupportedConfigError(
+            f"target_parameters={list(parameters)!r} of adapter_config.json are stacks of experts, "
+            "and names has no parameter that is one: they are read into an nnx.Einsum with an axis "
+            f"of experts. {MERGE_IN_PEFT}"
+        )
+    is_there = lambda target: any(is_named(m, (target,)) for m in stacks)
+    _check_each("target_parameters", parameters or (), is_there, stacks)
     if isinstance(targets, tuple):
         is_there = lambda target: any(is_named(m, (target,)) for m in all_layers)
         _check_each("target_modules", targets, is_there, all_layers)
@@ -191,6 +220,20 @@ def _check_names(modules: Mapping[str, Module], layers: list[str], config: BaseC
                 f"exclude_modules={name!r} of adapter_config.json excludes nothing of the model.",
                 stacklevel=4,
             )
+
+
+def _warn_of_square_experts(layouts: Mapping[str, Layout], config: BaseConfig) -> None:
+    """Warns of files of an old PEFT whose shapes do not show which of the factors is the first."""
+    sides = [(layout.d_in, layout.d_out) for layout in layouts.values() if layout.experts]
+    version = str(config.others.get("peft_version"))
+    numbers = [int(n) for n in re.findall(r"\d+", version)]
+    if sides and all(d_in == d_out for d_in, d_out in sides) and [] < numbers[:3] < [0, 19, 1]:
+        warnings.warn(
+            f"this adapter of square experts was written by PEFT {version}. Before 0.19.1 PEFT "
+            "read a stack [experts, out, in] as [experts, in, out]: if the stacks of its model are "
+            "so, the change here is transposed.",
+            stacklevel=4,
+        )
 
 
 def _check_each(

@@ -128,7 +128,12 @@ class BaseConfig(abc.ABC):
     @classmethod
     def refused(cls, content: Mapping[str, Any]) -> list[str]:
         """Fields that change the function and are not supported, each with its value and why."""
-        return [f"{k}={content[k]!r} ({why})" for k, why in _REFUSED.items() if content.get(k)]
+        refused = _REFUSED.keys() - {f.name for f in dataclasses.fields(cls)}
+        return [
+            f"{k}={content[k]!r} ({why})"
+            for k, why in _REFUSED.items()
+            if k in refused and content.get(k)
+        ]
 
     @classmethod
     def wrong(cls, content: Mapping[str, Any]) -> list[str]:
@@ -249,6 +254,7 @@ class PeftConfig(AttachedConfig):
         "rank_pattern": mapping_to(PATTERN, integer(1)) | NULL,
         "alpha_pattern": mapping_to(PATTERN, NUMBER) | NULL,
         "bias": choice("none", "all", "lora_only"),
+        "target_parameters": list_of(TEXT) | NULL,
     }
     harmless = BaseConfig.harmless | HARMLESS_OF_LORA
     pattern_fields = ("rank_pattern", "alpha_pattern")
@@ -262,6 +268,7 @@ class PeftConfig(AttachedConfig):
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
     bias: str = "none"
+    target_parameters: tuple[str, ...] | None = None
 
     @classmethod
     def refused(cls, content: Mapping[str, Any]) -> list[str]:
@@ -281,9 +288,10 @@ class PeftConfig(AttachedConfig):
 
     def layer_shapes(self, module: str, layout: "Layout") -> dict[str, tuple[int, ...]]:
         """The factors and DoRA's magnitude; see `BaseConfig.layer_shapes`."""
-        if self.use_dora and layout.kind == "embedding":
+        if self.use_dora and layout.kind in ("embedding", "experts"):
             raise UnsupportedConfigError(
-                f"use_dora=True of an embedding ({module}): unsupported. {MERGE_IN_PEFT}"
+                f"use_dora=True of {module}, which is of kind {layout.kind!r}: unsupported. "
+                f"{MERGE_IN_PEFT}"
             )
         if self.is_pissa and layout.kind != "linear":
             raise UnsupportedConfigError(

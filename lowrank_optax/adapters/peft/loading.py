@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 import contextlib
+import math
 import os
 import pathlib
 import re
@@ -163,7 +164,8 @@ def _attach(
             of_layer = config.arrays(layout, tensors[module])
             shared = config.shared_arrays(layout, tensors[module])
             if "rank_scale" in arrays:
-                of_layer["rank_scale"] = np.full(config.rank_of(module), config.scale_of(module))
+                shape = (*layout.experts, config.rank_of(module))
+                of_layer["rank_scale"] = np.full(shape, config.scale_of(module))
             for key, x in of_layer.items():
                 zeros = np.zeros(arrays[key].shape, arrays[key].dtype)
                 own = values.setdefault(key, zeros)[slot.index]
@@ -193,7 +195,7 @@ def _ranks(config: AttachedConfig, group: Mapping[str, Slot]) -> int | tuple[int
     scales = {config.scale_of(module) for module in group}
     if len(group) == len(layers) and len(set(ranks.values())) == len(scales) == 1:
         return ranks[slot.index]
-    return tuple(ranks.get(index, 1) for index in layers)
+    return tuple(ranks.get(index, 1) for index in layers for _ in range(math.prod(slot.experts)))
 
 
 def _own_values(slots: Mapping[str, Slot], tensors: Mapping[str, Tensors]) -> tuple[Values, Values]:

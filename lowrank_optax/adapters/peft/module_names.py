@@ -19,8 +19,10 @@ from lowrank_optax.adapters.adapted_layers import (
     LayerAdapter,
     check_weights,
     set_weight_matrix,
+    spec_of,
     weight_matrix,
     weight_shape,
+    weight_variable,
 )
 from lowrank_optax.adapters.peft.config import MERGE_IN_PEFT, BaseConfig, UnsupportedConfigError
 from lowrank_optax.adapters.peft.tensors import Layout, Tensors, Tied
@@ -32,7 +34,8 @@ ModuleNames: TypeAlias = Mapping[str, str] | Callable[[str], str | None]
 """PyTorch's names of modules by their paths. In a mapping, ``{}`` in a path is the number of a
 layer, which the path of a stack lacks, and in a name where it goes: ``"blocks/{}/attention/query":
 "model.layers.{}.self_attn.q_proj"``. A function of a path returns a name with ``{}`` where the
-numbers of a stack go, or None for modules that PyTorch does not have."""
+numbers of a stack go, or None for modules that PyTorch does not have. A layer of experts has the
+name of a parameter; those of one PyTorch module are listed in the order of their registration."""
 
 _WEIGHTS = ("kernel", "embedding", "scale")
 
@@ -44,11 +47,14 @@ class Slot(NamedTuple):
       path: Path of the Flax module.
       module: The Flax module, perhaps a stack.
       index: Its index in the stack; empty if there is none.
+      order: Its position in ``names``, by which PyTorch's parameters of one module are registered;
+        None if a function gives the names.
     """
 
     path: Path
     module: Any
     index: tuple[int, ...]
+    order: int | None = None
 
     @property
     def stack(self) -> tuple[int, ...]:
@@ -66,11 +72,30 @@ class Slot(NamedTuple):
         return usable_weight(self.module) is not None
 
     @property
+    def experts(self) -> tuple[int, ...]:
+        """``(E,)`` of a layer with an axis of experts of its own, which its name has no number for.
+
+        PyTorch has a parameter of that name, and no module.
+        """
+        if not self.is_layer:
+            return ()
+        stack = spec_of(self.module).stack(weight_variable(self.module).shape)
+        left = weight_shape(self.module)[len(self.index) : -2]
+        return left if len(left) == 1 and len(self.index) == len(stack) else ()
+
+    @property
+    def is_parameter(self) -> bool:
+        """Whether this is a parameter in PyTorch, a stack of experts, and no module."""
+        return bool(self.experts)
+
+    @property
     def layout(self) -> Layout | None:
         """How its weight is laid out; None if it is not a layer."""
         if not self.is_layer:
             return None
         *batch, d_in, d_out = weight_shape(self.module)
+        if experts := self.experts:
+            return Layout("experts", d_in, d_out, experts=experts)
         if len(batch) != len(self.index):
             raise ValueError(
                 f"{path_string(self.path)}: its weight is a stack of {tuple(batch)} matrices, but "
@@ -191,13 +216,13 @@ def module_slots(model: Any, names: ModuleNames | None) -> dict[str, Slot]:
             f"names=None: {type(model).__name__} has no huggingface_names, so say what its modules "
             'are called in PyTorch, for example names={"layers/{}/query": "layers.{}.q_proj"}.'
         )
-    name_of = names if callable(names) else _by_template(names)
+    name_of = (lambda path: (None, names(path))) if callable(names) else _by_template(names)
     inside = {"adapters", "adapter_groups", "own_values"}
     having = modules_by_path(model, lambda module: bool(_parameters(module)))
     modules = {path: module for path, module in having.items() if not inside & set(path)}
     found: dict[str, Slot] = {}
     for path, module in modules.items():
-        template = name_of(path_string(path))
+        order, template = name_of(path_string(path))
         if template is None:
             continue
         stack = _parameters(module)[0].shape[: template.count("{}")]
@@ -206,7 +231,7 @@ def module_slots(model: Any, names: ModuleNames | None) -> dict[str, Slot]:
             if name in found:
                 both = f"{path_string(found[name].path)} and {path_string(path)}"
                 raise ValueError(f"names: {both} are both called {name}.")
-            found[name] = Slot(path, module, index)
+            found[name] = Slot(path, module, index, order)
     if not found:
         some = ", ".join(path_string(path) for path in list(modules)[:5])
         raise ValueError(f"names has none of the model's modules, which are {some}, ....")
@@ -227,8 +252,8 @@ def _parameters(module: Any) -> list[Any]:
     return [x for x in vars(module).values() if isinstance(x, nnx.Param)]
 
 
-def _by_template(names: Mapping[str, str]) -> Callable[[str], str | None]:
-    """A function of a path: ``{}`` stands for a number, or for none in a stack."""
+def _by_template(names: Mapping[str, str]) -> Callable[[str], tuple[int | None, str | None]]:
+    """A function of a path, to position and name: ``{}`` is a number, or none in a stack."""
     unequal = [
         f"{path!r}: {name!r}"
         for path, name in names.items()
@@ -238,17 +263,47 @@ def _by_template(names: Mapping[str, str]) -> Callable[[str], str | None]:
         raise ValueError(f"names has paths with other numbers of {{}} than names: {unequal}.")
     patterns = [(_pattern(path), name) for path, name in names.items()]
 
-    def name_of(path: str) -> str | None:
-        for pattern, name in patterns:
+    def name_of(path: str) -> tuple[int | None, str | None]:
+        for order, (pattern, name) in enumerate(patterns):
             if match := pattern.match(path):
-                return name.format(*("{}" if n is None else n for n in match.groups()))
-        return None
+                return order, name.format(*("{}" if n is None else n for n in match.groups()))
+        return None, None
 
     return name_of
 
 
 def _pattern(path: str) -> re.Pattern[str]:
     return re.compile(re.escape(path).replace(re.escape("/{}"), r"(?:/(\d+))?") + "$")
+
+
+def wrapper_names(slots: Mapping[str, Slot]) -> dict[str, str]:
+    """The modules in PEFT's model that hold the factors of adapted parameters, by parameter.
+
+    PEFT wraps a parameter's module once for each, in the order of their registration: the first is
+    innermost.
+
+    Raises:
+      ValueError: If the order of several parameters of a module is not known, or PEFT cannot wrap
+        one, as it is the model's own.
+    """
+    by_module: dict[str, list[str]] = {}
+    for name in sorted(slots, key=lambda name: slots[name].order or 0):
+        if slots[name].is_parameter:
+            by_module.setdefault(name.rpartition(".")[0], []).append(name)
+    if own := by_module.get(""):
+        raise ValueError(f"names: {own[0]!r} is no parameter of a module: PEFT cannot adapt it.")
+    for of_module in by_module.values():
+        if len(of_module) > 1 and slots[of_module[0]].order is None:
+            raise ValueError(
+                f"names is a function, and the adapter is on {' and '.join(of_module)}, whose "
+                "tensors are named by the order in which PyTorch registers these parameters: give "
+                "names as a mapping in this order."
+            )
+    return {
+        name: module + ".base_layer" * (len(of_module) - 1 - i)
+        for module, of_module in by_module.items()
+        for i, name in enumerate(of_module)
+    }
 
 
 def tied_in_model(model: Any, slots: Mapping[str, Slot]) -> Tied | None:

@@ -6,6 +6,7 @@ import functools
 import os
 import re
 from typing import Any, NamedTuple
+import warnings
 
 from flax import nnx
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from lowrank_optax.adapters.peft.module_names import (
     also_trained,
     module_slots,
     tied_in_model,
+    wrapper_names,
 )
 from lowrank_optax.adapters.peft.tensors import PREFIX, AdapterFolder, Tensors, write_adapter
 from lowrank_optax.matrices.selection import path_string
@@ -128,7 +130,9 @@ def save_peft(
     }
     if tied and ties:
         saved[tied.head] = saved[tied.embedding]
-    arrays = [(module, piece.tensors) for module, piece in pieces.items()] + list(saved.items())
+    wrappers = wrapper_names({module: slots[module] for module in pieces})
+    arrays = [(wrappers.get(m, m), piece.tensors) for m, piece in pieces.items()]
+    arrays += saved.items()
     tensors = {
         f"{PREFIX}{module}.{tensor}": x.astype(jnp.dtype(dtype))
         for module, of_module in arrays
@@ -195,6 +199,9 @@ def _piece(slot: Slot, name: str, as_lora: bool | None, own: _OwnForm | None) ->
     scales = np.asarray(p["rank_scale"]) if "rank_scale" in p else None
     if scales is not None and not scales.any():
         return None
+    unequal = False  # PEFT has one rank and one scale for all experts
+    if scales is not None and layout.experts:
+        unequal, scales = bool((scales != scales[0]).any()), scales[0]
     if adapter.strength != 1:
         raise ValueError(
             f"{where}: the adapter's strength is {adapter.strength}, which a file does not hold: "
@@ -208,24 +215,26 @@ def _piece(slot: Slot, name: str, as_lora: bool | None, own: _OwnForm | None) ->
             f"{where}: {kind.limits}, and no LoRA has the change of this {type(method).__name__}: "
             "it cannot be saved. Merge it into the weights instead."
         )
-    fields, dropout = _form(method, as_lora), {"lora_dropout": getattr(method, "dropout", 0.0)}
+    fields = _form(method, True if unequal else as_lora)
+    dropout = {"lora_dropout": getattr(method, "dropout", 0.0)}
     if fields is None:  # a plain LoRA of the same change of the original weight
         a, b = (np.asarray(x.astype(jnp.float32)) for x in method.to_lora(p))
         if isinstance(method, LowRank) and isinstance(method.rank, tuple):
-            used = np.any(a, axis=0) & np.any(b, axis=1)  # the others are padding
+            used = np.any(a, axis=-2) & np.any(b, axis=-1)  # the others are padding
+            used = used.reshape(-1, used.shape[-1]).any(axis=0)
             used[0] |= not used.any()
-            a, b = a[:, used], b[used]
+            a, b = a[..., used], b[..., used, :]
         fields = {"use_rslora": False, "use_dora": False, "init_lora_weights": True}
-        return _Piece(a.shape[1], a.shape[1], fields | dropout, layout.pack(a, b))
+        return _Piece(a.shape[-1], a.shape[-1], fields | dropout, layout.pack(a, b))
     if layout.kind != "linear" and fields["init_lora_weights"] == "pissa":
         raise ValueError(f"{where}: PEFT has PiSSA of linear layers only; leave as_lora out.")
-    if layout.kind == "embedding" and fields["use_dora"]:
-        raise ValueError(f"{where}: DoRA of an embedding cannot be saved in PEFT's files.")
+    if layout.kind in ("embedding", "experts") and fields["use_dora"]:
+        raise ValueError(f"{where}: PEFT has no DoRA of {layout.kind}, so it cannot be saved.")
     # Rows beyond a layer's own rank are padding.
     used = slice(None) if scales is None else scales != 0
     arrays = {key: np.asarray(x) for key, x in p.items()}
-    a, b = arrays["A"][:, used], arrays["B"][used]
-    rank = a.shape[1]
+    a, b = arrays["A"][..., used], arrays["B"][..., used, :]
+    rank = a.shape[-1]
     scale = method.scale_of(method.max_rank) if scales is None else scales[used][0]
     # The alpha that gives this scale: the method's or a short number, if it does.
     per_alpha = rank**0.5 if fields["use_rslora"] else rank
@@ -264,6 +273,11 @@ def _trained(slot: Slot, adapted: bool) -> Tensors:
     trained = also_trained(slot.module)
     if not trained:
         return {}
+    if slot.is_parameter:
+        raise ValueError(
+            f"{path_string(slot.path)}: it is trained itself, and PEFT's modules_to_save cannot "
+            "hold a stack of experts alone, which is a parameter: train an adapter of it instead."
+        )
     if not adapted:
         _check_unchanged(slot)
         return {parameter: slot.read(parameter) for parameter in slot.parameters}
@@ -322,8 +336,9 @@ def _config(
     biases = any("base_layer.bias" in of_module for of_module in saved.values())
     # Last names where all layers of that name are adapted, else whole names.
     last = lambda module: module.rpartition(".")[2]
+    parameters = tuple(sorted(m for m in pieces if slots[m].is_parameter))
     others = {last(m) for m, slot in slots.items() if m not in pieces and slot.is_layer}
-    targets = {m if last(m) in others else last(m) for m in pieces}
+    targets = {m if last(m) in others else last(m) for m in pieces if m not in parameters}
     common: dict[str, Any] = {
         "r": rank,
         "target_modules": tuple(sorted(targets)),
@@ -333,8 +348,16 @@ def _config(
     if own is not None:
         kind = own.kind
         return kind(bias=kind.bias_only if biases else "none", others=kind.written, **common)
+    if parameters and common["lora_dropout"]:
+        warnings.warn(
+            f"dropout={common['lora_dropout']} is written as lora_dropout=0: PEFT has no dropout "
+            "of experts.",
+            stacklevel=3,
+        )
+        common["lora_dropout"] = 0.0
     return PeftConfig(
         lora_alpha=alpha,
+        target_parameters=parameters or None,
         rank_pattern={re.escape(m): p.rank for m, p in pieces.items() if p.rank != rank},
         alpha_pattern={re.escape(m): p.alpha for m, p in pieces.items() if p.alpha != alpha},
         bias="lora_only" if biases else "none",

@@ -57,22 +57,25 @@ class Layout:
       window: Spatial sizes of a convolution's kernel.
       inputs_first: Whether PyTorch's weight is [in, out], as in transformers' Conv1D; the factors
         are those of any linear layer.
+      experts: ``(E,)`` of a stack of experts, whose weight and factors here have this axis in
+        front; PyTorch's ``lora_A`` has the expert's index before the rank's, ``lora_B`` after it.
     """
 
-    kind: Literal["linear", "embedding", "convolution"]
+    kind: Literal["linear", "embedding", "convolution", "experts"]
     d_in: int
     d_out: int
     window: tuple[int, ...] = ()
     inputs_first: bool = False
+    experts: tuple[int, ...] = ()
 
     def shapes(self, rank: int, dora: bool = False) -> dict[str, tuple[int, ...]]:
         """Names (after the module's) and shapes of the tensors of an adapter."""
         if self.kind == "embedding":
             return {"lora_embedding_A": (rank, self.d_in), "lora_embedding_B": (self.d_out, rank)}
-        ones = (1,) * len(self.window)
+        ones, rows = (1,) * len(self.window), rank * math.prod(self.experts)
         shapes: dict[str, tuple[int, ...]] = {
-            "lora_A.weight": (rank, *self._inputs),
-            "lora_B.weight": (self.d_out, rank, *ones),
+            "lora_A.weight": (rows, *self._inputs),
+            "lora_B.weight": (self.d_out, rows, *ones),
         }
         if dora:
             of_convolution = (1, self.d_out, *ones) if self.window else (self.d_out,)
@@ -82,11 +85,13 @@ class Layout:
     @property
     def weight_shape(self) -> tuple[int, ...]:
         """PyTorch's shape of the weight."""
-        return (self.d_in, self.d_out) if self._as_matrix else (self.d_out, *self._inputs)
+        if self._as_matrix:
+            return self.d_in, self.d_out
+        return (*self.experts, self.d_out, *self._inputs)
 
     def pack(self, a: np.ndarray, b: np.ndarray, magnitude: np.ndarray | None = None) -> Tensors:
         """The tensors of an adapter with factors ``a [d_in, r]`` and ``b [r, d_out]``."""
-        shapes = self.shapes(a.shape[1], magnitude is not None)
+        shapes = self.shapes(a.shape[-1], magnitude is not None)
         tensors = [self._outputs_first(a), b.T]
         tensors += [] if magnitude is None else [magnitude]
         return {
@@ -97,7 +102,7 @@ class Layout:
     def unpack(self, tensors: Tensors) -> tuple[np.ndarray, np.ndarray]:
         """The factors, the inverse of `pack`, in float32."""
         a, b = (tensors[name].astype(np.float32) for name in list(self.shapes(1))[:2])
-        return self._outputs_last(a), b.reshape(b.shape[:2]).T
+        return self._outputs_last(a), b.reshape(self.d_out, -1, *self.experts).T
 
     def pack_weight(self, matrix: np.ndarray) -> np.ndarray:
         """PyTorch's tensor of a weight ``[d_in, d_out]``, in its dtype."""
@@ -119,11 +124,15 @@ class Layout:
         return self.d_in // math.prod(self.window), *self.window
 
     def _outputs_first(self, matrix: np.ndarray) -> np.ndarray:
-        """``[window * channels, k]`` to ``[k, channels, *window]``."""
+        """``[window * channels, k]`` to ``[k, channels, *window]``, of experts each."""
+        if self.experts:
+            return matrix.swapaxes(-1, -2)
         kernel = matrix.reshape(*self.window, self._inputs[0], matrix.shape[1])
         return np.moveaxis(kernel, (-1, -2), (0, 1))
 
     def _outputs_last(self, tensor: np.ndarray) -> np.ndarray:
+        if self.experts:
+            return tensor.reshape(*self.experts, -1, self.d_in).swapaxes(-1, -2)
         return np.moveaxis(tensor, (0, 1), (-1, -2)).reshape(self.d_in, tensor.shape[0])
 
 

@@ -20,7 +20,12 @@ from lowrank_optax.adapters.methods.lora import LoRA
 from lowrank_optax.adapters.methods.pissa import PiSSA
 from lowrank_optax.adapters.peft.base_files import modules_of_adapter
 from lowrank_optax.adapters.peft.checking import Module, checked_tensors
-from lowrank_optax.adapters.peft.config import CONFIG_FILE, PeftConfig, read_json
+from lowrank_optax.adapters.peft.config import (
+    CONFIG_FILE,
+    PeftConfig,
+    UnsupportedConfigError,
+    read_json,
+)
 from lowrank_optax.adapters.peft.kinds import FoldedConfig
 from lowrank_optax.adapters.peft.module_names import (
     ModuleNames,
@@ -175,6 +180,12 @@ class CheckedAdapter:
     def __init__(self, folder: Path, base: Base | None) -> None:
         self.content = read_json(folder)
         self.config = parse_config(self.content, str(folder / CONFIG_FILE))
+        if not isinstance(base, _FlaxBase) and getattr(self.config, "target_parameters", None):
+            raise UnsupportedConfigError(
+                f"{folder / CONFIG_FILE} has target_parameters={self.content['target_parameters']},"
+                " and files do not show the order in which PyTorch registers parameters: load it "
+                "into a Flax model (lro.adapters.load_peft, lro.adapters.fold_peft)."
+            )
         if base is None and self.config.needs_base:
             raise ValueError(
                 f"{self.config.needs_base}: its base is needed to convert it (--base)."
@@ -236,6 +247,8 @@ class CheckedAdapter:
         if weight is None:
             return method, p, None
         own = self._base_of(module, weight)
+        if layout.experts:  # of LoRA, whose arrays are all in the file
+            return method, p, jnp.asarray(layout.unpack_weight(own))
         start, base = (jnp.asarray(layout.unpack_weight(x)) for x in (weight, own))
         # PiSSA decomposes the base model's weight, and the file's own base is the residual.
         start = start if self.config.is_pissa else base

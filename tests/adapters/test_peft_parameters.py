@@ -177,7 +177,7 @@ def test_other_ranks_shapes_and_names_are_refused(tmp_path):
         ({"target_parameters": None}, ValueError, "selects no layer"),
         ({"target_modules": ["gate_proj"]}, ValueError, "target_modules .*has 'gate_proj'"),
         ({"rank_pattern": {"mix": 1}}, ValueError, "rank_pattern .*'mix'"),
-        ({"use_dora": True}, UnsupportedConfigError, "use_dora=True of model.layers.0.experts"),
+        ({"use_dora": True}, UnsupportedConfigError, "use_dora=True of experts .model"),
         ({"init_lora_weights": "pissa"}, UnsupportedConfigError, "pissa.* no linear layer"),
         ({"modules_to_save": ["experts"]}, UnsupportedConfigError, "has the parameter model"),
         ({"peft_type": "VERA"}, UnsupportedConfigError, r"target_parameters=\['experts.gate_pr"),
@@ -221,13 +221,16 @@ def test_square_experts_of_an_old_file_are_warned_of(tmp_path):
 
 def test_what_peft_cannot_hold_of_experts_is_not_written(tmp_path):
     dora = adapted(True, lro.adapters.DoRA(rank=2))
-    with pytest.raises(ValueError, match=r"layers/experts/\w+: PEFT has no DoRA of experts"):
+    with pytest.raises(ValueError, match=r"layers/experts/\w+: DoRA of experts cannot"):
         save_peft(dora, tmp_path, names=NAMES)
     trained = adapted(True, LORA, "mix")
     lro.adapters.also_train(trained, "experts/up")
     with pytest.raises(ValueError, match="layers/experts/up: it is trained itself"):
         save_peft(trained, tmp_path, names=NAMES)
     assert not list(tmp_path.iterdir())
+    lro.adapters.attach(trained, LORA, "experts/up", rngs=0, name="b")
+    save_peft(trained, tmp_path / "b", name="b", names=NAMES)
+    assert all("lora_" in name for name in read(tmp_path / "b")[1])
     dropping = adapted(True, lro.adapters.LoRA(rank=2, dropout=0.25), "up|mix")
     with pytest.warns(UserWarning, match=r"dropout=0\.25 is written as lora_dropout=0"):
         save_peft(dropping, tmp_path, names=NAMES)

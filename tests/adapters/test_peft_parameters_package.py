@@ -1,5 +1,7 @@
 """LoRA of stacks of experts (``target_parameters``) agrees with the peft package."""
 
+from flax import nnx
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -78,12 +80,16 @@ def of_peft(folder, is_transposed=False, **fields):
     """A random adapter of PEFT in a folder."""
     fields = {"r": 2, "lora_alpha": 5, "target_modules": [], **fields}
     theirs = peft.get_peft_model(Torch(is_transposed), peft.LoraConfig(**fields))
+    randomize(theirs)
+    theirs.save_pretrained(folder)
+    return theirs
+
+
+def randomize(theirs):
     generator = torch.Generator().manual_seed(1)
     for x in theirs.parameters():
         if x.requires_grad:
             x.data = 0.3 * torch.randn(x.shape, generator=generator)
-    theirs.save_pretrained(folder)
-    return theirs
 
 
 CASES = {
@@ -153,7 +159,8 @@ def test_the_expert_is_the_slow_index_of_pefts_a_and_the_fast_one_of_its_b(tmp_p
     assert config["target_modules"] == []
     expert_module = "base_model.model.model.layers.0.experts"
     outer, inner = (
-        [tensors[f"{expert_module}{at}.lora_{x}.weight"] for x in "AB"] for at in ("", ".base_layer")
+        [tensors[f"{expert_module}{at}.lora_{x}.weight"] for x in "AB"]
+        for at in ("", ".base_layer")
     )
     before = Torch().model["layers"][0].experts
     after = theirs.merge_and_unload().model["layers"][0].experts
@@ -173,3 +180,50 @@ def test_wrappers_of_peft_are_nested_by_registration(targets):
         found.append(module.parameter_name)
         module = module.base_layer
     assert found == ["down_proj", "up_proj", "gate_proj"]  # from the outermost
+
+
+class Stack(nnx.Module):
+    """The experts of one layer of transformers' models; what reads them is not here."""
+
+    def __init__(self, gate_up, down):
+        layer = lambda w: nnx.Einsum("ebd,edf->ebf", w.shape, rngs=nnx.Rngs(0))
+        self.gate_up, self.down = layer(gate_up), layer(down)
+        self.gate_up.kernel.set_value(jnp.asarray(gate_up))
+        self.down.kernel.set_value(jnp.asarray(down))
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+def test_experts_of_transformers_models_are_folded_as_peft_does(tmp_path, kind):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"qwen3_moe": {"num_experts": 3, "moe_intermediate_size": 6}}.get(kind, {})
+    sizes |= {"num_local_experts": 3, "num_experts_per_tok": 2, "head_dim": 4, "vocab_size": 16}
+    config = transformers.AutoConfig.for_model(
+        kind, hidden_size=8, intermediate_size=6, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, **sizes,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    base = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    is_transposed = kind == "gpt_oss"
+
+    def weights(model):
+        experts = model.model.layers[0].mlp.experts
+        found = (experts.gate_up_proj, experts.down_proj)
+        return [(x if is_transposed else x.mT).detach().numpy().copy() for x in found]
+
+    before = weights(base)
+    assert [x.shape for x in before] == [(3, 8, 12), (3, 6, 8)]
+    config = peft.LoraConfig(r=2, lora_alpha=5, target_modules=[], target_parameters=MOE)
+    theirs = peft.get_peft_model(base, config)
+    randomize(theirs)
+    theirs.save_pretrained(tmp_path)
+    expected = weights(theirs.merge_and_unload())
+    names = {f"layers/{{}}/{ours}": f"model.layers.{{}}.mlp.{n}" for ours, n in OURS_OF_MOE}
+    ours = fold_peft(nnx.Dict(layers=nnx.List([Stack(*before)])), tmp_path, names=names)
+    stack = ours["layers"][0]
+    for layer, old, new in zip((stack.gate_up, stack.down), before, expected, strict=True):
+        assert abs(new - old).max() > 0.1
+        np.testing.assert_allclose(layer.kernel[...], new, rtol=0, atol=3e-6)
+
+
+MOE = ["experts.down_proj", "experts.gate_up_proj"]
+OURS_OF_MOE = [("gate_up", "experts.gate_up_proj"), ("down", "experts.down_proj")]

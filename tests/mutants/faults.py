@@ -346,6 +346,20 @@ ADAPTERS = (
         ("tests/adapters/test_peft_refusals.py",),
     ),
     Fault(
+        "PEFT's first parameter of a module wrapped outermost",
+        "lowrank_optax/adapters/peft/parameter_names.py",
+        'module + ".base_layer" * (len(of_module) - 1 - i)',
+        'module + ".base_layer" * i',
+        ("tests/adapters/test_peft_parameters.py",),
+    ),
+    Fault(
+        "expert's index fast in PEFT's lora_A",
+        "lowrank_optax/adapters/peft/tensors.py",
+        "return tensor.reshape(*self.experts, -1, self.d_in).swapaxes(-1, -2)",
+        "return tensor.reshape(-1, *self.experts, self.d_in).transpose(1, 2, 0)",
+        ("tests/adapters/test_peft_parameters.py",),
+    ),
+    Fault(
         "values of the active adapter saved as those of another",
         "lowrank_optax/adapters/own_values.py",
         "settle(model, [name])",

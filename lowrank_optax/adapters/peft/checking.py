@@ -22,7 +22,8 @@ from lowrank_optax.adapters.peft.config import (
     is_named,
     is_saved,
 )
-from lowrank_optax.adapters.peft.module_names import Slot, wrapper_names
+from lowrank_optax.adapters.peft.module_names import Slot
+from lowrank_optax.adapters.peft.parameter_names import wrapper_names
 from lowrank_optax.adapters.peft.tensors import PREFIX, SHARED, Layout, Tied, split_name
 from lowrank_optax.storage.safetensors_files import TensorReader
 

@@ -289,9 +289,9 @@ class PeftConfig(AttachedConfig):
     def layer_shapes(self, module: str, layout: "Layout") -> dict[str, tuple[int, ...]]:
         """The factors and DoRA's magnitude; see `BaseConfig.layer_shapes`."""
         if self.use_dora and layout.kind in ("embedding", "experts"):
+            what = "an embedding" if layout.kind == "embedding" else "experts"
             raise UnsupportedConfigError(
-                f"use_dora=True of {module}, which is of kind {layout.kind!r}: unsupported. "
-                f"{MERGE_IN_PEFT}"
+                f"use_dora=True of {what} ({module}): unsupported. {MERGE_IN_PEFT}"
             )
         if self.is_pissa and layout.kind != "linear":
             raise UnsupportedConfigError(

@@ -52,6 +52,7 @@ def load_peft(
 
     Reads LoRA, rsLoRA, DoRA and PiSSA, with regular expressions, lists, ranks and alphas by
     pattern, ``modules_to_save`` and trained biases, of linear layers, embeddings and convolutions;
+    LoRA of stacks of experts (``target_parameters``), here ``nnx.Einsum`` with an axis of experts;
     and VeRA, MiSS (as `MiSS` or `MiSSBat`, also by its old name Bone) and RandLoRA of linear
     layers. `fold_peft` reads more kinds, and attaches nothing.
     Everything is compared before anything is attached: the file's tensors must be those that its
@@ -72,7 +73,8 @@ def load_peft(
       The model itself. The adapter's arrays are float32.
 
     Warns:
-      UserWarning: Another adapter with values of its own of the same parameters is deactivated.
+      UserWarning: Another adapter with values of its own of the same parameters is deactivated; or
+        PEFT before 0.19.1 wrote an adapter of square experts, perhaps transposed.
 
     Raises:
       ImportError: safetensors is not installed.

@@ -19,10 +19,8 @@ from lowrank_optax.adapters.adapted_layers import (
     LayerAdapter,
     check_weights,
     set_weight_matrix,
-    spec_of,
     weight_matrix,
     weight_shape,
-    weight_variable,
 )
 from lowrank_optax.adapters.peft.config import MERGE_IN_PEFT, BaseConfig, UnsupportedConfigError
 from lowrank_optax.adapters.peft.tensors import Layout, Tensors, Tied
@@ -77,11 +75,11 @@ class Slot(NamedTuple):
 
         PyTorch has a parameter of that name, and no module.
         """
-        if not self.is_layer:
+        kernel = usable_weight(self.module)
+        if kernel is None or len(kernel.shape) != 1 + len(kernel.reduction) + len(kernel.output):
             return ()
-        stack = spec_of(self.module).stack(weight_variable(self.module).shape)
         left = weight_shape(self.module)[len(self.index) : -2]
-        return left if len(left) == 1 and len(self.index) == len(stack) else ()
+        return left if len(left) == 1 else ()
 
     @property
     def is_parameter(self) -> bool:
@@ -274,36 +272,6 @@ def _by_template(names: Mapping[str, str]) -> Callable[[str], tuple[int | None, 
 
 def _pattern(path: str) -> re.Pattern[str]:
     return re.compile(re.escape(path).replace(re.escape("/{}"), r"(?:/(\d+))?") + "$")
-
-
-def wrapper_names(slots: Mapping[str, Slot]) -> dict[str, str]:
-    """The modules in PEFT's model that hold the factors of adapted parameters, by parameter.
-
-    PEFT wraps a parameter's module once for each, in the order of their registration: the first is
-    innermost.
-
-    Raises:
-      ValueError: If the order of several parameters of a module is not known, or PEFT cannot wrap
-        one, as it is the model's own.
-    """
-    by_module: dict[str, list[str]] = {}
-    for name in sorted(slots, key=lambda name: slots[name].order or 0):
-        if slots[name].is_parameter:
-            by_module.setdefault(name.rpartition(".")[0], []).append(name)
-    if own := by_module.get(""):
-        raise ValueError(f"names: {own[0]!r} is no parameter of a module: PEFT cannot adapt it.")
-    for of_module in by_module.values():
-        if len(of_module) > 1 and slots[of_module[0]].order is None:
-            raise ValueError(
-                f"names is a function, and the adapter is on {' and '.join(of_module)}, whose "
-                "tensors are named by the order in which PyTorch registers these parameters: give "
-                "names as a mapping in this order."
-            )
-    return {
-        name: module + ".base_layer" * (len(of_module) - 1 - i)
-        for module, of_module in by_module.items()
-        for i, name in enumerate(of_module)
-    }
 
 
 def tied_in_model(model: Any, slots: Mapping[str, Slot]) -> Tied | None:

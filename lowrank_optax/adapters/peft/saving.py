@@ -28,8 +28,8 @@ from lowrank_optax.adapters.peft.module_names import (
     also_trained,
     module_slots,
     tied_in_model,
-    wrapper_names,
 )
+from lowrank_optax.adapters.peft.parameter_names import wrapper_names
 from lowrank_optax.adapters.peft.tensors import PREFIX, AdapterFolder, Tensors, write_adapter
 from lowrank_optax.matrices.selection import path_string
 from lowrank_optax.modules.select import modules_by_path
@@ -58,6 +58,10 @@ def save_peft(
     the same change, the scale folded into its factors. A method without such a LoRA and without a
     form in PEFT is refused: SaRA, ``MiSSBat(side="in")``, and FlyLoRA, which routes by its input.
 
+    A layer of experts, an ``nnx.Einsum`` with an axis of experts, is a parameter in PyTorch, one of
+    ``target_parameters``; experts of different ranks are written as a plain LoRA. PEFT has no
+    dropout of experts.
+
     Parameters that `also_train` trains with this adapter become ``modules_to_save``, with
     ``ensure_weight_tying`` where that is an embedding which is the model's head too. Layers of a
     stack become modules of their own, with their own ranks.
@@ -71,14 +75,18 @@ def save_peft(
       name: Name of the adapter that is saved.
       names: What PyTorch calls the modules. A mapping of paths, ``{}`` standing for the number of
         a layer: ``{"blocks/{}/attention/query": "model.layers.{}.self_attn.q_proj"}``; or a
-        function of a path. None for the model's own ``huggingface_names``, which the decoder of
-        `lowrank_optax.models` has.
+        function of a path. Layers of experts have names of parameters, and several of one PyTorch
+        module are in the order of their registration there. None for the model's own
+        ``huggingface_names``, which the decoder of `lowrank_optax.models` has.
       as_lora: True for a plain LoRA with the scale folded in, of any method; False for PiSSA as
         PEFT has it (which decomposes the base again when it loads), and for VeRA and MiSS in their
         own form or not at all; None as said above.
       base_model: ``base_model_name_or_path``: where PEFT finds the base model.
       task_type: What PEFT makes of it: ``"CAUSAL_LM"``, ``"SEQ_CLS"``, None, ....
       dtype: Dtype of the tensors: float32, bfloat16 or float16.
+
+    Warns:
+      UserWarning: An adapter of experts has dropout, which is not written.
 
     Raises:
       ImportError: safetensors is not installed.
@@ -229,7 +237,8 @@ def _piece(slot: Slot, name: str, as_lora: bool | None, own: _OwnForm | None) ->
     if layout.kind != "linear" and fields["init_lora_weights"] == "pissa":
         raise ValueError(f"{where}: PEFT has PiSSA of linear layers only; leave as_lora out.")
     if layout.kind in ("embedding", "experts") and fields["use_dora"]:
-        raise ValueError(f"{where}: PEFT has no DoRA of {layout.kind}, so it cannot be saved.")
+        what = "an embedding" if layout.kind == "embedding" else "experts"
+        raise ValueError(f"{where}: DoRA of {what} cannot be saved in PEFT's files.")
     # Rows beyond a layer's own rank are padding.
     used = slice(None) if scales is None else scales != 0
     arrays = {key: np.asarray(x) for key, x in p.items()}
@@ -295,8 +304,8 @@ def _holds_base(module: str, slot: Slot, name: str) -> bool:
     PEFT writes those of embeddings and heads, by their names; here also those of which the adapter
     has values of its own.
     """
-    if slot.adapters[name].method.changes_base:
-        return False  # the weight is a residual, and not the base of a plain LoRA
+    if slot.adapters[name].method.changes_base or slot.is_parameter:
+        return False  # a residual is not the base of a plain LoRA; PEFT writes no parameter
     own = getattr(slot.module, "own_values", {})
     holds = module.rpartition(".")[2] in ("embed_tokens", "lm_head")
     holds = holds or slot.parameters["weight"] in own

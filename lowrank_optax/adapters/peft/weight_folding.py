@@ -63,7 +63,8 @@ def fold_peft(
       The model itself.
 
     Warns:
-      UserWarning: A changed embedding may be the model's head too.
+      UserWarning: A changed embedding may be the model's head too; or PEFT before 0.19.1 wrote an
+        adapter of square experts, perhaps transposed.
 
     Raises:
       ImportError: safetensors is not installed.

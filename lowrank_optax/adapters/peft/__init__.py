@@ -2,8 +2,8 @@
 
 `config` is the JSON file and what it selects, `attached_kinds` and `kinds` have the kinds of
 adapters beside LoRA, and `tensors` is the other file and the layout of a layer. `checking` compares
-both with a base, which is a Flax model (`module_names`) or files (`base_files`). `loading`,
-`saving`, `weight_folding` and `conversion` are what a user calls.
+both with a base, which is a Flax model (`module_names`, `parameter_names`) or files (`base_files`).
+`loading`, `saving`, `weight_folding` and `conversion` are what a user calls.
 """
 
 __all__: list[str] = []  # its names are used by the files above it, or exported there

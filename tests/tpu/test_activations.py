@@ -131,6 +131,7 @@ def policy_loss(table: Any) -> Any:
     return loss
 
 
+@pytest.mark.full
 def test_what_a_policy_saves_is_in_the_programs_temporaries_or_on_the_host(
     compile_for: Callable[..., Any],
 ) -> None:
@@ -144,10 +145,9 @@ def test_what_a_policy_saves_is_in_the_programs_temporaries_or_on_the_host(
 
     none, full = bytes_of(None), bytes_of({})
     saved, offloaded = bytes_of({"gate": "save"}), bytes_of({"gate": "offload"})
-    print(none, full, saved, offloaded)
     array = 2 * LAYERS * TOKENS * HIDDEN
     assert full[0] < saved[0] < none[0]
     assert array / 2 < saved[0] - full[0] < array * 1.1
     assert offloaded[1] >= array
-    assert offloaded[0] < saved[0] - array / 2
+    assert full[0] <= offloaded[0] < saved[0] - array / 4
     assert none[1] == full[1] == saved[1] == 0

@@ -387,7 +387,7 @@ ACTIVATIONS = (
         "policy that recomputes what it is to offload",
         "lowrank_optax/activations/policies.py",
         'for name, place in own.entries if place == "offload"]',
-        "for name, place in own.entries if place == []]",
+        'for name, place in own.entries if place == "host"]',
         ("tests/activations/test_policy.py",),
     ),
     Fault(

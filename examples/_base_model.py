@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from _corpus import Corpus, load_corpus, make_corpus, standard_library
 from _finetune_settings import FinetuneSettings
 from _options import one_line
-from _settings import InputError, Settings
+from _settings import InputError, Settings, remat_choice
 from _texts import Documents, code_and_prose
 from flax import nnx
 import jax
@@ -172,7 +172,7 @@ def load_checkpoint(checkpoints: Path, make: Callable[[], Decoder]) -> Decoder:
 
 
 def _of_huggingface(settings: FinetuneSettings, folder: Path) -> Base:
-    types: dict[str, Any] = {"dtype": settings.dtype, "remat": settings.remat}
+    types: dict[str, Any] = {"dtype": settings.dtype, "remat": remat_choice(settings.remat)}
 
     def checked(load: Callable[[], Any]) -> Any:
         try:

@@ -195,7 +195,8 @@ def _add_training_flags(group: argparse._ArgumentGroup) -> None:
         nargs="?",
         const="full",
         help="recompute activations in the backward pass: all, or what a policy of "
-        "jax.checkpoint_policies does not save",
+        "jax.checkpoint_policies does not save, or, with NAME=save,NAME=offload,NAME=4, a table of "
+        "lro.activations.policy",
     )
     add_flag(group, "devices", int, "devices to share each batch (default: all)", **of)
     add_flag(group, "seed", int, "fixes adapters at the start and the order of batches", **of)

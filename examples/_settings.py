@@ -175,6 +175,14 @@ def parse(argv: Sequence[str] | None) -> tuple[dict[str, Any], Path, bool]:
     return given, folder, resume
 
 
+def remat_choice(text: str | None) -> str | dict[str, Any] | None:
+    """What the decoder takes for `--remat`: `mlp_up=save,mlp_gate=offload` is a table."""
+    if text is None or "=" not in text:
+        return text
+    entries = (entry.partition("=") for entry in names_in([text]))
+    return {name: int(place) if place.isdigit() else place for name, _, place in entries}
+
+
 def _batch_size(text: str) -> int | str:
     """What `--batch-size` takes; an error names this function, so its name says what is right."""
     return text if text == "adaptive" else int(text)
@@ -236,7 +244,8 @@ def _add_training_flags(group: argparse._ArgumentGroup) -> None:
         nargs="?",
         const="full",
         help="recompute activations in the backward pass: all, or what a policy of "
-        "jax.checkpoint_policies does not save",
+        "jax.checkpoint_policies does not save, or, with NAME=save,NAME=offload,NAME=4, a table of "
+        "lro.activations.policy",
     )
     add_flag(
         group,

@@ -44,7 +44,7 @@ try:
         read_json,
         write_json,
     )
-    from _settings import InputError, Settings, parse
+    from _settings import InputError, Settings, parse, remat_choice
     from flax import nnx
     import jax
     import jax.numpy as jnp
@@ -319,7 +319,7 @@ def make_model(settings: Settings, vocab_size: int) -> Decoder:
         rngs=nnx.Rngs(settings.seed),
         dtype=settings.dtype,
         param_dtype=settings.stored_dtype,
-        remat=settings.remat,
+        remat=remat_choice(settings.remat),
         activation_bits=settings.activation_bits,
     )
 

@@ -1,4 +1,4 @@
-"""Nonlinearities whose backward pass keeps a few bits of each element."""
+"""Nonlinearities whose backward pass keeps a few bits, and policies of what is saved."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ from lowrank_optax.activations.functions import (
     tanh,
 )
 from lowrank_optax.activations.gating import gated, geglu, swiglu
+from lowrank_optax.activations.policies import Policy, policy
 
 if TYPE_CHECKING:
     from lowrank_optax.activations import linen
@@ -73,6 +74,9 @@ __all__ = [
     "gated",
     "geglu",
     "swiglu",
+    # What a block saves, by name
+    "Policy",
+    "policy",
     # In a whole function or model; in Linen `linen`
     "CallsReport",
     "CallsRow",

@@ -23,6 +23,11 @@ def block_decode(coded: Quantized, shape: tuple[int, ...], bits: int) -> jax.Arr
     return _dequantize(coded, _format(bits), shape)
 
 
+def codes_name(name: str, bits: int) -> str:
+    """What codes of a tensor are called for ``jax.checkpoint``: ``mlp_gate_4_bits``."""
+    return f"{name}_{bits}_bits"
+
+
 def check_bits(bits: int | None, name: str = "bits") -> None:
     """Refuse anything but a number of bits, or None to store arrays as they are."""
     whole = isinstance(bits, int) and not isinstance(bits, bool)

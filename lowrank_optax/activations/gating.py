@@ -5,7 +5,7 @@ which are saved in block-wise codes. The levels of a derivative are not enough h
 ``fn(gate)`` is a factor of a gradient.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import functools
 from typing import Any, TypeAlias
 
@@ -13,7 +13,12 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-from lowrank_optax.activations.block_codes import block_decode, block_encode, check_bits
+from lowrank_optax.activations.block_codes import (
+    block_decode,
+    block_encode,
+    check_bits,
+    codes_name,
+)
 from lowrank_optax.activations.coded_backward import CODES, Pointwise, name_of
 from lowrank_optax.quantization import Quantized
 
@@ -21,6 +26,7 @@ FACTORS = "few_bit_factors"
 """The name of gate and up, saved as they are, for ``jax.checkpoint_policies``."""
 
 _Saved: TypeAlias = tuple[Any, Any]  # of gate and up: `Quantized`, or the arrays as they are
+_Names: TypeAlias = tuple[str, ...] | None
 
 _GELU: dict[bool, Pointwise] = {
     approximate: functools.partial(jax.nn.gelu, approximate=approximate)
@@ -28,7 +34,12 @@ _GELU: dict[bool, Pointwise] = {
 }
 
 
-def swiglu(gate: jax.Array, up: jax.Array, bits: int | None = 4) -> jax.Array:
+def swiglu(
+    gate: jax.Array,
+    up: jax.Array,
+    bits: int | None = 4,
+    names: Sequence[str] | None = None,
+) -> jax.Array:
     r"""SwiGLU, :math:`\mathrm{silu}(gate) \cdot up`, that saves a few bits of each.
 
     As `gated` with ``jax.nn.silu``; the result is that of ``jax.nn.silu(gate) * up`` to the last
@@ -39,12 +50,14 @@ def swiglu(gate: jax.Array, up: jax.Array, bits: int | None = 4) -> jax.Array:
       up: Same shape and dtype as ``gate``.
       bits: Bits that are saved of each element of ``gate``, and of ``up``: 1 to 8. None saves both
         as they are, and computes everything else again: the exact gradient from two arrays.
+      names: Names of ``gate`` and of ``up`` in the table of a `policy`, where their numbers of bits
+        are this one.
 
     Returns:
       An array like ``gate``.
 
     Raises:
-      ValueError: If the shapes differ, or ``bits`` is not 1 to 8 or None.
+      ValueError: If the shapes differ, ``bits`` is not 1 to 8 or None, or ``names`` are not two.
       TypeError: If the dtypes differ, or are not floating point.
 
     Example:
@@ -61,11 +74,15 @@ def swiglu(gate: jax.Array, up: jax.Array, bits: int | None = 4) -> jax.Array:
     Reference:
       Shazeer, GLU Variants Improve Transformer, 2020, https://arxiv.org/abs/2002.05202, equation 6.
     """
-    return gated(jax.nn.silu, gate, up, bits)
+    return gated(jax.nn.silu, gate, up, bits, names)
 
 
 def geglu(
-    gate: jax.Array, up: jax.Array, bits: int | None = 4, approximate: bool = True
+    gate: jax.Array,
+    up: jax.Array,
+    bits: int | None = 4,
+    approximate: bool = True,
+    names: Sequence[str] | None = None,
 ) -> jax.Array:
     r"""GEGLU, :math:`\mathrm{gelu}(gate) \cdot up`, that saves a few bits of each.
 
@@ -76,6 +93,7 @@ def geglu(
       up: Same shape and dtype as ``gate``.
       bits: As for `swiglu`.
       approximate: Whether gelu is computed with tanh, or exactly with the error function.
+      names: As for `swiglu`.
 
     Returns:
       An array like ``gate``.
@@ -93,11 +111,15 @@ def geglu(
     Reference:
       Shazeer, 2020, https://arxiv.org/abs/2002.05202, equation 6.
     """
-    return gated(_GELU[bool(approximate)], gate, up, bits)
+    return gated(_GELU[bool(approximate)], gate, up, bits, names)
 
 
 def gated(
-    fn: Callable[[jax.Array], jax.Array], gate: jax.Array, up: jax.Array, bits: int | None = 4
+    fn: Callable[[jax.Array], jax.Array],
+    gate: jax.Array,
+    up: jax.Array,
+    bits: int | None = 4,
+    names: Sequence[str] | None = None,
 ) -> jax.Array:
     r"""A gated nonlinearity that saves a few bits of each input for the backward pass.
 
@@ -116,6 +138,7 @@ def gated(
       gate: Any shape, floating point.
       up: Same shape and dtype as ``gate``.
       bits: As for `swiglu`.
+      names: As for `swiglu`.
 
     Returns:
       ``fn(gate) * up``.
@@ -136,26 +159,30 @@ def gated(
       library's own.
     """
     _check(gate, up, bits)
-    return _gated(fn, bits, gate, up)
+    if names is not None and (isinstance(names, str) or len(names) != 2):
+        raise ValueError(f"names={names!r} must be two names, of gate and of up.")
+    return _gated(fn, bits, None if names is None else tuple(names), gate, up)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _gated(fn: Pointwise, bits: int | None, gate: jax.Array, up: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _gated(
+    fn: Pointwise, bits: int | None, names: _Names, gate: jax.Array, up: jax.Array
+) -> jax.Array:
     return fn(gate) * up
 
 
 def _forward(
-    fn: Pointwise, bits: int | None, gate: jax.Array, up: jax.Array
+    fn: Pointwise, bits: int | None, names: _Names, gate: jax.Array, up: jax.Array
 ) -> tuple[jax.Array, _Saved]:
-    if bits is None:
-        saved, name = (gate, up), FACTORS
-    else:
-        saved, name = _codes(fn, bits, gate, up), CODES
-    return fn(gate) * up, jax.tree.map(lambda x: checkpoint_name(x, name), saved)
+    saved: _Saved = (gate, up) if bits is None else _codes(fn, bits, gate, up)
+    if names is not None:
+        own = names if bits is None else [codes_name(name, bits) for name in names]
+        saved = (checkpoint_name(saved[0], own[0]), checkpoint_name(saved[1], own[1]))
+    return fn(gate) * up, checkpoint_name(saved, FACTORS if bits is None else CODES)
 
 
 def _backward(
-    fn: Pointwise, bits: int | None, saved: _Saved, gradient: jax.Array
+    fn: Pointwise, bits: int | None, names: _Names, saved: _Saved, gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     dtype = gradient.dtype
     if bits is None:

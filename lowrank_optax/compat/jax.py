@@ -266,6 +266,11 @@ def checkpoint_name(equation: JaxprEqn) -> str | None:
     return getattr(equation.params.get("_prim"), "name", None)  # jax 0.12
 
 
+def is_on_host(x: Var | Literal) -> bool:
+    """Whether a variable is in the memory of the host."""
+    return getattr(x.aval, "memory_space", None) == jax.memory.Space.Host
+
+
 def name_stack(equation: JaxprEqn) -> str:
     """The names around an equation: Linen's modules, ``jax.named_scope``, transformations."""
     return str(equation.source_info.name_stack)

@@ -45,7 +45,7 @@ sharding_constraint slice squeeze sub transpose
 # The same numbers in another shape, or the same array.
 VIEWS = frozenset(
     """
-copy expand_dims optimization_barrier reduce_precision reshape squeeze transpose
+copy device_put expand_dims optimization_barrier reduce_precision reshape squeeze transpose
     """.split()  # noqa: SIM905
 )
 PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general", "ragged_dot")
@@ -69,7 +69,7 @@ def is_passed_on(equation: JaxprEqn) -> bool:
 
 
 def is_view(equation: JaxprEqn) -> bool:
-    """Whether no compiler stores the result beside its operand.
+    """Whether no compiler stores the result beside its operand, in the same memory.
 
     Of broadcasts, those that repeat nothing, and those of a number.
     """

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from flax import nnx
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
@@ -108,7 +109,9 @@ class Attention(nnx.Module):
         )
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
-        query, key = rotate(query, rotary), rotate(key, rotary)
+        query = checkpoint_name(rotate(query, rotary), "attention_query")
+        key = checkpoint_name(rotate(key, rotary), "attention_key")
+        value = checkpoint_name(value, "attention_value")
         if cache is None:
             # Hugging Face counts the position itself into the window, JAX does not.
             window = None if self.sliding_window is None else (self.sliding_window - 1, 0)
@@ -119,7 +122,9 @@ class Attention(nnx.Module):
             cache = cache.write(key, value, position)
             mask = _visible(length, cache.keys.shape[1], position, self.sliding_window)
             mixed = jax.nn.dot_product_attention(query, *cache, mask=mask)
-        return self.output(mixed.reshape(batch * length, -1)).reshape(x.shape), cache
+        mixed = checkpoint_name(mixed.reshape(batch * length, -1), "attention_context")
+        output = checkpoint_name(self.output(mixed), "attention_output")
+        return output.reshape(x.shape), cache
 
 
 def _visible(length: int, cached: int, position: jax.Array | int, window: int | None) -> jax.Array:

@@ -5,30 +5,21 @@ Pre-norm blocks of grouped-query attention with rotary positions and a SwiGLU ML
 which compiles once for all layers, or a list run one after the other.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from flax import nnx
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from lowrank_optax.activations.block_codes import check_bits
 from lowrank_optax.activations.gating import swiglu
 from lowrank_optax.models.attention import Attention, KeyValueCache, RMSNorm
 from lowrank_optax.models.decoder_config import DecoderConfig
 from lowrank_optax.models.huggingface_config import MODULE_NAMES
+from lowrank_optax.models.remat import GATED, Remat, check_remat, rematerialised
 from lowrank_optax.models.rotary import inverse_frequencies, rotary_angles
-
-# The attributes of jax.checkpoint_policies that are policies; the others make one from arguments.
-REMAT_POLICIES = (
-    "everything_saveable",
-    "nothing_saveable",
-    "dots_saveable",
-    "dots_with_no_batch_dims_saveable",
-)
-
-Remat = str | Callable[..., Any] | None
 
 
 class MLP(nnx.Module):
@@ -56,9 +47,11 @@ class MLP(nnx.Module):
         # Flat, because the gradient of a kernel is then one plain matrix product; with a batch
         # and a length axis XLA's CPU backend transposes the activations first.
         rows = x.reshape(-1, x.shape[-1])
-        gate, up, bits = self.gate(rows), self.up(rows), self.activation_bits
-        hidden = nnx.silu(gate) * up if bits is None else swiglu(gate, up, bits)
-        return self.down(hidden).reshape(x.shape)
+        gate = checkpoint_name(self.gate(rows), "mlp_gate")
+        up = checkpoint_name(self.up(rows), "mlp_up")
+        bits = self.activation_bits
+        hidden = nnx.silu(gate) * up if bits is None else swiglu(gate, up, bits, names=GATED)
+        return self.down(checkpoint_name(hidden, "mlp_hidden")).reshape(x.shape)
 
 
 class Block(nnx.Module):
@@ -110,12 +103,17 @@ class Decoder(nnx.Module):
             after the other (somewhat faster on CPU).
         remat: what of a block is saved for the backward pass: None saves what it needs, `"full"`
             saves the block's input alone and recomputes everything else; otherwise the name of a
-            policy in `jax.checkpoint_policies`, or a policy.
+            policy in `jax.checkpoint_policies`, a policy, or a table from the names of
+            intermediates (`attention_query`, `_key`, `_value`, `_context` and `_output`,
+            `mlp_gate`, `mlp_up`, `mlp_hidden`) to what becomes of them; see
+            `lowrank_optax.activations.policy`. A number of bits is for `mlp_gate` and `mlp_up`.
         activation_bits: bits per element, 1 to 8, that are saved of an MLP's gate and of its up
             (see `lowrank_optax.activations.swiglu`); None saves them as they are.
 
     Raises:
-        ValueError: `remat` is not the name of a policy, or `activation_bits` is out of range.
+        ValueError: `remat` is not the name of a policy, or a table names what a block does not
+            have, or gives bits to one of the other intermediates, to mlp_gate and mlp_up without
+            an entry of mlp_hidden, or beside `activation_bits`; or these are out of range.
 
     Example:
         >>> from flax import nnx
@@ -141,16 +139,10 @@ class Decoder(nnx.Module):
         remat: Remat = None,
         activation_bits: int | None = None,
     ) -> None:
-        if not (remat is None or callable(remat) or remat in ("full", *REMAT_POLICIES)):
-            raise ValueError(
-                f"remat must be None, 'full', a checkpoint policy, or the name of one "
-                f"({', '.join(REMAT_POLICIES)}), got {remat!r}"
-            )
-        check_bits(activation_bits, "activation_bits")
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.scan_layers = scan_layers
-        self.remat = remat
+        self.remat, activation_bits = check_remat(remat, activation_bits)
         types = {"dtype": dtype, "param_dtype": param_dtype}
         init = nnx.initializers.normal(config.initializer_range)
         self.embed = nnx.Embed(
@@ -273,14 +265,7 @@ class Decoder(nnx.Module):
             # All that a call may change; the weights are only read.
             return x, (cache, nnx.state(block, nnx.RngCount))
 
-        if self.remat is not None:
-            policy = self.remat
-            if isinstance(policy, str):
-                policy = None if policy == "full" else getattr(jax.checkpoint_policies, policy)
-            # A scan already keeps XLA from merging the recomputation with the first pass.
-            call = jax.checkpoint(
-                call, static_argnums=0, policy=policy, prevent_cse=not self.scan_layers
-            )
+        call = rematerialised(call, self.remat, in_scan=self.scan_layers)
         if isinstance(self.blocks, nnx.List):
             caches = []
             for index, block in enumerate(self.blocks):

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lowrank_optax.compat.jax import is_on_host
 from lowrank_optax.matrices.flax_layers import is_nnx_module
 from lowrank_optax.matrices.paths import path_string
 from lowrank_optax.modules.report import Report, Table
@@ -47,11 +48,14 @@ class SavedResidualsReport(Report):
         data and arrays that the loss is closed over.
       temporary_bytes: What the compiled loss and gradient need beside arguments and results at
         their peak; None where that was not asked for, or the compiler does not say.
+      offloaded: One row per array that a policy of ``jax.checkpoint`` moves to the host's memory.
+        They are not counted in ``total_bytes``.
     """
 
     arrays: tuple[SavedResidualsRow, ...]
     inputs: tuple[SavedResidualsRow, ...]
     temporary_bytes: int | None = None
+    offloaded: tuple[SavedResidualsRow, ...] = ()
 
     @property
     def total_bytes(self) -> int:
@@ -80,9 +84,12 @@ class SavedResidualsReport(Report):
         footer: list[Any] = [("total", "", "", "", len(self.arrays), self.total_bytes)]
         if self.temporary_bytes is not None:
             footer.append(("compiled temporaries", "", "", "", "", self.temporary_bytes))
-        inputs = ("(inputs, not counted)", "", "", "", len(self.inputs), read)
+        others = [("(inputs, not counted)", "", "", "", len(self.inputs), read)]
+        if self.offloaded:
+            host = sum(row.bytes for row in self.offloaded)
+            others.append(("(on the host, not counted)", "", "", "", len(self.offloaded), host))
         columns = ("saved", "source", "shape", "dtype", ">count", ">bytes")
-        return Table(columns, (*self.rows, inputs), footer)
+        return Table(columns, (*self.rows, *others), footer)
 
 
 class SavedResidualsComparison(Report):
@@ -187,13 +194,14 @@ def saved_residuals(
         raise ValueError(f"loss must return a scalar (or with has_aux a pair), got {shown}.")
     made: list[SavedResidualsRow] = []
     inputs: list[SavedResidualsRow] = []
+    offloaded: list[SavedResidualsRow] = []
     saved = zip(jaxpr.jaxpr.outvars, origins(jaxpr, _names(loss, trained, fixed)), strict=True)
     # The first result is the value; an array that is saved twice counts once.
     for x, origin in {id(x): (x, origin) for x, origin in list(saved)[1:]}.values():
         shape, dtype = tuple(x.aval.shape), x.aval.dtype
         size = _bytes(shape, dtype)
         row = SavedResidualsRow(origin.name, origin.source, shape, str(dtype), 1, size)
-        (inputs if origin.is_input else made).append(row)
+        (inputs if origin.is_input else offloaded if is_on_host(x) else made).append(row)
     temporary = None
     if compiled:
         if device is not None:
@@ -204,7 +212,7 @@ def saved_residuals(
         step = jax.jit(jax.value_and_grad(pure, has_aux=has_aux))
         analysis = step.lower(trained, fixed).compile().memory_analysis()
         temporary = None if analysis is None else analysis.temp_size_in_bytes
-    return SavedResidualsReport(tuple(made), tuple(inputs), temporary)
+    return SavedResidualsReport(tuple(made), tuple(inputs), temporary, tuple(offloaded))
 
 
 def compare_saved_residuals(

@@ -104,6 +104,12 @@ def test_checkpoint_name_is_an_operation_with_the_name() -> None:
     assert compat.checkpoint_name(last(jnp.sin, X)) is None
 
 
+def test_what_is_moved_to_the_host_is_known_by_its_type() -> None:
+    moved = last(lambda x: jax.device_put(x, jax.memory.Space.Host), X)
+    assert compat.is_on_host(moved.outvars[0])
+    assert not compat.is_on_host(moved.invars[0])
+
+
 @pytest.mark.parametrize("implementation", ["threefry2x32", "rbg"])
 def test_random_numbers_are_drawn_by_known_primitives(implementation: str) -> None:
     key = jax.random.key(0, impl=implementation)

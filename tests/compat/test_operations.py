@@ -157,6 +157,7 @@ def test_views_and_conversions() -> None:
     x = jnp.ones((4, 3))
     for fn in (jnp.transpose, jnp.ravel, lambda x: x.reshape(2, 6)):
         assert compat.is_view(first(fn, x))
+    assert compat.is_view(first(lambda x: jax.device_put(x, jax.memory.Space.Host), x))
     assert compat.is_view(first(lambda x: jnp.broadcast_to(x, (1, 4, 3)), x))
     assert not compat.is_view(first(lambda x: jnp.broadcast_to(x, (2, 4, 3)), x))
     assert compat.is_passed_on(first(lambda x: jnp.broadcast_to(x, (2, 4, 3)), x))

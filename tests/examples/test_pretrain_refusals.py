@@ -28,6 +28,7 @@ REFUSED = {
     "unknown schedule": (["--schedule", "sine"], "sine"),
     "unknown dtype": (["--dtype", "float8"], "float8"),
     "unknown remat policy": (["--remat", "some"], "remat"),
+    "unknown intermediate": (["--remat", "mlp=save"], "remat names 'mlp'"),
     "no number": (["--steps", "many"], "many"),
     "zero steps": (["--steps", "0"], "--steps must be at least 1"),
     "negative seed": (["--seed", "-1"], "--seed"),

@@ -398,6 +398,13 @@ ADAPTERS = (
 
 ACTIVATIONS = (
     Fault(
+        "policy that recomputes what it is to offload",
+        "lowrank_optax/activations/policies.py",
+        'for name, place in own.entries if place == "offload"]',
+        'for name, place in own.entries if place == "host"]',
+        ("tests/activations/test_policy.py",),
+    ),
+    Fault(
         "cotangent rounded to bfloat16 before the product",
         "lowrank_optax/activations/coded_backward.py",
         "gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32))",

@@ -5,11 +5,12 @@ from typing import Any
 
 from flax import nnx
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 import optax
 import pytest
 
-from lowrank_optax.activations import few_bit
+from lowrank_optax.activations import few_bit, policy
 from lowrank_optax.layers import Sketch, randomized_linear
 from lowrank_optax.models import Decoder, decoder_config
 from lowrank_optax.planning import saved_residuals
@@ -109,3 +110,44 @@ def test_a_decoder_saves_what_is_counted(compile_for: Callable[..., Any]) -> Non
 def decoder_loss(model: Decoder, tokens: jax.Array) -> jax.Array:
     logits = model(tokens)
     return optax.losses.softmax_cross_entropy_with_integer_labels(logits, tokens).mean()
+
+
+def policy_loss(table: Any) -> Any:
+    """Gated layers in a scan: without ``jax.checkpoint`` for None, else with what a table says."""
+
+    def loss(weights: Any, x: jax.Array) -> jax.Array:
+        def layer(x: jax.Array, given: Any) -> tuple[jax.Array, None]:
+            gate = checkpoint_name(x @ given["gate"], "gate")
+            up = checkpoint_name(x @ given["up"], "up")
+            hidden = checkpoint_name(jax.nn.silu(gate) * up, "hidden")
+            return x + hidden @ given["down"], None
+
+        if table is not None:
+            own = policy(table) if table else None
+            layer = jax.checkpoint(layer, policy=own, prevent_cse=False)
+        y, _ = jax.lax.scan(layer, x, weights)
+        return jnp.sum(jnp.square(y.astype(jnp.float32)))
+
+    return loss
+
+
+@pytest.mark.full
+def test_what_a_policy_saves_is_in_the_programs_temporaries_or_on_the_host(
+    compile_for: Callable[..., Any],
+) -> None:
+    of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    wide, x = of(LAYERS, WIDTH, HIDDEN), of(TOKENS, WIDTH)
+    weights = {"gate": wide, "up": wide, "down": of(LAYERS, HIDDEN, WIDTH)}
+
+    def bytes_of(table: Any) -> tuple[int, int]:
+        memory = compile_for("v5e", jax.grad(policy_loss(table)), weights, x).memory_analysis()
+        return memory.temp_size_in_bytes, memory.host_temp_size_in_bytes
+
+    none, full = bytes_of(None), bytes_of({})
+    saved, offloaded = bytes_of({"gate": "save"}), bytes_of({"gate": "offload"})
+    array = 2 * LAYERS * TOKENS * HIDDEN
+    assert full[0] < saved[0] < none[0]
+    assert array / 2 < saved[0] - full[0] < array * 1.1
+    assert offloaded[1] >= array
+    assert full[0] <= offloaded[0] < saved[0] - array / 4
+    assert none[1] == full[1] == saved[1] == 0

@@ -9,6 +9,8 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 import numpy as np
 
+from lowrank_optax.matrices.explicit_sharding import vary_alike
+
 # What policies for rematerialization call the output of attention.
 CONTEXT = "attention_context"
 
@@ -96,7 +98,10 @@ def chunked_attention(
         groups = (key_heads, heads // key_heads) if mask.shape[1] > 1 else (1, 1)
         mask = mask.reshape(mask.shape[0], *groups, *mask.shape[2:])
     grouped = query.reshape(batch, queries, key_heads, heads // key_heads, width)
-    return _attention(plan, grouped, key, value, mask).reshape(query.shape)
+    arrays = (grouped, key, value, *([] if mask is None else [mask]))
+    grouped, key, value, *masks = vary_alike(*arrays)
+    output = _attention(plan, grouped, key, value, masks[0] if masks else None)
+    return output.reshape(query.shape)
 
 
 def check_arguments(query: Any, key: Any, value: Any, mask: Any, local_window_size: Window) -> None:

@@ -3,6 +3,11 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lowrank_optax.layers.attention.chunked import chunked_attention
+from lowrank_optax.layers.attention.implementations import (
+    AttentionImplementation,
+    dot_product_attention,
+)
 from lowrank_optax.layers.powerpropagation import packnet
 from lowrank_optax.layers.powerpropagation.optimizer import powerprop_updates
 from lowrank_optax.layers.powerpropagation.pruning import (
@@ -49,6 +54,10 @@ _FLAX = {
 }
 
 __all__ = [
+    # Attention
+    "AttentionImplementation",
+    "chunked_attention",
+    "dot_product_attention",
     # Powerpropagation
     "MaskUpdatesState",
     "PowerpropLinear",

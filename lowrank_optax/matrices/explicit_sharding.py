@@ -61,6 +61,18 @@ def product(
     return jnp.einsum(expression, a, b, precision=jax.lax.Precision.HIGHEST, out_sharding=partition)
 
 
+def vary_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """The arrays, all varying over the same axes of `jax.shard_map`, for one custom derivative.
+
+    Gradients of those that did not vary over an axis are summed over it.
+    """
+    varying = lambda x: jax.typeof(x).manual_axis_type.varying
+    axes = frozenset().union(*map(varying, arrays))
+    if not axes:
+        return arrays
+    return tuple(jax.lax.pcast(x, tuple(axes - varying(x)), to="varying") for x in arrays)
+
+
 def in_whole_runs(x: jax.Array, axis: int, run: int) -> jax.Array:
     """``x`` with an axis gathered, on explicit axes, unless each device has whole runs of it."""
     partition = partition_of(x)

@@ -8,6 +8,11 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from lowrank_optax.layers.attention.implementations import (
+    AttentionImplementation,
+    check_implementation,
+    dot_product_attention,
+)
 from lowrank_optax.models.decoder_config import DecoderConfig
 from lowrank_optax.models.rotary import rotate
 
@@ -54,8 +59,16 @@ class Attention(nnx.Module):
     """Grouped-query causal self-attention; every projection is an `nnx.Linear`."""
 
     def __init__(
-        self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike
+        self,
+        config: DecoderConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        attention_implementation: AttentionImplementation | None = None,
     ) -> None:
+        check_implementation(attention_implementation, "attention_implementation")
+        self.attention_implementation = attention_implementation
         self.head_dim = config.head_dim
         self.sliding_window = config.sliding_window
         query_width = config.num_attention_heads * config.head_dim
@@ -115,8 +128,13 @@ class Attention(nnx.Module):
         if cache is None:
             # Hugging Face counts the position itself into the window, JAX does not.
             window = None if self.sliding_window is None else (self.sliding_window - 1, 0)
-            mixed = jax.nn.dot_product_attention(
-                query, key, value, is_causal=True, local_window_size=window
+            mixed = dot_product_attention(
+                query,
+                key,
+                value,
+                is_causal=True,
+                local_window_size=window,
+                implementation=self.attention_implementation,
             )
         else:
             cache = cache.write(key, value, position)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from lowrank_optax.activations.gating import swiglu
+from lowrank_optax.layers.attention.implementations import AttentionImplementation
 from lowrank_optax.models.attention import Attention, KeyValueCache, RMSNorm
 from lowrank_optax.models.decoder_config import DecoderConfig
 from lowrank_optax.models.huggingface_config import MODULE_NAMES
@@ -65,10 +66,13 @@ class Block(nnx.Module):
         dtype: DTypeLike,
         param_dtype: DTypeLike,
         activation_bits: int | None = None,
+        attention_implementation: AttentionImplementation | None = None,
     ) -> None:
         types = {"param_dtype": param_dtype, "rngs": rngs}
         self.attention_norm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, **types)
-        self.attention = Attention(config, dtype=dtype, **types)
+        self.attention = Attention(
+            config, dtype=dtype, attention_implementation=attention_implementation, **types
+        )
         self.mlp_norm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, **types)
         self.mlp = MLP(config, dtype=dtype, activation_bits=activation_bits, **types)
 
@@ -109,11 +113,15 @@ class Decoder(nnx.Module):
             `lowrank_optax.activations.policy`. A number of bits is for `mlp_gate` and `mlp_up`.
         activation_bits: bits per element, 1 to 8, that are saved of an MLP's gate and of its up
             (see `lowrank_optax.activations.swiglu`); None saves them as they are.
+        attention_implementation: name of the implementation of attention, see
+            `lowrank_optax.layers.dot_product_attention`; None chooses by length and backend. With
+            a cache it is always the plain one.
 
     Raises:
         ValueError: `remat` is not the name of a policy, or a table names what a block does not
             have, or gives bits to one of the other intermediates, to mlp_gate and mlp_up without
-            an entry of mlp_hidden, or beside `activation_bits`; or these are out of range.
+            an entry of mlp_hidden, or beside `activation_bits`; or one of these is out of
+            range; or `attention_implementation` is not the name of an implementation.
 
     Example:
         >>> from flax import nnx
@@ -138,6 +146,7 @@ class Decoder(nnx.Module):
         scan_layers: bool = True,
         remat: Remat = None,
         activation_bits: int | None = None,
+        attention_implementation: AttentionImplementation | None = None,
     ) -> None:
         self.config = config
         self.dtype = jnp.dtype(dtype)
@@ -148,7 +157,11 @@ class Decoder(nnx.Module):
         self.embed = nnx.Embed(
             config.vocab_size, config.hidden_size, embedding_init=init, rngs=rngs, **types
         )
-        options = {"activation_bits": activation_bits, **types}
+        options = {
+            "activation_bits": activation_bits,
+            "attention_implementation": attention_implementation,
+            **types,
+        }
         self.blocks = _make_blocks(config, scan_layers, rngs, options)
         self.norm = RMSNorm(
             config.hidden_size, epsilon=config.rms_norm_eps, param_dtype=param_dtype, rngs=rngs

@@ -21,7 +21,7 @@ from lowrank_optax.layers.randomized.sketch import (
     scale,
     sketch_rows,
 )
-from lowrank_optax.matrices.explicit_sharding import partition_of
+from lowrank_optax.matrices.explicit_sharding import partition_of, vary_alike
 
 
 def randomized_linear(
@@ -137,12 +137,7 @@ def randomized_linear(
     if x.size == 0 or kernel.size == 0 or (product.size == count and valid is None):
         y = product.dense(x, kernel)
     else:
-        # Under jax.shard_map both vary over the same axes; gradients are summed over the others.
-        varying = lambda a: jax.typeof(a).manual_axis_type.varying
-        axes = varying(x) | varying(kernel)
-        if axes:
-            vary = lambda a: jax.lax.pcast(a, tuple(axes - varying(a)), to="varying")
-            x, kernel = vary(x), vary(kernel)
+        x, kernel = vary_alike(x, kernel)
         y = _sketched_product(product, x, kernel, key, valid)
     if bias is None:
         return y

@@ -82,11 +82,18 @@ def model_of(kind: str, dtype: Any = jnp.float32) -> Any:
 
 
 METHODS = {**methods.MERGEABLE, "moved": Moved(rank=1)}
+IN_STACKS = [
+    *(pytest.param("scanned", *case.values, marks=case.marks) for case in methods.cases(METHODS)),
+    # What a layer outside of a stack is asked for does not depend on its method, but on sharing.
+    *(
+        pytest.param("unrolled", name, marks=[pytest.mark.full] * (name not in ("LoRA", "VeRA")))
+        for name in METHODS
+    ),
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["unrolled", "scanned"])
-@pytest.mark.parametrize("name", methods.cases(METHODS))
+@pytest.mark.parametrize(("kind", "name"), IN_STACKS)
 def test_a_merged_model_computes_the_same_and_unmerging_gives_the_weights_back(
     kind: str, name: str
 ) -> None:

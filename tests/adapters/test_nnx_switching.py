@@ -257,7 +257,7 @@ def merged_and_fresh(name: str) -> tuple[Any, Any]:
     return merged, fresh
 
 
-@pytest.mark.parametrize("name", ["LoRA", "LoTR"])
+@pytest.mark.parametrize("name", [pytest.param("LoRA", marks=pytest.mark.full), "LoTR"])
 def test_a_state_says_whether_the_change_is_in_the_weights(name: str) -> None:
     merged, fresh = merged_and_fresh(name)
     state, x = nnx.state(merged, nnx.Not(nnx.RngState)), tokens()
@@ -296,7 +296,7 @@ def test_arrays_that_changed_while_merged_are_not_taken_out_of_the_weights(chang
     assert all(bool((x == before[path]).all()) for path, x in weights(model).items())
 
 
-@pytest.mark.parametrize("name", ["LoRA", "LoTR"])
+@pytest.mark.parametrize("name", [pytest.param("LoRA", marks=pytest.mark.full), "LoTR"])
 def test_a_gradient_by_merged_arrays_is_refused(name: str) -> None:
     model, _ = merged_and_fresh(name)
     with pytest.raises(ValueError, match="adapter 'default' is asked for, but it is merged"):

@@ -15,7 +15,7 @@ from lowrank_optax.layers import Sketch, randomized_linear
 from lowrank_optax.layers.randomized.sketch import SketchKind
 
 KINDS = get_args(SketchKind)
-# Rows chosen alike, rows chosen by their norms, and mixtures of rows: the others share their code.
+# Rows chosen alike, rows chosen by their norms, and mixtures of rows.
 STANDARD = ("stratified", "norm_weighted", "srht")
 KEY = jax.random.key(3)
 X, KERNEL, Y = (

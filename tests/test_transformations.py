@@ -648,9 +648,9 @@ WRAPPERS = {
     "chain_and_named_chain",
     "apply_if_finite",
 }
-WRAPPED_ALONE = {"optax_adamw", "galore", "low_bit_adamw"}
-# On explicit axes, which say more, all rows but variants are sharded.
-ON_AUTO_AXES = {"optax_adamw", "galore", "low_bit_adamw"}
+WRAPPED_ALONE = {"optax_adamw", "galore"}
+# All rows but variants are sharded on explicit axes, which say more; `tests/sharded` has both.
+ON_AUTO_AXES = {"galore"}
 # The quick part makes these checks of these rows.
 QUICK_ROWS = {"optax_adamw", "galore", "grams"}
 QUICK_CHECKS = {

@@ -620,7 +620,7 @@ OF_RECIPES = {
     "sharded_on_an_explicit_mesh",
     "converges",
 }
-# Rows above with another argument, for which stacks, axes and placement are as in those rows.
+# Rows above with another argument: their types here, and what they compute by tests of their own.
 VARIANTS = {
     "galore_svd",
     "galore_lazy",
@@ -634,10 +634,12 @@ VARIANTS = {
     "one_cycle_adamw",
     "powerprop_adam",
 }
-OF_VARIANTS = OF_RECIPES - {
-    "dimension_numbers_as_tree_or_function",
-    "stacked_leaves_equal_separate_leaves",
-    "sharded_on_an_explicit_mesh",
+OF_VARIANTS = {
+    "float32_is_kept_where_float64_is_enabled",
+    "float64_is_kept",
+    "state_types_constant",
+    "updates_keep_dtype",
+    "non_finite_gradient_never_enters_a_basis",
 }
 # What `wrappers_in_each_other` checks at once, one by one where a failure would be looked for.
 WRAPPERS = {
@@ -693,7 +695,7 @@ def test_transformation(check: Check, row: Row) -> None:
 
 def test_tiers_name_checks_and_rows() -> None:
     checks = {name_of(check) for row in ROWS for check in checks_for(row)}
-    assert checks >= OF_RECIPES | WRAPPERS | QUICK_CHECKS
+    assert checks >= OF_RECIPES | OF_VARIANTS | WRAPPERS | QUICK_CHECKS
     names = {row.name for row in ROWS}
     assert names >= OF_THEIR_OWN | VARIANTS | WRAPPED_ALONE | ON_AUTO_AXES | QUICK_ROWS
 

@@ -85,6 +85,7 @@ def test_stacks_of_this_tucker_rank_are_found_exactly(rank: int) -> None:
     assert found.core.shape == (4, rank, rank)
 
 
+@pytest.mark.combinations(1)
 @pytest.mark.parametrize("initial", ["tucker", "tucker_residual"])
 @pytest.mark.parametrize("power_iterations", [None, 2])
 def test_at_full_rank_the_start_rebuilds_every_weight(

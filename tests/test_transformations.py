@@ -620,6 +620,27 @@ OF_RECIPES = {
     "sharded_on_an_explicit_mesh",
     "converges",
 }
+# Rows above with another argument: their types here, and what they compute by tests of their own.
+VARIANTS = {
+    "galore_svd",
+    "galore_lazy",
+    "apollo_mini",
+    "four_bit_adamw",
+    "round_updates_with_compensation",
+    "nag_gs_constant_gamma",
+    "cautious_adamw_count_plus_one",
+    "monitor_weight_decay_every_third_step",
+    "add_weight_decay_squared_towards_the_start",
+    "one_cycle_adamw",
+    "powerprop_adam",
+}
+OF_VARIANTS = {
+    "float32_is_kept_where_float64_is_enabled",
+    "float64_is_kept",
+    "state_types_constant",
+    "updates_keep_dtype",
+    "non_finite_gradient_never_enters_a_basis",
+}
 # What `wrappers_in_each_other` checks at once, one by one where a failure would be looked for.
 WRAPPERS = {
     "masked",
@@ -629,7 +650,9 @@ WRAPPERS = {
     "chain_and_named_chain",
     "apply_if_finite",
 }
-WRAPPED_ALONE = {"optax_adamw", "galore", "low_bit_adamw"}
+WRAPPED_ALONE = {"optax_adamw", "galore"}
+# All rows but variants are sharded on explicit axes, which say more; `tests/sharded` has both.
+ON_AUTO_AXES = {"galore"}
 # The quick part makes these checks of these rows.
 QUICK_ROWS = {"optax_adamw", "galore", "grams"}
 QUICK_CHECKS = {
@@ -644,7 +667,9 @@ def tier(check: str, row: str) -> list[pytest.MarkDecorator]:
     """The marks of a case: `full`, `slow`, or neither."""
     if check in WRAPPERS and row not in WRAPPED_ALONE:
         return [pytest.mark.full]
-    if row not in OF_THEIR_OWN and check not in OF_RECIPES:
+    if check == "sharded_on_an_auto_mesh" and row not in ON_AUTO_AXES:
+        return [pytest.mark.full]
+    if row not in OF_THEIR_OWN and check not in (OF_VARIANTS if row in VARIANTS else OF_RECIPES):
         return [pytest.mark.full]
     return [] if row in QUICK_ROWS and check in QUICK_CHECKS else [pytest.mark.slow]
 
@@ -670,8 +695,9 @@ def test_transformation(check: Check, row: Row) -> None:
 
 def test_tiers_name_checks_and_rows() -> None:
     checks = {name_of(check) for row in ROWS for check in checks_for(row)}
-    assert checks >= OF_RECIPES | WRAPPERS | QUICK_CHECKS
-    assert {row.name for row in ROWS} >= OF_THEIR_OWN | WRAPPED_ALONE | QUICK_ROWS
+    assert checks >= OF_RECIPES | OF_VARIANTS | WRAPPERS | QUICK_CHECKS
+    names = {row.name for row in ROWS}
+    assert names >= OF_THEIR_OWN | VARIANTS | WRAPPED_ALONE | ON_AUTO_AXES | QUICK_ROWS
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)

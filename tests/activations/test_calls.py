@@ -68,7 +68,10 @@ def test_kept_bytes_fall_to_the_codes():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    "dtype",
+    [jnp.bfloat16, *(pytest.param(x, marks=pytest.mark.full) for x in (jnp.float32, jnp.float16))],
+)
 def test_every_function_is_known(dtype):
     x = jax.ShapeDtypeStruct((5, 8), dtype)
     for name in NAMES:

@@ -87,7 +87,12 @@ def call(model: Any, *args: Any) -> jax.Array:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "options", [{}, {"scan_layers": False}, {"remat": "full"}], ids=["scan", "list", "remat"]
+    "options",
+    [
+        pytest.param({}, id="scan"),
+        pytest.param({"scan_layers": False}, id="list", marks=pytest.mark.full),
+        pytest.param({"remat": "full"}, id="remat", marks=pytest.mark.full),
+    ],
 )
 def test_a_decoder_computes_the_same_and_its_graph_comes_back(options: dict[str, Any]) -> None:
     model = decoder(**options)

@@ -30,6 +30,7 @@ def with_gates(model: Any, gates: Any, where: str = "up|down", **options: Any) -
     return model
 
 
+@pytest.mark.slow
 def test_an_unrolled_model_keeps_its_function_and_loses_what_is_dead() -> None:
     gates = {
         "blocks/0/up": [0, 1, 0],
@@ -57,6 +58,7 @@ def test_an_unrolled_model_keeps_its_function_and_loses_what_is_dead() -> None:
     assert all(x.any() for x in jax.tree.leaves(gradients(model, tokens())))
 
 
+@pytest.mark.slow
 def test_a_stack_is_padded_to_its_largest_rank_and_layers_without_one_stay_without() -> None:
     model = with_gates(
         Scanned(3, nnx.Rngs(0)),

@@ -49,6 +49,7 @@ def double(p, *names):
 
 
 @pytest.mark.filterwarnings(NO_BALANCE)
+@pytest.mark.combinations(1)
 @pytest.mark.parametrize("rank", [6, (6, 2, 4)])
 @pytest.mark.parametrize("score", SCORES)
 def test_output_and_gradients_are_those_of_the_definition(score, rank):

@@ -82,7 +82,9 @@ def spread_after(score: str, steps: int) -> tuple[int, int, float]:
 
 
 @pytest.mark.filterwarnings("ignore:score='biased_magnitude' cannot be balanced:UserWarning")
-@pytest.mark.parametrize("score", ["magnitude", "signed", "biased_magnitude"])
+@pytest.mark.parametrize(
+    "score", ["magnitude", pytest.param("signed", marks=pytest.mark.full), "biased_magnitude"]
+)
 def test_counts_are_balanced_unless_the_bias_is_inside_the_magnitude(score: str) -> None:
     before, after, bias = spread_after(score, 1000)
     assert before > 40

@@ -103,7 +103,9 @@ _is_of_b = lambda path, module: path[0] == "b"
 
 
 @pytest.mark.parametrize("way", ["class", "params", "method", "function"])
-@pytest.mark.parametrize("where", ["a|b", "b", pytest.param(_is_of_b, id="function")])
+@pytest.mark.parametrize(
+    "where", ["a|b", "b", pytest.param(_is_of_b, id="function", marks=pytest.mark.full)]
+)
 def test_compiled_blocks_have_the_adapters_of_blocks_that_are_not(where: Any, way: str) -> None:
     shapes = _check(lambda model: Adapted(model, LORA, where), way)["default"]
     assert sorted(shapes) == (["a", "b"] if where == "a|b" else ["b"])
@@ -160,7 +162,7 @@ def test_compiled_blocks_with_equal_adapters_are_traced_once_unless_they_share_a
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("where", ["two/a|two/b", "two/b"])
+@pytest.mark.parametrize("where", [pytest.param("two/a|two/b", marks=pytest.mark.full), "two/b"])
 def test_compiled_blocks_inside_a_scan_have_adapters_of_their_own(where: str) -> None:
     shapes = _check(lambda model: Adapted(model, LORA, where), "params", Scan)["default"]
     assert sorted(shapes["layers"]["two"]) == [x[-1] for x in where.split("|")]

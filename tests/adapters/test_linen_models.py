@@ -97,8 +97,17 @@ def _unstacked(tree):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["scan", "remat", "jit"])
-@pytest.mark.parametrize("method", [LORA, LOTR], ids=["lora", "lotr"])
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        pytest.param("scan", LORA, id="scan-lora"),
+        pytest.param("scan", LOTR, id="scan-lotr", marks=pytest.mark.full),
+        pytest.param("remat", LORA, id="remat-lora", marks=pytest.mark.full),
+        pytest.param("remat", LOTR, id="remat-lotr"),
+        pytest.param("jit", LORA, id="jit-lora", marks=pytest.mark.full),
+        pytest.param("jit", LOTR, id="jit-lotr"),
+    ],
+)
 def test_a_scan_equals_the_loop_and_both_start_at_the_model(kind, method):
     adapted, base, variables = _attached(Net(kind), method)
 

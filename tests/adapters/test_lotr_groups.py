@@ -174,7 +174,9 @@ def shared_and_cores(gradient: dict[Any, jax.Array]) -> tuple[dict[Any, Any], di
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("share", ["both", "input", pytest.param("output", marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "share", ["both", *(pytest.param(side, marks=pytest.mark.full) for side in ("input", "output"))]
+)
 def test_a_scan_and_a_list_give_the_same_loss_and_gradients(share: Any) -> None:
     method = LoTR(rank=2, alpha=3, share=share)
     results = [loss_and_gradient(decoder(scan, method)) for scan in (True, False)]

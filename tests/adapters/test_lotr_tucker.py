@@ -35,7 +35,7 @@ def unfoldings(stack: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.slow
 @quick
-@given(sizes_and_ranks, st.integers(0, 3), st.integers(0, 9))
+@given(sizes_and_ranks, st.sampled_from([0, 2]), st.integers(0, 9))
 def test_the_error_is_what_is_lost_and_below_its_bound(
     case: tuple[tuple[int, int, int], int], sweeps: int, seed: int
 ) -> None:
@@ -61,7 +61,7 @@ def test_no_sweep_ever_makes_the_error_larger(
 ) -> None:
     shape, rank = case
     stack = jnp.asarray(random_stack(shape, seed), jnp.float32)
-    errors = [lro.adapters.lotr_from_updates(stack, rank, sweeps=n).error for n in range(4)]
+    errors = [lro.adapters.lotr_from_updates(stack, rank, sweeps=n).error for n in range(3)]
     slack = 1e-5 * float(jnp.linalg.norm(stack))
     assert all(after <= before + slack for before, after in itertools.pairwise(errors))
 
@@ -85,6 +85,7 @@ def test_stacks_of_this_tucker_rank_are_found_exactly(rank: int) -> None:
     assert found.core.shape == (4, rank, rank)
 
 
+@pytest.mark.combinations(1)
 @pytest.mark.parametrize("initial", ["tucker", "tucker_residual"])
 @pytest.mark.parametrize("power_iterations", [None, 2])
 def test_at_full_rank_the_start_rebuilds_every_weight(

@@ -85,7 +85,9 @@ def test_a_part_of_the_model_cannot_be_called_without_what_it_shares() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wrap", [nnx.jit, nnx.remat, None])
+@pytest.mark.parametrize(
+    "wrap", [nnx.jit, *(pytest.param(x, marks=pytest.mark.full) for x in (nnx.remat, None))]
+)
 def test_a_part_compiled_by_itself_is_not_taken_for_that_with_other_shared_arrays(
     wrap: Callable[..., Any] | None,
 ) -> None:

@@ -82,11 +82,18 @@ def model_of(kind: str, dtype: Any = jnp.float32) -> Any:
 
 
 METHODS = {**methods.MERGEABLE, "moved": Moved(rank=1)}
+IN_STACKS = [
+    *(pytest.param("scanned", *case.values, marks=case.marks) for case in methods.cases(METHODS)),
+    # What a layer outside of a stack is asked for does not depend on its method, but on sharing.
+    *(
+        pytest.param("unrolled", name, marks=[pytest.mark.full] * (name not in ("LoRA", "VeRA")))
+        for name in METHODS
+    ),
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["unrolled", "scanned"])
-@pytest.mark.parametrize("name", methods.cases(METHODS))
+@pytest.mark.parametrize(("kind", "name"), IN_STACKS)
 def test_a_merged_model_computes_the_same_and_unmerging_gives_the_weights_back(
     kind: str, name: str
 ) -> None:
@@ -250,7 +257,7 @@ def merged_and_fresh(name: str) -> tuple[Any, Any]:
     return merged, fresh
 
 
-@pytest.mark.parametrize("name", ["LoRA", "LoTR"])
+@pytest.mark.parametrize("name", [pytest.param("LoRA", marks=pytest.mark.full), "LoTR"])
 def test_a_state_says_whether_the_change_is_in_the_weights(name: str) -> None:
     merged, fresh = merged_and_fresh(name)
     state, x = nnx.state(merged, nnx.Not(nnx.RngState)), tokens()
@@ -289,7 +296,7 @@ def test_arrays_that_changed_while_merged_are_not_taken_out_of_the_weights(chang
     assert all(bool((x == before[path]).all()) for path, x in weights(model).items())
 
 
-@pytest.mark.parametrize("name", ["LoRA", "LoTR"])
+@pytest.mark.parametrize("name", [pytest.param("LoRA", marks=pytest.mark.full), "LoTR"])
 def test_a_gradient_by_merged_arrays_is_refused(name: str) -> None:
     model, _ = merged_and_fresh(name)
     with pytest.raises(ValueError, match="adapter 'default' is asked for, but it is merged"):

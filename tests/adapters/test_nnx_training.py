@@ -45,11 +45,14 @@ def adapted(depth: int = 2, method: Any = None, dtype: Any = jnp.float32) -> Any
 @pytest.mark.parametrize(
     "tx",
     [
-        optax.adam(0.05),
-        optax.MultiSteps(optax.adam(0.05), 2),
-        optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.5, momentum=0.9)),
+        pytest.param(optax.adam(0.05), id="adam", marks=pytest.mark.full),
+        pytest.param(optax.MultiSteps(optax.adam(0.05), 2), id="MultiSteps"),
+        pytest.param(
+            optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.5, momentum=0.9)),
+            id="clipped momentum",
+            marks=pytest.mark.full,
+        ),
     ],
-    ids=["adam", "MultiSteps", "clipped momentum"],
 )
 def test_steps_lower_the_loss_and_move_the_adapter_alone(tx: Any) -> None:
     model = adapted()
@@ -181,7 +184,16 @@ def test_a_parameter_of_a_users_own_type_keeps_it_while_it_is_also_trained() -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("names", ["B", "arrays/B$", lambda path, x: path[-1] == "B"])
+@pytest.mark.parametrize(
+    "names",
+    [
+        "arrays/B$",
+        *(  # both also in test_phases.py
+            pytest.param(names, marks=pytest.mark.full)
+            for names in ("B", lambda path, x: path[-1] == "B")
+        ),
+    ],
+)
 def test_arrays_that_are_frozen_lose_their_gradient_and_state(names: Any) -> None:
     model = randomized(adapted())
     after = call(model, tokens())

@@ -206,7 +206,10 @@ def test_trained_parameters_and_biases_come_along(tmp_path, stacked):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["LoTR", "LaMDA", "AFLoRA", "PiSSA"])
+@pytest.mark.parametrize(
+    "name",  # shared factors, and a changed base
+    ["LoTR", "PiSSA", *(pytest.param(x, marks=pytest.mark.full) for x in ("LaMDA", "AFLoRA"))],
+)
 def test_methods_that_peft_lacks_are_plain_loras_of_the_same_change(tmp_path, name):
     model = adapted(True, getattr(lro.adapters, name)(rank=2, alpha=5), "query|mlp")
     save_peft(model, tmp_path / "a", names=NAMES)

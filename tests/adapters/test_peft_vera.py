@@ -83,7 +83,9 @@ def test_layers_of_one_shape_are_written_as_vera(tmp_path):
         agree(output(loaded), output(model))
 
 
-@pytest.mark.parametrize("where", ["query|mlp", "query|table"])
+@pytest.mark.parametrize(
+    "where", [pytest.param("query|mlp", marks=pytest.mark.full), "query|table"]
+)
 def test_layers_with_projections_of_their_own_are_written_as_plain_loras(tmp_path, where):
     model = adapted(True, lro.adapters.VeRA(rank=3), where)
     with pytest.raises(ValueError, match="as_lora=False: PEFT has VeRA of linear layers only"):

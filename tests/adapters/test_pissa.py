@@ -238,7 +238,11 @@ def test_a_bfloat16_base_is_the_residual_rounded_once() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"residual": False}, {"alpha": 2.0}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"residual": False}, pytest.param({"alpha": 2.0}, marks=pytest.mark.full)],
+    ids=str,
+)
 def test_layers_of_unlike_ranks_are_those_of_their_own_rank(options: dict) -> None:
     weights = normal(5, 3, 8, 6)
     method = PiSSA(rank=(1, 4, 2), **options)

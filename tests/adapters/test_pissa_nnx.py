@@ -14,6 +14,7 @@ import pytest
 
 import lowrank_optax as lro
 from lowrank_optax.models import Decoder, decoder_config
+from tests.adapters.nnx_models import Scanned
 
 PiSSA, SVFit = lro.adapters.PiSSA, lro.adapters.SVFit
 CONFIG = dataclasses.replace(
@@ -25,7 +26,7 @@ CONFIG = dataclasses.replace(
     num_key_value_heads=1,
     head_dim=8,
 )
-TOKENS = np.arange(12).reshape(2, 6)
+TOKENS = np.arange(12).reshape(2, 6) % 11
 WHERE = "query|value|down"
 METHODS = [
     PiSSA(rank=3, alpha=6),
@@ -35,8 +36,13 @@ METHODS = [
     SVFit(energy=0.5),
 ]
 NAMES = ["pissa", "pissa-free", "pissa-ranks", "svfit", "svfit-energy"]
-FULL = ("pissa-free", "pissa-ranks", "svfit")  # run the same code of a model as the others
+# The standard tier asks for one of each class, in a stack of small blocks.
+IN_BLOCKS = ("pissa", "svfit-energy")
 logits_of = nnx.jit(lambda model: model(TOKENS))
+
+
+def blocks() -> Any:
+    return Scanned(2, nnx.Rngs(0), remat=True)
 
 
 def decoder() -> Any:
@@ -85,16 +91,25 @@ def parameters(model: Any) -> dict:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "method",
+    ("make", "where", "method"),
     [
-        pytest.param(method, id=name, marks=[pytest.mark.full] if name in FULL else [])
-        for method, name in zip(METHODS, NAMES, strict=True)
+        *(
+            pytest.param(blocks, "up|down", method, id=f"blocks-{name}")
+            for method, name in zip(METHODS, NAMES, strict=True)
+            if name in IN_BLOCKS
+        ),
+        *(
+            pytest.param(decoder, WHERE, method, id=f"decoder-{name}", marks=pytest.mark.full)
+            for method, name in zip(METHODS, NAMES, strict=True)
+        ),
     ],
 )
-def test_in_a_stack_it_starts_equal_trains_is_merged_and_leaves_the_weights(method: Any) -> None:
-    model = decoder()
-    weights, start = parameters(model), np.asarray(logits_of(model))
-    lro.adapters.attach(model, method, WHERE, rngs=1)
+def test_in_a_stack_it_starts_equal_trains_is_merged_and_leaves_the_weights(
+    make: Any, where: str, method: Any
+) -> None:
+    model = make()
+    kind, weights, start = type(model), parameters(model), np.asarray(logits_of(model))
+    lro.adapters.attach(model, method, where, rngs=1)
     assert_close(logits_of(model), start, 800)
     losses = trained(model)
     assert losses[-1] < losses[0]
@@ -111,7 +126,7 @@ def test_in_a_stack_it_starts_equal_trains_is_merged_and_leaves_the_weights(meth
     lro.adapters.unmerge(model)
     assert_close(parameters(model), before, 200)
     lro.adapters.detach(model)
-    assert type(model) is type(merged) is Decoder
+    assert type(model) is type(merged) is kind
     assert_close(parameters(model), weights, 200)
     assert jax.tree.structure(parameters(merged)) == jax.tree.structure(weights)
 
@@ -119,11 +134,11 @@ def test_in_a_stack_it_starts_equal_trains_is_merged_and_leaves_the_weights(meth
 @pytest.mark.slow
 def test_detached_without_merging_the_weights_are_bit_for_bit_those_before() -> None:
     """For methods that do not change them."""
-    model = decoder()
+    model = blocks()
     weights = parameters(model)
     for method in METHODS:
         if not method.changes_base:
-            lro.adapters.attach(model, method, WHERE, rngs=1)
+            lro.adapters.attach(model, method, "up|down", rngs=1)
             lro.adapters.detach(model)
             jax.tree.map(np.testing.assert_array_equal, weights, parameters(model))
 

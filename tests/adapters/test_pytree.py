@@ -55,20 +55,20 @@ def test_sums_and_factors_and_the_merged_parameters_give_the_same(name):
         "apply": lambda a: pytree.apply(_run, params, a, X),
     }
     # What collects statistics of its inputs is trained by factors alone.
-    first, *rest = ["factored"] if method.statistics else list(by)
-    loss = lambda name: lambda t: (by[name](adapter.replace(t)) ** 2).sum()
-    value, gradient = jax.jit(jax.value_and_grad(loss(first)))(trained)
-    for name in rest:
-        other, others = jax.jit(jax.value_and_grad(loss(name)))(trained)
+    names = ["factored"] if method.statistics else list(by)
+    of = lambda name: jax.value_and_grad(lambda t: (by[name](adapter.replace(t)) ** 2).sum())
+    # One program: what they share is traced and compiled once.
+    found = jax.jit(lambda t: [of(name)(t) for name in names])(trained)
+    (value, gradient), *rest = found
+    for other, others in rest:
         assert_close(other, value, 800)
         for a, b in zip(jax.tree.leaves(others), jax.tree.leaves(gradient), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
     moved = adapter.replace(trained)
-    merged = pytree.merge(params, moved)
+    merged = jax.jit(pytree.merge)(params, moved)
     assert_close(np.square(_jitted(merged, X)).sum(), value, 800)
-    for a, b in zip(
-        jax.tree.leaves(pytree.unmerge(merged, moved)), jax.tree.leaves(params), strict=True
-    ):
+    unmerged = jax.jit(pytree.unmerge)(merged, moved)
+    for a, b in zip(jax.tree.leaves(unmerged), jax.tree.leaves(params), strict=True):
         assert_close(a, b, 100)
 
 

@@ -95,6 +95,7 @@ def plain(make, inner, **options):
     return make(inner, **options)
 
 
+@pytest.mark.combinations(1)
 @pytest.mark.parametrize("make", [injected, plain])
 @pytest.mark.parametrize(
     "options", [{"threshold": 1.5}, {"fraction": 0.5}, {"threshold": 1.5, "reselect_after": 2}]

@@ -145,6 +145,7 @@ def test_nothing_is_merged_if_one_layer_is_refused(name: str) -> None:
     jax.tree.map(np.testing.assert_array_equal, values(model), parameters)
 
 
+@pytest.mark.combinations(1)
 @pytest.mark.parametrize("method", [*READERS, LORA], ids=lambda method: type(method).__name__)
 @pytest.mark.parametrize("name", PLAIN)
 def test_layers_that_multiply_by_their_parameter_are_merged_with_any_method(

@@ -321,6 +321,7 @@ def test_bad_arguments_are_refused() -> None:
         call(jnp.ones((4, 6), int), kernel.astype(int))
 
 
+@pytest.mark.combinations(1)
 @pytest.mark.parametrize("kind", ["stratified", "norm_weighted", "rademacher"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_compiled_layers_of_equal_shapes_may_be_differentiated_by_other_arguments(

@@ -383,8 +383,8 @@ def sketched_blocks(module: Any, variables: Any, seed: int = 1) -> dict[str, jax
 @pytest.mark.parametrize(
     "sketch",
     [
-        QUARTER,
-        {"first": QUARTER},
+        pytest.param(QUARTER, marks=pytest.mark.full),
+        pytest.param({"first": QUARTER}, marks=pytest.mark.full),
         {"second": QUARTER},
         {"first": QUARTER, "second": Sketch(size=2)},
     ],

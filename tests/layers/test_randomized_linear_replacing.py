@@ -84,7 +84,7 @@ class Doubled(nnx.Linear):
     ("scan_layers", "remat", "dtype"),
     [
         (True, "full", jnp.float32),
-        (False, None, jnp.bfloat16),
+        pytest.param(False, None, jnp.bfloat16, marks=pytest.mark.full),
         pytest.param(True, None, jnp.bfloat16, marks=pytest.mark.full),
         pytest.param(False, "full", jnp.float32, marks=pytest.mark.full),
     ],

@@ -49,6 +49,7 @@ def test_lift_is_the_exact_adjoint_of_project_in_any_shape(
     _assert_adjoint(one, gradient)
 
 
+@pytest.mark.combinations(1)
 @EVERY_RULE
 @AXES
 def test_lift_is_the_exact_adjoint_of_project(name: str, axis: int) -> None:

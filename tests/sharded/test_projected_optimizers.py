@@ -49,17 +49,12 @@ def make_mesh(axis_type: AxisType) -> Mesh:
     return jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)
 
 
-# The others are compiled on explicit axes by the test of collectives.
-ON_EXPLICIT_AXES = ("galore", "dct_adamw")
+# On explicit axes they are compiled by the test of collectives, and run by that of all
+# transformations.
 CASES = [
     *(pytest.param(name, AxisType.Auto, id=f"{name}-auto") for name in RECIPES),
     *(
-        pytest.param(
-            name,
-            AxisType.Explicit,
-            id=f"{name}-explicit",
-            marks=[] if name in ON_EXPLICIT_AXES else pytest.mark.full,
-        )
+        pytest.param(name, AxisType.Explicit, id=f"{name}-explicit", marks=pytest.mark.full)
         for name in RECIPES
     ),
 ]

@@ -38,6 +38,7 @@ OPTIMIZERS = {
 
 
 @pytest.mark.slow
+@pytest.mark.combinations(1)
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_eight_devices_compute_what_one_does(name: str, axis_type: AxisType) -> None:

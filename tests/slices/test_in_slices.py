@@ -103,7 +103,9 @@ def test_a_whole_step_in_slices_is_an_update_and_its_application(name: str) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("slices", [2, 5, pytest.param(6, marks=pytest.mark.full), 100])
+@pytest.mark.parametrize(
+    "slices", [5, 100, *(pytest.param(n, marks=pytest.mark.full) for n in (2, 6))]
+)
 def test_the_number_of_slices_does_not_matter(slices: int) -> None:
     for name in ("low_bit-8", "apollo"):
         tx = OPTIMIZERS[name]()

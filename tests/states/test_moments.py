@@ -36,12 +36,12 @@ def test_every_moment_of_the_known_optimizers_is_found() -> None:
         assert found == {f"{path}/kernel" for path in expected}, name
 
 
-OTHERS = ("lion", "sgd", "ademamix", "adafactor", "amsgrad")
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in OTHERS]
+# The standard tier has one whose moments are of other names, and one with factors of a moment.
+IN_FULL = [pytest.param(x, marks=pytest.mark.full) for x in ("lion", "sgd", "ademamix", "amsgrad")]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["adan", *SLOW])
+@pytest.mark.parametrize("name", ["adan", "adafactor", *IN_FULL])
 def test_other_optimizers_stay_near_themselves_in_float32(name: str) -> None:
     """A difference of gradients may be negative: as a square it would be lost."""
     inner = {

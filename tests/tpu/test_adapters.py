@@ -47,7 +47,9 @@ def adapted(method: Any, remat: Any) -> Decoder:
     return model if method is None else lro.adapters.attach(model, method, rngs=0)
 
 
-@pytest.mark.parametrize("method", [lro.adapters.LoRA, lro.adapters.LoTR])
+@pytest.mark.parametrize(
+    "method", [pytest.param(lro.adapters.LoRA, marks=pytest.mark.full), lro.adapters.LoTR]
+)
 def test_frozen_weights_leave_nothing_of_their_size_behind(
     compile_for: Callable[..., Any], method: Any
 ) -> None:

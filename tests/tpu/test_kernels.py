@@ -41,6 +41,7 @@ def _assert_in_one_pass(compiled: Any, donated: Any, given: Any) -> None:
     assert moved < 3 * (_nbytes(given) + 2 * _nbytes(donated))
 
 
+@pytest.mark.combinations(1)
 @pytest.mark.parametrize(
     ("shape", "bits", "dtype"),
     [

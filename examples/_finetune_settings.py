@@ -4,9 +4,19 @@ import argparse
 from collections.abc import Sequence
 import dataclasses
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-from _settings import DTYPES, SCHEDULES, InputError, Parser, Settings, add_flag, names_in
+from _settings import (
+    DTYPES,
+    LOSS_HELP,
+    LOSSES,
+    SCHEDULES,
+    InputError,
+    Parser,
+    Settings,
+    add_flag,
+    names_in,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +46,7 @@ class FinetuneSettings:
     batch_size: int = 8
     sequence_length: int = 128
     dtype: str | None = None
+    loss: Literal["plain", "chunked"] = "plain"
     remat: str | None = None
     devices: int | None = None
     seed: int = 0
@@ -189,6 +200,7 @@ def _add_training_flags(group: argparse._ArgumentGroup) -> None:
     add_flag(group, "sequence_length", int, "tokens predicted in a sequence", **of)
     text = "arithmetic of the model (default: the model's)"
     add_flag(group, "dtype", str, text, choices=DTYPES, **of)
+    add_flag(group, "loss", str, LOSS_HELP, choices=LOSSES, **of)
     group.add_argument(
         "--remat",
         metavar="POLICY",

@@ -10,6 +10,8 @@ from lowrank_optax.layers.randomized.sketch import SketchKind
 
 SCHEDULES = ("constant", "cosine", "linear", "wsd")
 DTYPES = ("float32", "bfloat16")
+LOSSES = ("plain", "chunked")
+LOSS_HELP = "of all logits at once, or in chunks that are never all in memory"
 ROUNDINGS = ("nearest", "stochastic", "compensated")
 
 
@@ -43,6 +45,7 @@ class Settings:
     param_dtype: str = "float32"
     rounding: Literal["nearest", "stochastic", "compensated"] | None = None
     state_bits: Literal[32, 8, 4] = 32
+    loss: Literal["plain", "chunked"] = "plain"
     remat: str | None = None
     activation_bits: int | None = None
     sketch: float | None = None
@@ -238,6 +241,7 @@ def _add_training_flags(group: argparse._ArgumentGroup) -> None:
         "weights in bfloat16, rounded so at each step, the step itself computed in float32",
         choices=ROUNDINGS,
     )
+    add_flag(group, "loss", str, LOSS_HELP, choices=LOSSES)
     group.add_argument(
         "--remat",
         metavar="POLICY",

@@ -17,7 +17,7 @@ from flax import nnx
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
-from pretrain import held_out_loss, prepare, sample, train
+from pretrain import LOSSES, held_out_loss, prepare, sample, train
 from rich.console import Console
 
 from lowrank_optax.models import Decoder
@@ -64,7 +64,8 @@ def make_start(
     mark = fingerprint(params)
     figures = read_json(folder / "before.json")
     if figures is None:
-        loss = jax.jit(functools.partial(held_out_loss, graphdef=graphdef))
+        loss_fn = LOSSES[settings.loss]
+        loss = jax.jit(functools.partial(held_out_loss, graphdef=graphdef, loss_fn=loss_fn))
         figures = {
             "weights": mark,
             "held_out_loss": float(loss(params, windows)),
@@ -87,7 +88,7 @@ def make_base(
 ) -> bool:
     """Trains the model by the main job; whether it came to the end."""
     assert base.made_of is not None
-    job_settings = dataclasses.replace(settings.base(), remat=settings.remat)
+    job_settings = dataclasses.replace(settings.base(), remat=settings.remat, loss=settings.loss)
     folder.mkdir(exist_ok=True)
     if read_json(folder / "result.json") is not None:
         return True

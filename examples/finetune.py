@@ -8,7 +8,7 @@
 Plain Flax NNX, optax, grain and Orbax: the functions down to `train` are meant to be copied.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 import functools
 import os
@@ -57,7 +57,7 @@ try:
     from jax.sharding import NamedSharding, PartitionSpec
     import optax
     import orbax.checkpoint as ocp
-    from pretrain import held_out_loss, restore, sample, save
+    from pretrain import LOSSES, Loss, held_out_loss, plain_loss, restore, sample, save
     from rich.console import Console
     import safetensors  # noqa: F401  (not found only when a trained model is saved, otherwise)
 except ModuleNotFoundError as error:
@@ -72,12 +72,11 @@ except ModuleNotFoundError as error:
 
 
 def loss_of(
-    trained: Any, counts: Any, rest: Any, tokens: jax.Array, graphdef: nnx.GraphDef
+    trained: Any, counts: Any, rest: Any, tokens: jax.Array, graphdef: nnx.GraphDef, loss_fn: Loss
 ) -> tuple[jax.Array, Any]:
-    """Mean cross entropy of the next token, and the dropout's counts after this call."""
+    """The loss of tokens [batch, length + 1], and the dropout's counts after this call."""
     model = nnx.merge(graphdef, trained, counts, rest)
-    logits = model(tokens[:, :-1])
-    loss = optax.losses.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+    loss = loss_fn(model, tokens)
     return loss, nnx.as_pure(nnx.state(model, nnx.RngCount))
 
 
@@ -90,20 +89,28 @@ def train_step(
     *,
     graphdef: nnx.GraphDef,
     tx: optax.GradientTransformationExtraArgs,
+    loss_fn: Loss = plain_loss,
 ) -> tuple[Any, optax.OptState, Any, jax.Array]:
     """One step on tokens [batch, length + 1]: gradients of what is trained, of nothing else."""
     (loss, counts), gradient = jax.value_and_grad(loss_of, has_aux=True)(
-        trained, counts, rest, tokens, graphdef
+        trained, counts, rest, tokens, graphdef, loss_fn
     )
     updates, opt_state = tx.update(gradient, opt_state, trained)
     return optax.apply_updates(trained, updates), opt_state, counts, loss
 
 
 def loss_on(
-    windows: jax.Array, trained: Any, counts: Any, rest: Any, *, graphdef: nnx.GraphDef
+    windows: jax.Array,
+    trained: Any,
+    counts: Any,
+    rest: Any,
+    *,
+    graphdef: nnx.GraphDef,
+    loss_fn: Loss = plain_loss,
 ) -> jax.Array:
     """Mean loss over windows [batches, batch, length + 1]."""
-    return held_out_loss(nnx.merge_state(trained, counts, rest), windows, graphdef=graphdef)
+    params = nnx.merge_state(trained, counts, rest)
+    return held_out_loss(params, windows, graphdef=graphdef, loss_fn=loss_fn)
 
 
 class Job(NamedTuple):
@@ -142,7 +149,8 @@ def train(
     shared_out = NamedSharding(job.mesh, PartitionSpec("data"))
     parts, tx, opt_state = begin(job, start)
     trained, counts, rest = parts.trained, parts.counts, parts.rest
-    evaluate = jax.jit(functools.partial(loss_on, graphdef=parts.evaluation))
+    loss_fn = LOSSES[settings.loss]
+    evaluate = jax.jit(functools.partial(loss_on, graphdef=parts.evaluation, loss_fn=loss_fn))
     feed = Feed(job.base.text, loop)
 
     checkpoints = (folder / "checkpoints").resolve()
@@ -162,8 +170,11 @@ def train(
                 tokens = jax.device_put(feed.next()[0], shared_out)
                 if compiled is None:
                     meter.compiling()
+                    step_fn = functools.partial(
+                        train_step, graphdef=parts.training, tx=tx, loss_fn=loss_fn
+                    )
                     compiled, compile_seconds = compile_step(
-                        job.mesh, parts.training, tx, trained, opt_state, counts, rest, tokens
+                        job.mesh, step_fn, trained, opt_state, counts, rest, tokens
                     )
                     log.restart_clock()
                 trained, opt_state, counts, loss = compiled(
@@ -198,15 +209,12 @@ def train(
 
 
 def compile_step(
-    mesh: jax.sharding.Mesh,
-    graphdef: nnx.GraphDef,
-    tx: optax.GradientTransformationExtraArgs,
-    *arguments: Any,
+    mesh: jax.sharding.Mesh, step: Callable[..., Any], *arguments: Any
 ) -> tuple[jax.stages.Compiled, float]:
     """Compiles `train_step` for these arguments; returns it and the seconds this took."""
     began = time.perf_counter()
     jitted = jax.jit(
-        functools.partial(train_step, graphdef=graphdef, tx=tx),
+        step,
         donate_argnums=(0, 1, 2),  # the frozen weights stay where they are
         out_shardings=NamedSharding(mesh, PartitionSpec()),
     )
@@ -248,7 +256,8 @@ def check(job: Job) -> None:
         tx = chosen.optimizer(job.schedule, Adapted(model, settings.steps))
         parts = take_apart(model, chosen)
         arguments = parts.trained, tx.init(parts.trained), parts.counts, parts.rest, tokens
-        return arguments[:3], train_step(*arguments, graphdef=parts.training, tx=tx)[:3]
+        options = {"graphdef": parts.training, "tx": tx, "loss_fn": LOSSES[settings.loss]}
+        return arguments[:3], train_step(*arguments, **options)[:3]
 
     try:
         before, after = jax.eval_shape(step, tokens)

@@ -67,22 +67,42 @@ except ModuleNotFoundError as error:
     sys.exit(2)
 
 
+Loss = Callable[[Decoder, jax.Array], jax.Array]
+
+
+def plain_loss(model: Decoder, tokens: jax.Array) -> jax.Array:
+    """Mean cross entropy of the next token, for tokens [batch, length + 1]."""
+    logits = model(tokens[:, :-1])
+    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+
+def chunked_loss(model: Decoder, tokens: jax.Array) -> jax.Array:
+    """The same without logits in memory."""
+    head, axis = model.head()
+    return lro.losses.linear_cross_entropy(
+        model.hidden(tokens[:, :-1]), head, tokens[:, 1:], head_axis=axis
+    )
+
+
+LOSSES = {"plain": plain_loss, "chunked": chunked_loss}
+
+
 def mean_loss(
     params: optax.Params,
     graphdef: nnx.GraphDef,
     tokens: jax.Array,
     sketch: lro.layers.Sketch | None = None,
     key: jax.Array | None = None,
+    loss_fn: Loss = plain_loss,
 ) -> jax.Array:
-    """Mean cross entropy of the next token, for tokens [batch, length + 1].
+    """The loss of tokens [batch, length + 1].
 
     With a sketch, the linear layers of the blocks keep that of their input, drawn with the key.
     """
     model = nnx.merge(graphdef, params)
     if sketch is not None and key is not None:
         lro.layers.randomize(model, sketch, rngs=nnx.Rngs(sketch=key))
-    logits = model(tokens[:, :-1])
-    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+    return loss_fn(model, tokens)
 
 
 def loss_and_gradient(
@@ -91,19 +111,24 @@ def loss_and_gradient(
     tokens: jax.Array,
     sketch: lro.layers.Sketch | None = None,
     key: jax.Array | None = None,
+    loss_fn: Loss = plain_loss,
 ) -> tuple[jax.Array, optax.Updates, GradientNoise | None]:
     """Averages over the micro-batches of tokens [accumulate, batch, length + 1].
 
     Where there are several, their gradients also tell how noisy the average is.
     """
-    if sketch is None or key is None:
-        loss_fn, batch = lambda params, part: mean_loss(params, graphdef, part), tokens
-    else:  # a key for each sequence, of which a micro-batch takes the first
-        batch = tokens, jax.random.split(key, tokens.shape[:2])
-        loss_fn = lambda params, part: mean_loss(params, graphdef, part[0], sketch, part[1][0])
+    # A key for each sequence, of which a micro-batch takes the first.
+    keys = None if sketch is None or key is None else jax.random.split(key, tokens.shape[:2])
+
+    def loss(params: optax.Params, part: tuple[jax.Array, jax.Array | None]) -> jax.Array:
+        tokens, keys = part
+        first = None if keys is None else keys[0]
+        return mean_loss(params, graphdef, tokens, sketch, first, loss_fn)
+
+    batch = tokens, keys
     if len(tokens) == 1:
-        return *jax.value_and_grad(loss_fn)(params, jax.tree.map(lambda x: x[0], batch)), None
-    return accumulate_with_noise(loss_fn, params, batch)
+        return *jax.value_and_grad(loss)(params, jax.tree.map(lambda x: x[0], batch)), None
+    return accumulate_with_noise(loss, params, batch)
 
 
 def train_step(
@@ -115,26 +140,34 @@ def train_step(
     graphdef: nnx.GraphDef,
     tx: optax.GradientTransformationExtraArgs,
     sketch: lro.layers.Sketch | None = None,
+    loss_fn: Loss = plain_loss,
 ) -> tuple[optax.Params, optax.OptState, jax.Array, GradientNoise | None]:
     """One step of the optimizer on tokens [accumulate, batch, length + 1].
 
     The key is for the sketch, if there is one, and another at every step.
     """
-    loss, gradient, noise = loss_and_gradient(params, graphdef, tokens, sketch, key)
+    loss, gradient, noise = loss_and_gradient(params, graphdef, tokens, sketch, key, loss_fn)
     updates, opt_state = tx.update(
         gradient,
         opt_state,
         params,
         value=loss,  # these three are for optimizers with a line search; others ignore them
         grad=gradient,
-        value_fn=lambda p: loss_and_gradient(p, graphdef, tokens, sketch, key)[0],
+        value_fn=lambda p: loss_and_gradient(p, graphdef, tokens, sketch, key, loss_fn)[0],
     )
     return optax.apply_updates(params, updates), opt_state, loss, noise
 
 
-def held_out_loss(params: optax.Params, windows: jax.Array, *, graphdef: nnx.GraphDef) -> jax.Array:
+def held_out_loss(
+    params: optax.Params,
+    windows: jax.Array,
+    *,
+    graphdef: nnx.GraphDef,
+    loss_fn: Loss = plain_loss,
+) -> jax.Array:
     """Mean loss over windows [batches, batch, length + 1]."""
-    return jax.lax.map(lambda tokens: mean_loss(params, graphdef, tokens), windows).mean()
+    loss = lambda tokens: mean_loss(params, graphdef, tokens, loss_fn=loss_fn)
+    return jax.lax.map(loss, windows).mean()
 
 
 def save(
@@ -207,7 +240,9 @@ def train(job: Job, folder: Path, console: Console, stop: threading.Event) -> di
     first_bytes, shrinks = state_bytes(opt_state), has_adaptive_rank(opt_state)
     feed = Feed(corpus, settings)
     windows = jax.device_put(held_out_windows(corpus, settings), shared_out)
-    evaluate = jax.jit(functools.partial(held_out_loss, graphdef=graphdef))
+    evaluate = jax.jit(
+        functools.partial(held_out_loss, graphdef=graphdef, loss_fn=LOSSES[settings.loss])
+    )
 
     checkpoints = (folder / "checkpoints").resolve()
     keep = ocp.CheckpointManagerOptions(max_to_keep=2)
@@ -267,11 +302,11 @@ def compile_step(
     The fifth argument, if there is one, is where the schedule is: steps do not tell it where they
     have different sizes.
     """
-    sketch = make_sketch(job.settings)
+    options = {"graphdef": graphdef} | step_options(job.settings)
 
     def step(params: Any, opt_state: Any, tokens: Any, key: Any, *done: jax.Array) -> Any:
         tx = job.make_tx((lambda count: job.schedule(*done)) if done else job.schedule)
-        return train_step(params, opt_state, tokens, key, graphdef=graphdef, tx=tx, sketch=sketch)
+        return train_step(params, opt_state, tokens, key, tx=tx, **options)
 
     began = time.perf_counter()
     jitted = jax.jit(
@@ -287,6 +322,11 @@ def make_sketch(settings: Settings) -> lro.layers.Sketch | None:
     if settings.sketch is None:
         return None
     return lro.layers.Sketch(settings.sketch_kind or "stratified", fraction=settings.sketch)
+
+
+def step_options(settings: Settings) -> dict[str, Any]:
+    """What of the settings `train_step` is given."""
+    return {"sketch": make_sketch(settings), "loss_fn": LOSSES[settings.loss]}
 
 
 def sketch_key(settings: Settings, step: int) -> jax.Array | None:
@@ -341,7 +381,7 @@ def prepare(chosen: Chosen, corpus: Corpus, settings: Settings, mesh: jax.shardi
         make_optimizer(chosen, model, params, schedule), settings
     )
     tx = make_tx(schedule)
-    step = functools.partial(train_step, graphdef=graphdef, tx=tx, sketch=make_sketch(settings))
+    step = functools.partial(train_step, graphdef=graphdef, tx=tx, **step_options(settings))
     inputs = tokens_shape(settings), sketch_key(settings, 0)
     try:
         before = params, jax.eval_shape(tx.init, params)

@@ -1,0 +1,239 @@
+"""Where memory goes: what one training step takes on a TPU, rung by rung.
+
+    python benchmarks/ladder.py                          # whatever is missing in the results file
+    python benchmarks/ladder.py --only llama-1b --chips v5e
+    python benchmarks/ladder.py --markdown               # the table as Markdown
+
+Each rung changes one thing of the rung before it, in the order in which to try them. Every cell is
+the whole step of one device, compiled for the chip on a machine without one (`libtpu`, the extra
+`tpu-check`): arguments, temporaries, and outputs that take no argument's place. Where the compiler
+refuses, the cell is what it says it would need.
+"""
+
+import argparse
+from collections.abc import Callable
+import json
+import os
+from pathlib import Path
+import re
+import time
+from typing import Any, NamedTuple
+
+# Without these libtpu asks the network what machine this is.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+from flax import nnx
+import jax
+from jax.experimental import topologies
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+import optax
+
+import lowrank_optax as lro
+from lowrank_optax.models import Decoder, decoder_config
+
+RESULTS = Path(__file__).parent / "results" / "ladder.json"
+MODELS = {"llama-1b": 256, "llama-7b": 1024}  # with the rank of a projection
+CHIPS = {"v5e": 15.75, "v6e": 31.25}  # with the GiB that a program may take
+GIB = 2**30
+
+
+class Rung(NamedTuple):
+    """How a model is trained."""
+
+    optimizer: Callable[[nnx.Module, int], optax.GradientTransformation]
+    loss: str = "plain"
+    attention: str = "xla"
+    remat: str | None = None
+    in_backward: bool = False
+    param_dtype: Any = jnp.float32
+    adapter: Any = None
+
+
+def adamw(model: nnx.Module, rank: int) -> optax.GradientTransformation:
+    """AdamW, its moments in float32."""
+    return optax.adamw(1e-4)
+
+
+def rounded(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Steps computed in float32 for weights that are rounded at random."""
+    return optax.chain(lro.in_float32(tx), lro.round_updates("stochastic"))
+
+
+def galore(model: nnx.Module, rank: int) -> optax.GradientTransformation:
+    """GaLore with moments in 8 bits and bases in bfloat16."""
+    dimensions = lro.weight_dimension_numbers(model)
+    options = {"state_bits": 8, "basis_bits": 16, "weight_dimension_numbers": dimensions}
+    return rounded(lro.galore(1e-4, rank=rank, **options))
+
+
+def factored(model: nnx.Module, rank: int) -> optax.GradientTransformation:
+    """A factored second moment and no first one, which is Adafactor without its clipping."""
+    return rounded(optax.chain(optax.scale_by_factored_rms(), optax.scale(-1e-4)))
+
+
+PLAIN = Rung(adamw)
+CHUNKED_LOSS = PLAIN._replace(loss="chunked")
+CHUNKED_ATTENTION = CHUNKED_LOSS._replace(attention="chunked")
+REMAT = CHUNKED_ATTENTION._replace(remat="full")
+IN_BACKWARD = REMAT._replace(in_backward=True)
+BFLOAT16 = IN_BACKWARD._replace(
+    param_dtype=jnp.bfloat16, optimizer=lambda *_: rounded(optax.adamw(1e-4))
+)
+EIGHT_BITS = BFLOAT16._replace(optimizer=lambda *_: rounded(lro.low_bit(optax.adamw(1e-4))))
+LADDER = {
+    "AdamW in float32": PLAIN,
+    "loss without logits": CHUNKED_LOSS,
+    "attention without its matrix": CHUNKED_ATTENTION,
+    "blocks recomputed": REMAT,
+    "update inside backward": IN_BACKWARD,
+    "weights in bfloat16": BFLOAT16,
+    "moments in 8 bits": EIGHT_BITS,
+    "projected moments": BFLOAT16._replace(optimizer=galore),
+    "factored second moment alone": BFLOAT16._replace(optimizer=factored),
+    "LoRA, rank 16": REMAT._replace(
+        param_dtype=jnp.bfloat16, adapter=lro.adapters.LoRA(rank=16, alpha=16)
+    ),
+}
+
+
+def make_model(name: str, rung: Rung) -> Decoder:
+    """The decoder as a rung has it, in shapes alone."""
+
+    def make() -> Decoder:
+        model = Decoder(
+            decoder_config(name),
+            rngs=nnx.Rngs(0),
+            dtype=jnp.bfloat16,
+            param_dtype=rung.param_dtype,
+            remat=rung.remat,
+            attention=rung.attention,
+        )
+        if rung.adapter is None:
+            return model
+        return lro.adapters.attach(model, rung.adapter, rngs=nnx.Rngs(0))
+
+    return nnx.eval_shape(make)
+
+
+def mean_loss(model: Decoder, tokens: jax.Array, chunked: bool) -> jax.Array:
+    """Mean cross entropy of the next token."""
+    inputs, labels = tokens[:, :-1], tokens[:, 1:]
+    if not chunked:
+        logits = model(inputs)
+        return optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    head, axis = model.head()
+    return lro.losses.linear_cross_entropy(model.hidden(inputs), head, labels, head_axis=axis)
+
+
+def step_of(rung: Rung, model: Decoder, rank: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """A step, and the shapes of what it takes before the tokens; the first two are donated."""
+    tx = rung.optimizer(model, rank)
+    loss_fn = lambda model, tokens: mean_loss(model, tokens, rung.loss == "chunked")
+    wrt = nnx.Param if rung.adapter is None else lro.adapters.trainable
+    graphdef, params, rest = nnx.split(model, wrt, ...)
+    params, rest = nnx.as_pure(params), nnx.as_pure(rest)
+    state = jax.eval_shape(tx.init, params)
+    if rung.in_backward:
+        update = lro.update_in_backward(model, tx)
+        return lambda params, state, rest, tokens: update.step(params, state, tokens), (
+            params,
+            state,
+            rest,
+        )
+
+    def loss(params: Any, rest: Any, tokens: jax.Array) -> jax.Array:
+        return loss_fn(nnx.merge(graphdef, params, rest), tokens)
+
+    def step(params: Any, state: Any, rest: Any, tokens: jax.Array) -> Any:
+        value, gradients = jax.value_and_grad(loss)(params, rest, tokens)
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    return step, (params, state, rest)
+
+
+def needed(step: Callable[..., Any], arguments: tuple[Any, ...], chip: str) -> tuple[float, bool]:
+    """GiB of the compiled step, and whether the compiler takes it."""
+    device = topologies.get_topology_desc(platform="tpu", topology_name=f"{chip}:2x2").devices[0]
+    sharding = SingleDeviceSharding(device)
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(*jax.tree.map(place, arguments))
+    try:
+        memory = lowered.compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        found = re.search(r"Used ([\d.]+)([GM]) of", str(error))
+        if found is None:
+            raise
+        return float(found[1]) / (1024 if found[2] == "M" else 1), False
+    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return (memory.argument_size_in_bytes + outputs + memory.temp_size_in_bytes) / GIB, True
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes of all arrays of a tree of shapes."""
+    return sum(x.size * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
+
+
+def measure(name: str, rung: Rung, chips: list[str], shape: tuple[int, int]) -> dict[str, Any]:
+    """Bytes of weights and state, and what the step needs on each chip."""
+    model = make_model(name, rung)
+    step, arguments = step_of(rung, model, MODELS[name])
+    tokens = jax.ShapeDtypeStruct((shape[0], shape[1] + 1), jnp.int32)
+    params, state, rest = arguments
+    figures: dict[str, Any] = {"weight_bytes": nbytes((params, rest)), "state_bytes": nbytes(state)}
+    for chip in chips:
+        figures[chip] = needed(step, (*arguments, tokens), chip)
+    return figures
+
+
+def cell(figures: dict[str, Any], chip: str) -> str:
+    """What a step takes on a chip; in bold where that is there."""
+    if chip not in figures:
+        return ""
+    size, fits = figures[chip]
+    return f"**{size:.2f}**" if fits else f"{size:.2f}"
+
+
+def print_markdown(results: dict[str, Any]) -> None:
+    """The table: a row a rung, for each model its state and what it takes on each chip."""
+    columns = [(name, chip) for name in MODELS for chip in CHIPS]
+    print("| | " + " | ".join(f"`{name}`, {chip}" for name, chip in columns) + " |")
+    print("|---|" + "---:|" * len(columns))
+    for title in LADDER:
+        row = [cell(results.get(f"{name}: {title}", {}), chip) for name, chip in columns]
+        print(f"| {title} | " + " | ".join(row) + " |")
+
+
+def main() -> None:
+    """Compiles what is missing, and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="cells that this regular expression finds")
+    parser.add_argument("--chips", nargs="+", choices=CHIPS, default=list(CHIPS))
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    results = json.loads(args.results.read_text()) if args.results.exists() else {}
+    if not args.markdown:
+        for name in MODELS:
+            for title, rung in LADDER.items():
+                key = f"{name}: {title}"
+                chips = [chip for chip in args.chips if chip not in results.get(key, {})]
+                if not chips or not re.search(args.only, key):
+                    continue
+                began = time.perf_counter()
+                figures = measure(name, rung, chips, (args.batch, args.length))
+                results[key] = results.get(key, {}) | figures
+                print(f"{key}: {figures} ({time.perf_counter() - began:.0f} s)", flush=True)
+                args.results.write_text(json.dumps(results, indent=1) + "\n")
+    print_markdown(results)
+
+
+if __name__ == "__main__":
+    main()

@@ -111,7 +111,7 @@ def make_model(name: str, rung: Rung) -> Decoder:
             dtype=jnp.bfloat16,
             param_dtype=rung.param_dtype,
             remat=rung.remat,
-            attention=rung.attention,
+            attention_implementation=rung.attention,
         )
         if rung.adapter is None:
             return model

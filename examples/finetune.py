@@ -76,7 +76,7 @@ def loss_of(
 ) -> tuple[jax.Array, Any]:
     """The loss of tokens [batch, length + 1], and the dropout's counts after this call."""
     model = nnx.merge(graphdef, trained, counts, rest)
-    loss = loss_fn(model, tokens)
+    loss = loss_fn(model, model.hidden(tokens[:, :-1]), tokens[:, 1:])
     return loss, nnx.as_pure(nnx.state(model, nnx.RngCount))
 
 

@@ -67,21 +67,19 @@ except ModuleNotFoundError as error:
     sys.exit(2)
 
 
-Loss = Callable[[Decoder, jax.Array], jax.Array]
+Loss = Callable[[Decoder, jax.Array, jax.Array], jax.Array]
 
 
-def plain_loss(model: Decoder, tokens: jax.Array) -> jax.Array:
-    """Mean cross entropy of the next token, for tokens [batch, length + 1]."""
-    logits = model(tokens[:, :-1])
-    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+def plain_loss(model: Decoder, hidden: jax.Array, labels: jax.Array) -> jax.Array:
+    """Mean cross entropy of labels [batch, length], from the hidden states."""
+    losses = optax.losses.softmax_cross_entropy_with_integer_labels(model.logits(hidden), labels)
+    return losses.mean()
 
 
-def chunked_loss(model: Decoder, tokens: jax.Array) -> jax.Array:
-    """The same without logits in memory."""
+def chunked_loss(model: Decoder, hidden: jax.Array, labels: jax.Array) -> jax.Array:
+    """The same, but never with all logits in memory."""
     head, axis = model.head()
-    return lro.losses.linear_cross_entropy(
-        model.hidden(tokens[:, :-1]), head, tokens[:, 1:], head_axis=axis
-    )
+    return lro.losses.linear_cross_entropy(hidden, head, labels, head_axis=axis)
 
 
 LOSSES = {"plain": plain_loss, "chunked": chunked_loss}
@@ -102,7 +100,7 @@ def mean_loss(
     model = nnx.merge(graphdef, params)
     if sketch is not None and key is not None:
         lro.layers.randomize(model, sketch, rngs=nnx.Rngs(sketch=key))
-    return loss_fn(model, tokens)
+    return loss_fn(model, model.hidden(tokens[:, :-1]), tokens[:, 1:])
 
 
 def loss_and_gradient(

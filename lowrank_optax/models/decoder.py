@@ -206,7 +206,7 @@ class Decoder(nnx.Module):
             The logits, float32 [batch, length, vocab_size], and the cache with these tokens in.
         """
         x, cache = self._hidden(tokens, cache, position)
-        return self._logits(x), cache
+        return self.logits(x), cache
 
     def hidden(self, tokens: jax.Array) -> jax.Array:
         """The hidden states [batch, length, hidden_size] after the final norm, without logits.
@@ -247,7 +247,8 @@ class Decoder(nnx.Module):
         x, cache = self._run_blocks(self.embed(tokens), rotary, cache, position)
         return self.norm(x), cache
 
-    def _logits(self, x: jax.Array) -> jax.Array:
+    def logits(self, x: jax.Array) -> jax.Array:
+        """The logits [batch, length, vocab_size], float32, of hidden states as `hidden` gives."""
         rows = x.reshape(-1, x.shape[-1])
         if self.lm_head is not None:
             logits = self.lm_head(rows)

@@ -50,6 +50,13 @@ def zeros(shape: tuple[int, ...], dtype: Any, partition: PartitionSpec | None) -
     return jnp.zeros(shape, dtype, out_sharding=partition)
 
 
+def vary_like(x: jax.Array, like: Any) -> jax.Array:
+    """``x``, varying over all axes of `jax.shard_map` over which a leaf of ``like`` varies."""
+    varying = lambda a: jax.typeof(a).manual_axis_type.varying
+    axes = frozenset().union(*map(varying, jax.tree.leaves(like))) - varying(x)
+    return jax.lax.pcast(x, tuple(axes), to="varying") if axes else x
+
+
 def product(
     expression: str, a: jax.Array, b: jax.Array, partition: PartitionSpec | None = None
 ) -> jax.Array:

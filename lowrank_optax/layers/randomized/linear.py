@@ -21,7 +21,7 @@ from lowrank_optax.layers.randomized.sketch import (
     scale,
     sketch_rows,
 )
-from lowrank_optax.matrices.explicit_sharding import partition_of
+from lowrank_optax.matrices.explicit_sharding import partition_of, vary_like
 
 
 def randomized_linear(
@@ -138,11 +138,7 @@ def randomized_linear(
         y = product.dense(x, kernel)
     else:
         # Under jax.shard_map both vary over the same axes; gradients are summed over the others.
-        varying = lambda a: jax.typeof(a).manual_axis_type.varying
-        axes = varying(x) | varying(kernel)
-        if axes:
-            vary = lambda a: jax.lax.pcast(a, tuple(axes - varying(a)), to="varying")
-            x, kernel = vary(x), vary(kernel)
+        x, kernel = vary_like(x, kernel), vary_like(kernel, x)
         y = _sketched_product(product, x, kernel, key, valid)
     if bias is None:
         return y

@@ -110,7 +110,8 @@ def _forward_plan(sizes: Sizes, budget: int) -> ChunkPlan:
         # Several chunks, whose gradients are added up.
         summed = sizes.sum_bytes
         tokens = _even(tokens, max((budget - summed) // row, LANES))
-    words = _even(sizes.words, max(budget // (4 * sizes.features), FEWEST_WORDS))
+    # With 4096 or more, some shapes make XLA for TPUs copy the whole sum in every step.
+    words = _even(sizes.words, WORDS_OF_TILE)
     return ChunkPlan("forward", words, tokens, row * tokens + summed)
 
 

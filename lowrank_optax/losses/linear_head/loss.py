@@ -193,12 +193,13 @@ def linear_cross_entropy(
     # A wrong label that only shows when the program runs must not count as another word.
     shares = jnp.where(counted & ~in_range, jnp.nan, shares)
 
-    everything = (operands, words, shares)
-    operands, words, shares = jax.tree.map(lambda x: vary_like(x, everything), everything)
     by_sums = return_values or vocabulary_axis_name is not None or chunk_bytes == "off"
+    # All arguments of a core vary over the same mesh axes; gradients are summed over the others.
+    together = (operands, words, None if by_sums else shares)
+    operands, words, varying = jax.tree.map(lambda x: vary_like(x, together), together)
     if not by_sums:
         call = WeightedLoss(facts, options, reduction == "none", design, chunk_bytes)
-        loss = weighted_loss(call, operands, words, shares)
+        loss = weighted_loss(call, operands, words, varying)
         return loss.reshape(shape) if reduction == "none" else over_tokens(loss)
     if chunk_bytes == "off":
         sums = plain_token_sums(facts, operands, words)

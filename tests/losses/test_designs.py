@@ -77,9 +77,7 @@ def test_a_constant_on_all_logits_moves_lse_alone():
 
     @jax.jit
     def run(shift):
-        function = lambda h: loss_of(
-            h, head, labels, bias=jnp.full(9, shift), return_values=True
-        )
+        function = lambda h: loss_of(h, head, labels, bias=jnp.full(9, shift), return_values=True)
         return jax.value_and_grad(function, has_aux=True)(jnp.asarray(hidden, jnp.float32))
 
     (loss, values), dh = run(0.0)
@@ -94,7 +92,9 @@ def test_huge_logits_stay_finite(design):
     head = jnp.array([[1e2, -1e2, 0.0]])
     function = lambda h, w: loss_of(h, w, np.array([1, 1]), design=design)
     value, (dh, dw) = jax.jit(jax.value_and_grad(function, (0, 1)))(hidden, head)
-    assert_close((value, dh, dw), (1e4, jnp.array([[100.0], [0.0]]), jnp.array([[50.0, -50, 0]])), 8)
+    assert_close(
+        (value, dh, dw), (1e4, jnp.array([[100.0], [0.0]]), jnp.array([[50.0, -50, 0]])), 8
+    )
 
 
 @pytest.mark.parametrize("design", DESIGNS)
@@ -229,14 +229,14 @@ def test_labels_out_of_range_are_refused_or_nan():
     hidden, head = jnp.ones((3, 2)), jnp.ones((2, 4))
     for wrong in (4, -1):
         labels = np.array([0, wrong, -100])
-        with pytest.raises(ValueError, match=f"label {wrong} is out of range: .* 0 to 3"):
+        with pytest.raises(ValueError, match=rf"label {wrong} is out of range: .* 0 to 3"):
             loss_of(hidden, head, labels)
         function = lambda h, labels: loss_of(h, head, labels, reduction="none").sum()
         value, gradient = jax.jit(jax.value_and_grad(function))(hidden, labels)
         assert np.isnan(value)
         assert np.isnan(gradient).all(axis=1).tolist() == [False, True, False]
     assert np.isfinite(loss_of(hidden, head, np.array([0, 3, 2], np.uint16)))
-    with pytest.raises(ValueError, match="label 3 is out of range: .* 0 to 2"):
+    with pytest.raises(ValueError, match=r"label 3 is out of range: .* 0 to 2"):
         loss_of(hidden, head, np.array([0, 3, 2]), valid_vocabulary=3)
 
 

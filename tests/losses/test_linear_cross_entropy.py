@@ -22,7 +22,12 @@ EVERYTHING = {"label_smoothing": 0.1, "z_loss": 0.01, "soft_cap": 2.0, "weights"
 # Options, loss, dh[0] and dW[0, 0]: calculated by hand, to the digits printed.
 WORKED = [
     ({}, 0.9084257194439946, [0.011288785506, -0.135052009760], 0.101185653241),
-    ({"label_smoothing": 0.1}, 0.9834257194439946, [0.005038785506, -0.103802009760], 0.088685653241),
+    (
+        {"label_smoothing": 0.1},
+        0.9834257194439946,
+        [0.005038785506, -0.103802009760],
+        0.088685653241,
+    ),
     ({"z_loss": 0.01}, 0.9495969232106634, [0.011875272032, -0.116091858662], 0.106442553746),
     ({"soft_cap": 2.0}, 1.017184719167878, [0.014062591681, -0.033211527207], 0.096772959637),
     ({"weights": WEIGHTS}, 0.7530384187281097, [0.016933178259, -0.202578014639], 0.151778479861),
@@ -47,7 +52,9 @@ def test_worked_numbers(design, options, loss, by_hidden, by_head):
 def test_worked_numbers_of_a_lora(design):
     a, b = np.ones((2, 1)), np.array([[0.5, -0.5, 0.0, 1.0]])
     with jax.enable_x64(True):
-        function = lambda a, b: loss_of(HIDDEN[:2], HEAD, LABELS[:2], lora=(a, b, 1.0), design=design)
+        function = lambda a, b: loss_of(
+            HIDDEN[:2], HEAD, LABELS[:2], lora=(a, b, 1.0), design=design
+        )
         value, (da, db) = jax.jit(jax.value_and_grad(function, (0, 1)))(a, b)
     np.testing.assert_allclose(value, 2.070378722925773, rtol=1e-12)
     np.testing.assert_allclose(da[:, 0], [0.55365769, 1.21867800], atol=1e-8)
@@ -165,7 +172,11 @@ def test_bfloat16_is_near_the_formulas(arguments, design):
     )
     value, gradients = jax.jit(jax.value_and_grad(function, (0, 1, 2)))(*given)
     loss, *expected = numpy_loss(
-        given[0], given[1], arguments["labels"], bias=np.asarray(given[2], np.float64), ignore_label=-1
+        given[0],
+        given[1],
+        arguments["labels"],
+        bias=np.asarray(given[2], np.float64),
+        ignore_label=-1,
     )
     assert value.dtype == jnp.float32
     assert {g.dtype for g in gradients} == {jnp.dtype(jnp.bfloat16)}
@@ -188,9 +199,9 @@ def test_a_bfloat16_sum_over_many_chunks_of_tokens_is_rounded_once(design):
 def test_a_traced_cotangent_scales_every_gradient(design):
     @jax.jit
     def gradients(factor):
-        function = lambda h, w, s: loss_of(
-            h, w, LABELS, weights=s, design=design, reduction="sum"
-        ) * (3 / factor)
+        function = lambda h, w, s: (
+            loss_of(h, w, LABELS, weights=s, design=design, reduction="sum") * (3 / factor)
+        )
         return jax.grad(function, (0, 1, 2))(HIDDEN, HEAD, WEIGHTS)
 
     dh, dw, ds = gradients(2.0)
@@ -233,7 +244,10 @@ def test_values_give_the_gradients_of_direct_preference_optimization():
 
     with jax.enable_x64(True):
         run = lambda f: jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True))(hidden, head)
-        ((value, values), gradients), ((other, (picked, entropy)), others) = run(chunked), run(plain)
+        ((value, values), gradients), ((other, (picked, entropy)), others) = (
+            run(chunked),
+            run(plain),
+        )
     assert_close((value, gradients), (other, others), 100)
     assert_close((values.log_probability, values.entropy), (picked, entropy), 100)
     assert_close(values.lse, np.log(np.exp(hidden @ head).sum(-1)), 100)

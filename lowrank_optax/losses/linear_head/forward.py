@@ -40,6 +40,7 @@ from lowrank_optax.losses.linear_head.tiles import (
     take,
     take_tokens,
     vocabulary,
+    zeros_if,
 )
 
 
@@ -54,23 +55,20 @@ def loss_and_gradients(
     """The loss ℓ_t of each token, and the gradients of Σ w_t·ℓ_t.
 
     Args:
-      head: static facts.
-      options: of the loss.
-      operands: what logits are made of.
-      words: labels.
-      weights: w [T].
-      wanted: a bool for each operand: whether its gradient is wanted.
+      head: Static facts of the logits.
+      options: Options of the loss.
+      operands: What logits are made of.
+      words: The labels.
+      weights: Weights w [T].
+      wanted: A bool for each operand: whether its gradient is wanted.
 
     Returns:
       ℓ [T], and the gradients in float32, or in the operand's dtype if there is but one chunk of
       tokens; None where it is not wanted.
     """
     dtype, like = sum_dtype(operands), (operands, words, weights)
-    many = len(words.labels) > head.tokens
-
-    def empty(wants: bool, x: jax.Array | None) -> jax.Array | None:
-        return full(x.shape, 0, dtype if many else x.dtype, like) if wants else None
-
+    to = dtype if len(words.labels) > head.tokens else None
+    empty = lambda wants, x: zeros_if(wants, x, to, like)
     losses = full(words.labels.shape, 0, dtype, like)
     gradients = Operands(
         tuple(map(empty, wanted.hidden, operands.hidden)),
@@ -87,11 +85,9 @@ def loss_and_gradients(
         loss, pull = jax.vjp(partial(token_loss, options), sums)
         (cotangents,) = pull(take(weights, start, size).astype(loss.dtype))
         g = logit_gradient(head, a, labels, 0, sums, cotangents)
-        bias = (
-            None
-            if so_far.bias is None
-            else so_far.bias + jnp.sum(g, axis=0).astype(so_far.bias.dtype)
-        )
+        bias = so_far.bias
+        if bias is not None:
+            bias = bias + jnp.sum(g, axis=0).astype(bias.dtype)
         g = g.astype(gradient_dtype(operands))
         hidden = tuple(
             None if x is None else put(x, hidden_product(g, w, axis, dtype), start)
@@ -125,11 +121,11 @@ class WeightedLoss:
     """Static facts of `weighted_loss`.
 
     Attributes:
-      head: of the logits; its chunks are not used.
-      options: of the loss.
-      per_token: whether there is a loss for each token, not their sum.
-      design: as for `linear_cross_entropy`.
-      chunk_bytes: likewise.
+      head: Facts of the logits; the plan replaces its chunks.
+      options: Options of the loss.
+      per_token: Whether there is a loss for each token, not their sum.
+      design: As for `linear_cross_entropy`.
+      chunk_bytes: As for `linear_cross_entropy`.
     """
 
     head: Head
@@ -198,13 +194,14 @@ def _backward(call: WeightedLoss, residuals: Any, cotangent: Any) -> Any:
     wanted = from_flags(flagged)
     if is_made.size:
         rows = cotangent[:, None] if call.per_token else cotangent
-        scale = lambda factor: (
-            lambda wants, x, like: (x * factor).astype(like.dtype) if wants else None
-        )
+
+        def scaled(factor: jax.Array) -> Any:
+            return lambda wants, x, like: (x * factor).astype(like.dtype) if wants else None
+
         result = Operands(
-            tuple(map(scale(rows), wanted.hidden, gradients.hidden, operands.hidden)),
-            tuple(map(scale(cotangent), wanted.heads, gradients.heads, operands.heads)),
-            scale(cotangent)(wanted.bias, gradients.bias, operands.bias),
+            tuple(map(scaled(rows), wanted.hidden, gradients.hidden, operands.hidden)),
+            tuple(map(scaled(cotangent), wanted.heads, gradients.heads, operands.heads)),
+            scaled(cotangent)(wanted.bias, gradients.bias, operands.bias),
         )
     else:
         _, head = call.planned(operands, wanted)

@@ -2,13 +2,12 @@
 
 from collections.abc import Hashable
 import dataclasses
-import math
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from lowrank_optax.losses.linear_head.arguments import check_labels, check_options, check_shapes
 from lowrank_optax.losses.linear_head.forward import WeightedLoss, weighted_loss
 from lowrank_optax.losses.linear_head.plain import (
     LossOptions,
@@ -16,13 +15,10 @@ from lowrank_optax.losses.linear_head.plain import (
     plain_token_sums,
     token_loss,
 )
-from lowrank_optax.losses.linear_head.plan import choose_plan, sizes_of
+from lowrank_optax.losses.linear_head.plan import check_design, choose_plan, sizes_of
 from lowrank_optax.losses.linear_head.recompute import token_sums
 from lowrank_optax.losses.linear_head.tiles import Head, Operands, TokenSums, Words, sum_dtype
 from lowrank_optax.matrices.explicit_sharding import vary_like
-
-DESIGNS = ("auto", "recompute", "forward")
-REDUCTIONS = ("mean", "sum", "none")
 
 
 class TokenValues(NamedTuple):
@@ -136,13 +132,15 @@ def linear_cross_entropy(
       https://arxiv.org/abs/2410.10989.
     """
     hidden, head, labels = jnp.asarray(hidden), jnp.asarray(head), jnp.asarray(labels)
-    _check_options(label_smoothing, z_loss, soft_cap, reduction, chunk_bytes, design, head_axis)
-    if design == "forward" and (return_values or vocabulary_axis_name is not None):
+    check_design(design, chunk_bytes)
+    check_options(label_smoothing, z_loss, soft_cap, reduction)
+    by_sums = return_values or vocabulary_axis_name is not None or chunk_bytes == "off"
+    if design == "forward" and by_sums:
         raise ValueError(
             "design='forward' makes the gradient of one loss over all words of one device: with "
             "return_values or vocabulary_axis_name take design='recompute'."
         )
-    _check_shapes(hidden, head, labels, bias, lora, weights, head_axis)
+    check_shapes(hidden, head, labels, bias, lora, weights, head_axis)
     devices = 1 if vocabulary_axis_name is None else jax.lax.axis_size(vocabulary_axis_name)
     width = head.shape[1 - head_axis]
     valid = width * devices if valid_vocabulary is None else valid_vocabulary
@@ -155,7 +153,7 @@ def linear_cross_entropy(
     labels = labels.astype(jnp.promote_types(labels.dtype, jnp.int32))
     counted = jnp.ones(labels.shape, bool) if ignore_label is None else labels != ignore_label
     in_range = (labels >= 0) & (labels < valid)
-    _check_labels(labels, counted, in_range, valid)
+    check_labels(labels, counted, in_range, valid)
 
     rows = hidden.reshape(-1, hidden.shape[-1])
     if ignore_label is not None:
@@ -193,7 +191,6 @@ def linear_cross_entropy(
     # A wrong label that only shows when the program runs must not count as another word.
     shares = jnp.where(counted & ~in_range, jnp.nan, shares)
 
-    by_sums = return_values or vocabulary_axis_name is not None or chunk_bytes == "off"
     # All arguments of a core vary over the same mesh axes; gradients are summed over the others.
     together = (operands, words, None if by_sums else shares)
     operands, words, varying = jax.tree.map(lambda x: vary_like(x, together), together)
@@ -219,75 +216,3 @@ def _values(sums: TokenSums, counted: Any, in_range: Any, shape: tuple[int, ...]
     log_probability = jnp.where(in_range, sums.label_logit - sums.lse, jnp.nan)
     values = log_probability, sums.lse, sums.lse - sums.expected_logit
     return TokenValues(*(jnp.where(counted, x, 0).reshape(shape) for x in values))
-
-
-def _check_options(
-    label_smoothing: float,
-    z_loss: float,
-    soft_cap: float | None,
-    reduction: str,
-    chunk_bytes: Any,
-    design: str,
-    head_axis: int,
-) -> None:
-    if design not in DESIGNS:
-        raise ValueError(f"design={design!r} must be one of {', '.join(map(repr, DESIGNS))}.")
-    if reduction not in REDUCTIONS:
-        raise ValueError(
-            f"reduction={reduction!r} must be one of {', '.join(map(repr, REDUCTIONS))}."
-        )
-    if head_axis not in (0, 1):
-        raise ValueError(f"head_axis={head_axis!r} must be 0 for [D, V] or 1 for [V, D].")
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing={label_smoothing!r} must be from 0 to 1.")
-    if not (z_loss >= 0 and math.isfinite(z_loss)):
-        raise ValueError(f"z_loss={z_loss!r} must be finite and not negative.")
-    if soft_cap is not None and not (soft_cap > 0 and math.isfinite(soft_cap)):
-        raise ValueError(f"soft_cap={soft_cap!r} must be positive, or None for no cap.")
-    if chunk_bytes not in (None, "off") and (isinstance(chunk_bytes, str) or chunk_bytes <= 0):
-        raise ValueError(
-            f"chunk_bytes={chunk_bytes!r} must be a positive number, None for the default budget, "
-            "or 'off' for the plain loss."
-        )
-    if chunk_bytes == "off" and design != "auto":
-        raise ValueError(f"chunk_bytes='off' is the plain loss, and design={design!r} is not.")
-
-
-def _check_shapes(
-    hidden: Any, head: Any, labels: Any, bias: Any, lora: Any, weights: Any, head_axis: int
-) -> None:
-    if not jnp.issubdtype(hidden.dtype, jnp.floating):
-        raise TypeError(f"hidden must be floating point, got {hidden.dtype}.")
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise TypeError(f"labels must be integers, got {labels.dtype}.")
-    if hidden.ndim == 0 or hidden.shape[:-1] != labels.shape:
-        raise ValueError(
-            f"labels {labels.shape} must have the shape of hidden {hidden.shape} without its last "
-            "axis."
-        )
-    if head.ndim != 2 or head.shape[head_axis] != hidden.shape[-1]:
-        raise ValueError(
-            f"head {head.shape} must have {hidden.shape[-1]} features, as hidden {hidden.shape}, "
-            f"on its axis head_axis={head_axis}."
-        )
-    words = head.shape[1 - head_axis]
-    if bias is not None and jnp.shape(bias) != (words,):
-        raise ValueError(f"bias {jnp.shape(bias)} must be {(words,)}, for head {head.shape}.")
-    if lora is not None:
-        a, b = jnp.shape(lora[0]), jnp.shape(lora[1])
-        if len(a) != 2 or a[0] != hidden.shape[-1] or b != (a[1], words):
-            raise ValueError(
-                f"lora must be A [{hidden.shape[-1]}, r], B [r, {words}] and a scale, got A {a} "
-                f"and B {b}."
-            )
-    if weights is not None and jnp.shape(weights) != labels.shape:
-        raise ValueError(f"weights {jnp.shape(weights)} must have the labels' shape {labels.shape}")
-
-
-def _check_labels(labels: Any, counted: Any, in_range: Any, valid: int) -> None:
-    wrong = counted & ~in_range
-    if isinstance(wrong, jax.core.Tracer) or not wrong.is_fully_addressable:
-        return
-    if np.any(wrong):
-        label = np.asarray(labels)[np.asarray(wrong)][0]
-        raise ValueError(f"label {label} is out of range: labels must be from 0 to {valid - 1}.")

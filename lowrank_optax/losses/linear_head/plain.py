@@ -1,6 +1,7 @@
 """The same numbers from the whole logits: the reference, and all that follows from the numbers."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,7 @@ def sums_of_logits(head: Head, a: jax.Array, words: Words) -> TokenSums:
     )
 
 
-def over_devices(sums: TokenSums, axis_name: str) -> TokenSums:
+def over_devices(sums: TokenSums, axis_name: Any) -> TokenSums:
     """The sums over all words, from those over the words of each device of a mesh axis."""
     top = jax.lax.pmax(jax.lax.stop_gradient(sums.lse), axis_name)
     share = jnp.exp(sums.lse - top)

@@ -6,6 +6,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lowrank_optax.storage.fields import is_number
+
+DESIGNS = ("auto", "recompute", "forward")
 Design = Literal["plain", "recompute", "forward"]
 MIB = 2**20
 LEAST_BYTES, MOST_BYTES = 16 * MIB, 1024 * MIB
@@ -38,15 +41,13 @@ class Sizes(NamedTuple):
     Attributes:
       tokens: T.
       words: V.
-      features: D.
-      element_bytes: of a logit in the sums' dtype and its gradient in that of the products.
-      default_bytes: the budget where none is given.
-      sum_bytes: of the float32 sums of trained heads that are of another dtype.
+      element_bytes: Bytes of a logit and of its gradient.
+      default_bytes: The budget where none is given.
+      sum_bytes: Bytes of the float32 sums of trained heads that are of another dtype.
     """
 
     tokens: int
     words: int
-    features: int
     element_bytes: int
     default_bytes: int
     sum_bytes: int
@@ -63,7 +64,6 @@ def sizes_of(hidden: Any, heads: Any, words: int, trained: Any) -> Sizes:
     return Sizes(
         tokens=hidden[0].shape[0],
         words=words,
-        features=hidden[0].shape[1],
         element_bytes=sums.itemsize + dtype.itemsize,
         default_bytes=min(max(default, LEAST_BYTES), MOST_BYTES),
         sum_bytes=sum(summed),
@@ -76,10 +76,10 @@ def choose_plan(
     """The plan for these sizes.
 
     Args:
-      sizes: see `Sizes`.
+      sizes: What it depends on.
       design: `ChunkPlan.design`, or ``"auto"``.
-      chunk_bytes: the budget; None for the default; ``"off"`` for the plain design.
-      one_factor: whether the gradient is known up to one factor before the backward pass.
+      chunk_bytes: The budget; None for the default; ``"off"`` for the plain design.
+      one_factor: Whether the gradient is known up to one factor before the backward pass.
     """
     if chunk_bytes == "off":
         nbytes = sizes.element_bytes * sizes.tokens * sizes.words
@@ -91,6 +91,20 @@ def choose_plan(
     ):
         return forward
     return _recompute_plan(sizes, budget)
+
+
+def check_design(design: str, chunk_bytes: Any) -> None:
+    """Raises ValueError if there is no such design or budget."""
+    if design not in DESIGNS:
+        raise ValueError(f"design={design!r} must be one of {', '.join(map(repr, DESIGNS))}.")
+    if chunk_bytes == "off":
+        if design != "auto":
+            raise ValueError(f"chunk_bytes='off' is the plain loss, and design={design!r} is not.")
+    elif chunk_bytes is not None and not (is_number(chunk_bytes) and chunk_bytes > 0):
+        raise ValueError(
+            f"chunk_bytes={chunk_bytes!r} must be a positive number, None for the default budget, "
+            "or 'off' for the plain loss."
+        )
 
 
 def _recompute_plan(sizes: Sizes, budget: int) -> ChunkPlan:
@@ -164,6 +178,7 @@ def chunk_plan(
       >>> lro.losses.chunk_plan(hidden, head)
       >>> lro.losses.chunk_plan(hidden, head, head_trained=False, chunk_bytes=2**25)
     """
+    check_design(design, chunk_bytes)
     tokens = math.prod(hidden.shape[:-1])
     pairs = [(jax.ShapeDtypeStruct((tokens, hidden.shape[-1]), hidden.dtype), head)]
     if lora is not None:

@@ -6,7 +6,6 @@ the saved lse, p = exp(a - lse). The gradient of a chunk of the head is complete
 done, and is rounded and written once.
 """
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -34,6 +33,7 @@ from lowrank_optax.losses.linear_head.tiles import (
     take_tokens,
     take_words,
     vocabulary,
+    zeros_if,
 )
 
 
@@ -121,22 +121,15 @@ class Saved(NamedTuple):
     cotangents: TokenSums
 
 
-class ChunkGradients(NamedTuple):
-    """Gradients by the heads and the bias of a chunk of words, in float32; None if not wanted."""
-
-    heads: tuple[jax.Array | None, ...]
-    bias: jax.Array | None
-
-
 def word_chunk_gradients(
     head: Head,
     operands: Operands,
     saved: Saved,
     start: Any,
     size: int,
-    hidden: Sequence[jax.Array | None],
+    hidden: tuple[jax.Array | None, ...],
     wanted: Operands,
-) -> tuple[ChunkGradients, tuple[jax.Array | None, ...]]:
+) -> Operands:
     """The backward pass of the words ``start`` to ``start + size - 1``.
 
     The body of the loop over the head: what comes back for the chunk is complete, so that it may
@@ -152,68 +145,58 @@ def word_chunk_gradients(
       wanted: A bool for each operand: whether its gradient is wanted.
 
     Returns:
-      The gradients by the chunk of each head (in its layout) and of the bias, and those by the
-      hidden states with this chunk's share added.
+      The gradients, in float32 and None where they aren't wanted: by the hidden states with this
+      chunk's share added, by the chunk of each head, in its layout, and by the chunk of the bias.
     """
-    dtype = sum_dtype(operands)
+    dtype, like = sum_dtype(operands), (operands, saved)
     chunk = take_words(head, operands, start, size)
-    empty = lambda x: full(x.shape, 0, dtype, (operands, saved))
-    given = lambda wants, x: empty(x) if wants else None
-    heads = tuple(map(given, wanted.heads, chunk.heads))
-    bias = given(wanted.bias, chunk.bias)
+    empty = lambda wants, x: zeros_if(wants, x, dtype, like)
+    gradients = Operands(
+        hidden, tuple(map(empty, wanted.heads, chunk.heads)), empty(wanted.bias, chunk.bias)
+    )
 
-    def tokens(first: Any, count: int, carry: Any) -> Any:
-        heads, bias, hidden = carry
+    def tokens(first: Any, count: int, so_far: Operands) -> Operands:
         part = take_tokens(chunk, first, count)
         labels, *rest = jax.tree.map(
             lambda x: take(x, first, count), (saved.words.labels, saved.sums, saved.cotangents)
         )
         words = saved.words._replace(labels=labels)
         g = logit_gradient(head, logits_of(head, part), words, start, *rest)
-        bias = None if bias is None else bias + jnp.sum(g, axis=0)
+        bias = None if so_far.bias is None else so_far.bias + jnp.sum(g, axis=0)
         g = g.astype(gradient_dtype(operands))
         heads = tuple(
             None if x is None else x + head_product(g, h, axis, dtype)
-            for x, h, axis in zip(heads, part.hidden, head.axes, strict=True)
+            for x, h, axis in zip(so_far.heads, part.hidden, head.axes, strict=True)
         )
+        rows = lambda x, w, axis: take(x, first, count) + hidden_product(g, w, axis, dtype)
         hidden = tuple(
-            None
-            if x is None
-            else put(x, take(x, first, count) + hidden_product(g, w, axis, dtype), first)
-            for x, w, axis in zip(hidden, chunk.heads, head.axes, strict=True)
+            None if x is None else put(x, rows(x, w, axis), first)
+            for x, w, axis in zip(so_far.hidden, chunk.heads, head.axes, strict=True)
         )
-        return heads, bias, hidden
+        return Operands(hidden, heads, bias)
 
-    carry = (heads, bias, tuple(hidden))
-    heads, bias, hidden = for_chunks(len(saved.words.labels), head.tokens, tokens, carry)
-    return ChunkGradients(heads, bias), hidden
+    return for_chunks(len(saved.words.labels), head.tokens, tokens, gradients)
 
 
 def recomputed_gradients(
     head: Head, operands: Operands, saved: Saved, wanted: Operands
 ) -> Operands:
     """The gradients by all operands that are wanted, in their dtypes; None for the others."""
-
-    def empty(wants: bool, x: jax.Array | None, dtype: Any = None) -> jax.Array | None:
-        return full(x.shape, 0, dtype or x.dtype, (operands, saved)) if wants else None
-
-    in_sums = partial(empty, dtype=sum_dtype(operands))
+    empty = lambda dtype: lambda wants, x: zeros_if(wants, x, dtype, (operands, saved))
     gradients = Operands(
-        tuple(map(in_sums, wanted.hidden, operands.hidden)),
-        tuple(map(empty, wanted.heads, operands.heads)),
-        empty(wanted.bias, operands.bias),
+        tuple(map(empty(sum_dtype(operands)), wanted.hidden, operands.hidden)),
+        tuple(map(empty(None), wanted.heads, operands.heads)),
+        empty(None)(wanted.bias, operands.bias),
     )
 
     def step(start: Any, size: int, so_far: Operands) -> Operands:
-        chunk, hidden = word_chunk_gradients(
-            head, operands, saved, start, size, so_far.hidden, wanted
-        )
+        done = word_chunk_gradients(head, operands, saved, start, size, so_far.hidden, wanted)
         heads = tuple(
             None if x is None else put(x, part, start, 1 - axis)
-            for x, part, axis in zip(so_far.heads, chunk.heads, head.axes, strict=True)
+            for x, part, axis in zip(so_far.heads, done.heads, head.axes, strict=True)
         )
-        bias = None if so_far.bias is None else put(so_far.bias, chunk.bias, start)
-        return Operands(hidden, heads, bias)
+        bias = None if so_far.bias is None else put(so_far.bias, done.bias, start)
+        return Operands(done.hidden, heads, bias)
 
     done = for_chunks(vocabulary(head, operands), head.words, step, gradients)
     cast = lambda x, like: None if x is None else x.astype(like.dtype)
@@ -265,10 +248,10 @@ def _backward(head: Head, residuals: Any, cotangents: TokenSums) -> Any:
     zero = lambda x: x is None or isinstance(x, SymbolicZero)
     if all(map(zero, cotangents)):
         return None, None
-    known = [None if zero(x) else x for x in cotangents]
     zeros = jnp.zeros_like(sums.lse)
-    known[:2] = (zeros if x is None else x for x in known[:2])
-    saved = Saved(words, sums, TokenSums(*known))
+    needed = (zeros if zero(x) else x for x in cotangents[:2])
+    optional = (None if zero(x) else x for x in cotangents[2:])
+    saved = Saved(words, sums, TokenSums(*needed, *optional))
     return recomputed_gradients(head, operands, saved, from_flags(wanted)), None
 
 

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class Operands(NamedTuple):
-    """What logits are made of.
+    """What logits are made of; or something of each operand: a gradient, or whether it is wanted.
 
     Attributes:
       hidden: [T, D_i] for each pair, of one dtype, in which products are computed.
@@ -26,9 +26,9 @@ class Operands(NamedTuple):
       bias: [V], or None.
     """
 
-    hidden: tuple[jax.Array, ...]
-    heads: tuple[jax.Array, ...]
-    bias: jax.Array | None
+    hidden: tuple[Any, ...]
+    heads: tuple[Any, ...]
+    bias: Any
 
 
 class Words(NamedTuple):
@@ -45,16 +45,16 @@ class TokenSums(NamedTuple):
     """Four numbers of each token [T], of which everything else is computed.
 
     Attributes:
-      label_logit: the logit of its label.
-      lse: log Σ_v exp a_v.
+      label_logit: The logit of its label.
+      lse: The logarithm of Σ_v exp a_v.
       logit_sum: Σ_v a_v over the words that count; None if not asked for.
       expected_logit: Σ_v p_v·a_v, p the softmax; None if not asked for.
     """
 
     label_logit: jax.Array
     lse: jax.Array
-    logit_sum: jax.Array | None
-    expected_logit: jax.Array | None
+    logit_sum: Any
+    expected_logit: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,12 +62,12 @@ class Head:
     """Static facts of the logits, and of the chunks they are computed in.
 
     Attributes:
-      axes: for each pair, which axis of its head has the features.
+      axes: For each pair, which axis of its head has the features.
       soft_cap: κ, or None.
-      wants_sum: whether `TokenSums.logit_sum` is asked for.
-      wants_expected: whether `TokenSums.expected_logit` is.
-      words: words of a chunk.
-      tokens: tokens of a chunk.
+      wants_sum: Whether `TokenSums.logit_sum` is asked for.
+      wants_expected: Whether `TokenSums.expected_logit` is.
+      words: Words of a chunk.
+      tokens: Tokens of a chunk.
     """
 
     axes: tuple[int, ...]
@@ -91,6 +91,11 @@ def sum_dtype(operands: Operands) -> Any:
 def full(shape: tuple[int, ...], value: float, dtype: Any, like: Any) -> jax.Array:
     """A constant that varies over the same axes of `jax.shard_map` as the arrays of ``like``."""
     return vary_like(jnp.full(shape, value, dtype), like)
+
+
+def zeros_if(wanted: bool, x: jax.Array | None, dtype: Any, like: Any) -> jax.Array | None:
+    """Zeros of an operand's shape, in its dtype if `dtype` is None; None if not wanted."""
+    return full(x.shape, 0, dtype or x.dtype, like) if wanted and x is not None else None
 
 
 def for_chunks(total: int, size: int, body: Callable[[Any, int, T], T], carry: T) -> T:

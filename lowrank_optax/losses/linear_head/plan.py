@@ -176,7 +176,9 @@ def chunk_plan(
       >>> hidden = jax.ShapeDtypeStruct((8, 256, 2048), jnp.bfloat16)
       >>> head = jax.ShapeDtypeStruct((2048, 32000), jnp.bfloat16)
       >>> lro.losses.chunk_plan(hidden, head)
+      ChunkPlan(design='recompute', words=1280, tokens=2048, temporary_bytes=15728640)
       >>> lro.losses.chunk_plan(hidden, head, head_trained=False, chunk_bytes=2**25)
+      ChunkPlan(design='forward', words=2048, tokens=128, temporary_bytes=24576000)
     """
     check_design(design, chunk_bytes)
     tokens = math.prod(hidden.shape[:-1])

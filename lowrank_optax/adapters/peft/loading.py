@@ -28,6 +28,7 @@ from lowrank_optax.adapters.peft.module_names import (
     Slot,
     check_saved_weights,
     module_slots,
+    sharding_kept,
     tied_in_model,
     warn_of_heads,
 )
@@ -172,10 +173,12 @@ def _attach(
                 zeros = np.zeros(arrays[key].shape, arrays[key].dtype)
                 own = values.setdefault(key, zeros)[slot.index]
                 own[tuple(map(slice, x.shape))] = x  # beyond a layer's own rank is padding
-        for key, value in values.items():
-            arrays[key].set_value(jnp.asarray(value))
+        variables = [(arrays[key], value) for key, value in values.items()]
         for key, value in shared.items():
-            model.adapter_groups[name][adapter.group][key].set_value(jnp.asarray(value))
+            variables.append((model.adapter_groups[name][adapter.group][key], value))
+        for variable, value in variables:
+            with sharding_kept(variable):
+                variable.set_value(jnp.asarray(value))
 
 
 def _ranks(config: AttachedConfig, group: Mapping[str, Slot]) -> int | tuple[int, ...]:

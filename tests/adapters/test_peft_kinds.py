@@ -413,6 +413,8 @@ def refused(path, error, match, function=fold_peft):
         ("LOKR", {"decompose_factor": 3}, CheckpointMismatchError, r"lokr_w1 \(2, 2\), not \(3, "),
         ("LOKR", {"decompose_both": 1}, ValueError, "decompose_both must be true or false, got 1"),
         ("IA3", {"feedforward_modules": None}, ValueError, "feedforward_modules must be a regular"),
+        ("IA3", {"feedforward_modules": ["mlp", "fc2"]}, ValueError, "feedforward_modules .*'fc2'"),
+        ("IA3", {"feedforward_modules": r".*\.fc2"}, ValueError, "feedforward_modules of .*has '"),
         ("IA3", {"feedforward_modules": []}, CheckpointMismatchError, r"\(1, 4\), not \(4, 1\)"),
         ("OFT", {"r": 2}, ValueError, "one of r=2 and oft_block_size=2 is 0"),
         ("OFT", {"oft_block_size": 1}, CheckpointMismatchError, r"oft_R.weight \(2, 1\), not"),
@@ -475,6 +477,21 @@ def test_directions_that_adalora_has_dropped_are_not_in_the_file(folder):
     expected = adalora(t, weights(Model(True), Q)[0][1], None, Q)[0]  # init_r stays in the scale
     assert_close(weights(model, Q)[0][1], expected, 40)
     refused(changed(path, rank_pattern={"x": [2]}), ValueError, "rank_pattern must be an object")
+    pattern |= {"model.layers.9.mlp.lora_E": [True] * 3}
+    refused(changed(path, rank_pattern=pattern), ValueError, "rank_pattern .* has 'model.layers.9")
+
+
+def test_ia3_may_name_feed_forward_layers_that_it_does_not_adapt(folder):
+    # PEFT writes the names it has for the architecture where a user gives none.
+    config, tensors = read(folder("IA3"))
+    path = folder("IA3")
+    tensors = {name: x for name, x in tensors.items() if ".mlp." not in name}
+    model, both = Model(True), fold_peft(Model(True), path, names=NAMES)
+    path = write(path, config | {"target_modules": r".*\.[qo]_proj"}, tensors)
+    fold_peft(model, path, names=NAMES)
+    for module in (Q, OUT):
+        assert_close(weights(model, module), weights(both, module))
+    assert_close(weights(model, MLP)[0], weights(Model(True), MLP)[0])
 
 
 def test_other_layers_than_linear_ones_are_refused(folder, tmp_path):

@@ -13,6 +13,7 @@ from flax import nnx
 import jax.numpy as jnp
 import numpy as np
 
+from lowrank_optax.adapters.adapted_layers import check_weights
 from lowrank_optax.adapters.attaching import attach
 from lowrank_optax.adapters.own_values import check_can_claim, claim, live_in, values_of
 from lowrank_optax.adapters.peft.checking import checked_tensors
@@ -26,8 +27,8 @@ from lowrank_optax.adapters.peft.config import (
 from lowrank_optax.adapters.peft.module_names import (
     ModuleNames,
     Slot,
-    check_saved_weights,
     module_slots,
+    saved_layers,
     sharding_kept,
     tied_in_model,
     warn_of_heads,
@@ -99,7 +100,8 @@ def load_peft(
     slots = module_slots(model, names)
     with open_tensors(folder) as reader:
         layouts, tensors = checked_tensors(reader, slots, config, tied_in_model(model, slots))
-    check_saved_weights(model, config, slots, tensors, "load_peft writes")
+    saved = {slot.path: slot.module for slot in saved_layers(config, slots, tensors)}
+    check_weights(model, saved, "load_peft writes")
     with values_of(model, name):  # not those of other adapters
         trained, bases = _own_values(slots, tensors)
     warn_of_heads(model, slots, (m for m in tensors if "weight" in tensors[m]))

@@ -30,8 +30,8 @@ from lowrank_optax.adapters.peft.kinds import FoldedConfig
 from lowrank_optax.adapters.peft.module_names import (
     ModuleNames,
     Slot,
-    check_saved_weights,
     module_slots,
+    saved_layers,
     sharding_kept,
     tied_in_model,
     warn_of_heads,
@@ -103,9 +103,9 @@ def fold_peft(
     slots = module_slots(model, names)
     checked = CheckedAdapter(Path(path), _FlaxBase(model, slots))
     checked.check_not_tied()
-    check_saved_weights(model, checked.config, slots, checked.tensors, "folding changes")
-    adapted = [slots[module] for module in checked.layouts]
-    check_weights(model, {slot.path: slot.module for slot in adapted}, "folding changes")
+    changed = saved_layers(checked.config, slots, checked.tensors)
+    changed += [slots[module] for module in checked.layouts]
+    check_weights(model, {slot.path: slot.module for slot in changed}, "folding changes")
     saved = (m for m, of_module in checked.tensors.items() if "weight" in of_module)
     warn_of_heads(model, slots, (*saved, *checked.layouts))
     by_layer: dict[Any, dict[str, Slot]] = {}

@@ -19,21 +19,24 @@ from lowrank_optax.adapters.peft.attached_kinds import MiSS, RandLoRA
 from lowrank_optax.adapters.peft.kinds import OFT, two_factors
 from lowrank_optax.storage.safetensors_files import CheckpointMismatchError
 from tests.adapters.peft_files import (
+    MLP,
     NAMES,
+    OUT,
+    SIZES,
     Model,
+    Q,
     adapted,
+    changed,
     output,
     random_tensors,
     read,
+    refused,
     snapshot,
     write,
 )
 
 pytest.importorskip("safetensors")
 
-Q, OUT, MLP = "self_attn.q_proj", "self_attn.o_proj", "mlp"
-# Inputs and outputs of the layers of `Model`; the first two have a bias.
-SIZES = {Q: (4, 6), OUT: (6, 4), MLP: (4, 4)}
 LAYERS = range(3)
 
 
@@ -216,11 +219,6 @@ def folder(tmp_path):
     return lambda case: folder_of(tmp_path / case.replace(" ", "_"), case)
 
 
-def changed(folder, **changes):
-    config, tensors = read(folder)
-    return write(folder, config | changes, tensors)
-
-
 def weights(model, module):
     """Weights ``[layers, d_in, d_out]`` and biases of a module of all layers."""
     names = {Q: "query", OUT: "out", MLP: "mlp"}
@@ -388,15 +386,6 @@ def test_two_factors_are_those_of_lycoris():
         smaller = [d for d in below if d <= 5][-1]
         expected = (5, size // 5) if size % 5 == 0 else (smaller, size // smaller)
         assert two_factors(size, 5) == expected
-
-
-def refused(path, error, match, function=fold_peft):
-    """The error, of a model that is left as it was."""
-    model = Model(True)
-    before = snapshot(model)
-    with pytest.raises(error, match=match):
-        function(model, path, names=NAMES)
-    assert snapshot(model) == before
 
 
 @pytest.mark.parametrize(

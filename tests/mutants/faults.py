@@ -276,6 +276,20 @@ ADAPTERS = (
         ("tests/adapters/test_randlora.py",),
     ),
     Fault(
+        "a layer's own product taken for that of its parameter",
+        "lowrank_optax/modules/spec.py",
+        "return masked or norm or _has_own_product(module)",
+        "return masked or norm",
+        ("tests/layers/test_powerprop_adapters.py",),
+    ),
+    Fault(
+        "arrays of a file on one device",
+        "lowrank_optax/adapters/peft/module_names.py",
+        'if getattr(before, "committed", False):',
+        'if getattr(before, "comitted", False):',
+        ("tests/adapters/test_nnx_sharded.py",),
+    ),
+    Fault(
         "scale missing in LoRA-FA's projection",
         "lowrank_optax/adapters/training/lora_fa_projection.py",
         "columns = a.astype(jnp.float32) * scale[..., None, :]",

@@ -126,9 +126,9 @@ class Attention(nnx.Module):
         key = checkpoint_name(rotate(key, rotary), "attention_key")
         value = checkpoint_name(value, "attention_value")
         if cache is None:
-            # Hugging Face counts the position itself into the window, JAX does not.
+            # The result is named attention_context inside. Hugging Face counts the position itself
+            # into the window, JAX does not.
             window = None if self.sliding_window is None else (self.sliding_window - 1, 0)
-            # Names its result attention_context.
             mixed = dot_product_attention(
                 query,
                 key,

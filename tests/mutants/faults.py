@@ -505,6 +505,27 @@ LAYERS = (
         "variance = (norms.x * norms.y - norms.product) / size",
         ("tests/layers/test_randomized_linear_variances.py",),
     ),
+    Fault(
+        "sum of the weights not scaled to a new maximum",
+        "lowrank_optax/layers/attention/chunked.py",
+        "total * shrink + weights.sum(-1)",
+        "total + weights.sum(-1)",
+        ("tests/layers/test_chunked_attention.py",),
+    ),
+    Fault(
+        "gradients of scores without the mean gradient of the weights",
+        "lowrank_optax/layers/attention/chunked.py",
+        "weights * (d_weights - mean[..., None])",
+        "weights * d_weights",
+        ("tests/layers/test_chunked_attention.py",),
+    ),
+    Fault(
+        "last chunk of keys in the window skipped",
+        "lowrank_optax/layers/attention/chunked.py",
+        "last_key // self.key_chunk + 1)",
+        "-(-last_key // self.key_chunk))",
+        ("tests/layers/test_chunked_attention.py",),
+    ),
 )
 
 MODELS = (

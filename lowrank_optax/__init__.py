@@ -1,6 +1,15 @@
 """Memory-efficient training for JAX, as optax transformations and Flax modules."""
 
-from lowrank_optax import activations, adapters, layers, planning, schedules, sharding, training
+from lowrank_optax import (
+    activations,
+    adapters,
+    layers,
+    losses,
+    planning,
+    schedules,
+    sharding,
+    training,
+)
 from lowrank_optax.matrices import WeightDimensionNumbers, weight_dimension_numbers
 from lowrank_optax.modules import selection_table
 from lowrank_optax.optimizers import (
@@ -107,6 +116,8 @@ __all__ = [
     "adapters",
     # Layers and reparameterised weights
     "layers",
+    # Losses without logits
+    "losses",
     # From step to step
     "schedules",
     "training",

@@ -50,6 +50,13 @@ def zeros(shape: tuple[int, ...], dtype: Any, partition: PartitionSpec | None) -
     return jnp.zeros(shape, dtype, out_sharding=partition)
 
 
+def vary_like(x: jax.Array, like: Any) -> jax.Array:
+    """``x``, varying over all axes of `jax.shard_map` over which a leaf of ``like`` varies."""
+    varying = lambda a: jax.typeof(a).manual_axis_type.varying
+    axes = frozenset().union(*map(varying, jax.tree.leaves(like))) - varying(x)
+    return jax.lax.pcast(x, tuple(axes), to="varying") if axes else x
+
+
 def product(
     expression: str, a: jax.Array, b: jax.Array, partition: PartitionSpec | None = None
 ) -> jax.Array:
@@ -66,11 +73,7 @@ def vary_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
 
     Gradients of those that did not vary over an axis are summed over it.
     """
-    varying = lambda x: jax.typeof(x).manual_axis_type.varying
-    axes = frozenset().union(*map(varying, arrays))
-    if not axes:
-        return arrays
-    return tuple(jax.lax.pcast(x, tuple(axes - varying(x)), to="varying") for x in arrays)
+    return tuple(vary_like(x, arrays) for x in arrays)
 
 
 def in_whole_runs(x: jax.Array, axis: int, run: int) -> jax.Array:

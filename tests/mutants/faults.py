@@ -604,6 +604,37 @@ BELOW = (
     ),
 )
 
+LOSSES = (
+    Fault(
+        "chunks of words that forget the largest logit before them",
+        "lowrank_optax/losses/linear_head/recompute.py",
+        "before.exponentials * scale + jnp.sum(e, axis=1)",
+        "before.exponentials + jnp.sum(e, axis=1)",
+        ("tests/losses/test_designs.py",),
+    ),
+    Fault(
+        "slope of the soft cap left out of the gradient",
+        "lowrank_optax/losses/linear_head/tiles.py",
+        "g = g * (1 - jnp.square(a / head.soft_cap))",
+        "g = g * 1",
+        ("tests/losses/test_linear_cross_entropy.py",),
+    ),
+    Fault(
+        "gradients made in the forward pass not multiplied by the cotangent",
+        "lowrank_optax/losses/linear_head/forward.py",
+        "(x * factor).astype(like.dtype)",
+        "x.astype(like.dtype)",
+        ("tests/losses/test_linear_cross_entropy.py",),
+    ),
+    Fault(
+        "hidden states of ignored tokens in the products",
+        "lowrank_optax/losses/linear_head/loss.py",
+        "rows = jnp.where(counted[:, None], rows, 0)",
+        "rows = rows + 0",
+        ("tests/losses/test_designs.py",),
+    ),
+)
+
 FAULTS: tuple[Fault, ...] = (
     *PROJECTION,
     *OPTIMIZERS,
@@ -611,6 +642,7 @@ FAULTS: tuple[Fault, ...] = (
     *ADAPTERS,
     *ACTIVATIONS,
     *LAYERS,
+    *LOSSES,
     *MODELS,
     *BELOW,
 )

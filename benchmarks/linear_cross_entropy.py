@@ -1,0 +1,160 @@
+"""Memory and time of `lro.losses.linear_cross_entropy` over the loss with logits.
+
+    python benchmarks/linear_cross_entropy.py --memory    # compiled for a v5e; needs libtpu, no TPU
+    python benchmarks/linear_cross_entropy.py --time      # on the device at hand
+    python benchmarks/linear_cross_entropy.py --markdown  # both tables, from the results file
+
+Value and gradients by hidden states and head, or by hidden states alone where the head is frozen.
+Memory is temporaries of the compiled program: neither arguments nor gradients count. Times are
+lower quartiles over rounds in which all take their turn, as ratios to the plain loss.
+"""
+
+import argparse
+from collections.abc import Callable
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or libtpu asks the network where it is
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+from family_table import Column, print_columns
+import jax
+from jax.experimental import topologies
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+import numpy as np
+import optax
+from timing import Stepper
+
+import lowrank_optax as lro
+
+RESULTS = Path(__file__).parent / "results" / "linear_cross_entropy.json"
+TOKENS, WIDTH, VOCABULARIES = 2048, 2048, (32_000, 152_000)  # compiled
+TIMED = (512, 768, 8_000)  # tokens, width, words
+FROZEN = ", frozen head"
+
+
+def plain(hidden: jax.Array, head: jax.Array, labels: jax.Array) -> jax.Array:
+    """The loss as it is usually written."""
+    logits = jnp.dot(hidden, head, preferred_element_type=jnp.float32)
+    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def chunked(**options: Any) -> Callable[..., jax.Array]:
+    """The loss in chunks."""
+
+    def loss(hidden: jax.Array, head: jax.Array, labels: jax.Array) -> jax.Array:
+        return lro.losses.linear_cross_entropy(hidden, head, labels, **options)
+
+    return loss
+
+
+LOSSES = {
+    "plain": plain,
+    "recompute": chunked(design="recompute"),
+    "forward": chunked(design="forward"),
+    "auto": chunked(),
+}
+
+
+def steps() -> dict[str, Callable[..., Any]]:
+    """Value and gradients of each loss, with a trained and with a frozen head."""
+    trained = {name: jax.value_and_grad(loss, (0, 1)) for name, loss in LOSSES.items()}
+    frozen = {name + FROZEN: jax.value_and_grad(loss) for name, loss in LOSSES.items()}
+    return trained | frozen
+
+
+def shapes(tokens: int, width: int, words: int, dtype: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Of hidden states, head and labels."""
+    of = jax.ShapeDtypeStruct
+    return of((tokens, width), dtype), of((width, words), dtype), of((tokens,), jnp.int32)
+
+
+def plan(name: str, arguments: Any) -> str:
+    """The design that is taken, and its chunks."""
+    loss, frozen = name.removesuffix(FROZEN), name.endswith(FROZEN)
+    if loss == "plain":
+        return ""
+    plan = lro.losses.chunk_plan(*arguments[:2], head_trained=not frozen, design=loss)
+    return f"{plan.design}, {plan.tokens} × {plan.words}"
+
+
+def compiled_mib(step: Callable[..., Any], arguments: Any, chip: str) -> float:
+    """Temporaries of the program for a chip that need not be there."""
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=f"{chip}:2x2")
+    sharding = SingleDeviceSharding(topology.devices[0])
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    compiled = jax.jit(step).lower(*map(place, arguments)).compile()
+    return compiled.memory_analysis().temp_size_in_bytes / 2**20
+
+
+def timed(rounds: int) -> dict[str, float]:
+    """Lower quartiles in milliseconds."""
+    tokens, width, words = TIMED
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.normal(size=(tokens, width)), jnp.float32)
+    head = jnp.asarray(rng.normal(size=(width, words)) / np.sqrt(width), jnp.float32)
+    labels = jnp.asarray(rng.integers(0, words, tokens))
+    steppers = {}
+    for name, step in steps().items():
+        whole = lambda _, *arguments, step=step: step(*arguments)
+        carry = jax.eval_shape(step, hidden, head, labels)
+        carry = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), carry)
+        steppers[name] = Stepper(whole, carry, hidden, head, labels)
+    seconds = [[stepper() for stepper in steppers.values()] for _ in range(rounds + 2)]
+    quartiles = np.quantile(seconds[2:], 0.25, axis=0) * 1e3
+    return dict(zip(steppers, quartiles.tolist(), strict=True))
+
+
+def main() -> None:
+    """Measures what is asked for, and prints what is known."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--memory", action="store_true", help="compile for --chip")
+    parser.add_argument("--time", action="store_true", help="run on the device at hand")
+    parser.add_argument("--only", default="", help="designs with this in their name")
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--chip", default="v5e")
+    parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    content = json.loads(args.output.read_text()) if args.output.exists() else {}
+    if args.memory:
+        for words in VOCABULARIES:
+            arguments = shapes(TOKENS, WIDTH, words, jnp.bfloat16)
+            figures = content.setdefault("memory", {}).setdefault(f"{args.chip}, {words}", {})
+            for name, step in steps().items():
+                if args.only in name:
+                    figures[name] = round(compiled_mib(step, arguments, args.chip), 1)
+                    print(words, name, figures[name], flush=True)
+    if args.time:
+        device = jax.devices()[0].device_kind
+        content.setdefault("milliseconds", {})[device] = timed(args.rounds)
+    args.output.write_text(json.dumps(content, indent=1) + "\n")
+
+    names = list(steps())
+    for key, figures in content.get("memory", {}).items():
+        arguments = shapes(TOKENS, WIDTH, int(key.split(", ")[1]), jnp.bfloat16)
+        columns = [
+            Column("loss", str),
+            Column("design, tokens × words", lambda name: plan(name, arguments)),  # noqa: B023
+            Column("temporaries, MiB", lambda name: f"{figures.get(name, np.nan):,.1f}"),  # noqa: B023
+        ]
+        print_columns(f"{key} words", names, columns, args.markdown)
+    for device, figures in content.get("milliseconds", {}).items():
+        arguments = shapes(*TIMED, jnp.float32)
+        base = lambda name: figures["plain" + FROZEN * name.endswith(FROZEN)]  # noqa: B023
+        columns = [
+            Column("loss", str),
+            Column("design, tokens × words", lambda name: plan(name, arguments)),  # noqa: B023
+            Column("ms", lambda name: f"{figures[name]:.1f}"),  # noqa: B023
+            Column("over plain", lambda name: f"{figures[name] / base(name):.2f}"),  # noqa: B023
+        ]
+        print_columns(f"{device}, {TIMED} tokens, width, words", names, columns, args.markdown)
+
+
+if __name__ == "__main__":
+    main()

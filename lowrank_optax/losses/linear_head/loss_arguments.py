@@ -1,0 +1,79 @@
+"""What `linear_cross_entropy` refuses."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lowrank_optax.matrices.explicit_sharding import partition_of
+from lowrank_optax.storage.fields import is_number
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def check_options(
+    label_smoothing: float, z_loss: float, soft_cap: float | None, reduction: str
+) -> None:
+    """Raises ValueError if an option of the loss is out of its range."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(
+            f"reduction={reduction!r} must be one of {', '.join(map(repr, REDUCTIONS))}."
+        )
+    if not (is_number(label_smoothing) and 0 <= label_smoothing <= 1):
+        raise ValueError(f"label_smoothing={label_smoothing!r} must be a number from 0 to 1.")
+    if not (is_number(z_loss) and z_loss >= 0 and math.isfinite(z_loss)):
+        raise ValueError(f"z_loss={z_loss!r} must be a finite number, not negative.")
+    if soft_cap is not None and not (is_number(soft_cap) and 0 < soft_cap < math.inf):
+        raise ValueError(f"soft_cap={soft_cap!r} must be a positive number, or None for no cap.")
+
+
+def check_shapes(
+    hidden: Any, head: Any, labels: Any, bias: Any, lora: Any, weights: Any, head_axis: int
+) -> None:
+    """Raises TypeError or ValueError if the arrays don't fit together."""
+    if head_axis not in (0, 1):
+        raise ValueError(f"head_axis={head_axis!r} must be 0 for [D, V] or 1 for [V, D].")
+    if not jnp.issubdtype(hidden.dtype, jnp.floating):
+        raise TypeError(f"hidden must be floating point, got {hidden.dtype}.")
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(f"labels must be integers, got {labels.dtype}.")
+    if hidden.ndim == 0 or hidden.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"labels {labels.shape} must have the shape of hidden {hidden.shape} without its last "
+            "axis."
+        )
+    if head.ndim != 2 or head.shape[head_axis] != hidden.shape[-1]:
+        raise ValueError(
+            f"head {head.shape} must have {hidden.shape[-1]} features, as hidden {hidden.shape}, "
+            f"on its axis head_axis={head_axis}."
+        )
+    words = head.shape[1 - head_axis]
+    if bias is not None and jnp.shape(bias) != (words,):
+        raise ValueError(f"bias {jnp.shape(bias)} must be {(words,)}, for head {head.shape}.")
+    if lora is not None:
+        a, b = jnp.shape(lora[0]), jnp.shape(lora[1])
+        if len(a) != 2 or a[0] != hidden.shape[-1] or b != (a[1], words):
+            raise ValueError(
+                f"lora must be A [{hidden.shape[-1]}, r], B [r, {words}] and a scale, got A {a} "
+                f"and B {b}."
+            )
+    for name, x in (("hidden", hidden), ("head", head)):
+        if any(partition_of(x) or ()):
+            raise ValueError(
+                f"{name} is sharded over explicit mesh axes, {partition_of(x)}: call "
+                "linear_cross_entropy inside jax.shard_map over these axes."
+            )
+    if weights is not None and jnp.shape(weights) != labels.shape:
+        raise ValueError(f"weights {jnp.shape(weights)} must have the labels' shape {labels.shape}")
+
+
+def check_labels(labels: Any, counted: Any, in_range: Any, valid: int) -> None:
+    """Raises ValueError if a label of a token that counts is known, and is out of range."""
+    wrong = counted & ~in_range
+    if isinstance(wrong, jax.core.Tracer) or not wrong.is_fully_addressable:
+        return
+    if np.any(wrong):
+        label = np.asarray(labels)[np.asarray(wrong)][0]
+        raise ValueError(f"label {label} is out of range: labels must be from 0 to {valid - 1}.")

@@ -6,9 +6,10 @@ where the method has one of its own.
 
 from collections.abc import Callable, Iterable, Mapping
 import dataclasses
+import functools
 import inspect
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from _options import assign, closest, one_line
 from _settings import InputError
@@ -16,6 +17,9 @@ from flax import nnx
 import optax
 
 import lowrank_optax as lro
+
+Tx: TypeAlias = optax.GradientTransformation
+Rate: TypeAlias = optax.ScalarOrSchedule
 
 
 class Adapted(NamedTuple):
@@ -26,63 +30,72 @@ class Adapted(NamedTuple):
 
 
 def adamw(
-    learning_rate: optax.ScalarOrSchedule,
+    learning_rate: Rate,
     adapted: Adapted,
     *,
     b1: float = 0.9,
     b2: float = 0.999,
     weight_decay: float = 0.0,
-) -> optax.GradientTransformation:
+) -> Tx:
     """AdamW, what all adapters are trained with that have no way of their own."""
     del adapted
     return optax.adamw(learning_rate, b1=b1, b2=b2, weight_decay=weight_decay)
 
 
+def around_adamw(change: Callable[..., Tx]) -> Callable[..., Tx]:
+    """`change(tx, learning_rate, adapted, ...)` of AdamW, with the options of both."""
+    own, common = (inspect.signature(f).parameters.values() for f in (change, adamw))
+    names = [p.name for p in common if p.kind is inspect.Parameter.KEYWORD_ONLY]
+
+    @functools.wraps(change)
+    def optimizer(learning_rate: Rate, adapted: Adapted, **options: Any) -> Tx:
+        of_adamw = {name: options.pop(name) for name in names if name in options}
+        tx = adamw(learning_rate, adapted, **of_adamw)
+        return change(tx, learning_rate, adapted, **options)
+
+    merged = [*common, *(p for p in own if p.kind is inspect.Parameter.KEYWORD_ONLY)]
+    vars(optimizer)["__signature__"] = inspect.Signature(merged)
+    return optimizer
+
+
 def lora_plus(
-    learning_rate: optax.ScalarOrSchedule,
+    learning_rate: Rate,
     adapted: Adapted,
     *,
     ratio: float = 16.0,
     b1: float = 0.9,
     b2: float = 0.999,
     weight_decay: float = 0.0,
-) -> optax.GradientTransformation:
+) -> Tx:
     """AdamW whose steps are longer for the second factor."""
     del adapted
     return lro.adapters.lora_plus_adamw(learning_rate, ratio, b1, b2, weight_decay=weight_decay)
 
 
-def lora_fa_projected(
-    learning_rate: optax.ScalarOrSchedule,
-    adapted: Adapted,
-    *,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    weight_decay: float = 0.0,
-) -> optax.GradientTransformation:
+@around_adamw
+def lora_fa_projected(tx: Tx, rate: Rate, adapted: Adapted) -> Tx:
     """AdamW on the gradients whose change is closest to that of the whole weight."""
-    projection = lro.adapters.lora_fa_projection(lro.adapters.lora_fa_factors(adapted.model))
-    return optax.chain(
-        projection, adamw(learning_rate, adapted, b1=b1, b2=b2, weight_decay=weight_decay)
-    )
+    del rate
+    factors = lro.adapters.lora_fa_factors(adapted.model)
+    return optax.chain(lro.adapters.lora_fa_projection(factors), tx)
 
 
+@around_adamw
 def aflora(
-    learning_rate: optax.ScalarOrSchedule,
+    tx: Tx,
+    rate: Rate,
     adapted: Adapted,
     *,
     warmup_fraction: float = 0.1,
     final_fraction: float = 0.5,
     exponent: float = 3.0,
     mode: Literal["quantile", "fraction"] = "quantile",
-    b1: float = 0.9,
-    b2: float = 0.999,
-    weight_decay: float = 0.0,
-) -> optax.GradientTransformation:
+) -> Tx:
     """AdamW that freezes the factors one by one; the fractions are of the run's steps."""
+    del rate
     steps = adapted.steps
     return lro.adapters.aflora_freezing(
-        adamw(learning_rate, adapted, b1=b1, b2=b2, weight_decay=weight_decay),
+        tx,
         steps,
         warmup_steps=int(warmup_fraction * steps),
         final_steps=int(final_fraction * steps),
@@ -91,60 +104,31 @@ def aflora(
     )
 
 
-def lamda(
-    learning_rate: optax.ScalarOrSchedule,
-    adapted: Adapted,
-    *,
-    eta: float = 0.3,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    weight_decay: float = 0.0,
-) -> optax.GradientTransformation:
+@around_adamw
+def lamda(tx: Tx, rate: Rate, adapted: Adapted, *, eta: float = 0.3) -> Tx:
     """AdamW that freezes the second factor row by row, in the fraction `eta` of the steps."""
-    tx = adamw(learning_rate, adapted, b1=b1, b2=b2, weight_decay=weight_decay)
+    del rate
     return lro.adapters.lamda_freezing(tx, adapted.steps, eta)
 
 
-def flylora(
-    learning_rate: optax.ScalarOrSchedule,
-    adapted: Adapted,
-    *,
-    balance_step: float = 1e-3,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    weight_decay: float = 0.0,
-) -> optax.GradientTransformation:
+@around_adamw
+def flylora(tx: Tx, rate: Rate, adapted: Adapted, *, balance_step: float = 1e-3) -> Tx:
     """AdamW, with the ranks balanced over the tokens."""
-    tx = adamw(learning_rate, adapted, b1=b1, b2=b2, weight_decay=weight_decay)
+    del rate, adapted
     return lro.adapters.flylora_balance(tx, balance_step)
 
 
-def sora(
-    learning_rate: optax.ScalarOrSchedule,
-    adapted: Adapted,
-    *,
-    penalty: float = 0.5,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    weight_decay: float = 0.0,
-) -> optax.GradientTransformation:
+@around_adamw
+def sora(tx: Tx, rate: Rate, adapted: Adapted, *, penalty: float = 0.5) -> Tx:
     """AdamW, with the gates shrunk after each step; gates at zero are ranks to cut."""
-    tx = adamw(learning_rate, adapted, b1=b1, b2=b2, weight_decay=weight_decay)
-    return lro.adapters.soft_threshold_gates(tx, learning_rate, penalty)
+    del adapted
+    return lro.adapters.soft_threshold_gates(tx, rate, penalty)
 
 
-def prilora(
-    learning_rate: optax.ScalarOrSchedule,
-    adapted: Adapted,
-    *,
-    every: int = 40,
-    fraction: float = 0.5,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    weight_decay: float = 0.0,
-) -> optax.GradientTransformation:
+@around_adamw
+def prilora(tx: Tx, rate: Rate, adapted: Adapted, *, every: int = 40, fraction: float = 0.5) -> Tx:
     """AdamW, with the least important entries of the first factor set to zero now and then."""
-    tx = adamw(learning_rate, adapted, b1=b1, b2=b2, weight_decay=weight_decay)
+    del rate, adapted
     return lro.adapters.prilora_pruning(tx, every, fraction)
 
 
@@ -156,7 +140,7 @@ class Recipe(NamedTuple):
     options: Mapping[str, Any] = MappingProxyType(
         {}
     )  # of the method; they win over --rank, --alpha
-    optimizer: Callable[..., optax.GradientTransformation] = adamw
+    optimizer: Callable[..., Tx] = adamw
 
 
 RECIPES: dict[str, Recipe] = {

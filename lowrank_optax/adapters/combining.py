@@ -232,12 +232,15 @@ def _check_one_rank(
     path: str, how: How, adapters: Sequence[LayerAdapter], pairs: Sequence[_Factors]
 ) -> None:
     """Checks that the adapters have one rank in all layers of a stack that they are in."""
-    ranks = {pair.b.shape[-2] for pair in pairs}
+    # An adapter's change may have another rank than its method: twice PiSSA's, at most the sides.
+    found = [{pair.b.shape[-2] for pair in pairs}]
     for adapter, pair in zip(adapters, pairs, strict=True):
         method = adapter.method
-        if isinstance(method, LowRank) and isinstance(method.rank, tuple):
+        if isinstance(method, LowRank):
             is_there = True if isinstance(pair.scale, jax.core.Tracer) else pair.scale != 0
-            ranks |= set(method.ranks(len(pair.scale))[np.asarray(is_there)].tolist())
+            of_layers = method.ranks(len(pair.scale))[np.asarray(is_there)]
+            found.append({method.max_rank, *of_layers.tolist()})
+    ranks = max(found, key=len)
     if len(ranks) > 1:
         raise ValueError(
             f"how={how!r} adds factors, which need one rank, and those of {path} have "

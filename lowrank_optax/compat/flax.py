@@ -70,6 +70,9 @@ def run_traced_apart(
 ) -> Any:
     """Calls a Linen module such that each call under ``nn.jit`` in it gets a trace of its own.
 
+    Each such trace leaves an entry in a cache of Flax (counts of random keys drawn) that is never
+    emptied, so this is for calls that are rare, as to find layers.
+
     Args:
       module: Unbound Linen module.
       variables: Variables of the module; None to initialize them.

@@ -215,7 +215,9 @@ class Randomized:
     ``split_rngs={"sketch": False}`` all layers have one key. Call `apply` inside ``jax.jit``.
 
     Blocks under ``nn.jit`` share a trace if the same patterns are found in their layers. Within
-    other ``nn.intercept_methods``, each call of `apply` traces them again.
+    other ``nn.intercept_methods``, each call of `apply` traces them again. To tell blocks apart,
+    `apply` with such a key puts a dictionary without arrays beside each ``kernel`` in ``params``: a
+    function of ``nn.map_variables`` sees it, and must pass it on, as ``jax.tree.map`` does.
 
     Attributes:
       module: Any Linen module, or an object with its ``init`` and ``apply``.

@@ -126,7 +126,8 @@ class Attention(nnx.Module):
         key = checkpoint_name(rotate(key, rotary), "attention_key")
         value = checkpoint_name(value, "attention_value")
         if cache is None:
-            # Hugging Face counts the position itself into the window, JAX does not.
+            # The result is named attention_context inside. Hugging Face counts the position itself
+            # into the window, JAX does not.
             window = None if self.sliding_window is None else (self.sliding_window - 1, 0)
             mixed = dot_product_attention(
                 query,
@@ -140,8 +141,8 @@ class Attention(nnx.Module):
             cache = cache.write(key, value, position)
             mask = _visible(length, cache.keys.shape[1], position, self.sliding_window)
             mixed = jax.nn.dot_product_attention(query, *cache, mask=mask)
-        mixed = checkpoint_name(mixed.reshape(batch * length, -1), "attention_context")
-        output = checkpoint_name(self.output(mixed), "attention_output")
+        output = self.output(mixed.reshape(batch * length, -1))
+        output = checkpoint_name(output, "attention_output")
         return output.reshape(x.shape), cache
 
 

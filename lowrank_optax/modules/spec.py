@@ -4,6 +4,8 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any, Literal, TypeAlias
 
+import jax
+
 from lowrank_optax.matrices.flax_layers import Kernel, infer_axes, kernel_axes, read_layer
 from lowrank_optax.matrices.views import WeightDimensionNumbers
 from lowrank_optax.modules.wrap import own_class
@@ -75,9 +77,10 @@ def kind_of(module: Any) -> Kind | None:
 def has_other_weights(module: Any) -> bool:
     """Whether a module, or those inside it, may multiply by other weights than their parameters.
 
-    A subclass of a Flax layer with its own call may, and Flax's normalization of weights and its
-    convolutions with a mask do. Any class can say it itself, by an attribute or property
-    ``plain_weights`` beside its ``__call__``.
+    A subclass of a Flax layer with its own call may, and so may a layer that was given its own
+    ``dot_general``; Flax's normalization of weights and its convolutions with a mask do. Any class
+    can say it itself, by an attribute or property ``plain_weights`` beside its ``__call__``, and
+    any ``dot_general`` by an attribute of this name.
     """
     cls = own_class(module)
     defines = next((t for t in cls.__mro__ if "__call__" in vars(t)), cls)
@@ -85,8 +88,19 @@ def has_other_weights(module: Any) -> bool:
         return not module.plain_weights
     if defines.__module__.startswith("flax."):
         masked = kind_of(module) == "convolution" and getattr(module, "mask", None) is not None
-        return masked or defines.__name__ in ("SpectralNorm", "WeightNorm")
+        norm = defines.__name__ in ("SpectralNorm", "WeightNorm")
+        return masked or norm or _has_own_product(module)
     return kind_of(module) is not None
+
+
+def _has_own_product(module: Any) -> bool:
+    """Whether a Flax layer was given a product that is not XLA's and does not say it is plain."""
+    for name in ("dot_general", "conv_general_dilated"):
+        own = getattr(module, f"{name}_cls", None) or getattr(module, name, None)
+        own = getattr(own, "func", own)  # a functools.partial only gives options
+        if own not in (None, getattr(jax.lax, name)) and not getattr(own, "plain_weights", False):
+            return True
+    return False
 
 
 def usable_weight(module: Any) -> Kernel | None:

@@ -8,6 +8,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import lowrank_optax as lro
 
@@ -21,6 +22,9 @@ NAMES = {
     "picture": "vision.patches",
     "head": "lm_head",
 }
+Q, OUT, MLP = "self_attn.q_proj", "self_attn.o_proj", "mlp"
+SIZES = {Q: (4, 6), OUT: (6, 4), MLP: (4, 4)}
+"""Inputs and outputs of the linear layers of each `Layer`; the first two have a bias."""
 
 
 def initial(seed):
@@ -119,6 +123,23 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
     config = json.loads((folder / "adapter_config.json").read_text())
     return config, load_file(folder / "adapter_model.safetensors")
+
+
+def changed(folder: Path, **changes: Any) -> Path:
+    """The folder with other fields in its configuration."""
+    config, tensors = read(folder)
+    return write(folder, config | changes, tensors)
+
+
+def refused(folder, error, match, load=lro.adapters.fold_peft):
+    """The error, of a model that is left as it was."""
+    model = Model(True)
+    before = snapshot(model)
+    with pytest.raises(error, match=match) as caught:
+        load(model, folder, names=NAMES)
+    assert snapshot(model) == before
+    assert type(model) is Model
+    return caught.value
 
 
 def query_folder(folder: Path, **changes: Any) -> Path:

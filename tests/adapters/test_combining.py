@@ -216,6 +216,9 @@ def test_adapters_that_cannot_be_merged():
     unlike = {"a": lro.adapters.LoRA(rank=2), "b": lro.adapters.LoRA(rank=3)}
     with pytest.raises(ValueError, match=r"which need one rank, and those of .* have 2, 3"):
         lro.adapters.merge_adapters(adapted(methods=unlike), both, "linear", name="new")
+    unlike = {"a": lro.adapters.LoRA(rank=(2, 2, 1)), "b": lro.adapters.LoRA(rank=2)}
+    with pytest.raises(ValueError, match=r"which need one rank, and those of .* have 1, 2"):
+        lro.adapters.merge_adapters(adapted(methods=unlike), both, "linear", name="new")
     full = {"a": lro.adapters.LoRA(rank=2), "b": lro.adapters.DoRA(rank=2)}
     pissa = {"a": lro.adapters.PiSSA(rank=2), "b": lro.adapters.LoRA(rank=2)}
     with pytest.raises(ValueError, match=r"need one rank, and those of .* have 2, 4"):
@@ -231,6 +234,17 @@ def test_adapters_that_cannot_be_merged():
     lro.adapters.also_train(model, "embed", "a")
     with pytest.raises(ValueError, match=r"'a' has trained values of embed/embedding"):
         lro.adapters.merge_adapters(model, both, "svd", name="new")
+
+
+@pytest.mark.parametrize(("method", "rank"), [(lro.adapters.PiSSA, 2), (lro.adapters.LaMDA, 99)])
+def test_equal_ranks_given_one_by_one_are_one_rank(method, rank):
+    # PiSSA's change has twice the rank, and LaMDA's at most the sides.
+    found = []
+    for ranks in (rank, (rank,) * 3):
+        model = adapted(methods={"a": method(rank=ranks), "b": method(rank=rank)}, where="up")
+        lro.adapters.merge_adapters(model, {"a": 0.5, "b": 2.0}, "linear", name="new")
+        found.append(change(model, "new"))
+    np.testing.assert_allclose(*found, atol=1e-5)
 
 
 @pytest.mark.parametrize("how", ["concatenate", "svd", "linear", "ties", "ties_svd"])

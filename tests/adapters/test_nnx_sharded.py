@@ -103,6 +103,19 @@ def test_a_sharded_model_trains_and_merges_as_on_one_device() -> None:
     assert jnp.isfinite(results[0][0]).all()
 
 
+def test_arrays_of_a_file_are_sharded_as_those_that_are_attached(tmp_path) -> None:
+    pytest.importorskip("safetensors")
+    names = {"layers/{}": "layers.{}", "heads": "heads"}
+    of = lambda model: nnx.to_flat_state(nnx.state(model, nnx.PathContains("default")))
+    for number, method in enumerate((lro.adapters.LoRA(rank=2), lro.adapters.VeRA(rank=2))):
+        attached = lro.adapters.attach(sharded(), method, "layers|heads", rngs=0)
+        lro.adapters.save_peft(attached, tmp_path / str(number), names=names)
+        loaded = lro.adapters.load_peft(sharded(), tmp_path / str(number), names=names)
+        for (path, x), (_, expected) in zip(of(loaded), of(attached), strict=True):
+            assert x[...].sharding == expected[...].sharding, path
+            np.testing.assert_array_equal(x[...], expected[...])
+
+
 FACTORS = {"A": P("data", None), "B": P(None, "model")}
 OF_METHODS = {
     lro.adapters.LoRA(rank=16): FACTORS,

@@ -9,6 +9,7 @@ import lowrank_optax as lro
 from lowrank_optax.adapters import UnsupportedConfigError, fold_peft, load_peft, save_peft
 from tests.adapters.peft_files import (
     NAMES,
+    SIZES,
     Model,
     adapted,
     output,
@@ -21,7 +22,6 @@ from tests.adapters.peft_files import (
 pytest.importorskip("safetensors")
 
 MiSS, MiSSBat, RandLoRA = lro.adapters.MiSS, lro.adapters.MiSSBat, lro.adapters.RandLoRA
-SIZES = {"self_attn.q_proj": (4, 6), "self_attn.o_proj": (6, 4), "mlp": (4, 4)}
 BASES = {"base_model.randlora_A": (3, 1, 6), "base_model.randlora_B": (6, 2, 3)}
 # Fields, shapes of the tensors of a layer, and the method.
 CASES = {

@@ -603,6 +603,31 @@ def test_values_that_were_trained_before_there_was_an_adapter_are_replaced(tmp_p
     assert_close(model(INPUTS), Small()(INPUTS))
 
 
+def test_a_head_with_a_call_of_its_own_is_written_where_it_says_that_its_weight_is_plain(tmp_path):
+    class Head(nnx.Linear):
+        def __call__(self, x):
+            return 2 * super().__call__(x)
+
+    class PlainHead(Head):
+        plain_weights = True
+        __call__ = Head.__call__
+
+    def model(kind, trained):
+        small = Small()
+        small.head = kind(6, 5, rngs=nnx.Rngs(1))
+        put(small, LORA, "mlp" if trained else "head", "default")
+        if trained:
+            lro.adapters.also_train(small, "head/kernel")
+        return small
+
+    for trained in (False, True):
+        match = "^head: save_peft writes the layer's weight, .* of Head .*`plain_weights = True`"
+        with pytest.raises(TypeError, match=match):
+            save_peft(model(Head, trained), tmp_path / "a", names=SMALL)
+        assert not (tmp_path / "a").exists()
+        save_peft(model(PlainHead, trained), tmp_path / str(trained), names=SMALL)
+
+
 @pytest.mark.parametrize("method", ["dora", "pissa"])
 def test_a_weight_with_values_of_adapters_has_no_adapter_computed_from_it(tmp_path, method):
     model = put(Small(), LORA, "mlp")

@@ -19,21 +19,24 @@ from lowrank_optax.adapters.peft.attached_kinds import MiSS, RandLoRA
 from lowrank_optax.adapters.peft.kinds import OFT, two_factors
 from lowrank_optax.storage.safetensors_files import CheckpointMismatchError
 from tests.adapters.peft_files import (
+    MLP,
     NAMES,
+    OUT,
+    SIZES,
     Model,
+    Q,
     adapted,
+    changed,
     output,
     random_tensors,
     read,
+    refused,
     snapshot,
     write,
 )
 
 pytest.importorskip("safetensors")
 
-Q, OUT, MLP = "self_attn.q_proj", "self_attn.o_proj", "mlp"
-# Inputs and outputs of the layers of `Model`; the first two have a bias.
-SIZES = {Q: (4, 6), OUT: (6, 4), MLP: (4, 4)}
 LAYERS = range(3)
 
 
@@ -216,11 +219,6 @@ def folder(tmp_path):
     return lambda case: folder_of(tmp_path / case.replace(" ", "_"), case)
 
 
-def changed(folder, **changes):
-    config, tensors = read(folder)
-    return write(folder, config | changes, tensors)
-
-
 def weights(model, module):
     """Weights ``[layers, d_in, d_out]`` and biases of a module of all layers."""
     names = {Q: "query", OUT: "out", MLP: "mlp"}
@@ -390,15 +388,6 @@ def test_two_factors_are_those_of_lycoris():
         assert two_factors(size, 5) == expected
 
 
-def refused(path, error, match, function=fold_peft):
-    """The error, of a model that is left as it was."""
-    model = Model(True)
-    before = snapshot(model)
-    with pytest.raises(error, match=match):
-        function(model, path, names=NAMES)
-    assert snapshot(model) == before
-
-
 @pytest.mark.parametrize(
     ("case", "changes", "error", "match"),
     [
@@ -413,6 +402,8 @@ def refused(path, error, match, function=fold_peft):
         ("LOKR", {"decompose_factor": 3}, CheckpointMismatchError, r"lokr_w1 \(2, 2\), not \(3, "),
         ("LOKR", {"decompose_both": 1}, ValueError, "decompose_both must be true or false, got 1"),
         ("IA3", {"feedforward_modules": None}, ValueError, "feedforward_modules must be a regular"),
+        ("IA3", {"feedforward_modules": ["mlp", "fc2"]}, ValueError, "feedforward_modules .*'fc2'"),
+        ("IA3", {"feedforward_modules": r".*\.fc2"}, ValueError, "feedforward_modules of .*has '"),
         ("IA3", {"feedforward_modules": []}, CheckpointMismatchError, r"\(1, 4\), not \(4, 1\)"),
         ("OFT", {"r": 2}, ValueError, "one of r=2 and oft_block_size=2 is 0"),
         ("OFT", {"oft_block_size": 1}, CheckpointMismatchError, r"oft_R.weight \(2, 1\), not"),
@@ -475,6 +466,21 @@ def test_directions_that_adalora_has_dropped_are_not_in_the_file(folder):
     expected = adalora(t, weights(Model(True), Q)[0][1], None, Q)[0]  # init_r stays in the scale
     assert_close(weights(model, Q)[0][1], expected, 40)
     refused(changed(path, rank_pattern={"x": [2]}), ValueError, "rank_pattern must be an object")
+    pattern |= {"model.layers.9.mlp.lora_E": [True] * 3}
+    refused(changed(path, rank_pattern=pattern), ValueError, "rank_pattern .* has 'model.layers.9")
+
+
+def test_ia3_may_name_feed_forward_layers_that_it_does_not_adapt(folder):
+    # PEFT writes the names it has for the architecture where a user gives none.
+    config, tensors = read(folder("IA3"))
+    path = folder("IA3")
+    tensors = {name: x for name, x in tensors.items() if ".mlp." not in name}
+    model, both = Model(True), fold_peft(Model(True), path, names=NAMES)
+    path = write(path, config | {"target_modules": r".*\.[qo]_proj"}, tensors)
+    fold_peft(model, path, names=NAMES)
+    for module in (Q, OUT):
+        assert_close(weights(model, module), weights(both, module))
+    assert_close(weights(model, MLP)[0], weights(Model(True), MLP)[0])
 
 
 def test_other_layers_than_linear_ones_are_refused(folder, tmp_path):

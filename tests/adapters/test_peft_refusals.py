@@ -1,6 +1,7 @@
 """What is refused of a folder of PEFT: by name, whole, and with nothing attached."""
 
 import dataclasses
+import functools
 import json
 import sys
 
@@ -17,8 +18,10 @@ from tests.adapters.peft_files import (
     NAMES,
     Model,
     adapted,
+    changed,
     query_folder,
     read,
+    refused,
     snapshot,
     write,
 )
@@ -28,6 +31,7 @@ pytest.importorskip("safetensors")
 Q = "base_model.model.model.layers.{}.self_attn.q_proj"
 LORA = lro.adapters.LoRA(rank=2, alpha=5, initial="random")
 OF_NO_LORA = _REFUSED.keys() - {"target_parameters"}
+refused = functools.partial(refused, load=load_peft)
 
 
 @pytest.fixture
@@ -35,26 +39,10 @@ def folder(tmp_path):
     return query_folder(tmp_path / "a")
 
 
-def refused(folder, error, match):
-    """The error, of a model that is left as it was."""
-    model = Model(True)
-    before = snapshot(model)
-    with pytest.raises(error, match=match) as caught:
-        load_peft(model, folder, names=NAMES)
-    assert snapshot(model) == before
-    assert type(model) is Model
-    return caught.value
-
-
 def refused_each(tmp_path, error, cases):
     """Each set of changes of the configuration is refused with its message."""
     for number, (changes, match) in enumerate(cases):
         refused(query_folder(tmp_path / str(number), **changes), error, match)
-
-
-def changed(folder, **changes):
-    config, tensors = read(folder)
-    return write(folder, config | changes, tensors)
 
 
 def test_a_field_that_changes_the_function_is_refused_by_name(tmp_path):

@@ -9,7 +9,9 @@ import lowrank_optax as lro
 from lowrank_optax.adapters import fold_peft, load_peft, save_peft
 from tests.adapters.peft_files import (
     NAMES,
+    SIZES,
     Model,
+    Q,
     adapted,
     output,
     random_tensors,
@@ -19,9 +21,6 @@ from tests.adapters.peft_files import (
 )
 
 pytest.importorskip("safetensors")
-
-Q, OUT, MLP = "self_attn.q_proj", "self_attn.o_proj", "mlp"
-SIZES = {Q: (4, 6), OUT: (6, 4), MLP: (4, 4)}
 
 
 def vera_folder(path, layers=(0, 1, 2), **changes):

@@ -1,5 +1,6 @@
 """Adapters on layers that multiply by other weights than their parameters."""
 
+import functools
 from typing import Any, ClassVar
 
 from close import assert_close
@@ -14,6 +15,7 @@ from flax import linen as nn
 from flax import nnx
 
 import lowrank_optax as lro
+from lowrank_optax.modules.spec import has_other_weights
 
 X = np.random.default_rng(0).standard_normal((5, 3), np.float32)
 KEY = jax.random.key(0)
@@ -50,6 +52,20 @@ class Sketched(lro.layers.RandomizedLinear):
         return x @ jnp.exp(self.kernel[...])
 
 
+def rounded(x: jax.Array, kernel: jax.Array, *args: Any, **options: Any) -> jax.Array:
+    """A product with another weight, as of a quantized one."""
+    return jax.lax.dot_general(x, jnp.round(4 * kernel) / 4, *args, **options)
+
+
+def says_so(*args: Any, **options: Any) -> jax.Array:
+    """A product with the weight itself."""
+    return jax.lax.dot_general(*args, **options)
+
+
+vars(says_so)["plain_weights"] = True
+PRECISE = functools.partial(jax.lax.dot_general, precision=jax.lax.Precision.HIGHEST)
+
+
 def plain() -> nnx.Linear:
     return nnx.Linear(3, 4, rngs=nnx.Rngs(0))
 
@@ -76,12 +92,14 @@ COMPUTED = POWERPROP | {
     "own call of a subclass of a plain one": lambda: Sketched(
         3, 4, sketch=lro.layers.Sketch(fraction=0.5), rngs=nnx.Rngs(0)
     ),
+    "own product": lambda: nnx.Linear(3, 4, dot_general=rounded, rngs=nnx.Rngs(0)),
     "norm of the weights": lambda: nnx.WeightNorm(plain(), rngs=nnx.Rngs(0)),
 }
 PLAIN = {
     "randomized": randomized,
     "wrapped": wrapped_in_a_sketch,
     "says so": lambda: Cast(3, 4, rngs=nnx.Rngs(0)),
+    "precise": lambda: nnx.Linear(3, 4, dot_general=PRECISE, rngs=nnx.Rngs(0)),
 }
 
 
@@ -163,6 +181,16 @@ def test_layers_that_multiply_by_their_parameter_are_merged_with_any_method(
     assert_close(lro.adapters.detach(layer)(X), before, 100)
 
 
+def test_a_product_may_say_that_it_is_with_the_weight_itself() -> None:
+    general = nnx.LinearGeneral(3, 4, dot_general=says_so, rngs=nnx.Rngs(0))
+    assert not has_other_weights(general)
+    general.dot_general = lambda *args: says_so(*args)
+    assert has_other_weights(general)
+    own = lambda *args, **options: jax.lax.conv_general_dilated(*args, **options)
+    assert has_other_weights(nn.Conv(4, (3,), conv_general_dilated_cls=lambda: own))
+    assert not has_other_weights(nn.Conv(4, (3,)))
+
+
 def test_a_merged_or_changed_weight_is_restored_only_as_the_parameter() -> None:
     for method, undo in ((LORA, lro.adapters.unmerge), (READERS[0], lro.adapters.detach)):
         layer = plain()
@@ -222,6 +250,7 @@ LINEN: dict[str, Any] = {
 }
 LINEN_COMPUTED = {name: make(2.0) for name, make in LINEN.items()} | {
     "own call": MyDense(4),
+    "own product": nn.Dense(4, dot_general_cls=lambda: rounded),
     "norm of the weights": nn.WeightNorm(nn.Dense(4)),
 }
 

@@ -215,6 +215,21 @@ def test_an_intercepted_module_with_adapters_has_both() -> None:
     assert not np.allclose(sketched["kernel"], plain["kernel"])
 
 
+def test_an_adapter_that_reads_the_kernel_may_be_beside_a_sketched_layer() -> None:
+    adapted = lro.adapters.linen.Adapted(ByName(), lro.adapters.DoRA(rank=1))
+    variables = initial(adapted)
+    randomized = Randomized(adapted, {"up": QUARTER})
+    assert_close(randomized.apply(variables, X, **KEY), adapted.apply(variables, X))
+
+
+def test_variables_are_mapped_by_functions_that_pass_dictionaries_on() -> None:
+    double = lambda variables: jax.tree.map(lambda x: 2 * x, variables)
+    mapped = nn.map_variables(ByName, "params", trans_in_fn=double)()
+    variables = initial(ByName())
+    outputs = Randomized(mapped, QUARTER).apply(variables, X, **KEY)
+    assert_close(outputs, ByName().apply(double(variables), X))
+
+
 class Inner(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:

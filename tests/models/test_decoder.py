@@ -268,3 +268,18 @@ def test_a_batch_sharded_over_devices_gives_the_same_step(model):
     assert_close(nnx.to_pure_dict(many[0]), nnx.to_pure_dict(one[0]), 200)
     assert_close(many[1], one[1], 100)
     assert many[1].sharding.shard_shape(many[1].shape) == (2, 6, CONFIG.vocab_size)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_every_implementation_of_attention_gives_the_same_logits(window):
+    config = dataclasses.replace(CONFIG, sliding_window=window)
+    plain, chunked = (
+        logits_of(random_decoder(config, attention_implementation=name), TOKENS)
+        for name in ("xla", "chunked")
+    )
+    assert_close(chunked, plain)
+
+
+def test_a_wrong_implementation_of_attention_is_refused_with_the_names():
+    with pytest.raises(ValueError, match="attention_implementation='flash' must be None or one of"):
+        Decoder(CONFIG, rngs=nnx.Rngs(0), attention_implementation="flash")

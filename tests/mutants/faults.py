@@ -276,6 +276,20 @@ ADAPTERS = (
         ("tests/adapters/test_randlora.py",),
     ),
     Fault(
+        "a layer's own product taken for that of its parameter",
+        "lowrank_optax/modules/spec.py",
+        "return masked or norm or _has_own_product(module)",
+        "return masked or norm",
+        ("tests/layers/test_powerprop_adapters.py",),
+    ),
+    Fault(
+        "arrays of a file on one device",
+        "lowrank_optax/adapters/peft/module_names.py",
+        'if getattr(before, "committed", False):',
+        'if getattr(before, "comitted", False):',
+        ("tests/adapters/test_nnx_sharded.py",),
+    ),
+    Fault(
         "scale missing in LoRA-FA's projection",
         "lowrank_optax/adapters/training/lora_fa_projection.py",
         "columns = a.astype(jnp.float32) * scale[..., None, :]",
@@ -490,6 +504,27 @@ LAYERS = (
         "variance = (norms.x * norms.y + norms.product) / size",
         "variance = (norms.x * norms.y - norms.product) / size",
         ("tests/layers/test_randomized_linear_variances.py",),
+    ),
+    Fault(
+        "sum of the weights not scaled to a new maximum",
+        "lowrank_optax/layers/attention/chunked.py",
+        "total * shrink + weights.sum(-1)",
+        "total + weights.sum(-1)",
+        ("tests/layers/test_chunked_attention.py",),
+    ),
+    Fault(
+        "gradients of scores without the mean gradient of the weights",
+        "lowrank_optax/layers/attention/chunked.py",
+        "weights * (d_weights - mean[..., None])",
+        "weights * d_weights",
+        ("tests/layers/test_chunked_attention.py",),
+    ),
+    Fault(
+        "last chunk of keys in the window skipped",
+        "lowrank_optax/layers/attention/chunked.py",
+        "last_key // self.key_chunk + 1)",
+        "-(-last_key // self.key_chunk))",
+        ("tests/layers/test_chunked_attention.py",),
     ),
 )
 

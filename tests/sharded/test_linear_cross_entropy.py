@@ -80,6 +80,22 @@ def test_tokens_placed_by_the_compiler(arguments, one_device):
     assert_close(jax.jit(losses({}))(*map(put, arguments, specs)), one_device, 100)
 
 
+def test_explicit_axes_are_refused_outside_of_shard_map(arguments, one_device):
+    hidden, head, bias, labels = arguments
+    mesh = jax.make_mesh((8,), ("data",), (AxisType.Explicit,))
+    hidden = jax.device_put(hidden, NamedSharding(mesh, P("data")))
+    labels = jax.device_put(labels, NamedSharding(mesh, P("data")))
+    with pytest.raises(ValueError, match="hidden is sharded over explicit mesh axes"):
+        lro.losses.linear_cross_entropy(hidden, head, labels)
+    loss = lambda hidden, labels: lro.losses.linear_cross_entropy(
+        hidden, head, labels, bias=bias, token_axis_name="data", **OPTIONS
+    )
+    specs = {"in_specs": (P("data"), P("data")), "out_specs": P()}
+    (expected, _), (dh, _, _) = one_device
+    found = jax.jit(jax.value_and_grad(jax.shard_map(loss, mesh=mesh, **specs)))(hidden, labels)
+    assert_close(found, (expected, dh), 100)
+
+
 def test_collectives_over_words_are_three_of_a_number_a_token_and_one_of_the_hidden_states(
     arguments,
 ):

@@ -18,7 +18,6 @@ from lowrank_optax.adapters.peft.config import (
     BaseConfig,
     UnsupportedConfigError,
     as_tuple,
-    has_pattern,
     is_named,
     is_saved,
 )
@@ -208,9 +207,8 @@ def _check_names(modules: Mapping[str, Module], layers: list[str], config: BaseC
     if any(map(is_there, of_task)):
         saved = tuple(name for name in saved if name not in of_task)
     _check_each("modules_to_save", saved, is_there, modules)
-    for field in config.pattern_fields:
-        is_there = lambda pattern: any(has_pattern(m, pattern) for m in layers)
-        _check_each(field, getattr(config, field), is_there, layers)
+    for selection in config.selections(all_layers, layers):
+        _check_each(selection.field, selection.names, selection.is_there, selection.layers)
     excluded = config.exclude_modules or ()
     join = lambda *parts: ".".join(parts)
     containers = {part for m in modules for part in itertools.accumulate(m.split("."), join)}

@@ -4,12 +4,12 @@ A module is named by its dotted path in the PyTorch model, ``model.layers.0.self
 """
 
 import abc
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import json
 from pathlib import Path
 import re
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -76,6 +76,26 @@ _INITIALS = (True, False, None, "gaussian", "orthogonal", "eva", "mica", "pissa"
 
 class UnsupportedConfigError(ValueError):
     """An adapter_config.json that asks for something which is not done here."""
+
+
+class Selection(NamedTuple):
+    """A field that selects layers by names.
+
+    Attributes:
+      field: The field's name.
+      names: The names in it.
+      selects: Whether one of these names, the second argument, selects a module, the first.
+      layers: Modules of which it has to select some.
+    """
+
+    field: str
+    names: Iterable[str]
+    selects: Callable[[str, str], bool]
+    layers: Sequence[str]
+
+    def is_there(self, name: str) -> bool:
+        """Whether one of these names selects any of the layers."""
+        return any(self.selects(module, name) for module in self.layers)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,6 +181,17 @@ class BaseConfig(abc.ABC):
     def needs_base(self) -> str:
         """The field, with its value, that has no meaning without the base model; or ""."""
         return ""
+
+    def selections(self, layers: Sequence[str], targets: Sequence[str]) -> "Iterator[Selection]":
+        """What selects layers beside ``target_modules``.
+
+        Args:
+          layers: All layers of the base.
+          targets: Those that are adapted.
+        """
+        del layers
+        for field in self.pattern_fields:
+            yield Selection(field, getattr(self, field), has_pattern, targets)
 
     def shared_shapes(self, layouts: Iterable["Layout"]) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the tensors that these layers share; there are none by default."""

@@ -6,7 +6,7 @@ list it in `parsing`; the names of its tensors go to `tensors`. Kinds that are a
 """
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import math
 import re
@@ -20,7 +20,9 @@ from lowrank_optax.adapters.peft.config import (
     MERGE_IN_PEFT,
     BaseConfig,
     Names,
+    Selection,
     UnsupportedConfigError,
+    as_tuple,
     by_pattern,
 )
 from lowrank_optax.storage.fields import (
@@ -135,11 +137,15 @@ class AdaLoRA(FoldedConfig):
         """Nothing."""
         return ""
 
+    def selections(self, layers: Sequence[str], targets: Sequence[str]) -> Iterator[Selection]:
+        """``rank_pattern`` has the names of tensors."""
+        del layers
+        yield Selection("rank_pattern", self.rank_pattern or {}, self._is_of, targets)
+
     def shapes(self, module: str, d_in: int, d_out: int) -> Shapes:
         """``A``, ``B`` and ``E`` of the directions that are left."""
-        names = {k.replace(".default", ""): kept for k, kept in (self.rank_pattern or {}).items()}
-        kept = names.get(f"{module}.lora_E")
-        r = self.init_r if kept is None else sum(kept)
+        kept = (x for name, x in (self.rank_pattern or {}).items() if self._is_of(module, name))
+        r = sum(next(kept, [True] * self.init_r))
         return {"lora_A": (r, d_in), "lora_B": (d_out, r), "lora_E": (r, 1)}
 
     def factors(
@@ -151,6 +157,11 @@ class AdaLoRA(FoldedConfig):
         if not len(tensors["lora_E"]):
             return np.zeros((d_in, 1), np.float32), np.zeros((1, d_out), np.float32)
         return tensors["lora_A"].T, scale * tensors["lora_E"] * tensors["lora_B"].T
+
+    @staticmethod
+    def _is_of(module: str, name: str) -> bool:
+        """Whether a name in ``rank_pattern`` is that of a module's ``E``."""
+        return name.replace(".default", "") == f"{module}.lora_E"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -284,11 +295,22 @@ class IA3(FoldedConfig):
         missing = ["feedforward_modules is missing"] * ("feedforward_modules" not in content)
         return super().wrong(content) + missing
 
+    def selections(self, layers: Sequence[str], targets: Sequence[str]) -> Iterator[Selection]:
+        """Also layers that are not adapted: PEFT writes its own names where a user gives none."""
+        yield from super().selections(layers, targets)
+        names = as_tuple(self.feedforward_modules or ())
+        yield Selection("feedforward_modules", names, self._is_feedforward, layers)
+
     def changes_bias(self, module: str) -> bool:
-        """Whether outputs are scaled. PEFT takes ends of names here, not whole parts of them."""
+        """Whether outputs are scaled."""
+        names = as_tuple(self.feedforward_modules or ())
+        return not any(self._is_feedforward(module, name) for name in names)
+
+    def _is_feedforward(self, module: str, name: str) -> bool:
+        """Whether a name means a module: by PEFT's rule ends of names, not whole parts of them."""
         if isinstance(self.feedforward_modules, str):
-            return re.fullmatch(self.feedforward_modules, module) is None
-        return not any(module.endswith(name) for name in self.feedforward_modules or ())
+            return re.fullmatch(name, module) is not None
+        return module.endswith(name)
 
     def shapes(self, module: str, d_in: int, d_out: int) -> Shapes:
         """One scale for each output or input."""

@@ -13,26 +13,20 @@ from flax import nnx
 import jax.numpy as jnp
 import numpy as np
 
+from lowrank_optax.adapters.adapted_layers import check_weights
 from lowrank_optax.adapters.attaching import attach
 from lowrank_optax.adapters.own_values import check_can_claim, claim, live_in, values_of
-from lowrank_optax.adapters.peft.checking import checked_tensors
-from lowrank_optax.adapters.peft.config import (
-    CONFIG_FILE,
-    AttachedConfig,
-    PeftConfig,
-    UnsupportedConfigError,
-    read_json,
-)
+from lowrank_optax.adapters.peft.config import AttachedConfig, PeftConfig, UnsupportedConfigError
 from lowrank_optax.adapters.peft.module_names import (
     ModuleNames,
     Slot,
-    check_saved_weights,
     module_slots,
-    tied_in_model,
+    saved_layers,
+    sharding_kept,
     warn_of_heads,
 )
-from lowrank_optax.adapters.peft.parsing import parse_config
-from lowrank_optax.adapters.peft.tensors import Tensors, open_tensors
+from lowrank_optax.adapters.peft.tensors import Tensors
+from lowrank_optax.adapters.peft.weight_folding import CheckedAdapter, FlaxBase
 from lowrank_optax.adapters.switching import deactivate, disabled
 from lowrank_optax.matrices.selection import Path, path_string
 
@@ -88,17 +82,16 @@ def load_peft(
     Example:
       See `save_peft`.
     """
-    folder = pathlib.Path(path)
-    config = parse_config(read_json(folder), str(folder / CONFIG_FILE))
+    slots = module_slots(model, names)
+    adapter = CheckedAdapter(pathlib.Path(path), FlaxBase(model, slots))
+    config, layouts, tensors = adapter.config, adapter.layouts, adapter.tensors
     if not isinstance(config, AttachedConfig):
         raise UnsupportedConfigError(
-            f"{folder / CONFIG_FILE}: peft_type={config.peft_type!r} cannot be attached. Fold it "
-            "into the weights instead: lro.adapters.fold_peft(model, path)."
+            f"{path}: peft_type={config.peft_type!r} cannot be attached. Fold it into the weights "
+            "instead: lro.adapters.fold_peft(model, path)."
         )
-    slots = module_slots(model, names)
-    with open_tensors(folder) as reader:
-        layouts, tensors = checked_tensors(reader, slots, config, tied_in_model(model, slots))
-    check_saved_weights(model, config, slots, tensors, "load_peft writes")
+    saved = {slot.path: slot.module for slot in saved_layers(config, slots, tensors)}
+    check_weights(model, saved, "load_peft writes")
     with values_of(model, name):  # not those of other adapters
         trained, bases = _own_values(slots, tensors)
     warn_of_heads(model, slots, (m for m in tensors if "weight" in tensors[m]))
@@ -172,10 +165,12 @@ def _attach(
                 zeros = np.zeros(arrays[key].shape, arrays[key].dtype)
                 own = values.setdefault(key, zeros)[slot.index]
                 own[tuple(map(slice, x.shape))] = x  # beyond a layer's own rank is padding
-        for key, value in values.items():
-            arrays[key].set_value(jnp.asarray(value))
+        variables = [(arrays[key], value) for key, value in values.items()]
         for key, value in shared.items():
-            model.adapter_groups[name][adapter.group][key].set_value(jnp.asarray(value))
+            variables.append((model.adapter_groups[name][adapter.group][key], value))
+        for variable, value in variables:
+            with sharding_kept(variable):
+                variable.set_value(jnp.asarray(value))
 
 
 def _ranks(config: AttachedConfig, group: Mapping[str, Slot]) -> int | tuple[int, ...]:

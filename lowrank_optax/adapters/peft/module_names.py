@@ -17,7 +17,6 @@ from lowrank_optax.adapters.adapted_layers import (
     AdapterParam,
     AlsoTrained,
     LayerAdapter,
-    check_weights,
     set_weight_matrix,
     weight_matrix,
     weight_shape,
@@ -167,32 +166,25 @@ def sharding_kept(variable: Any) -> Iterator[None]:
         variable.set_value(jax.device_put(variable[...], before.sharding))
 
 
-def check_saved_weights(
-    model: Any,
-    config: BaseConfig,
-    slots: Mapping[str, Slot],
-    tensors: Mapping[str, Tensors],
-    use: str,
-) -> None:
-    """Checks layers whose own weights are in an adapter's file, as those of ``modules_to_save``.
+def saved_layers(
+    config: BaseConfig, slots: Mapping[str, Slot], tensors: Mapping[str, Tensors]
+) -> list[Slot]:
+    """Layers whose own weights are in an adapter's file, as those of ``modules_to_save``.
 
     Raises:
       UnsupportedConfigError: If a square weight may be of transformers' Conv1D or of a Linear.
-      TypeError: If a layer multiplies by another weight than its parameter.
     """
     given = {"weight", "base_layer.weight"}
-    layers = {m: slots[m] for m in tensors if m in slots and not given.isdisjoint(tensors[m])}
-    layers = {module: slot for module, slot in layers.items() if slot.is_layer}
-    for module, slot in layers.items():
-        layout = slot.layout
-        assert layout is not None  # of a layer
+    having = {m: slots[m] for m in tensors if m in slots and not given.isdisjoint(tensors[m])}
+    layers = {module: layout for module, slot in having.items() if (layout := slot.layout)}
+    for module, layout in layers.items():
         is_square = layout.kind == "linear" and layout.d_in == layout.d_out
         if config.fan_in_fan_out and "weight" in tensors[module] and is_square:
             raise UnsupportedConfigError(
                 f"fan_in_fan_out=True with {module} in modules_to_save, a square weight, which "
                 f"PyTorch may hold as [in, out] or [out, in]: unsupported. {MERGE_IN_PEFT}"
             )
-    check_weights(model, {slot.path: slot.module for slot in layers.values()}, use)
+    return [having[module] for module in layers]
 
 
 def also_trained(module: Any) -> list[str]:

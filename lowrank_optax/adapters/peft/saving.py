@@ -123,11 +123,12 @@ def save_peft(
         own = None if as_lora else _own_form(slots, name)
         piece = functools.partial(_piece, name=name, as_lora=as_lora, own=own)
         pieces = {m: p for m, slot in slots.items() if (p := piece(slot))}
+        bases = {m: slots[m] for m in pieces if _holds_base(m, slots[m], name)}
+        whole = {m: x for m, x in slots.items() if m not in pieces and also_trained(x.module)}
+        written = {slot.path: slot.module for slot in (bases | whole).values() if slot.is_layer}
+        check_weights(model, written, "save_peft writes")
         saved = {m: x for m, slot in slots.items() if (x := _trained(slot, m in pieces))}
-        bases = {m: slots[m].read("weight") for m in pieces if _holds_base(m, slots[m], name)}
-    written = [slots[m] for m in (*bases, *(m for m, x in saved.items() if "weight" in x))]
-    written = {slot.path: slot.module for slot in written if slot.is_layer}
-    check_weights(model, written, "save_peft writes")
+        bases = {m: slot.read("weight") for m, slot in bases.items()}
     tied = tied_in_model(model, slots)
     ties = tied is not None and tied.embedding in saved and tied.embedding not in pieces
     content = {

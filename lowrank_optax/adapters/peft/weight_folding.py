@@ -30,8 +30,8 @@ from lowrank_optax.adapters.peft.kinds import FoldedConfig
 from lowrank_optax.adapters.peft.module_names import (
     ModuleNames,
     Slot,
-    check_saved_weights,
     module_slots,
+    saved_layers,
     sharding_kept,
     tied_in_model,
     warn_of_heads,
@@ -101,11 +101,11 @@ def fold_peft(
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(nnx.state(model))):
         raise ValueError("fold_peft reads files, which a traced model cannot: call it outside jit.")
     slots = module_slots(model, names)
-    checked = CheckedAdapter(Path(path), _FlaxBase(model, slots))
+    checked = CheckedAdapter(Path(path), FlaxBase(model, slots))
     checked.check_not_tied()
-    check_saved_weights(model, checked.config, slots, checked.tensors, "folding changes")
-    adapted = [slots[module] for module in checked.layouts]
-    check_weights(model, {slot.path: slot.module for slot in adapted}, "folding changes")
+    changed = saved_layers(checked.config, slots, checked.tensors)
+    changed += [slots[module] for module in checked.layouts]
+    check_weights(model, {slot.path: slot.module for slot in changed}, "folding changes")
     saved = (m for m, of_module in checked.tensors.items() if "weight" in of_module)
     warn_of_heads(model, slots, (*saved, *checked.layouts))
     by_layer: dict[Any, dict[str, Slot]] = {}
@@ -148,7 +148,7 @@ class Base(Protocol):
         """
 
 
-class _FlaxBase(NamedTuple):
+class FlaxBase(NamedTuple):
     """A Flax model as a base."""
 
     model: nnx.Module
@@ -181,7 +181,7 @@ class CheckedAdapter:
     def __init__(self, folder: Path, base: Base | None) -> None:
         self.content = read_json(folder)
         self.config = parse_config(self.content, str(folder / CONFIG_FILE))
-        if not isinstance(base, _FlaxBase) and getattr(self.config, "target_parameters", None):
+        if not isinstance(base, FlaxBase) and getattr(self.config, "target_parameters", None):
             raise UnsupportedConfigError(
                 f"{folder / CONFIG_FILE} has target_parameters={self.content['target_parameters']},"
                 " and files do not show the order in which PyTorch registers parameters: load it "

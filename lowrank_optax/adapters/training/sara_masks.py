@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 from lowrank_optax.adapters.methods.sara import check_selection
+from lowrank_optax.adapters.training.leaf_names import check_any_named
 from lowrank_optax.matrices.explicit_sharding import constrain, partition_of
 from lowrank_optax.matrices.paths import is_whole, normalised_path, path_string
 from lowrank_optax.matrices.polar import polar_factor
@@ -209,13 +210,8 @@ def sara_reselection(
             limit = _just_above(largest)
         return jnp.array(limit, _in_float32(x).dtype), jnp.ones_like(x, bool)
 
-    def check(params: Any, trained: list[jax.Array]) -> None:
-        if is_whole(params) and not trained:
-            raise ValueError(
-                f"names={tuple(names)!r} is the last name of no parameter: attach "
-                "lro.adapters.SaRA, and make the optimizer for what it trains."
-            )
-
+    advice = "attach lro.adapters.SaRA, and make the optimizer for what it trains."
+    check = lambda params, _: check_any_named(params, names, advice)
     return _selecting(inner, start, check, reselect_after, None)
 
 

@@ -9,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_optax.matrices.explicit_sharding import vary_alike
+from lowrank_optax.matrices.explicit_sharding import merge_axes, split_axis, vary_alike
 
 # What policies for rematerialization call the output of attention.
 CONTEXT = "attention_context"
@@ -282,11 +282,19 @@ def _forward(
         return None, (output.astype(query.dtype), log_total)
 
     _, (output, log_total) = jax.lax.scan(of_queries, None, _in_chunks(plan, query, mask))
-    output = _join(output, plan.queries)
-    log_total = _join(log_total[..., None], plan.queries)[..., 0]
-    # One name, because a policy that saves one of them recomputes everything for the other.
-    output, log_total = (checkpoint_name(x, CONTEXT) for x in (output, log_total))
+    log_total = jnp.moveaxis(log_total, 0, 3)  # [B, K, G, chunks, rows]
+    log_total = merge_axes(log_total, 3, 2)[..., : plan.queries]
+    output = name_context(_join(output, plan.queries), 3)
+    # One name, because a policy that saves only one of them recomputes everything for the other.
+    log_total = checkpoint_name(log_total, CONTEXT)
     return output, (query, key, value, mask, output, log_total)
+
+
+def name_context(output: jax.Array, axes: int) -> jax.Array:
+    """Name the output for policies, with its last axes as one, as a TPU stores it without holes."""
+    inner = output.shape[-axes + 1 :]
+    flat = checkpoint_name(merge_axes(output, output.ndim - axes, axes), CONTEXT)
+    return split_axis(flat, flat.ndim - 1, inner)
 
 
 def _backward(plan: _Plan, saved: Any, gradient: jax.Array) -> Any:
@@ -294,9 +302,12 @@ def _backward(plan: _Plan, saved: Any, gradient: jax.Array) -> Any:
     keys, values = _key_chunks(plan, key), _key_chunks(plan, value)
     sums = jnp.promote_types(query.dtype, jnp.float32)
     # The sum over keys of weight times its gradient.
-    mean = jnp.sum(output.astype(sums) * gradient.astype(sums), -1)
-    rows = lambda x: jnp.moveaxis(_split(x, 1, plan.query_chunk), 2, 4)
-    of_rows = (rows(gradient), rows(log_total), rows(mean))
+    mean = jnp.einsum("btkgh,btkgh->bkgt", output, gradient, preferred_element_type=sums)
+    of_rows = (
+        jnp.moveaxis(_split(gradient, 1, plan.query_chunk), 2, 4),
+        _split(log_total, 3, plan.query_chunk),
+        _split(mean, 3, plan.query_chunk),
+    )
 
     def of_queries(carry: Any, parts: Any) -> tuple[Any, jax.Array]:
         part, (gradient, log_total, mean) = parts

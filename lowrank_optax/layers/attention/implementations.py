@@ -5,7 +5,6 @@ from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
 
 from lowrank_optax.compat import splash_attention
 from lowrank_optax.layers.attention.chunked import (
@@ -13,6 +12,7 @@ from lowrank_optax.layers.attention.chunked import (
     Window,
     check_arguments,
     chunked_attention,
+    name_context,
 )
 
 AttentionImplementation = Literal["xla", "chunked", "splash", "cudnn", "tokamax"]
@@ -90,14 +90,12 @@ def dot_product_attention(
         return chunked_attention(query, key, value, mask, **options)
     if implementation == "splash":
         return splash_attention.attention(query, key, value, name=CONTEXT, **options)
+    attention = jax.nn.dot_product_attention
     if implementation == "tokamax":
-        output = import_module("tokamax").dot_product_attention(
-            query, key, value, mask=mask, **options
-        )
+        attention = import_module("tokamax").dot_product_attention
     else:
         options["implementation"] = implementation
-        output = jax.nn.dot_product_attention(query, key, value, mask=mask, **options)
-    return checkpoint_name(output, CONTEXT)
+    return name_context(attention(query, key, value, mask=mask, **options), 2)
 
 
 def check_implementation(implementation: Any, argument: str) -> None:

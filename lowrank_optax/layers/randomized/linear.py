@@ -270,6 +270,7 @@ def call_sketched(
             )
         return randomized_linear(x, kernel, key=key, sketch=sketch, valid=valid, **options)
 
+    vars(product)["plain_weights"] = True  # adapters may read the kernel
     # Not setattr: NNX would refuse it if the layer belongs to an enclosing trace, and Linen's
     # modules are frozen.
     sketched = copy.copy(layer)

@@ -14,8 +14,8 @@ import jax
 from jax.custom_derivatives import SymbolicZero
 import jax.numpy as jnp
 
+from lowrank_optax.losses.linear_head.chunking import ChunkPlan, choose_plan, sizes_of
 from lowrank_optax.losses.linear_head.plain import LossOptions, sums_of_logits, token_loss
-from lowrank_optax.losses.linear_head.plan import ChunkPlan, choose_plan, sizes_of
 from lowrank_optax.losses.linear_head.recompute import (
     Saved,
     chunked_sums,

@@ -7,15 +7,19 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.losses.linear_head.arguments import check_labels, check_options, check_shapes
+from lowrank_optax.losses.linear_head.chunking import check_design, choose_plan, sizes_of
 from lowrank_optax.losses.linear_head.forward import WeightedLoss, weighted_loss
+from lowrank_optax.losses.linear_head.loss_arguments import (
+    check_labels,
+    check_options,
+    check_shapes,
+)
 from lowrank_optax.losses.linear_head.plain import (
     LossOptions,
     over_devices,
     plain_token_sums,
     token_loss,
 )
-from lowrank_optax.losses.linear_head.plan import check_design, choose_plan, sizes_of
 from lowrank_optax.losses.linear_head.recompute import token_sums
 from lowrank_optax.losses.linear_head.tiles import Head, Operands, TokenSums, Words, sum_dtype
 from lowrank_optax.matrices.explicit_sharding import vary_like

@@ -38,7 +38,7 @@ from lowrank_optax.losses.linear_head.tiles import (
 
 
 class Running(NamedTuple):
-    """Of the words so far: the largest logit, and sums relative to it; [T] each."""
+    """The largest logit of the words so far, and sums relative to it; [T] each."""
 
     top: jax.Array
     exponentials: jax.Array

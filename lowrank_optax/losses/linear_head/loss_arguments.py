@@ -54,7 +54,7 @@ def check_shapes(
         raise ValueError(f"bias {jnp.shape(bias)} must be {(words,)}, for head {head.shape}.")
     if lora is not None:
         a, b = jnp.shape(lora[0]), jnp.shape(lora[1])
-        if len(a) != 2 or a[0] != hidden.shape[-1] or b != (a[1], words):
+        if len(lora) != 3 or len(a) != 2 or a[0] != hidden.shape[-1] or b != (a[1], words):
             raise ValueError(
                 f"lora must be A [{hidden.shape[-1]}, r], B [r, {words}] and a scale, got A {a} "
                 f"and B {b}."

@@ -142,7 +142,8 @@ def linear_cross_entropy(
       https://arxiv.org/abs/2411.09009; the design "forward": Hsu et al., Liger Kernel, 2024,
       https://arxiv.org/abs/2410.10989.
     """
-    hidden, head, labels = jnp.asarray(hidden), jnp.asarray(head), jnp.asarray(labels)
+    given, labels = labels, jnp.asarray(labels)
+    hidden, head = jnp.asarray(hidden), jnp.asarray(head)
     check_design(design, chunk_bytes)
     check_options(label_smoothing, z_loss, soft_cap, reduction)
     by_sums = return_values or vocabulary_axis_name is not None or chunk_bytes == "off"
@@ -160,11 +161,11 @@ def linear_cross_entropy(
             f"valid_vocabulary={valid_vocabulary} must be from 1 to {width * devices}, the words "
             "of the head."
         )
+    check_labels(given, ignore_label, valid)
     shape, labels = labels.shape, labels.reshape(-1)
     labels = labels.astype(jnp.promote_types(labels.dtype, jnp.int32))
     counted = jnp.ones(labels.shape, bool) if ignore_label is None else labels != ignore_label
     in_range = (labels >= 0) & (labels < valid)
-    check_labels(labels, counted, in_range, valid)
 
     operands = _operands(hidden, head, bias, lora, None if ignore_label is None else counted)
     words = _words(labels, in_range, valid, width, vocabulary_axis_name)

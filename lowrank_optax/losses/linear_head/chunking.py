@@ -59,14 +59,13 @@ def sizes_of(hidden: Any, heads: Any, words: int, trained: Any) -> Sizes:
     sums = jnp.promote_types(dtype, jnp.float32)
     nbytes = lambda x: x.size * jnp.dtype(x.dtype).itemsize
     default = (nbytes(heads[0]) + nbytes(hidden[0])) // 16
-    needs_sum = (t and w.dtype != sums for w, t in zip(heads, trained, strict=True))
-    summed = (w.size * sums.itemsize for w, needs in zip(heads, needs_sum, strict=True) if needs)
+    summed = [w.size for w, t in zip(heads, trained, strict=True) if t and w.dtype != sums]
     return Sizes(
         tokens=hidden[0].shape[0],
         words=words,
         element_bytes=sums.itemsize + dtype.itemsize,
         default_bytes=min(max(default, LEAST_BYTES), MOST_BYTES),
-        sum_bytes=sum(summed),
+        sum_bytes=sum(summed) * sums.itemsize,
     )
 
 

@@ -140,9 +140,10 @@ class WeightedLoss:
 
     def planned(self, operands: Operands, wanted: Operands | None) -> tuple[ChunkPlan, Head]:
         """The plan where these gradients are wanted, or no gradient at all."""
-        design = self.design if wanted else "recompute"
-        trained = wanted.heads if wanted else [False] * len(operands.heads)
-        summed = bool(wanted) and any([*wanted.heads, wanted.bias])
+        design, trained, summed = "recompute", [False] * len(operands.heads), False
+        if wanted is not None:
+            design, trained = self.design, wanted.heads
+            summed = any([*wanted.heads, wanted.bias])
         if design == "forward" and self.per_token and summed:
             raise ValueError(
                 "design='forward' makes gradients before it knows the factor of each token's loss: "

@@ -21,7 +21,14 @@ from lowrank_optax.losses.linear_head.plain import (
     token_loss,
 )
 from lowrank_optax.losses.linear_head.recompute import token_sums
-from lowrank_optax.losses.linear_head.tiles import Head, Operands, TokenSums, Words, sum_dtype
+from lowrank_optax.losses.linear_head.tiles import (
+    Head,
+    Operands,
+    TokenSums,
+    Words,
+    sum_dtype,
+    vocabulary,
+)
 from lowrank_optax.matrices.explicit_sharding import vary_like
 
 
@@ -135,7 +142,8 @@ def linear_cross_entropy(
       https://arxiv.org/abs/2411.09009; the design "forward": Hsu et al., Liger Kernel, 2024,
       https://arxiv.org/abs/2410.10989.
     """
-    hidden, head, labels = jnp.asarray(hidden), jnp.asarray(head), jnp.asarray(labels)
+    given, labels = labels, jnp.asarray(labels)
+    hidden, head = jnp.asarray(hidden), jnp.asarray(head)
     check_design(design, chunk_bytes)
     check_options(label_smoothing, z_loss, soft_cap, reduction)
     by_sums = return_values or vocabulary_axis_name is not None or chunk_bytes == "off"
@@ -153,42 +161,25 @@ def linear_cross_entropy(
             f"valid_vocabulary={valid_vocabulary} must be from 1 to {width * devices}, the words "
             "of the head."
         )
+    check_labels(given, ignore_label, valid)
     shape, labels = labels.shape, labels.reshape(-1)
     labels = labels.astype(jnp.promote_types(labels.dtype, jnp.int32))
     counted = jnp.ones(labels.shape, bool) if ignore_label is None else labels != ignore_label
     in_range = (labels >= 0) & (labels < valid)
-    check_labels(labels, counted, in_range, valid)
 
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    if ignore_label is not None:
-        rows = jnp.where(counted[:, None], rows, 0)
-    states, heads = (rows,), (head,)
-    if lora is not None:
-        a, b, scale = lora
-        states += ((jnp.asarray(scale, rows.dtype) * (rows @ a.astype(rows.dtype))),)
-        heads += (jnp.asarray(b),)
-    first = 0
-    if vocabulary_axis_name is not None:
-        first = (jax.lax.axis_index(vocabulary_axis_name) * width).astype(labels.dtype)
-    padded = valid < width * devices
-    words = Words(
-        jnp.where(in_range, labels - first, -1),
-        jnp.asarray(valid - first, labels.dtype) if padded else None,
-    )
-    operands = Operands(states, heads, None if bias is None else jnp.asarray(bias))
+    operands = _operands(hidden, head, bias, lora, None if ignore_label is None else counted)
+    words = _words(labels, in_range, valid, width, vocabulary_axis_name)
     facts = Head(
-        axes=(head_axis, 0)[: len(heads)],
+        axes=(head_axis, 0)[: len(operands.heads)],
         soft_cap=soft_cap,
         wants_sum=label_smoothing > 0,
         wants_expected=return_values,
     )
     options = LossOptions(label_smoothing, z_loss, valid)
-
-    dtype = sum_dtype(operands)
-    shares = counted.astype(dtype)
-    if weights is not None:
-        shares = jnp.where(counted, jnp.asarray(weights).reshape(-1).astype(dtype), 0)
     over_tokens = lambda x: x if token_axis_name is None else jax.lax.psum(x, token_axis_name)
+    shares = counted.astype(sum_dtype(operands))
+    if weights is not None:
+        shares = jnp.where(counted, jnp.asarray(weights, shares.dtype).reshape(-1), 0)
     if reduction == "mean":
         total = jax.lax.stop_gradient(over_tokens(jnp.sum(shares)))
         shares = shares / jnp.where(total == 0, 1, total)
@@ -202,18 +193,45 @@ def linear_cross_entropy(
         call = WeightedLoss(facts, options, reduction == "none", design, chunk_bytes)
         loss = weighted_loss(call, operands, words, varying)
         return loss.reshape(shape) if reduction == "none" else over_tokens(loss)
-    if chunk_bytes == "off":
-        sums = plain_token_sums(facts, operands, words)
-    else:
-        sizes = sizes_of(states, heads, width, [False] * len(heads))
-        plan = choose_plan(sizes, "recompute", chunk_bytes, False)
-        head_facts = dataclasses.replace(facts, words=plan.words, tokens=plan.tokens)
-        sums = token_sums(head_facts, operands, words)
+    sums = _sums(facts, operands, words, chunk_bytes)
     if vocabulary_axis_name is not None:
         sums = over_devices(sums, vocabulary_axis_name)
     losses = shares * token_loss(options, sums)
     loss = losses.reshape(shape) if reduction == "none" else over_tokens(jnp.sum(losses))
     return (loss, _values(sums, counted, in_range, shape)) if return_values else loss
+
+
+def _operands(hidden: Any, head: Any, bias: Any, lora: Any, counted: Any) -> Operands:
+    """The pairs that logits are made of; rows of tokens that don't count are zeros."""
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    if counted is not None:
+        rows = jnp.where(counted[:, None], rows, 0)
+    states, heads = [rows], [head]
+    if lora is not None:
+        a, b, scale = lora
+        states.append(jnp.asarray(scale, rows.dtype) * (rows @ jnp.asarray(a, rows.dtype)))
+        heads.append(jnp.asarray(b))
+    return Operands(tuple(states), tuple(heads), None if bias is None else jnp.asarray(bias))
+
+
+def _words(labels: Any, in_range: Any, valid: int, width: int, axis_name: Any) -> Words:
+    """Labels and the number of words that count, from the first word of this device on."""
+    if axis_name is None:
+        return Words(jnp.where(in_range, labels, -1), None if valid == width else jnp.array(valid))
+    first = (jax.lax.axis_index(axis_name) * width).astype(labels.dtype)
+    padded = valid < width * jax.lax.axis_size(axis_name)
+    return Words(jnp.where(in_range, labels - first, -1), valid - first if padded else None)
+
+
+def _sums(facts: Head, operands: Operands, words: Words, chunk_bytes: Any) -> TokenSums:
+    if chunk_bytes == "off":
+        return plain_token_sums(facts, operands, words)
+    frozen = [False] * len(operands.heads)
+    sizes = sizes_of(operands.hidden, operands.heads, vocabulary(facts, operands), frozen)
+    plan = choose_plan(sizes, "recompute", chunk_bytes, False)
+    return token_sums(
+        dataclasses.replace(facts, words=plan.words, tokens=plan.tokens), operands, words
+    )
 
 
 def _values(sums: TokenSums, counted: Any, in_range: Any, shape: tuple[int, ...]) -> TokenValues:

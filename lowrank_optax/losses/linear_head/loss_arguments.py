@@ -54,7 +54,7 @@ def check_shapes(
         raise ValueError(f"bias {jnp.shape(bias)} must be {(words,)}, for head {head.shape}.")
     if lora is not None:
         a, b = jnp.shape(lora[0]), jnp.shape(lora[1])
-        if len(a) != 2 or a[0] != hidden.shape[-1] or b != (a[1], words):
+        if len(lora) != 3 or len(a) != 2 or a[0] != hidden.shape[-1] or b != (a[1], words):
             raise ValueError(
                 f"lora must be A [{hidden.shape[-1]}, r], B [r, {words}] and a scale, got A {a} "
                 f"and B {b}."
@@ -69,11 +69,15 @@ def check_shapes(
         raise ValueError(f"weights {jnp.shape(weights)} must have the labels' shape {labels.shape}")
 
 
-def check_labels(labels: Any, counted: Any, in_range: Any, valid: int) -> None:
+def check_labels(labels: Any, ignore_label: int | None, valid: int) -> None:
     """Raises ValueError if a label of a token that counts is known, and is out of range."""
-    wrong = counted & ~in_range
-    if isinstance(wrong, jax.core.Tracer) or not wrong.is_fully_addressable:
+    if isinstance(labels, jax.core.Tracer) or not getattr(labels, "is_fully_addressable", True):
         return
-    if np.any(wrong):
-        label = np.asarray(labels)[np.asarray(wrong)][0]
-        raise ValueError(f"label {label} is out of range: labels must be from 0 to {valid - 1}.")
+    known = np.asarray(labels)
+    wrong = (known < 0) | (known >= valid)
+    if ignore_label is not None:
+        wrong &= known != ignore_label
+    if wrong.any():
+        raise ValueError(
+            f"label {known[wrong][0]} is out of range: labels must be from 0 to {valid - 1}."
+        )

@@ -15,6 +15,7 @@ from _settings import (
     Parser,
     Settings,
     add_flag,
+    add_update_in_backward,
     names_in,
 )
 
@@ -47,6 +48,7 @@ class FinetuneSettings:
     sequence_length: int = 128
     dtype: str | None = None
     loss: Literal["plain", "chunked"] = "plain"
+    update_in_backward: bool = False
     remat: str | None = None
     devices: int | None = None
     seed: int = 0
@@ -67,6 +69,12 @@ class FinetuneSettings:
             raise InputError("--from and --hf both name a model: give one of them")
         if self.source is not None and self.tokenizer is not None:
             raise InputError("--tokenizer: the run of --from has a tokenizer of its own")
+        if self.update_in_backward and self.adapters != ("full",):
+            raise InputError(
+                "--update-in-backward is for --adapter full: adapters have few gradients to save"
+            )
+        if self.update_in_backward and self.remat is not None:
+            raise InputError("--update-in-backward recomputes every block: leave --remat out")
         if len(set(self.adapters)) < len(self.adapters):
             raise InputError("--compare needs different adapters, not one of them twice")
 
@@ -201,6 +209,7 @@ def _add_training_flags(group: argparse._ArgumentGroup) -> None:
     text = "arithmetic of the model (default: the model's)"
     add_flag(group, "dtype", str, text, choices=DTYPES, **of)
     add_flag(group, "loss", str, LOSS_HELP, choices=LOSSES, **of)
+    add_update_in_backward(group)
     group.add_argument(
         "--remat",
         metavar="POLICY",

@@ -46,6 +46,7 @@ class Settings:
     rounding: Literal["nearest", "stochastic", "compensated"] | None = None
     state_bits: Literal[32, 8, 4] = 32
     loss: Literal["plain", "chunked"] = "plain"
+    update_in_backward: bool = False
     remat: str | None = None
     activation_bits: int | None = None
     sketch: float | None = None
@@ -87,10 +88,25 @@ class Settings:
             raise InputError(f"--sketch must be above 0 and at most 1, not {self.sketch}")
         if self.sketch_kind is not None and self.sketch is None:
             raise InputError("--sketch-kind needs --sketch FRACTION")
+        if self.update_in_backward:
+            self._check_update_in_backward()
         if not 0 <= self.seed < 2**32:  # what both grain and jax.random.key take
             raise InputError(f"--seed must be between 0 and 2**32 - 1, not {self.seed}")
         if len(set(self.optimizers)) < len(self.optimizers):
             raise InputError("--compare needs different optimizers, not one of them twice")
+
+    def _check_update_in_backward(self) -> None:
+        for name, why in (
+            ("remat", "recomputes every block anyway"),
+            ("sketch", "recomputes the blocks, with all of their inputs"),
+        ):
+            if getattr(self, name) is not None:
+                raise InputError(f"--update-in-backward {why}: leave {flag(name)} out")
+        if self.batch_size == "adaptive":
+            raise InputError(
+                "--update-in-backward never has all gradients, whose noise --batch-size adaptive "
+                "measures: give a number"
+            )
 
     @property
     def stored_dtype(self) -> str:
@@ -211,6 +227,15 @@ def add_flag(
     group.add_argument(flag(name, of), type=kind, help=text + suffix, **options)
 
 
+def add_update_in_backward(group: argparse._ArgumentGroup) -> None:
+    """Adds the flag of the update inside the backward pass."""
+    group.add_argument(
+        "--update-in-backward",
+        action="store_true",
+        help="update each block as soon as its gradients exist, and recompute its activations",
+    )
+
+
 def _add_training_flags(group: argparse._ArgumentGroup) -> None:
     add_flag(group, "model", str, "a preset such as llama-60m, or a path to a config.json")
     add_flag(group, "steps", int, "optimizer steps; with --batch-size adaptive, of the first size")
@@ -242,6 +267,7 @@ def _add_training_flags(group: argparse._ArgumentGroup) -> None:
         choices=ROUNDINGS,
     )
     add_flag(group, "loss", str, LOSS_HELP, choices=LOSSES)
+    add_update_in_backward(group)
     group.add_argument(
         "--remat",
         metavar="POLICY",

@@ -60,6 +60,8 @@ try:
     from pretrain import LOSSES, Loss, held_out_loss, plain_loss, restore, sample, save
     from rich.console import Console
     import safetensors  # noqa: F401  (not found only when a trained model is saved, otherwise)
+
+    import lowrank_optax as lro
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
         raise
@@ -97,6 +99,30 @@ def train_step(
     )
     updates, opt_state = tx.update(gradient, opt_state, trained)
     return optax.apply_updates(trained, updates), opt_state, counts, loss
+
+
+def train_step_in_backward(
+    trained: Any,
+    opt_state: optax.OptState,
+    counts: Any,
+    rest: Any,
+    tokens: jax.Array,
+    *,
+    graphdef: nnx.GraphDef,
+    tx: optax.GradientTransformation,
+    loss_fn: Loss = plain_loss,
+) -> tuple[Any, optax.OptState, Any, jax.Array]:
+    """As `train_step` of all weights, but each block is updated as soon as its gradients exist."""
+    update = lro.update_in_backward(nnx.merge(graphdef, trained, counts, rest), tx, loss=loss_fn)
+    inputs_and_labels = tokens[:, :-1], tokens[:, 1:]
+    trained, opt_state, loss, _ = update.step(trained, opt_state, inputs_and_labels)
+    return trained, opt_state, counts, loss
+
+
+def chosen_step(settings: FinetuneSettings) -> Callable[..., Any]:
+    """The training step that the settings name."""
+    step = train_step_in_backward if settings.update_in_backward else train_step
+    return functools.partial(step, loss_fn=LOSSES[settings.loss])
 
 
 def loss_on(
@@ -171,7 +197,7 @@ def train(
                 if compiled is None:
                     meter.compiling()
                     step_fn = functools.partial(
-                        train_step, graphdef=parts.training, tx=tx, loss_fn=loss_fn
+                        chosen_step(settings), graphdef=parts.training, tx=tx
                     )
                     compiled, compile_seconds = compile_step(
                         job.mesh, step_fn, trained, opt_state, counts, rest, tokens
@@ -256,8 +282,8 @@ def check(job: Job) -> None:
         tx = chosen.optimizer(job.schedule, Adapted(model, settings.steps))
         parts = take_apart(model, chosen)
         arguments = parts.trained, tx.init(parts.trained), parts.counts, parts.rest, tokens
-        options = {"graphdef": parts.training, "tx": tx, "loss_fn": LOSSES[settings.loss]}
-        return arguments[:3], train_step(*arguments, **options)[:3]
+        step = chosen_step(settings)
+        return arguments[:3], step(*arguments, graphdef=parts.training, tx=tx)[:3]
 
     try:
         before, after = jax.eval_shape(step, tokens)

@@ -156,6 +156,27 @@ def train_step(
     return optax.apply_updates(params, updates), opt_state, loss, noise
 
 
+def train_step_in_backward(
+    params: optax.Params,
+    opt_state: optax.OptState,
+    tokens: jax.Array,
+    key: None = None,
+    *,
+    graphdef: nnx.GraphDef,
+    tx: optax.GradientTransformation,
+    loss_fn: Loss = plain_loss,
+) -> tuple[optax.Params, optax.OptState, jax.Array, None]:
+    """As `train_step`, but each block is updated as soon as its gradients exist."""
+    count, batch, length = tokens.shape
+    update = lro.update_in_backward(
+        nnx.merge(graphdef, params), tx, loss=loss_fn, micro_batches=count
+    )
+    tokens = tokens.reshape(count * batch, length)
+    inputs_and_labels = tokens[:, :-1], tokens[:, 1:]
+    params, opt_state, loss, _ = update.step(params, opt_state, inputs_and_labels, key)
+    return params, opt_state, loss, None
+
+
 def held_out_loss(
     params: optax.Params,
     windows: jax.Array,
@@ -300,11 +321,11 @@ def compile_step(
     The fifth argument, if there is one, is where the schedule is: steps do not tell it where they
     have different sizes.
     """
-    options = {"graphdef": graphdef} | step_options(job.settings)
+    train = functools.partial(chosen_step(job.settings), graphdef=graphdef)
 
     def step(params: Any, opt_state: Any, tokens: Any, key: Any, *done: jax.Array) -> Any:
         tx = job.make_tx((lambda count: job.schedule(*done)) if done else job.schedule)
-        return train_step(params, opt_state, tokens, key, tx=tx, **options)
+        return train(params, opt_state, tokens, key, tx=tx)
 
     began = time.perf_counter()
     jitted = jax.jit(
@@ -322,9 +343,12 @@ def make_sketch(settings: Settings) -> lro.layers.Sketch | None:
     return lro.layers.Sketch(settings.sketch_kind or "stratified", fraction=settings.sketch)
 
 
-def step_options(settings: Settings) -> dict[str, Any]:
-    """What of the settings `train_step` is given."""
-    return {"sketch": make_sketch(settings), "loss_fn": LOSSES[settings.loss]}
+def chosen_step(settings: Settings) -> Callable[..., Any]:
+    """The training step that the settings name."""
+    loss_fn = LOSSES[settings.loss]
+    if settings.update_in_backward:
+        return functools.partial(train_step_in_backward, loss_fn=loss_fn)
+    return functools.partial(train_step, sketch=make_sketch(settings), loss_fn=loss_fn)
 
 
 def sketch_key(settings: Settings, step: int) -> jax.Array | None:
@@ -379,7 +403,7 @@ def prepare(chosen: Chosen, corpus: Corpus, settings: Settings, mesh: jax.shardi
         make_optimizer(chosen, model, params, schedule), settings
     )
     tx = make_tx(schedule)
-    step = functools.partial(train_step, graphdef=graphdef, tx=tx, **step_options(settings))
+    step = functools.partial(chosen_step(settings), graphdef=graphdef, tx=tx)
     inputs = tokens_shape(settings), sketch_key(settings, 0)
     try:
         before = params, jax.eval_shape(tx.init, params)

@@ -5,7 +5,7 @@ from typing import Any
 
 from close import assert_close
 from flax import nnx
-from harness import Row, name_of
+from harness import Row
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -127,11 +127,7 @@ def decayed_adamw() -> Any:
 
 OPTIMIZERS = {
     "adamw": decayed_adamw,
-    "galore": lambda: lro.low_bit(
-        lro.galore(1e-2, rank=2, refresh_every=2, weight_dimension_numbers=STACKED),
-        block_size=4,
-        min_size=1,
-    ),
+    "galore": lambda: lro.galore(1e-2, rank=2, refresh_every=2, weight_dimension_numbers=STACKED),
     "partition": lambda: optax.partition(
         {"a": optax.inject_hyperparams(optax.lion)(1e-3), "b": optax.sgd(1e-2, 0.9)},
         lambda params: jax.tree.map(lambda x: "a" if x.ndim > 2 else "b", params),
@@ -163,7 +159,7 @@ REFUSED = {
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("row", ROWS, ids=name_of)
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_every_optimizer_of_the_library_runs_or_is_refused(row: Row) -> None:
     matrices = {"weight_dimension_numbers": STACKED}
     tx = row.make(**matrices) if row.takes("weight_dimension_numbers") else row.make()
@@ -300,12 +296,43 @@ def test_a_decoder_in_bfloat16_with_stochastic_rounding(scan_layers: bool) -> No
     assert_close(moments(state), moments(expected_state), 800)
 
 
+class Dropping(nnx.Module):
+    def __init__(self, mlp: nnx.Module, dropout: nnx.Dropout) -> None:
+        self.mlp, self.dropout = mlp, dropout
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.dropout(self.mlp(x))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_a_module_draws_from_the_key_of_the_step(scan_layers: bool) -> None:
+    model = Decoder(CONFIG, rngs=nnx.Rngs(0), scan_layers=scan_layers)
+    rngs = nnx.Rngs(dropout=0)
+    if scan_layers:
+        make = nnx.vmap(lambda rngs: nnx.Dropout(0.5, rngs=rngs))
+        dropout = nnx.split_rngs(splits=LAYERS)(make)(rngs)
+        model.blocks.mlp = Dropping(model.blocks.mlp, dropout)
+    else:
+        for each in model.blocks:
+            each.mlp = Dropping(each.mlp, nnx.Dropout(0.5, rngs=rngs))
+    params = nnx.as_pure(nnx.state(model, nnx.Param))
+    tx = optax.sgd(1.0)
+    update = lro.update_in_backward(model, tx, loss=decoder_loss)
+    arguments = (BATCH[:, :-1], BATCH[:, 1:]), jax.random.key(1)
+    new, _, loss, _ = jax.jit(update.step)(params, update.init(params), *arguments)
+    gradients = jax.jit(jax.grad(update.loss, has_aux=True))(params, *arguments)[0]
+    assert_close(new, optax.apply_updates(params, jax.tree.map(jnp.negative, gradients)), 100)
+    others = update.loss(params, arguments[0], jax.random.key(2))[0]
+    assert abs(float(loss - others)) > 1e-6
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: optax.MultiSteps(optax.adam(0.1), 2).gradient_transformation(), "micro_batches="),
         (lambda: optax.apply_if_finite(optax.adam(0.1), 2), "apply_if_finite computes"),
-        (lambda: optax.contrib.sophia(0.1), "all leaves"),
+        (lambda: optax.contrib.sophia(0.1), "sophia"),
         (lambda: optax.contrib.prodigy(0.1), "prodigy computes"),
         (lambda: optax.lbfgs(), "linesearch computes"),
         (lambda: optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.1)), "sam computes"),

@@ -59,8 +59,8 @@ def is_elementwise(equation: JaxprEqn) -> bool:
 
 
 def is_only_reshaped(equation: JaxprEqn) -> bool:
-    """Whether no number is changed: the operation comes and goes with axes of size one."""
-    return primitive_name(equation) in ("broadcast_in_dim", "reshape", "squeeze")
+    """Whether no number is changed: the operation comes and goes with axes of size one, or moves it."""
+    return primitive_name(equation) in ("broadcast_in_dim", "reshape", "reshard", "squeeze")
 
 
 def is_passed_on(equation: JaxprEqn) -> bool:

@@ -236,16 +236,31 @@ class Decoder(nnx.Module):
     def _hidden(
         self, tokens: jax.Array, cache: KeyValueCache | None, position: jax.Array | int
     ) -> tuple[jax.Array, KeyValueCache | None]:
+        x, rotary = self.before_blocks(tokens), self._rotary(tokens.shape[1], position)
+        x, cache = self._run_blocks(x, rotary, cache, position)
+        return self.after_blocks(x), cache
+
+    def before_blocks(self, tokens: jax.Array) -> jax.Array:
+        """The input of the first block [batch, length, hidden_size]: the tokens' embeddings."""
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(
                 "tokens must be integers of shape [batch, length], "
                 f"got {tokens.dtype} of shape {tokens.shape}"
             )
+        return self.embed(tokens)
+
+    def through_block(self, block: Block, x: jax.Array) -> jax.Array:
+        """The output of one block for texts that start at position 0, shaped as `x`."""
+        return block(x, self._rotary(x.shape[1], 0), None, 0)[0]
+
+    def after_blocks(self, x: jax.Array) -> jax.Array:
+        """The hidden states: the final norm of the last block's output."""
+        return self.norm(x)
+
+    def _rotary(self, length: int, position: jax.Array | int) -> tuple[jax.Array, jax.Array]:
         config = self.config
         frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-        rotary = rotary_angles(position + jnp.arange(tokens.shape[1]), frequencies)
-        x, cache = self._run_blocks(self.embed(tokens), rotary, cache, position)
-        return self.norm(x), cache
+        return rotary_angles(position + jnp.arange(length), frequencies)
 
     def _logits(self, x: jax.Array) -> jax.Array:
         rows = x.reshape(-1, x.shape[-1])

@@ -49,13 +49,25 @@ LISTED = ("optax.", "lowrank_optax.")
 
 def check_leaves(tx: optax.GradientTransformation) -> None:
     """Raises CannotCutError, with its name, if ``tx`` has a part that looks at whole leaves."""
+    if found := looks_at(tx):
+        raise CannotCutError(
+            f"{found[0]} computes a number from {found[1]}, which slices would change. One of all "
+            "leaves may come before, in_slices(..., before=), or after, in an optax.chain."
+        )
+
+
+def looks_at(tx: optax.GradientTransformation) -> tuple[str, str] | None:
+    """A part of ``tx`` that computes a number from all leaves or from a whole one, and which."""
     for name, module in _parts(tx):
         for names, what in ((OVER_ALL_LEAVES, "all leaves"), (OVER_A_LEAF, "a whole leaf")):
             if module.startswith(LISTED) and name in names:
-                raise CannotCutError(
-                    f"{name} computes a number from {what}, which slices would change. One of all "
-                    "leaves may come before, in_slices(..., before=), or after, in an optax.chain."
-                )
+                return name, what
+    return None
+
+
+def has_part(tx: optax.GradientTransformation, wanted: str) -> bool:
+    """Whether optax's transformation of this name is a part of ``tx``."""
+    return any(name == wanted and module.startswith("optax.") for name, module in _parts(tx))
 
 
 def is_known(tx: optax.GradientTransformation) -> bool:

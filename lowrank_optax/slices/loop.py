@@ -3,7 +3,8 @@
 How a compiler is made to keep it in place differs from one to the other: see `run`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +19,7 @@ from lowrank_optax.compat.jax import (
 )
 from lowrank_optax.matrices import explicit_sharding
 
-Step = Callable[[Any, Any, jax.Array], Any]
+Step = Callable[[Any, Sequence[Any], Any, jax.Array], tuple[Any, Sequence[Any]]]
 
 
 class Cut(NamedTuple):
@@ -52,10 +53,29 @@ class Cut(NamedTuple):
         return jnp.reshape(shards + first // self.shards + run, (rows,))
 
 
-def run(step: Step, carried: Any, read: Any, cut: Cut) -> Any:
-    """``carried`` after ``step`` has been run on each slice of it, in place.
+def run(step: Callable[[Any, Any, jax.Array], Any], carried: Any, read: Any, cut: Cut) -> Any:
+    """``carried`` after ``step`` has been run on each slice of it, in place: see `run_through`.
 
-    Every array has the rows of the leaf along its first axis, or a multiple or a share of them.
+    Args:
+      step: ``step(carried, read, row) -> carried`` of one slice, whose first row is ``row``.
+      carried: A tree of arrays, read and written.
+      read: A tree of arrays, only read.
+      cut: Where slices begin and end.
+    """
+
+    def alone(through: Any, groups: Sequence[Any], read: Any, row: jax.Array) -> Any:
+        return through, [step(groups[0], read, row)]
+
+    return run_through(alone, None, [carried], read, cut)[1][0]
+
+
+def run_through(
+    step: Step, through: Any, groups: Sequence[Any], read: Any, cut: Cut, *, backwards: bool = False
+) -> tuple[Any, Sequence[Any]]:
+    """``step`` run on one slice after another: each gets what the one before handed on.
+
+    Every array but those of ``through`` has the rows of the leaf along its first axis, or a
+    multiple or a share of them.
 
     On accelerators a barrier makes each result of a step an array of one slice that is then copied:
     fused into each write, the arithmetic would read one carried array after another has been
@@ -65,20 +85,28 @@ def run(step: Step, carried: Any, read: Any, cut: Cut) -> Any:
     read or written, so such arrays go through the loop as integers of the same bits.
 
     Args:
-      step: ``step(carried, read, row) -> carried`` of one slice, whose first row is ``row``.
-      carried: A tree of arrays, read and written.
+      step: ``step(through, groups, read, row) -> (through, groups)`` of one slice, whose first row
+        is ``row``.
+      through: A tree of arrays that each step gets from the one before, whole.
+      groups: Trees of arrays, read and written; the results of each are held apart from the others.
       read: A tree of arrays, only read.
       cut: Where slices begin and end.
+      backwards: Whether the last slice comes first. All slices must then have the same size.
+
+    Returns:
+      What the last step handed on, and the written arrays.
     """
     steps = {}
     for rows in filter(None, (cut.rows, cut.rest)):
-        part = jax.tree.map(lambda x, rows=rows: rows_of(x, 0, rows, cut), (carried, read))
-        steps[rows] = _drawn_before(step, *part, jnp.int32(0))
+        part = jax.tree.map(lambda x, rows=rows: rows_of(x, 0, rows, cut), (groups, read))
+        steps[rows] = _drawn_before(step, through, *part, jnp.int32(0))
+    loop = functools.partial(_run, steps, cut=cut, backwards=backwards)
     return jax.lax.platform_dependent(
-        carried,
+        through,
+        groups,
         read,
-        cpu=lambda carried, read: _run(steps, carried, read, cut, _in_loop_of_one, _bits),
-        default=lambda carried, read: _run(steps, carried, read, cut, _behind_barrier, lambda x: x),
+        cpu=functools.partial(loop, apart=_in_loop_of_one, carry=_bits),
+        default=functools.partial(loop, apart=_behind_barrier, carry=lambda x: x),
     )
 
 
@@ -114,10 +142,11 @@ def _drawn_before(function: Callable[..., Any], *arguments: Any) -> Callable[...
 
 
 def _behind_barrier(step: Step) -> Step:
-    def held(carried: Any, read: Any, row: jax.Array) -> Any:
-        carried, read = jax.tree.map(_in_rows, (carried, read))
-        new = step(carried, read, row)
-        return jax.tree.map(_in_rows, jax.lax.optimization_barrier(new))
+    def held(through: Any, groups: Sequence[Any], read: Any, row: jax.Array) -> Any:
+        groups, read = jax.tree.map(_in_rows, (groups, read))
+        through, new = step(through, groups, read, row)
+        new = [jax.lax.optimization_barrier(group) for group in new]
+        return through, jax.tree.map(_in_rows, new)
 
     return held
 
@@ -133,10 +162,11 @@ def _in_rows(x: jax.Array) -> jax.Array:
 
 
 def _in_loop_of_one(step: Step) -> Step:
-    def looped(carried: Any, read: Any, row: jax.Array) -> Any:
+    def looped(through: Any, groups: Sequence[Any], read: Any, row: jax.Array) -> Any:
         one = (row >= 0).astype(jnp.int32)  # which the compiler cannot infer
-        once = lambda loop: (loop[0] + 1, step(loop[1], read, row))
-        return jax.lax.while_loop(lambda loop: loop[0] < one, once, (jnp.int32(0), carried))[1]
+        once = lambda loop: (loop[0] + 1, step(*loop[1], read, row))
+        start = jnp.int32(0), (through, groups)
+        return jax.lax.while_loop(lambda loop: loop[0] < one, once, start)[1]
 
     return looped
 
@@ -148,27 +178,35 @@ def _bits(x: jax.Array) -> jax.Array:
 
 def _run(
     steps: Mapping[int, Step],
-    carried: Any,
+    through: Any,
+    groups: Sequence[Any],
     read: Any,
+    *,
     cut: Cut,
+    backwards: bool,
     apart: Callable[[Step], Step],
     carry: Callable[[jax.Array], jax.Array],
-) -> Any:
-    """See `run`; ``apart`` keeps slices apart, and arrays are carried as ``carry`` makes them."""
-    types = jax.tree.map(lambda x: x.dtype, (carried, read))
-    carried, read = jax.tree.map(carry, (carried, read))
+) -> tuple[Any, Sequence[Any]]:
+    """See `run_through`; ``apart`` holds slices apart, arrays are carried as ``carry`` has them."""
+    types = jax.tree.map(lambda x: x.dtype, (groups, read))
+    groups, read = jax.tree.map(carry, (groups, read))
 
-    def after(carried: Any, first: Any, rows: int) -> Any:
-        parts = jax.tree.map(lambda x: rows_of(x, first, rows, cut), (carried, read))
+    def after(loop: Any, first: Any, rows: int) -> Any:
+        through, groups = loop
+        parts = jax.tree.map(lambda x: rows_of(x, first, rows, cut), (groups, read))
         written, only_read = jax.tree.map(_as, parts, types)
-        new = apart(steps[rows])(written, only_read, first)
-        return jax.tree.map(lambda x, part: _put(x, carry(part), first, cut), carried, new)
+        through, new = apart(steps[rows])(through, written, only_read, first)
+        put = lambda x, part: _put(x, carry(part), first, cut)
+        return through, jax.tree.map(put, groups, new)
 
-    one = lambda i, carried: after(carried, (i * cut.rows).astype(jnp.int32), cut.rows)
-    carried = jax.lax.fori_loop(0, cut.full_slices, one, carried)
+    def one(i: Any, loop: Any) -> Any:
+        i = cut.full_slices - 1 - i if backwards else i
+        return after(loop, (i * cut.rows).astype(jnp.int32), cut.rows)
+
+    loop = jax.lax.fori_loop(0, cut.full_slices, one, (through, groups))
     if cut.rest:
-        carried = after(carried, jnp.int32(cut.full_slices * cut.rows), cut.rest)
-    return jax.tree.map(_as, carried, types[0])
+        loop = after(loop, jnp.int32(cut.full_slices * cut.rows), cut.rest)
+    return loop[0], jax.tree.map(_as, loop[1], types[0])
 
 
 def _as(x: jax.Array, dtype: Any) -> jax.Array:

@@ -96,27 +96,27 @@ def sliced_leaves(
             cuts[i] = cut
     if not cuts:
         return []
-    wanted, shared = _tried(chosen, call), _tried(call.shared)
+    wanted, shared = tried(chosen, call), tried(call.shared)
     if wanted is None or shared is None:
         return []
     owned = [
         (i, cut, own)
         for i, cut in cuts.items()
-        if wanted[i] and (own := _tried(_own_state, call, i, cut, shared)) is not None
+        if wanted[i] and (own := tried(own_state, call, i, cut, shared)) is not None
     ]
     if not owned:
         return []
     check_parts(call, parts)
     unknown = [part for part in parts if not is_known(part)]
-    whole = _tried(whole_update, call)
+    whole = tried(whole_update, call)
     if whole is None:
         return []
-    leaves = [_tried(_sliced_leaf, call, *each, whole, unknown) for each in owned]
+    leaves = [tried(sliced_leaf, call, *each, whole, unknown) for each in owned]
     found = [leaf for leaf in leaves if leaf is not None]
-    return found if found and _tried(_runs_without, call, found) else []
+    return found if found and tried(_runs_without, call, found) else []
 
 
-def _tried(function: Callable[..., T], *args: Any) -> T | None:
+def tried(function: Callable[..., T], *args: Any) -> T | None:
     """``function(*args)``; None if that cannot be computed for a part of a tree."""
     try:
         return function(*args)
@@ -173,7 +173,7 @@ def _shards(arrays: Sequence[jax.Array]) -> int:
     return math.gcd(arrays[0].shape[0], max(1, *(mesh.size for mesh in meshes)))
 
 
-def _own_state(call: Call, index: int, cut: Cut, shared: set[Path]) -> tuple[Path, ...] | None:
+def own_state(call: Call, index: int, cut: Cut, shared: set[Path]) -> tuple[Path, ...] | None:
     """Paths of the leaf's own state, if all of that has the leaf's rows."""
     double = lambda x: jax.ShapeDtypeStruct((2 * x.shape[0], *x.shape[1:]), x.dtype)
     once = leaves_by_path(call.state_shapes([index]))
@@ -184,7 +184,7 @@ def _own_state(call: Call, index: int, cut: Cut, shared: set[Path]) -> tuple[Pat
     return own if same and all(_has_rows(once[x], twice[x], cut) for x in own) else None
 
 
-def _sliced_leaf(
+def sliced_leaf(
     call: Call,
     index: int,
     cut: Cut,

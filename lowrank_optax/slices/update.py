@@ -7,14 +7,14 @@ embedding's rows, and the same transformation runs on one slice after another, i
 writes updates over gradients, and the state over itself.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import optax
 
 from lowrank_optax.matrices import explicit_sharding
-from lowrank_optax.slices.call import Call, CannotCutError, Whole
+from lowrank_optax.slices.call import Call, CannotCutError, Path, Whole
 from lowrank_optax.slices.known_transformations import check_leaves, is_elementwise
 from lowrank_optax.slices.loop import run
 from lowrank_optax.slices.plan import Budget, SlicedLeaf, Slices, sliced_leaves
@@ -71,7 +71,7 @@ def in_slices(
       https://openxla.org/xla
     """
     tx, budget = _checked(tx, slices, budget_bytes)
-    update = _update(tx, lambda call: _leaves(call, budget))
+    update = _update(tx, lambda call: fitting_leaves(call, budget))
 
     def whole_update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
         whole = (extra_args.pop("whole", None) or Whole())._replace(settled=True)
@@ -131,11 +131,9 @@ def apply_in_slices(
     """
     tx, budget = _checked(tx, slices, budget_bytes)
     call = Call.of(tx, gradients, state, params, None, extra_args)
-    if leaves := _leaves(call, budget):
-        new, state = _each(call, leaves, state, _over_param)
-        cut = {leaf.index for leaf in leaves}
-        new = [x if i in cut else optax.apply_updates(call.params[i], x) for i, x in enumerate(new)]
-        return call.treedef.unflatten(new), state
+    if leaves := fitting_leaves(call, budget):
+        new, arrays = applied(call, leaves)
+        return call.treedef.unflatten(new), rebuilt(state, arrays)
     whole = Whole(settled=True) if slices == "off" else None
     updates, state = tx.update(gradients, state, params, whole=whole, **extra_args)
     return optax.apply_updates(params, updates), state
@@ -180,8 +178,8 @@ def _update(
         if whole is None or not whole.settled:
             call = Call.of(tx, updates, state, params, whole, extra_args)
             if leaves := leaves_of(call):
-                new, state = _each(call, leaves, state, _over_gradient)
-                return call.treedef.unflatten(new), state
+                new, arrays = _each(call, leaves, _over_gradient)
+                return call.treedef.unflatten(new), rebuilt(state, arrays)
         return tx.update(updates, state, params, whole=whole, **extra_args)
 
     return update
@@ -205,7 +203,7 @@ def _checked(
     return optax.with_extra_args_support(tx), Budget(slices, budget_bytes)
 
 
-def _leaves(call: Call, budget: Budget) -> list[SlicedLeaf]:
+def fitting_leaves(call: Call, budget: Budget) -> list[SlicedLeaf]:
     saves = budget != Budget() or not is_elementwise(call.tx)
     leaves = sliced_leaves(call, budget, lambda call: [saves] * len(call.gradients), [call.tx])
     if not leaves and isinstance(budget.slices, int) and budget.slices > 1:
@@ -216,17 +214,29 @@ def _leaves(call: Call, budget: Budget) -> list[SlicedLeaf]:
     return leaves
 
 
+def applied(call: Call, leaves: Sequence[SlicedLeaf]) -> tuple[list[Any], dict[Path, Any]]:
+    """The new parameters, and the new state by its paths, with these leaves in slices."""
+    new, arrays = _each(call, leaves, _over_param)
+    cut = {leaf.index for leaf in leaves}
+    new = [x if i in cut else optax.apply_updates(call.params[i], x) for i, x in enumerate(new)]
+    return new, arrays
+
+
+def rebuilt(state: Any, arrays: Mapping[Path, Any]) -> Any:
+    """The state, with these arrays instead of its own, by their paths."""
+    paths, structure = jax.tree_util.tree_flatten_with_path(state)
+    return structure.unflatten([arrays[path] for path, _ in paths])
+
+
 def _each(
-    call: Call, leaves: Sequence[SlicedLeaf], state: Any, run_leaf: Callable[..., Any]
-) -> tuple[list[Any], Any]:
-    """The result for each leaf, and the new state."""
+    call: Call, leaves: Sequence[SlicedLeaf], run_leaf: Callable[..., Any]
+) -> tuple[list[Any], dict[Path, Any]]:
+    """The result for each leaf, and the new state by its paths."""
     results, arrays = call.without({leaf.index for leaf in leaves})
     for leaf in leaves:
         results[leaf.index], own = run_leaf(call, leaf)
         arrays |= zip(leaf.own, own, strict=True)
-    paths, structure = jax.tree_util.tree_flatten_with_path(state)
-    state = structure.unflatten([arrays[path] for path, _ in paths])
-    return [results[i] for i in range(len(results))], state
+    return [results[i] for i in range(len(results))], arrays
 
 
 def _over_gradient(call: Call, leaf: SlicedLeaf) -> tuple[Any, list[Any]]:
@@ -240,7 +250,7 @@ def _over_gradient(call: Call, leaf: SlicedLeaf) -> tuple[Any, list[Any]]:
     def step(carried: Any, read: Any, row: jax.Array) -> Any:
         (buffer, own), (gradient, param) = carried, read
         gradient = buffer if fits else gradient
-        return _of_slice(call, leaf, gradient, param if call.has_params else gradient, own, row)
+        return of_slice(call, leaf, gradient, param if call.has_params else gradient, own, row)
 
     carried = gradient if fits else _zeros(leaf, gradient), [call.state[x] for x in leaf.own]
     read = None if fits else gradient, param if call.has_params else None
@@ -252,14 +262,14 @@ def _over_param(call: Call, leaf: SlicedLeaf) -> tuple[Any, list[Any]]:
 
     def step(carried: Any, gradient: Any, row: jax.Array) -> Any:
         param, own = carried
-        update, own = _of_slice(call, leaf, gradient, param, own, row)
+        update, own = of_slice(call, leaf, gradient, param, own, row)
         return optax.apply_updates(param, update), own
 
     carried = call.params[leaf.index], [call.state[path] for path in leaf.own]
     return run(step, carried, call.gradients[leaf.index], leaf.cut)
 
 
-def _of_slice(
+def of_slice(
     call: Call, leaf: SlicedLeaf, gradient: Any, param: Any, own: Any, row: jax.Array
 ) -> tuple[Any, list[Any]]:
     """The update of a slice, and its own new state."""

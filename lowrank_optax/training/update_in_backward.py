@@ -1,0 +1,234 @@
+"""The update inside the backward pass: no more than one block's gradients exist at any time.
+
+A reverse loop over the blocks recomputes a block, takes its gradients, runs the optimizer on that
+layer of the parameters and the state, and writes both in place.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_optax.slices.call import Call
+from lowrank_optax.slices.known_transformations import has_part, looks_at
+from lowrank_optax.slices.loop import Cut, run_through
+from lowrank_optax.slices.parts import New, leaves_of_stack, update_layer, update_leaves
+from lowrank_optax.slices.update import rebuilt
+from lowrank_optax.training.layered_models import layered_functions
+from lowrank_optax.training.layered_passes import Gradients, Passes, first_of
+
+
+class UpdateInBackward(NamedTuple):
+    """What `update_in_backward` returns: pure functions, to be jitted.
+
+    Attributes:
+      init: ``init(params) -> state``, that of the optimizer.
+      step: ``step(params, state, batch, key) -> (params, state, loss, metrics)``. Donate ``params``
+        and ``state``.
+      loss: ``loss(params, batch, key) -> (loss, metrics)`` of the same model with the same random
+        numbers, for evaluation.
+    """
+
+    init: Callable[[Any], Any]
+    step: Callable[..., tuple[Any, Any, jax.Array, dict[str, Any]]]
+    loss: Callable[..., tuple[jax.Array, dict[str, Any]]]
+
+
+def update_in_backward(
+    model: Any,
+    tx: optax.GradientTransformation,
+    *,
+    loss: Callable[..., Any] | None = None,
+    clip: Literal["block", "global"] | None = None,
+    max_norm: float | None = None,
+    micro_batches: int = 1,
+) -> UpdateInBackward:
+    functions = layered_functions(model, loss)
+    _check(tx, clip, max_norm, micro_batches)
+    tx = optax.with_extra_args_support(tx)
+
+    def passed(params: Any, batch: Any, key: Any) -> Passes:
+        return Passes(functions, params, batch, key, micro_batches)
+
+    def step(params: Any, state: Any, batch: Any, key: Any = None) -> Any:
+        return _step(passed(params, batch, key), tx, state, clip, max_norm)
+
+    def evaluate(params: Any, batch: Any, key: Any = None) -> Any:
+        return passed(params, batch, key).loss()
+
+    return UpdateInBackward(tx.init, step, evaluate)
+
+
+def _check(tx: Any, clip: Any, max_norm: Any, micro_batches: Any) -> None:
+    """Raises ValueError for what `update_in_backward` cannot run."""
+    if clip not in (None, "block", "global"):
+        raise ValueError(f"clip={clip!r} must be 'block', 'global' or None.")
+    if (clip is None) != (max_norm is None):
+        raise ValueError(f"clip={clip!r} and max_norm={max_norm!r} are given together or not.")
+    if max_norm is not None and not max_norm > 0:
+        raise ValueError(f"max_norm={max_norm!r} must be positive.")
+    if not isinstance(micro_batches, int) or micro_batches < 1:
+        raise ValueError(f"micro_batches={micro_batches!r} must be an int of at least 1.")
+    if has_part(tx, "MultiSteps"):
+        raise ValueError(
+            "MultiSteps stores all gradients, which never exist at one time here: set "
+            "micro_batches= instead."
+        )
+    if found := looks_at(tx):
+        instead = {
+            "clip_by_global_norm": "set clip='global' and max_norm= instead.",
+            "apply_if_finite": "blocks are written before all gradients are known.",
+        }
+        raise ValueError(
+            f"{found[0]} computes a number from {found[1]}, which never exists here: "
+            + instead.get(found[0], "use it with an ordinary step.")
+        )
+
+
+def _step(
+    run: Passes, tx: Any, state: Any, clip: str | None, max_norm: Any
+) -> tuple[Any, Any, jax.Array, dict[str, Any]]:
+    params = run.params
+    jax.eval_shape(tx.update, params, state, params)  # raises what the ordinary step would
+    call = Call.of(tx, params, state, params, None, {})
+    x, inputs = run.forward()
+    of_head, dx, (loss, metrics) = run.head_gradients(x)
+    of_both = run.used_by_embed().keys() & of_head.keys()
+    early = {i: g for i, g in of_head.items() if i not in of_both}
+
+    def late(dx: jax.Array) -> Gradients:
+        """What has no gradient before the last block is done, or none at all."""
+        gradients = {i: jnp.zeros_like(call.params[i]) for i in run.outside if i not in early}
+        gradients |= run.embed_gradients(dx)
+        return gradients | {i: of_head[i] + gradients[i] for i in of_both}
+
+    if clip == "global":
+        of_input, norms = _block_norms(run, dx, inputs)
+        norm = _norm((early, late(of_input), norms))
+        clipped = lambda gradients: _clipped(gradients, norm, max_norm)
+    elif clip == "block":
+        parts = run.layers + bool(early) + (len(run.outside) > len(early))
+        clipped = lambda gradients: _clipped(gradients, _norm(gradients), max_norm / parts**0.5)
+    else:
+        clipped = lambda gradients: gradients
+
+    new, arrays = update_leaves(call, clipped(early))
+    update_blocks = _update_list if run.listed else _update_stack
+    dx, rest, norms, of_blocks = update_blocks(call, run, dx, inputs, clipped)
+    last = late(dx)
+    of_outside = update_leaves(call, {**clipped(last), **rest})
+    for leaves, part in (of_blocks, of_outside):
+        new |= leaves
+        arrays |= part
+    metrics = {
+        **metrics,
+        "block_gradient_norms": norms,
+        "gradient_norm": _norm((early, last, norms)),
+    }
+    new = call.treedef.unflatten([new[i] for i in range(len(call.params))])
+    return new, rebuilt(state, arrays), loss, metrics
+
+
+def _update_stack(
+    call: Call, run: Passes, dx: jax.Array, inputs: jax.Array, clipped: Callable[[Any], Any]
+) -> tuple[jax.Array, Gradients, jax.Array, New]:
+    """The backward pass through stacked blocks, with the updates of their matrices.
+
+    Vectors, such as the scales of norms, are updated after it, whole: their gradients are small.
+
+    Returns:
+      The gradient of the first block's input, those of vectors, the norms of each block's, and
+      what is new.
+    """
+    leaves = leaves_of_stack(call, [i for i in run.stack if run.leaves[i].ndim > 2])
+    cut = {leaf.index for leaf in leaves}
+    vectors = [i for i in run.stack if i not in cut]
+
+    def one(dx: jax.Array, groups: Any, read: Any, row: jax.Array) -> Any:
+        matrices, (small, x) = groups[:-1], read
+        weights = {leaf.index: w for leaf, (w, _) in zip(leaves, matrices, strict=True)}
+        weights |= zip(vectors, small, strict=True)
+        own = [weights[i][0] for i in run.stack]
+        gradients, dx = run.block_gradients(own, x[0], dx, row)
+        norm = _norm(gradients)
+        gradients = dict(zip(run.stack, clipped(gradients), strict=True))
+        # All of the block is done before any of it is written over.
+        dx, gradients = jax.lax.optimization_barrier((dx, gradients))
+        new: list[Any] = [
+            update_layer(call, leaf, gradients[leaf.index][None], *group, row)
+            for leaf, group in zip(leaves, matrices, strict=True)
+        ]
+        return dx, [*new, ([gradients[i][None] for i in vectors], norm[None])]
+
+    groups = [(call.params[x.index], [call.state[path] for path in x.own]) for x in leaves]
+    small = [run.leaves[i] for i in vectors]
+    last = [jnp.zeros_like(x) for x in small], jnp.zeros(run.layers)
+    cut_in_layers = Cut(run.layers, 1)
+    dx, groups = run_through(
+        one, dx, [*groups, last], (small, inputs), cut_in_layers, backwards=True
+    )
+    new = {leaf.index: param for leaf, (param, _) in zip(leaves, groups, strict=False)}
+    arrays = {
+        path: array
+        for leaf, (_, own) in zip(leaves, groups, strict=False)
+        for path, array in zip(leaf.own, own, strict=True)
+    }
+    gradients, norms = groups[-1]
+    return dx, dict(zip(vectors, gradients, strict=True)), norms, (new, arrays)
+
+
+def _update_list(
+    call: Call, run: Passes, dx: jax.Array, inputs: Any, clipped: Callable[[Any], Any]
+) -> tuple[jax.Array, Gradients, jax.Array, New]:
+    """As `_update_stack`, for a list of blocks: one after the other, written out."""
+    new, arrays, norms = {}, {}, []
+    for layer in reversed(range(run.layers)):
+        own = run.listed[layer]
+        weights = [run.leaves[i] for i in own]
+        gradients, dx = run.block_gradients(weights, inputs[layer], dx, layer)
+        norms.insert(0, _norm(gradients))
+        leaves, state = update_leaves(call, dict(zip(own, clipped(gradients), strict=True)))
+        # The update comes before the next block's gradients.
+        values = dx, list(leaves.values()), list(state.values())
+        dx, *values = jax.lax.optimization_barrier(values)
+        new |= zip(leaves, values[0], strict=True)
+        arrays |= zip(state, values[1], strict=True)
+    return dx, {}, jnp.stack(norms), (new, arrays)
+
+
+def _block_norms(run: Passes, dx: jax.Array, inputs: Any) -> tuple[jax.Array, jax.Array]:
+    """The gradient of the first block's input, and the norms of each block's."""
+    if run.listed:
+        norms = []
+        for layer in reversed(range(run.layers)):
+            weights = [run.leaves[i] for i in run.listed[layer]]
+            gradients, dx = run.block_gradients(weights, inputs[layer], dx, layer)
+            dx, norm = jax.lax.optimization_barrier((dx, _norm(gradients)))
+            norms.insert(0, norm)
+        return dx, jnp.stack(norms)
+
+    def one(dx: jax.Array, groups: Any, read: Any, row: jax.Array) -> Any:
+        del groups
+        weights, x = first_of(read)
+        gradients, dx = run.block_gradients(weights, x, dx, row)
+        return dx, [_norm(gradients)[None]]
+
+    stack = [run.leaves[i] for i in run.stack]
+    buffer = [jnp.zeros(run.layers)]
+    dx, [norms] = run_through(
+        one, dx, buffer, (stack, inputs), Cut(run.layers, 1), backwards=True
+    )
+    return dx, norms
+
+
+def _norm(tree: Any) -> jax.Array:
+    """The norm of all numbers of a tree, in float32."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)))
+
+
+def _clipped(tree: Any, norm: jax.Array, bound: Any) -> Any:
+    """The tree, scaled down to the bound where the norm exceeds it, as optax computes it."""
+    scaled = lambda x: jnp.where(norm < bound, x, (x / norm.astype(x.dtype)) * bound)
+    return jax.tree.map(lambda x: scaled(x).astype(x.dtype), tree)

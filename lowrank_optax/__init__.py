@@ -56,6 +56,7 @@ from lowrank_optax.states import (
     to_int8_weights,
     update_int8_weights,
 )
+from lowrank_optax.training import update_in_backward
 
 __version__ = "0.1.0"
 
@@ -97,9 +98,10 @@ __all__ = [
     "mirror_sinkhorn",
     "optimal_transport",
     "round_to_polytope",
-    # Lower peaks: slice by slice
+    # Lower peaks: slice by slice, block by block
     "apply_in_slices",
     "in_slices",
+    "update_in_backward",
     # Fewer bits
     "from_int8_weights",
     "fused_adamw",

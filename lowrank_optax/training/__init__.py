@@ -12,6 +12,7 @@ from lowrank_optax.training.gradient_noise import (
     per_example_gradients,
     per_example_noise,
 )
+from lowrank_optax.training.layered_models import LayeredFunctions
 from lowrank_optax.training.probes import hessian_trace, jacobian_norm_sq, top_eigenvalue
 from lowrank_optax.training.range_test import (
     RangeTestGrid,
@@ -21,6 +22,7 @@ from lowrank_optax.training.range_test import (
     lr_range_test,
     refine_weight_decay,
 )
+from lowrank_optax.training.update_in_backward import UpdateInBackward, update_in_backward
 from lowrank_optax.training.weight_decay import AddWeightDecayState, add_weight_decay
 from lowrank_optax.training.weight_decay_equilibrium import Equilibrium, equilibrium
 
@@ -55,6 +57,10 @@ __all__ = [
     "measurements",
     "monitor_weight_decay",
     "parameter_kinds",
+    # The update inside the backward pass
+    "LayeredFunctions",
+    "UpdateInBackward",
+    "update_in_backward",
     # Probes of the loss
     "hessian_trace",
     "jacobian_norm_sq",

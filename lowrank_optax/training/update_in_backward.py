@@ -45,6 +45,73 @@ def update_in_backward(
     max_norm: float | None = None,
     micro_batches: int = 1,
 ) -> UpdateInBackward:
+    """A training step that updates each block as soon as its gradients exist, in place.
+
+    The forward pass stores the input of each block. The backward pass is a reverse loop over the
+    blocks: it recomputes one, takes its gradients, runs ``tx`` on that layer of the parameters and
+    of the state, and writes both. The gradients of a block leave it through the old weights, so the
+    step computes what an ordinary step with full rematerialization does, to rounding, without its
+    tree of gradients. The state is that of ``tx`` for all parameters: checkpoints of one step
+    resume in the other.
+
+    ``tx`` may be any transformation that works leaf by leaf and layer by layer: element-wise ones,
+    every projected and low-bit optimizer of this library, chains, masks, partitions, schedules,
+    injected hyperparameters. Gradients that are not finite pass through, as in optax.
+
+    Args:
+      model: A `LayeredFunctions`, with parameters as it says; or an ``nnx.Module`` with stacked or
+        listed ``blocks``, such as `lowrank_optax.models.Decoder`, that has
+        ``before_blocks(inputs)``, ``through_block(block, x)`` and ``after_blocks(x)``. The
+        parameters are then ``nnx.as_pure(nnx.state(model, nnx.Param))``, and a batch is a pair
+        ``(inputs, targets)``.
+      tx: The optimizer.
+      loss: ``loss(model, hidden, targets)``, a scalar or ``(loss, metrics)``, for an
+        ``nnx.Module``; None for a `LayeredFunctions`, whose ``head`` returns it.
+      clip: ``"global"`` scales all gradients down if their norm exceeds ``max_norm``, as
+        ``optax.clip_by_global_norm`` does; a first backward pass, which takes the time of two
+        forward passes and more, computes the norm. ``"block"`` does so with each block, with what
+        only the head uses, and with the other parameters, with ``max_norm`` divided by the square
+        root of the number of these parts, so that the whole norm cannot exceed it. None for neither.
+      max_norm: Largest norm.
+      micro_batches: Number of equal parts of the batch, along the first axis of its arrays. Their
+        gradients are averaged in float32, one block at a time; the inputs of blocks are stored for
+        all of them.
+
+    Returns:
+      The functions `UpdateInBackward`: ``init``, ``step`` and ``loss``. The key of a step may be
+      None if the model draws nothing. Metrics are those of the loss, averaged over micro-batches,
+      with ``gradient_norm`` and ``block_gradient_norms``, float32 ``[layers]``, before clipping.
+
+    Raises:
+      TypeError: If ``model`` or ``loss`` is of another kind.
+      ValueError: If an argument is out of range; if ``tx`` looks at all leaves or at whole stacks,
+        such as ``optax.lamb``, or is ``optax.MultiSteps``; in ``step``, if the update of a layer
+        is not independent of the others, if a parameter is not floating-point, if a block changes
+        the type of its input, or if a batch cannot be cut into micro-batches.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro, optax
+      >>> model = lro.training.LayeredFunctions(
+      ...     embed=lambda params, batch, key: params["embed"][batch["tokens"]],
+      ...     block=lambda layer, x, batch, key: x + jnp.tanh(x @ layer["kernel"]),
+      ...     head=lambda params, x, batch, key: jnp.mean((x @ params["head"] - batch["y"]) ** 2),
+      ... )
+      >>> params = {
+      ...     "embed": jnp.ones((10, 8)),
+      ...     "blocks": {"kernel": jnp.zeros((3, 8, 8))},
+      ...     "head": jnp.ones(8),
+      ... }
+      >>> update = lro.update_in_backward(model, optax.adamw(1e-2))
+      >>> step = jax.jit(update.step, donate_argnums=(0, 1))
+      >>> batch = {"tokens": jnp.zeros((2, 4), jnp.int32), "y": jnp.zeros((2, 4))}
+      >>> params, state, loss, metrics = step(params, update.init(params), batch, None)
+      >>> print(loss, metrics["block_gradient_norms"].shape)
+      64.0 (3,)
+
+    Reference:
+      Lv et al., Full Parameter Fine-tuning for Large Language Models with Limited Resources
+      (LOMO), 2023, https://arxiv.org/abs/2306.09782, Algorithm 1, for any optimizer.
+    """
     functions = layered_functions(model, loss)
     _check(tx, clip, max_norm, micro_batches)
     tx = optax.with_extra_args_support(tx)

@@ -164,7 +164,7 @@ def _in_rows(x: jax.Array) -> jax.Array:
 def _in_loop_of_one(step: Step) -> Step:
     def looped(through: Any, groups: Sequence[Any], read: Any, row: jax.Array) -> Any:
         one = (row >= 0).astype(jnp.int32)  # which the compiler cannot infer
-        once = lambda loop: (loop[0] + 1, step(*loop[1], read, row))
+        once = lambda loop: (loop[0] + 1, step(loop[1][0], loop[1][1], read, row))
         start = jnp.int32(0), (through, groups)
         return jax.lax.while_loop(lambda loop: loop[0] < one, once, start)[1]
 

@@ -68,7 +68,9 @@ def _of_nnx(model: Any, loss: Callable[..., Any] | None) -> LayeredFunctions:
     shapes = jax.tree.map(shape, nnx.as_pure(params))
     skeleton = nnx.merge(graph, shapes, rest)  # for what it is built of: its weights are not read
     stacked = not isinstance(model.blocks, nnx.List)
-    block_graph, _, block_rest = nnx.split(model.blocks if stacked else model.blocks[0], nnx.Param, ...)
+    block_graph, _, block_rest = nnx.split(
+        model.blocks if stacked else model.blocks[0], nnx.Param, ...
+    )
     if stacked:
         block_rest = jax.tree.map(lambda x: x[0], block_rest)
 

@@ -71,7 +71,7 @@ def update_in_backward(
         ``optax.clip_by_global_norm`` does; a first backward pass, which takes the time of two
         forward passes and more, computes the norm. ``"block"`` does so with each block, with what
         only the head uses, and with the other parameters, with ``max_norm`` divided by the square
-        root of the number of these parts, so that the whole norm cannot exceed it. None for neither.
+        root of the number of these parts, so that the whole norm cannot exceed it.
       max_norm: Largest norm.
       micro_batches: Number of equal parts of the batch, along the first axis of its arrays. Their
         gradients are averaged in float32, one block at a time; the inputs of blocks are stored for
@@ -224,8 +224,8 @@ def _update_stack(
         # All of the block is done before any of it is written over.
         dx, gradients = jax.lax.optimization_barrier((dx, gradients))
         new: list[Any] = [
-            update_layer(call, leaf, gradients[leaf.index][None], *group, row)
-            for leaf, group in zip(leaves, matrices, strict=True)
+            update_layer(call, leaf, gradients[leaf.index][None], w, own_state, row)
+            for leaf, (w, own_state) in zip(leaves, matrices, strict=True)
         ]
         return dx, [*new, ([gradients[i][None] for i in vectors], norm[None])]
 
@@ -284,9 +284,7 @@ def _block_norms(run: Passes, dx: jax.Array, inputs: Any) -> tuple[jax.Array, ja
 
     stack = [run.leaves[i] for i in run.stack]
     buffer = [jnp.zeros(run.layers)]
-    dx, [norms] = run_through(
-        one, dx, buffer, (stack, inputs), Cut(run.layers, 1), backwards=True
-    )
+    dx, [norms] = run_through(one, dx, buffer, (stack, inputs), Cut(run.layers, 1), backwards=True)
     return dx, norms
 
 

@@ -69,7 +69,9 @@ STACKED = lambda params: jax.tree.map(
 def reference(params: Tree, batch: jax.Array, key: Any, micro_batches: int = 1) -> jax.Array:
     """The loss, one layer and one micro-batch after the other, with the documented keys."""
     fold = lambda key, *numbers: (
-        key if key is None or not numbers else fold(jax.random.fold_in(key, numbers[0]), *numbers[1:])
+        key
+        if key is None or not numbers
+        else fold(jax.random.fold_in(key, numbers[0]), *numbers[1:])
     )
     losses = []
     for i in range(micro_batches):
@@ -211,7 +213,8 @@ def test_a_gradient_that_is_not_finite_stays_in_its_layer() -> None:
     finite = np.isfinite(np.asarray(new["blocks"]["root"])).all(-1)
     np.testing.assert_array_equal(finite, [True, False, True])
     np.testing.assert_array_equal(np.isfinite(metrics["block_gradient_norms"]), finite)
-    assert np.isfinite(loss) and np.isfinite(np.asarray(new["blocks"]["kernel"])).all()
+    assert np.isfinite(loss)
+    assert np.isfinite(np.asarray(new["blocks"]["kernel"])).all()
 
 
 CONFIG = DecoderConfig(

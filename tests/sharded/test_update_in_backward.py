@@ -1,0 +1,66 @@
+"""The update inside the backward pass on eight devices: what one device computes."""
+
+from typing import Any
+
+from close import assert_close
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import optax
+import pytest
+
+import lowrank_optax as lro
+from lowrank_optax.training import LayeredFunctions
+
+LAYERS, WIDTH, HIDDEN, WORDS = 3, 16, 32, 64
+FUNCTIONS = LayeredFunctions(
+    embed=lambda params, batch, key: params["embed"][batch[:, :-1]],
+    block=lambda layer, x, batch, key: (
+        x + jnp.tanh(x @ layer["up"] * jax.random.bernoulli(key, 0.5, (HIDDEN,))) @ layer["down"]
+    ),
+    head=lambda params, x, batch, key: jnp.mean(
+        optax.softmax_cross_entropy_with_integer_labels(x @ params["head"], batch[:, 1:])
+    ),
+)
+SHAPES = {
+    "embed": ((WORDS, WIDTH), P(None, "x")),
+    "blocks": {
+        "up": ((LAYERS, WIDTH, HIDDEN), P(None, None, "x")),
+        "down": ((LAYERS, HIDDEN, WIDTH), P(None, "x", None)),
+    },
+    "head": ((WIDTH, WORDS), P("x", None)),
+}
+IS_PAIR = lambda x: isinstance(x, tuple)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("placed", ["data parallel", "FSDP"])
+def test_eight_devices_compute_what_one_does(placed: str) -> None:
+    random = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: jnp.asarray(random.normal(size=x[0]) / 4, jnp.float32), SHAPES, is_leaf=IS_PAIR
+    )
+    batch = jnp.asarray(random.integers(0, WORDS, (16, 9)))
+    tx = optax.adamw(1e-2, eps=1e-3)
+    update = lro.update_in_backward(FUNCTIONS, tx, clip="global", max_norm=0.1, micro_batches=2)
+
+    def run(params: Any, batch: Any) -> Any:
+        step, state, losses = jax.jit(update.step, donate_argnums=(0, 1)), tx.init(params), []
+        for i in range(3):
+            params, state, loss, _ = step(params, state, batch, jax.random.key(i))
+            losses.append(np.asarray(loss))
+        return params, losses
+
+    expected, losses = run(jax.tree.map(jnp.copy, params), batch)
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    where = jax.tree.map(
+        lambda x: NamedSharding(mesh, x[1] if placed == "FSDP" else P()), SHAPES, is_leaf=IS_PAIR
+    )
+    split = jax.device_put(batch, NamedSharding(mesh, P("x")))
+    found, found_losses = run(jax.device_put(params, where), split)
+    assert_close(found_losses, losses, 100)
+    assert_close(jax.tree.map(np.asarray, found), jax.tree.map(np.asarray, expected), 300)
+    kept = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), found, where)
+    assert all(jax.tree.leaves(kept))

@@ -1,0 +1,62 @@
+"""What a TPU's compiler allocates for the update inside the backward pass."""
+
+import re
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import lowrank_optax as lro
+from lowrank_optax.models import Decoder, DecoderConfig
+
+pytestmark = pytest.mark.slow
+
+TOKENS = 512
+CONFIG = DecoderConfig(
+    vocab_size=8192,
+    hidden_size=1024,
+    intermediate_size=2816,
+    num_hidden_layers=16,
+    num_attention_heads=8,
+    num_key_value_heads=8,
+)
+
+
+def nbytes(tree: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def loss(model: Decoder, hidden: jax.Array, targets: jax.Array) -> jax.Array:
+    logits = jnp.tensordot(hidden, model.head()[0], 1, preferred_element_type=jnp.float32)
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, targets))
+
+
+@pytest.mark.parametrize("clip", [None, pytest.param("global", marks=pytest.mark.full)])
+def test_stacks_stay_in_place(compile_for: Any, clip: Any) -> None:
+    types = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
+    model = nnx.eval_shape(lambda: Decoder(CONFIG, rngs=nnx.Rngs(0), **types))
+    params = nnx.as_pure(nnx.state(model, nnx.Param))
+    tx = lro.in_float32(optax.adamw(1e-3))
+    update = lro.update_in_backward(
+        model, tx, loss=loss, clip=clip, max_norm=None if clip is None else 1.0
+    )
+    state, tokens = jax.eval_shape(tx.init, params), jax.ShapeDtypeStruct((1, TOKENS), jnp.int32)
+    step = lambda params, state, tokens: update.step(params, state, (tokens, tokens))
+    program = compile_for("v5e", step, params, state, tokens, donate_argnums=(0, 1))
+
+    layers, width = CONFIG.num_hidden_layers, CONFIG.hidden_size
+    shapes = {x.shape for x in jax.tree.leaves(params["blocks"]) if x.ndim > 2}
+    for shape in shapes:
+        stack = rf"\[{','.join(map(str, shape))}\]\S*"
+        made = rf"= \w+{stack} (copy|copy-start|transpose|convert|broadcast|custom-call)\("
+        assert not re.search(made, program.as_text())
+    of_block = nbytes(params["blocks"]) // layers
+    inputs = layers * TOKENS * width * 2
+    scores = CONFIG.num_attention_heads * TOKENS**2 * 4
+    activations = TOKENS * (8 * width + 4 * CONFIG.intermediate_size) * 4 + 3 * scores
+    memory = program.memory_analysis()
+    assert memory.alias_size_in_bytes >= nbytes((params, state))
+    assert memory.temp_size_in_bytes < 1.1 * (inputs + 2 * of_block + activations)

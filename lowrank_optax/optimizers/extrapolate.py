@@ -9,6 +9,7 @@ import optax
 
 from lowrank_optax.matrices import DimensionNumbersRule
 from lowrank_optax.optimizers.lookahead import Direction, check_inner_learning_rate, direction_from
+from lowrank_optax.slices.call import Whole
 from lowrank_optax.states.arguments import refuse_unused, transformation
 from lowrank_optax.states.precision import to_float32
 
@@ -100,7 +101,11 @@ def extrapolate(
         return ExtrapolateState(jnp.zeros([], jnp.int32), zeros, inner.init(params))
 
     def update_fn(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        whole: Whole | None = None,
+        **extra_args: Any,
     ) -> tuple[optax.Updates, ExtrapolateState]:
         count = optax.safe_increment(state.count)
         rate = inner_learning_rate(count) if callable(inner_learning_rate) else inner_learning_rate
@@ -109,9 +114,13 @@ def extrapolate(
         ahead = direction_of(finite)
         scale = lambda zeta, old: (rate * zeta).astype(old.dtype)
         displacement = jax.tree.map(scale, ahead, state.displacement)
-        previous, stored = _both(state.count, state.displacement, displacement)
+        previous, stored = state.displacement, displacement
+        if not (whole is not None and whole.settled):  # a slice has copies of one slice anyway
+            previous, stored = _both(state.count, previous, stored)
         weights = None if params is None else _added(params, previous)
-        moves, inner_state = inner.update(updates, state.inner, weights, **extra_args)
+        moves, inner_state = inner.update(
+            updates, state.inner, weights, whole=whole, **extra_args
+        )
         move = lambda g, u, old, new: (u + (to_float32(old) - to_float32(new))).astype(g.dtype)
         new = jax.tree.map(move, updates, moves, previous, displacement)
         return new, ExtrapolateState(count, stored, inner_state)

@@ -34,7 +34,7 @@ from lowrank_optax.compat.operations import (
 )
 from lowrank_optax.matrices.paths import leaves_by_path
 from lowrank_optax.slices.call import Call, CannotCutError, Path, shapes_of_state
-from lowrank_optax.slices.known_transformations import check_leaves, is_known
+from lowrank_optax.slices.known_transformations import check_leaves, is_known, unknown_parts
 from lowrank_optax.slices.loop import Cut, part_of, rows_of
 
 
@@ -52,7 +52,10 @@ def check_parts(call: Call, parts: Sequence[optax.GradientTransformation]) -> No
         except Exception as error:
             raise CannotCutError("the update cannot be tried on some leaves alone.") from error
         if not independent:
-            raise CannotCutError("the update of a leaf depends on others, or a count on gradients.")
+            names = ", ".join(unknown_parts(part))
+            raise CannotCutError(
+                f"the update of a leaf depends on others, or a count on gradients: {names}."
+            )
 
 
 def _leaves_are_independent(call: Call) -> bool:

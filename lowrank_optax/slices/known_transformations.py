@@ -72,10 +72,17 @@ def has_part(tx: optax.GradientTransformation, wanted: str) -> bool:
 
 def is_known(tx: optax.GradientTransformation) -> bool:
     """Whether ``tx`` is made of parts that are known to allow slices, or to refuse them."""
-    return all(
-        module.startswith(OURS) or _is_listed(name, module, (*ELEMENTWISE, *MATRIX_BY_MATRIX))
+    return not unknown_parts(tx)
+
+
+def unknown_parts(tx: optax.GradientTransformation) -> list[str]:
+    """The names of the parts of ``tx`` of which nothing is known."""
+    known = (*ELEMENTWISE, *MATRIX_BY_MATRIX)
+    return [
+        name
         for name, module in _parts(tx)
-    )
+        if not (module.startswith(OURS) or _is_listed(name, module, known))
+    ]
 
 
 def is_elementwise(tx: optax.GradientTransformation) -> bool:

@@ -118,9 +118,7 @@ def extrapolate(
         if not (whole is not None and whole.settled):  # a slice has copies of one slice anyway
             previous, stored = _both(state.count, previous, stored)
         weights = None if params is None else _added(params, previous)
-        moves, inner_state = inner.update(
-            updates, state.inner, weights, whole=whole, **extra_args
-        )
+        moves, inner_state = inner.update(updates, state.inner, weights, whole=whole, **extra_args)
         move = lambda g, u, old, new: (u + (to_float32(old) - to_float32(new))).astype(g.dtype)
         new = jax.tree.map(move, updates, moves, previous, displacement)
         return new, ExtrapolateState(count, stored, inner_state)

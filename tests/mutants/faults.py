@@ -230,6 +230,27 @@ TRAINING = (
         "(jnp.maximum(index, 0) + 2)",
         ("tests/training/test_range_test.py",),
     ),
+    Fault(
+        "another dropout in the recomputed block",
+        "lowrank_optax/training/layered_passes.py",
+        "return self.mean_gradients(one, list(weights), self.keys(BLOCKS, layer), x, dx)",
+        "return self.mean_gradients(one, list(weights), self.keys(HEAD, layer), x, dx)",
+        ("tests/training/test_update_in_backward.py",),
+    ),
+    Fault(
+        "gradients of micro-batches summed and not averaged",
+        "lowrank_optax/training/layered_passes.py",
+        "lambda t, x: (t / self.count).astype(x.dtype)",
+        "lambda t, x: t.astype(x.dtype)",
+        ("tests/training/test_update_in_backward.py",),
+    ),
+    Fault(
+        "the head's gradient of a tied embedding left out",
+        "lowrank_optax/training/update_in_backward.py",
+        "return gradients | {i: of_head[i] + gradients[i] for i in of_both}",
+        "return gradients",
+        ("tests/training/test_update_in_backward.py",),
+    ),
 )
 
 ADAPTERS = (

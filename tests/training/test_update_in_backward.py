@@ -5,11 +5,13 @@ from typing import Any
 
 from close import assert_close
 from flax import nnx
+from harness import Row, name_of
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from test_transformations import ROWS
 
 import lowrank_optax as lro
 from lowrank_optax.models import Decoder, DecoderConfig
@@ -140,6 +142,38 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_step_is_the_ordinary_one(name: str) -> None:
     compare(PARAMS, OPTIMIZERS[name]())
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_two_hundred_steps_are_those_of_the_ordinary_step(name: str) -> None:
+    compare(PARAMS, OPTIMIZERS[name](), steps=200)
+
+
+# Of these a number belongs to the whole tree or to a whole stack.
+REFUSED = {
+    "adagrad_norm": "scale_by_adagrad_norm",
+    "adagrad_norm_by_columns": "spans layers",
+    "monitor_weight_decay": "monitor_weight_decay computes",
+    "monitor_weight_decay_every_third_step": "monitor_weight_decay computes",
+    "aflora_freezing": "aflora_freezing",
+    "lamda_freezing": "spans layers",
+    "sara": "spans layers",
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("row", ROWS, ids=name_of)
+def test_every_optimizer_of_the_library_runs_or_is_refused(row: Row) -> None:
+    matrices = {"weight_dimension_numbers": STACKED}
+    tx = row.make(**matrices) if row.takes("weight_dimension_numbers") else row.make()
+    if row.name not in REFUSED:
+        compare(PARAMS, tx, steps=5)
+        return
+    with pytest.raises(ValueError, match=REFUSED[row.name]):
+        jax.eval_shape(
+            lro.update_in_backward(FUNCTIONS, tx).step, PARAMS, tx.init(PARAMS), BATCH, None
+        )
 
 
 @pytest.mark.parametrize("params", [TIED, LISTED], ids=["tied", "list"])

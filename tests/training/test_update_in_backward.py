@@ -296,6 +296,37 @@ def test_a_decoder_in_bfloat16_with_stochastic_rounding(scan_layers: bool) -> No
     assert_close(moments(state), moments(expected_state), 800)
 
 
+class Dropping(nnx.Module):
+    def __init__(self, mlp: nnx.Module, dropout: nnx.Dropout) -> None:
+        self.mlp, self.dropout = mlp, dropout
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.dropout(self.mlp(x))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_a_module_draws_from_the_key_of_the_step(scan_layers: bool) -> None:
+    model = Decoder(CONFIG, rngs=nnx.Rngs(0), scan_layers=scan_layers)
+    rngs = nnx.Rngs(dropout=0)
+    if scan_layers:
+        make = nnx.vmap(lambda rngs: nnx.Dropout(0.5, rngs=rngs))
+        dropout = nnx.split_rngs(splits=LAYERS)(make)(rngs)
+        model.blocks.mlp = Dropping(model.blocks.mlp, dropout)
+    else:
+        for each in model.blocks:
+            each.mlp = Dropping(each.mlp, nnx.Dropout(0.5, rngs=rngs))
+    params = nnx.as_pure(nnx.state(model, nnx.Param))
+    tx = optax.sgd(1.0)
+    update = lro.update_in_backward(model, tx, loss=decoder_loss)
+    arguments = (BATCH[:, :-1], BATCH[:, 1:]), jax.random.key(1)
+    new, _, loss, _ = jax.jit(update.step)(params, update.init(params), *arguments)
+    gradients = jax.jit(jax.grad(update.loss, has_aux=True))(params, *arguments)[0]
+    assert_close(new, optax.apply_updates(params, jax.tree.map(jnp.negative, gradients)), 100)
+    others = update.loss(params, arguments[0], jax.random.key(2))[0]
+    assert abs(float(loss - others)) > 1e-4
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

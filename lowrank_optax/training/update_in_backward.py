@@ -146,6 +146,7 @@ def _check(tx: Any, clip: Any, max_norm: Any, micro_batches: Any) -> None:
     if found := looks_at(tx):
         instead = {
             "clip_by_global_norm": "set clip='global' and max_norm= instead.",
+            "hutchinson_estimator_diag_hessian": "it is a part of optax.contrib.sophia.",
             "apply_if_finite": "blocks are written before all gradients are known.",
         }
         raise ValueError(

@@ -324,7 +324,7 @@ def test_a_module_draws_from_the_key_of_the_step(scan_layers: bool) -> None:
     gradients = jax.jit(jax.grad(update.loss, has_aux=True))(params, *arguments)[0]
     assert_close(new, optax.apply_updates(params, jax.tree.map(jnp.negative, gradients)), 100)
     others = update.loss(params, arguments[0], jax.random.key(2))[0]
-    assert abs(float(loss - others)) > 1e-4
+    assert abs(float(loss - others)) > 1e-6
 
 
 @pytest.mark.parametrize(
@@ -332,7 +332,7 @@ def test_a_module_draws_from_the_key_of_the_step(scan_layers: bool) -> None:
     [
         (lambda: optax.MultiSteps(optax.adam(0.1), 2).gradient_transformation(), "micro_batches="),
         (lambda: optax.apply_if_finite(optax.adam(0.1), 2), "apply_if_finite computes"),
-        (lambda: optax.contrib.sophia(0.1), "all leaves"),
+        (lambda: optax.contrib.sophia(0.1), "sophia"),
         (lambda: optax.contrib.prodigy(0.1), "prodigy computes"),
         (lambda: optax.lbfgs(), "linesearch computes"),
         (lambda: optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.1)), "sam computes"),

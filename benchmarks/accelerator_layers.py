@@ -235,6 +235,20 @@ def decoders(sizes: Sizes) -> Iterator[Group]:
 
         return step, inputs
 
+    def build_in_backward(make: Callable[..., Any]) -> Any:
+        model = nnx.eval_shape(lambda: model_of(None))
+        fused = lro.update_in_backward(model, make(), loss=without_logits)
+        given = nnx.as_pure(nnx.state(model, nnx.Param)), shaped(jnp.int32, batch, tokens)
+
+        def step(carry: Any, text: jax.Array) -> Any:
+            return fused.step(*carry, (text, text))[:2]
+
+        def inputs(key: jax.Array) -> tuple[Any, ...]:
+            params, text = filled(key, given, 0.02)
+            return (params, fused.init(params)), (text,)
+
+        return step, inputs
+
     width, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     weights = layers * (4 * width**2 + 3 * width * inner) + width * words
     attention = layers * causal_flops(batch, tokens, width)
@@ -247,13 +261,20 @@ def decoders(sizes: Sizes) -> Iterator[Group]:
         "optax.adamw, no logits": (adamw, None, False),
         "LoRA, no logits": (adamw, lora, False),
     }
+    passes = {
+        label: (functools.partial(build, *row), 6 if row[1] is None else 4)
+        for label, row in rows.items()
+    }
+    for label in ("optax.adamw", "lro.low_bit(optax.adamw)", "lro.galore"):
+        make = functools.partial(build_in_backward, rows[label][0])
+        passes[f"{label}, no logits, in backward"] = make, 6
     yield [
         Case(
             f"decoder, {label}",
             f"{name}, {times(batch, tokens)} tokens, {sizes.dtype}",
-            functools.partial(build, make, adapter, logits),
-            batch * tokens * weights * (6 if adapter is None else 4) + attention,
+            make,
+            flops * batch * tokens * weights + attention,
             sizes.dtype,
         )
-        for label, (make, adapter, logits) in rows.items()
+        for label, (make, flops) in passes.items()
     ]

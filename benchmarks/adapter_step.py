@@ -17,13 +17,13 @@ import json
 import os
 from pathlib import Path
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 import optax
-from timing import milliseconds, print_table
+from timing import Stepper, milliseconds, print_table
 
 import lowrank_optax as lro
 
@@ -98,35 +98,33 @@ def model_of(kind: str, args: argparse.Namespace, *, scan: bool = False) -> tupl
     return model, lro.adapters.trainable
 
 
-class Stepper:
-    """A jitted training step of an NNX model, as pure functions of its arrays."""
+class TrainingStep(NamedTuple):
+    """A step ``(trained, state), rest, x -> (trained, state)`` of an NNX model's arrays."""
 
-    def __init__(self, kind: str, args: argparse.Namespace, *, scan: bool = False) -> None:
-        model, wrt = model_of(kind, args, scan=scan)
-        graph, trained, rest = nnx.split(model, wrt, ...)
-        trained, self.rest = nnx.as_pure(trained), nnx.as_pure(rest)
-        tx = optax.adamw(1e-4)
-        tx = lro.adapters.flylora_balance(tx) if kind == "FlyLoRA" else tx
-        self.carry = (trained, tx.init(trained))
-        self.x = jax.random.normal(jax.random.key(1), (args.tokens, args.width))
+    step: Callable[..., Any]
+    tx: optax.GradientTransformation
+    trained: Any
+    rest: Any
 
-        def step(carry: Any, rest: Any, x: jax.Array) -> Any:
-            trained, state = carry
-            loss = lambda t: jnp.mean(jnp.square(nnx.merge(graph, t, rest)(x)))
-            value, gradient = jax.value_and_grad(loss)(trained)
-            updates, state = tx.update(gradient, state, trained)
-            return (optax.apply_updates(trained, updates), state), value
+    def stepper(self, args: argparse.Namespace) -> Stepper:
+        """The step compiled, with its carry."""
+        x = jax.random.normal(jax.random.key(1), (args.tokens, args.width))
+        return Stepper(self.step, (self.trained, self.tx.init(self.trained)), self.rest, x)
 
-        self.parameters = sum(x.size for x in jax.tree.leaves(trained))
-        compiling = jax.jit(step, donate_argnums=0).lower(self.carry, self.rest, self.x)
-        self.compiled = compiling.compile()
-        self.temporary = self.compiled.memory_analysis().temp_size_in_bytes
 
-    def __call__(self) -> float:
-        """Runs one step; returns its seconds."""
-        began = time.perf_counter()
-        self.carry, _ = jax.block_until_ready(self.compiled(self.carry, self.rest, self.x))
-        return time.perf_counter() - began
+def training_step(kind: str, model: Stack, wrt: Any) -> TrainingStep:
+    """The training step of a row."""
+    graph, trained, rest = nnx.split(model, wrt, ...)
+    tx = optax.adamw(1e-4)
+    tx = lro.adapters.flylora_balance(tx) if kind == "FlyLoRA" else tx
+
+    def step(carry: Any, rest: Any, x: jax.Array) -> Any:
+        trained, state = carry
+        loss = lambda t: jnp.mean(jnp.square(nnx.merge(graph, t, rest)(x)))
+        updates, state = tx.update(jax.grad(loss)(trained), state, trained)
+        return optax.apply_updates(trained, updates), state
+
+    return TrainingStep(step, tx, nnx.as_pure(trained), nnx.as_pure(rest))
 
 
 def peft_stepper(args: argparse.Namespace) -> tuple[Callable[[], float], int] | None:
@@ -172,9 +170,11 @@ def peft_stepper(args: argparse.Namespace) -> tuple[Callable[[], float], int] | 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each kind."""
-    steppers: dict[str, Any] = {k: Stepper(k, args) for k in (FULL, *OURS, FLAX)}
-    counts = {k: s.parameters for k, s in steppers.items()}
-    temporary = {k: Stepper(k, args, scan=True).temporary for k in steppers}
+    steps = {k: training_step(k, *model_of(k, args)) for k in (FULL, *OURS, FLAX)}
+    steppers: dict[str, Any] = {k: s.stepper(args) for k, s in steps.items()}
+    counts = {k: sum(x.size for x in jax.tree.leaves(s.trained)) for k, s in steps.items()}
+    scanned = {k: training_step(k, *model_of(k, args, scan=True)).stepper(args) for k in steps}
+    temporary = {k: s.compiled.memory_analysis().temp_size_in_bytes for k, s in scanned.items()}
     if other := peft_stepper(args):
         steppers[PEFT], counts[PEFT] = other
     times = milliseconds(steppers, args.rounds)

@@ -1,14 +1,13 @@
-"""What the kernels of `low_bit_adam` save: bytes and temporaries for a TPU, or times here.
+"""What the kernels of `low_bit_adam` save: bytes and temporaries, compiled for a TPU.
 
-    python benchmarks/kernels.py                  # compiled for a v5e, without one: needs libtpu
+    python benchmarks/kernels.py                  # for a v5e, without one: needs libtpu
     python benchmarks/kernels.py --chip v6e
     python benchmarks/kernels.py --row-major      # with all arguments and results in that order
-    python benchmarks/kernels.py --time           # times on this machine's device
 
 A step reads gradient, codes and scales once and writes parameter, codes and scales once: that is
 the floor. Bytes are those the compiled program accesses by the compiler's own account, in which a
-kernel counts as its operands and results, and copies around it as what they move. With `--time`
-the reference, the kernel (where one runs here) and a copy of the floor's bytes take turns.
+kernel counts as its operands and results, and copies around it as what they move. Times on a device
+are those of `accelerator.py`.
 """
 
 import argparse
@@ -17,16 +16,12 @@ import functools
 import os
 from typing import Any, NamedTuple
 
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or libtpu asks the network where it is
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-
 import jax
 from jax.experimental import topologies
 from jax.experimental.layout import Format, Layout
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
-from timing import Stepper, milliseconds, print_table
+from timing import print_table
 
 from lowrank_optax.kernels import AdamScalars, low_bit_adam
 from lowrank_optax.quantization import BlockFormat, code_map, quantize
@@ -106,45 +101,20 @@ def compiled_row(case: Case, chip: str, row_major: bool) -> list[Any]:
     return row
 
 
-def timed_row(case: Case, rounds: int) -> list[Any]:
-    """Times over that of a copy of the floor's bytes, of reference and what None chooses."""
-    zeros = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
-    carry, given = zeros((case.carry, case.given))
-    steppers = {
-        str(name): Stepper(functools.partial(case.step, implementation=name), carry, *given)
-        for name in ("xla", None)
-    }
-    half = jnp.zeros(case.floor // 8, jnp.float32)  # read once, written once
-    steppers["copy"] = Stepper(lambda x: x + 1, half)
-    times = milliseconds(steppers, rounds)
-    copy = times["copy"]
-    return [
-        case.name,
-        copy,
-        times["xla"] / copy,
-        times["None"] / copy,
-        times["xla"] / times["None"],
-    ]
-
-
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--chip", default="v5e")
     parser.add_argument("--row-major", action="store_true", help="arrays not stored transposed")
-    parser.add_argument("--time", action="store_true", help="times on this machine instead")
-    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--scale", type=int, default=1, help="divide all sizes by this")
     args = parser.parse_args()
-    if args.time:
-        columns = ["step", "copy ms", "reference / copy", "chosen / copy", "reference / chosen"]
-        rows = [timed_row(case, args.rounds) for case in cases(args.scale)]
-    else:
-        columns = ["step", "floor GB", "XLA / floor", "XLA temp GB"]
-        columns += ["kernel / floor", "kernel temp GB"]
-        rows = [compiled_row(case, args.chip, args.row_major) for case in cases(args.scale)]
-    where = jax.default_backend() if args.time else args.chip
-    print_table(f"low_bit_adam, {where}", columns, rows)
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or libtpu asks the network where it is
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    columns = ["step", "floor GB", "XLA / floor", "XLA temp GB"]
+    columns += ["kernel / floor", "kernel temp GB"]
+    rows = [compiled_row(case, args.chip, args.row_major) for case in cases(args.scale)]
+    print_table(f"low_bit_adam, {args.chip}", columns, rows)
 
 
 if __name__ == "__main__":

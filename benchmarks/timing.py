@@ -14,19 +14,28 @@ from rich.console import Console
 from rich.table import Table
 
 
-class Stepper:
-    """A jitted, donating `step(carry, *arguments) -> carry`, with its carry."""
+class Program:
+    """A compiled `step(carry, *arguments) -> carry`, which writes over its carry."""
+
+    def __init__(self, compiled: Any, carry: Any, *arguments: Any) -> None:
+        self.compiled, self.carry, self.arguments = compiled, carry, arguments
+
+    def __call__(self, calls: int = 1) -> float:
+        """Runs the step, several times in a row if so told; returns the seconds of one."""
+        began = time.perf_counter()
+        for _ in range(calls):
+            self.carry = self.compiled(self.carry, *self.arguments)
+        jax.block_until_ready(self.carry)
+        return (time.perf_counter() - began) / calls
+
+
+class Stepper(Program):
+    """A program of a step that is compiled here, with a copy of its carry."""
 
     def __init__(self, step: Callable[..., Any], carry: Any, *arguments: Any) -> None:
-        self.arguments = arguments
-        self.carry = jax.tree.map(lambda x: x.copy(), carry)
-        self.compiled = jax.jit(step, donate_argnums=0).lower(self.carry, *arguments).compile()
-
-    def __call__(self) -> float:
-        """Runs one step; returns its seconds."""
-        began = time.perf_counter()
-        self.carry = jax.block_until_ready(self.compiled(self.carry, *self.arguments))
-        return time.perf_counter() - began
+        carry = jax.tree.map(lambda x: x.copy(), carry)
+        compiled = jax.jit(step, donate_argnums=0).lower(carry, *arguments).compile()
+        super().__init__(compiled, carry, *arguments)
 
 
 def milliseconds(steppers: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:

@@ -121,41 +121,45 @@ def make_model(name: str, rung: Rung) -> Decoder:
     return nnx.eval_shape(make)
 
 
-def mean_loss(model: Decoder, tokens: jax.Array, chunked: bool) -> jax.Array:
-    """Mean cross entropy of the next token."""
-    inputs, labels = tokens[:, :-1], tokens[:, 1:]
-    if not chunked:
-        logits = model(inputs)
-        return optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+def plain_loss(model: Decoder, hidden: jax.Array, labels: jax.Array) -> jax.Array:
+    """Mean cross entropy from logits."""
+    losses = optax.losses.softmax_cross_entropy_with_integer_labels(model.logits(hidden), labels)
+    return losses.mean()
+
+
+def chunked_loss(model: Decoder, hidden: jax.Array, labels: jax.Array) -> jax.Array:
+    """The same without logits."""
     head, axis = model.head()
-    return lro.losses.linear_cross_entropy(model.hidden(inputs), head, labels, head_axis=axis)
+    return lro.losses.linear_cross_entropy(hidden, head, labels, head_axis=axis)
 
 
 def step_of(rung: Rung, model: Decoder, rank: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """A step, and the shapes of what it takes before the tokens; the first two are donated."""
     tx = rung.optimizer(model, rank)
-    loss_fn = lambda model, tokens: mean_loss(model, tokens, rung.loss == "chunked")
+    loss_fn = chunked_loss if rung.loss == "chunked" else plain_loss
     wrt = nnx.Param if rung.adapter is None else lro.adapters.trainable
-    graphdef, params, rest = nnx.split(model, wrt, ...)
-    params, rest = nnx.as_pure(params), nnx.as_pure(rest)
-    state = jax.eval_shape(tx.init, params)
+    graphdef, *parts = nnx.split(model, wrt, ...)
+    params, rest = map(nnx.as_pure, parts)
+    arguments = params, jax.eval_shape(tx.init, params), rest
     if rung.in_backward:
-        update = lro.update_in_backward(model, tx)
-        return lambda params, state, rest, tokens: update.step(params, state, tokens), (
-            params,
-            state,
-            rest,
-        )
+        update = lro.update_in_backward(model, tx, loss=loss_fn)
+
+        def step_in_backward(params: Any, state: Any, rest: Any, tokens: jax.Array) -> Any:
+            del rest
+            return update.step(params, state, (tokens[:, :-1], tokens[:, 1:]))[:3]
+
+        return step_in_backward, arguments
 
     def loss(params: Any, rest: Any, tokens: jax.Array) -> jax.Array:
-        return loss_fn(nnx.merge(graphdef, params, rest), tokens)
+        model = nnx.merge(graphdef, params, rest)
+        return loss_fn(model, model.hidden(tokens[:, :-1]), tokens[:, 1:])
 
     def step(params: Any, state: Any, rest: Any, tokens: jax.Array) -> Any:
         value, gradients = jax.value_and_grad(loss)(params, rest, tokens)
         updates, state = tx.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, value
 
-    return step, (params, state, rest)
+    return step, arguments
 
 
 def needed(step: Callable[..., Any], arguments: tuple[Any, ...], chip: str) -> tuple[float, bool]:

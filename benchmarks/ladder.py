@@ -7,7 +7,7 @@
 Each rung changes one thing of the rung before it, in the order in which to try them. Every cell is
 the whole step of one device, compiled for the chip on a machine without one (`libtpu`, the extra
 `tpu-check`): arguments, temporaries, and outputs that take no argument's place. Where the compiler
-refuses, the cell is what the step takes on the chip with the most memory, a v5p.
+refuses, the cell has in brackets what the step takes on a v5p, which has 95 GiB.
 """
 
 import argparse
@@ -37,7 +37,10 @@ import lowrank_optax as lro
 from lowrank_optax.models import Decoder, decoder_config
 
 RESULTS = Path(__file__).parent / "results" / "ladder.json"
-MODELS = {"llama-1b": 256, "llama-7b": 1024}  # with the rank of a projection
+# With the rank of a projection. The MLP of llama-1b is as wide as a TPU's tiles: its own 5461 are
+# no multiple of 128, and the compiler then copies stacks of weights into another order.
+MODELS = {"llama-1b": 256, "llama-7b": 1024}
+WIDTHS = {"llama-1b": {"intermediate_size": 5504}, "llama-7b": {}}
 CHIPS = {"v5e": 15.75, "v6e": 31.25}  # with the GiB that a program may take
 LARGEST = "v5p"
 GIB = 2**30
@@ -107,7 +110,7 @@ def make_model(name: str, rung: Rung) -> Decoder:
 
     def make() -> Decoder:
         model = Decoder(
-            decoder_config(name),
+            decoder_config(name, **WIDTHS[name]),
             rngs=nnx.Rngs(0),
             dtype=jnp.bfloat16,
             param_dtype=rung.param_dtype,
@@ -162,8 +165,8 @@ def step_of(rung: Rung, model: Decoder, rank: int) -> tuple[Callable[..., Any], 
     return step, arguments
 
 
-def needed(step: Callable[..., Any], arguments: tuple[Any, ...], chip: str) -> tuple[float, bool]:
-    """GiB of the compiled step, and whether the compiler takes it."""
+def needed(step: Callable[..., Any], arguments: tuple[Any, ...], chip: str) -> float | None:
+    """GiB of the compiled step; None if the compiler refuses it."""
     device = topologies.get_topology_desc(platform="tpu", topology_name=f"{chip}:2x2").devices[0]
     sharding = SingleDeviceSharding(device)
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
@@ -171,12 +174,11 @@ def needed(step: Callable[..., Any], arguments: tuple[Any, ...], chip: str) -> t
     try:
         memory = lowered.compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
-        if chip == LARGEST or "RESOURCE_EXHAUSTED" not in str(error):
+        if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return needed(step, arguments, LARGEST)[0], False
+        return None
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    size = (memory.argument_size_in_bytes + outputs + memory.temp_size_in_bytes) / GIB
-    return size, True
+    return (memory.argument_size_in_bytes + outputs + memory.temp_size_in_bytes) / GIB
 
 
 def nbytes(tree: Any) -> int:
@@ -191,17 +193,20 @@ def measure(name: str, rung: Rung, chips: list[str], shape: tuple[int, int]) -> 
     tokens = jax.ShapeDtypeStruct((shape[0], shape[1] + 1), jnp.int32)
     params, state, rest = arguments
     figures: dict[str, Any] = {"weight_bytes": nbytes((params, rest)), "state_bytes": nbytes(state)}
+    size = needed(step, (*arguments, tokens), LARGEST)
     for chip in chips:
-        figures[chip] = needed(step, (*arguments, tokens), chip)
-    return figures
+        hopeless = size is None or size > 1.2 * CHIPS[chip]
+        figures[chip] = None if hopeless else needed(step, (*arguments, tokens), chip)
+    return figures | {LARGEST: size}
 
 
 def cell(figures: dict[str, Any], chip: str) -> str:
-    """What a step takes on a chip; in bold where that is there."""
+    """GiB of a step on a chip; in brackets those on a v5p where the chip is too small."""
     if chip not in figures:
         return ""
-    size, fits = figures[chip]
-    return f"**{size:.2f}**" if fits else f"{size:.2f}"
+    if figures[chip] is not None:
+        return f"**{figures[chip]:.2f}**"
+    return "-" if figures[LARGEST] is None else f"({figures[LARGEST]:.2f})"
 
 
 def print_markdown(results: dict[str, Any]) -> None:

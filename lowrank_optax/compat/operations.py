@@ -59,7 +59,7 @@ def is_elementwise(equation: JaxprEqn) -> bool:
 
 
 def is_only_reshaped(equation: JaxprEqn) -> bool:
-    """Whether no number is changed: the operation comes and goes with axes of size one, or moves it."""
+    """Whether no number is changed: axes of size one come and go, or the array is moved."""
     return primitive_name(equation) in ("broadcast_in_dim", "reshape", "reshard", "squeeze")
 
 

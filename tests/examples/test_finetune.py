@@ -264,6 +264,18 @@ def test_every_recipe_trains_saves_and_goes_on_to_the_last_bit(
         assert losses[-1]["held_out_loss"] < losses[0]["held_out_loss"]
 
 
+@pytest.mark.full  # the pre-training example does both in the standard tier
+def test_without_logits_and_with_the_update_in_backward_steps_are_the_same(
+    adapted: Path, adapting: list[str], tmp_path: Path
+) -> None:
+    options = ["--adapter", "full", "--loss", "chunked", "--update-in-backward"]
+    assert finetune.main([*adapting, *options, "--output", str(tmp_path)]) == 0
+    found, plain = (read_losses(folder / "full" / "log.jsonl") for folder in (tmp_path, adapted))
+    assert len(found) == len(plain)
+    for ours, theirs in zip(found, plain, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3)
+
+
 def test_equal_parameters_brings_counts_together(
     adapting: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

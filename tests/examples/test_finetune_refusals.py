@@ -28,6 +28,11 @@ REFUSED = {
     "option with a bad value": (["--set", "rank=0.5"], "rank=0.5"),
     "no layer matches": (["--hf", "MODEL", "--where", "qeury"], "query"),
     "where that is no regular expression": (["--hf", "MODEL", "--where", "("], "where"),
+    "adapter without gradients to save": (["--update-in-backward"], "for --adapter full"),
+    "recomputed twice": (
+        ["--adapter", "full", "--update-in-backward", "--remat"],
+        "leave --remat out",
+    ),
     "rank that is none": (["--rank", "0"], "--rank must be at least 1"),
     "negative alpha": (["--alpha", "-1"], "--alpha must be positive"),
     "zero base steps": (["--base-steps", "0"], "--base-steps"),

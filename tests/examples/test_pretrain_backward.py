@@ -50,6 +50,23 @@ def test_first_loss_is_the_same_and_the_run_learns(
 
 
 @pytest.mark.slow
+def test_without_logits_and_with_the_update_in_backward_steps_are_the_same(
+    flags: list[str], finished: Path, tmp_path: Path
+) -> None:
+    options = ["--loss", "chunked", "--update-in-backward", "--accumulate", "2"]
+    options += ["--optimizer", "galore", "--set", "rank=4", "refresh_every=2"]
+    assert pretrain.main([*flags, *options, "--output", str(tmp_path / "run")]) == 0
+    keys = ("step", "loss", "held_out_loss")
+    found, plain = (
+        [{k: r[k] for k in keys if k in r} for r in read_losses(folder / "galore" / "log.jsonl")]
+        for folder in (tmp_path / "run", finished)
+    )
+    assert len(found) == len(plain)
+    for ours, theirs in zip(found, plain, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3)
+
+
+@pytest.mark.slow
 @pytest.mark.bitwise  # the same program, which is lowered once more
 @pytest.mark.parametrize("options", [pytest.param(SKETCH, marks=pytest.mark.full), GAUSSIAN])
 def test_killed_run_goes_on_with_the_keys_of_later_steps(

@@ -39,6 +39,20 @@ REFUSED = {
     "sketch of nothing": (["--sketch", "0"], "--sketch must be above 0"),
     "kind without sketch": (["--sketch-kind", "rows"], "--sketch-kind needs --sketch"),
     "unknown kind of sketch": (["--sketch", "0.5", "--sketch-kind", "random"], "stratified"),
+    "unknown loss": (["--loss", "logits"], "chunked"),
+    "recomputed twice": (["--update-in-backward", "--remat"], "leave --remat out"),
+    "all inputs, and a sketch of them": (
+        ["--update-in-backward", "--sketch", "0.5"],
+        "leave --sketch out",
+    ),
+    "noise of gradients that never exist": (
+        ["--update-in-backward", "--batch-size", "adaptive"],
+        "give a number",
+    ),
+    "update of all leaves in backward": (
+        ["--update-in-backward", "--optimizer", "lamb"],
+        "scale_by_trust_ratio",
+    ),
     "warm-up beyond the end": (["--warmup", "7"], "--warmup"),
     "nothing to resume": (["--resume"], "no run in"),
 }

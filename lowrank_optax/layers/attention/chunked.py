@@ -259,16 +259,13 @@ def _backward(plan: _Plan, saved: Any, gradient: jax.Array) -> Any:
     query, key, value, mask, output, log_total = saved
     keys, values = _key_chunks(plan, key), _key_chunks(plan, value)
     sums = jnp.promote_types(query.dtype, jnp.float32)
-    # The sum over keys of weight times its gradient.
-    mean = jnp.einsum("btkgh,btkgh->bkgt", output, gradient, preferred_element_type=sums)
-    of_rows = (
-        jnp.moveaxis(_split(gradient, 1, plan.query_chunk), 2, 4),
-        _split(log_total, 3, plan.query_chunk),
-        _split(mean, 3, plan.query_chunk),
-    )
+    in_chunks = lambda x: jnp.moveaxis(_split(x, 1, plan.query_chunk), 2, 4)
+    of_rows = (in_chunks(gradient), in_chunks(output), _split(log_total, 3, plan.query_chunk))
 
     def of_queries(carry: Any, parts: Any) -> tuple[Any, jax.Array]:
-        part, (gradient, log_total, mean) = parts
+        part, (gradient, output, log_total) = parts
+        # The sum over keys of weight times its gradient.
+        mean = jnp.sum(output.astype(sums) * gradient.astype(sums), -1)
 
         def of_keys(j: jax.Array, carry: Any) -> Any:
             d_query, d_keys, d_values = carry

@@ -100,7 +100,7 @@ def compiled_block(batch: int, length: int, implementation: str) -> dict[str, An
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return {"refused": re.search(r"[\d.]+G\)? exceeds.*?hbm", str(error))[0]}
+        return {"refused": str(error)}
     largest, name = largest_array(program.as_text(), length)
     temporaries = program.memory_analysis().temp_size_in_bytes
     return {"temporary_bytes": temporaries, "largest_bytes": largest, "largest": name}
@@ -156,7 +156,7 @@ def write(path: Path, results: dict[str, Any]) -> None:
 
 def show(results: dict[str, Any], markdown: bool) -> None:
     """Prints both tables."""
-    mebibytes = lambda row, key: f"{row[key] / 2**20:,.0f}" if key in row else "does not fit"
+    mebibytes = lambda row, key: f"{row[key] / 2**20:,.0f}" if key in row else "does not fit 16 GiB"
     memory = [
         [
             f"{row['batch']} × {row['length']:,}",

@@ -272,7 +272,7 @@ def test_a_batch_sharded_over_devices_gives_the_same_step(model):
 
 @pytest.mark.parametrize("window", [None, 5])
 def test_every_implementation_of_attention_gives_the_same_logits(window):
-    config = dataclasses.replace(CONFIG, sliding_window=window)
+    config = dataclasses.replace(CONFIG, model_type="mistral", sliding_window=window)
     plain, chunked = (
         logits_of(random_decoder(config, attention_implementation=name), TOKENS)
         for name in ("xla", "chunked")

@@ -9,12 +9,13 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_optax.matrices.explicit_sharding import merge_axes, split_axis, vary_alike
-
-# What policies for rematerialization call the output of attention.
-CONTEXT = "attention_context"
-
-Window = int | tuple[int, int] | None
+from lowrank_optax.layers.attention.attention_arguments import (
+    CONTEXT,
+    Window,
+    check_arguments,
+    name_context,
+)
+from lowrank_optax.matrices.explicit_sharding import merge_axes, vary_alike
 
 # Bytes of one chunk of scores, float32: on a CPU what its caches hold, elsewhere enough work for
 # each turn of the loop. Products of fewer rows than the least leave a TPU's matrix unit idle;
@@ -102,42 +103,6 @@ def chunked_attention(
     grouped, key, value, *masks = vary_alike(*arrays)
     output = _attention(plan, grouped, key, value, masks[0] if masks else None)
     return output.reshape(query.shape)
-
-
-def check_arguments(query: Any, key: Any, value: Any, mask: Any, local_window_size: Window) -> None:
-    """Raise ValueError unless shapes, dtypes and the window fit."""
-    if query.ndim != 4 or key.ndim != 4:
-        raise ValueError(
-            f"query and key must be [batch, length, heads, width], got shapes {query.shape} and "
-            f"{key.shape}."
-        )
-    if key.shape != value.shape:
-        raise ValueError(f"value must have the key's shape {key.shape}, got {value.shape}.")
-    if query.shape[::3] != key.shape[::3]:
-        raise ValueError(
-            "query and key must have the same batch and width, got shapes "
-            f"{query.shape} and {key.shape}."
-        )
-    if not key.shape[2] or query.shape[2] % key.shape[2]:
-        raise ValueError(
-            f"query has {query.shape[2]} heads, which must be a multiple of the key's "
-            f"{key.shape[2]}."
-        )
-    if not (query.dtype == key.dtype == value.dtype and jnp.issubdtype(query.dtype, jnp.floating)):
-        raise ValueError(
-            "query, key and value must have one floating-point dtype, got "
-            f"{query.dtype}, {key.dtype} and {value.dtype}."
-        )
-    if mask is not None:
-        scores = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
-        fits = mask.ndim == 4 and all(m in (1, n) for m, n in zip(mask.shape, scores, strict=True))
-        if not fits or mask.dtype != bool:
-            raise ValueError(
-                f"mask must be bool and broadcast to {scores}, got {mask.dtype} of shape "
-                f"{mask.shape}."
-            )
-    if local_window_size is not None and np.min(local_window_size) < 0:
-        raise ValueError(f"local_window_size={local_window_size} must not be negative.")
 
 
 def chunk_sizes(heads: int, queries: int, keys: int, chunk_bytes: int) -> tuple[int, int]:
@@ -290,27 +255,17 @@ def _forward(
     return output, (query, key, value, mask, output, log_total)
 
 
-def name_context(output: jax.Array, axes: int) -> jax.Array:
-    """Name the output for policies, with its last axes as one, as a TPU stores it without holes."""
-    inner = output.shape[-axes + 1 :]
-    flat = checkpoint_name(merge_axes(output, output.ndim - axes, axes), CONTEXT)
-    return split_axis(flat, flat.ndim - 1, inner)
-
-
 def _backward(plan: _Plan, saved: Any, gradient: jax.Array) -> Any:
     query, key, value, mask, output, log_total = saved
     keys, values = _key_chunks(plan, key), _key_chunks(plan, value)
     sums = jnp.promote_types(query.dtype, jnp.float32)
-    # The sum over keys of weight times its gradient.
-    mean = jnp.einsum("btkgh,btkgh->bkgt", output, gradient, preferred_element_type=sums)
-    of_rows = (
-        jnp.moveaxis(_split(gradient, 1, plan.query_chunk), 2, 4),
-        _split(log_total, 3, plan.query_chunk),
-        _split(mean, 3, plan.query_chunk),
-    )
+    in_chunks = lambda x: jnp.moveaxis(_split(x, 1, plan.query_chunk), 2, 4)
+    of_rows = (in_chunks(gradient), in_chunks(output), _split(log_total, 3, plan.query_chunk))
 
     def of_queries(carry: Any, parts: Any) -> tuple[Any, jax.Array]:
-        part, (gradient, log_total, mean) = parts
+        part, (gradient, output, log_total) = parts
+        # The sum over keys of weight times its gradient.
+        mean = jnp.sum(output.astype(sums) * gradient.astype(sums), -1)
 
         def of_keys(j: jax.Array, carry: Any) -> Any:
             d_query, d_keys, d_values = carry

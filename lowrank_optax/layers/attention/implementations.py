@@ -7,13 +7,13 @@ from typing import Any, Literal, get_args
 import jax
 
 from lowrank_optax.compat import splash_attention
-from lowrank_optax.layers.attention.chunked import (
+from lowrank_optax.layers.attention.attention_arguments import (
     CONTEXT,
     Window,
     check_arguments,
-    chunked_attention,
     name_context,
 )
+from lowrank_optax.layers.attention.chunked import chunked_attention
 
 AttentionImplementation = Literal["xla", "chunked", "splash", "cudnn", "tokamax"]
 

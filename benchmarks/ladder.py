@@ -75,11 +75,6 @@ def galore(model: nnx.Module, rank: int) -> optax.GradientTransformation:
     return rounded(lro.galore(1e-4, rank=rank, **options))
 
 
-def factored(model: nnx.Module, rank: int) -> optax.GradientTransformation:
-    """A factored second moment and no first one, which is Adafactor without its clipping."""
-    return rounded(optax.chain(optax.scale_by_factored_rms(), optax.scale(-1e-4)))
-
-
 PLAIN = Rung(adamw)
 CHUNKED_LOSS = PLAIN._replace(loss="chunked")
 CHUNKED_ATTENTION = CHUNKED_LOSS._replace(attention="chunked")
@@ -98,7 +93,6 @@ LADDER = {
     "weights in bfloat16": BFLOAT16,
     "moments in 8 bits": EIGHT_BITS,
     "projected moments": BFLOAT16._replace(optimizer=galore),
-    "factored second moment alone": BFLOAT16._replace(optimizer=factored),
     "LoRA, rank 16": REMAT._replace(
         param_dtype=jnp.bfloat16, adapter=lro.adapters.LoRA(rank=16, alpha=16)
     ),

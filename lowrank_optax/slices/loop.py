@@ -70,7 +70,14 @@ def run(step: Callable[[Any, Any, jax.Array], Any], carried: Any, read: Any, cut
 
 
 def run_through(
-    step: Step, through: Any, groups: Sequence[Any], read: Any, cut: Cut, *, backwards: bool = False
+    step: Step,
+    through: Any,
+    groups: Sequence[Any],
+    read: Any,
+    cut: Cut,
+    *,
+    backwards: bool = False,
+    fused: bool = False,
 ) -> tuple[Any, Sequence[Any]]:
     """``step`` run on one slice after another: each gets what the one before handed on.
 
@@ -92,6 +99,8 @@ def run_through(
       read: A tree of arrays, only read.
       cut: Where slices begin and end.
       backwards: Whether the last slice comes first. All slices must then have the same size.
+      fused: Whether results need no barrier on accelerators: for updates that are computed element
+        by element, in one pass, from what a step made before. Arrays of one slice are saved.
 
     Returns:
       What the last step handed on, and the written arrays.
@@ -106,7 +115,9 @@ def run_through(
         groups,
         read,
         cpu=functools.partial(loop, apart=_in_loop_of_one, carry=_bits),
-        default=functools.partial(loop, apart=_behind_barrier, carry=lambda x: x),
+        default=functools.partial(
+            loop, apart=_in_layout if fused else _behind_barrier, carry=lambda x: x
+        ),
     )
 
 
@@ -143,12 +154,19 @@ def _drawn_before(function: Callable[..., Any], *arguments: Any) -> Callable[...
 
 def _behind_barrier(step: Step) -> Step:
     def held(through: Any, groups: Sequence[Any], read: Any, row: jax.Array) -> Any:
+        through, new = step(through, groups, read, row)
+        return through, [jax.lax.optimization_barrier(group) for group in new]
+
+    return _in_layout(held)
+
+
+def _in_layout(step: Step) -> Step:
+    def pinned(through: Any, groups: Sequence[Any], read: Any, row: jax.Array) -> Any:
         groups, read = jax.tree.map(_in_rows, (groups, read))
         through, new = step(through, groups, read, row)
-        new = [jax.lax.optimization_barrier(group) for group in new]
         return through, jax.tree.map(_in_rows, new)
 
-    return held
+    return pinned
 
 
 def _in_rows(x: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.slices.call import Call
-from lowrank_optax.slices.known_transformations import has_part, looks_at
+from lowrank_optax.slices.known_transformations import has_part, is_elementwise, looks_at
 from lowrank_optax.slices.loop import Cut, run_through
 from lowrank_optax.slices.parts import New, leaves_of_stack, update_layer, update_leaves
 from lowrank_optax.slices.update import rebuilt
@@ -211,12 +211,12 @@ def _update_stack(
       what is new.
     """
     leaves = leaves_of_stack(call, [i for i in run.stack if run.leaves[i].ndim > 2])
-    cut = {leaf.index for leaf in leaves}
-    vectors = [i for i in run.stack if i not in cut]
+    matrices = {leaf.index for leaf in leaves}
+    vectors = [i for i in run.stack if i not in matrices]
 
     def one(dx: jax.Array, groups: Any, read: Any, row: jax.Array) -> Any:
-        matrices, (small, x) = groups[:-1], read
-        weights = {leaf.index: w for leaf, (w, _) in zip(leaves, matrices, strict=True)}
+        small, x = read
+        weights = {leaf.index: w for leaf, (w, _) in zip(leaves, groups[:-1], strict=True)}
         weights |= zip(vectors, small, strict=True)
         own = [weights[i][0] for i in run.stack]
         gradients, dx = run.block_gradients(own, x[0], dx, row)
@@ -226,17 +226,16 @@ def _update_stack(
         dx, gradients = jax.lax.optimization_barrier((dx, gradients))
         new: list[Any] = [
             update_layer(call, leaf, gradients[leaf.index][None], w, own_state, row)
-            for leaf, (w, own_state) in zip(leaves, matrices, strict=True)
+            for leaf, (w, own_state) in zip(leaves, groups[:-1], strict=True)
         ]
         return dx, [*new, ([gradients[i][None] for i in vectors], norm[None])]
 
     groups = [(call.params[x.index], [call.state[path] for path in x.own]) for x in leaves]
     small = [run.leaves[i] for i in vectors]
     last = [jnp.zeros_like(x) for x in small], jnp.zeros(run.layers)
-    cut_in_layers = Cut(run.layers, 1)
-    dx, groups = run_through(
-        one, dx, [*groups, last], (small, inputs), cut_in_layers, backwards=True
-    )
+    cut = Cut(run.layers, 1)
+    order = {"backwards": True, "fused": is_elementwise(call.tx)}
+    dx, groups = run_through(one, dx, [*groups, last], (small, inputs), cut, **order)
     new = {leaf.index: param for leaf, (param, _) in zip(leaves, groups, strict=False)}
     arrays = {
         path: array

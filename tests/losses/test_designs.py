@@ -60,6 +60,36 @@ def test_sums_in_chunks_of_any_size_have_the_gradients_of_the_whole(core, plain,
     assert_close(gradients(token_sums, head, core), plain, 64)
 
 
+def test_a_chunk_whose_words_all_have_a_bias_of_minus_infinity_counts_nothing(core):
+    operands, _, cotangents = core
+    operands = operands._replace(bias=operands.bias.at[:4].set(-jnp.inf))
+    words = Words(jnp.array([4, 5, 6, -1, 4]), None)
+    given = operands, words, cotangents._replace(logit_sum=None, expected_logit=None)
+    expected = gradients(plain_token_sums, Head((1, 0)), given)
+    assert_close(gradients(token_sums, Head((1, 0), words=3, tokens=2), given), expected, 64)
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+def test_a_loss_scale_reaches_gradients_before_they_are_rounded_to_float16(design):
+    """Shares of 1e-7 are below the normal numbers of float16, and times 2^15 they are not."""
+    rng = np.random.default_rng(9)
+    hidden, head = (rng.normal(size=shape).astype(np.float16) for shape in ((6, 3), (3, 5)))
+    labels, weights = np.arange(6) % 5, np.full(6, 1e-7, np.float32)
+    function = lambda h, w: (
+        2.0**15 * loss_of(h, w, labels, weights=weights, design=design, reduction="sum")
+    )
+    found = jax.jit(jax.grad(function, (0, 1)))(hidden, head)
+    _, *expected, _ = numpy_loss(hidden, head, labels)
+    assert_close(found, tuple(2.0**15 * 6e-7 * x for x in expected), 4, dtype=jnp.float16)
+
+
+def test_gradients_of_bfloat16_hidden_states_wait_for_the_backward_pass_in_bfloat16():
+    hidden, head = jnp.ones((256, 4), jnp.bfloat16), jnp.ones((4, 1500), jnp.bfloat16)
+    function = lambda h: loss_of(h, head, jnp.zeros(256, int), design="forward", chunk_bytes=1)
+    saved = jax.make_jaxpr(lambda h: jax.vjp(function, h)[1])(hidden).out_avals
+    assert "float32" not in {str(x.dtype) for x in saved if x.shape == hidden.shape}
+
+
 def test_gradients_of_logits_add_up_to_the_cotangents(core):
     """A shift of all logits changes lse, the label's logit and the sum by known amounts."""
     operands, words, cotangents = core

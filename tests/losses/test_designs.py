@@ -247,10 +247,15 @@ def test_a_batch_of_heads_by_vmap():
     assert_close(found, np.array([dw for _, _, dw, _ in each]), 32)
 
 
-@pytest.mark.parametrize("labels", [np.zeros(0, np.int32), np.full(3, -100)])
-def test_without_a_token_that_counts_loss_and_gradients_are_zero(labels):
-    hidden, head = jnp.ones((len(labels), 2)), jnp.ones((2, 4))
-    function = lambda h, w: loss_of(h, w, labels)
+@pytest.mark.parametrize(
+    ("labels", "weights"),
+    [(np.zeros(0, np.int32), None), (np.full(3, -100), None), (np.arange(3), [1.0, 2.0, -3.0])],
+)
+def test_where_weights_add_up_to_zero_the_mean_and_its_gradients_are_zero(labels, weights):
+    hidden = jnp.arange(2.0 * len(labels)).reshape(-1, 2)
+    head = jnp.arange(8.0).reshape(2, 4)
+    weights = None if weights is None else jnp.array(weights)
+    function = lambda h, w: loss_of(h, w, labels, weights=weights)
     value, gradients = jax.jit(jax.value_and_grad(function, (0, 1)))(hidden, head)
     for x in (value, *gradients):
         np.testing.assert_array_equal(x, 0)

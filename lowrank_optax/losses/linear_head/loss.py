@@ -109,7 +109,8 @@ def linear_cross_entropy(
       label_smoothing: ε, from 0 to 1.
       z_loss: ζ; 1e-4 in PaLM.
       soft_cap: κ, or None; 30 in Gemma 2.
-      weights: Weights w [...] of the tokens. Their sum is differentiated as a constant.
+      weights: Weights w [...] of the tokens. Their sum is differentiated as a constant. Where they
+        may cancel, as advantages do, take ``reduction="sum"``.
       reduction: ``"mean"``, Σ w·ℓ / Σ w, and 0 if that sum is 0; ``"sum"``; or ``"none"``, w·ℓ.
       valid_vocabulary: Number of words that count, where the head is padded to more.
       return_values: Whether to return `TokenValues` too, which have gradients.
@@ -182,7 +183,7 @@ def linear_cross_entropy(
         shares = jnp.where(counted, jnp.asarray(weights, shares.dtype).reshape(-1), 0)
     if reduction == "mean":
         total = jax.lax.stop_gradient(over_tokens(jnp.sum(shares)))
-        shares = shares / jnp.where(total == 0, 1, total)
+        shares = jnp.where(total == 0, 0, shares / jnp.where(total == 0, 1, total))
     # A wrong label that only shows when the program runs must not count as another word.
     shares = jnp.where(counted & ~in_range, jnp.nan, shares)
 

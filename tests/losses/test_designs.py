@@ -296,6 +296,9 @@ HIDDEN, HEAD, LABELS = np.ones((3, 2)), np.ones((2, 4)), np.zeros(3, np.int32)
         ({"lora": (np.ones((2, 1)), np.ones((1, 3)), 1)}, "lora must be A"),
         ({"weights": np.ones(2)}, r"weights \(2,\) must have the labels' shape \(3,\)"),
         ({"valid_vocabulary": 5}, "valid_vocabulary=5 must be from 1 to 4"),
+        ({"valid_vocabulary": 2.5}, "valid_vocabulary=2.5 must be an integer or None"),
+        ({"ignore_label": 0.5}, "ignore_label=0.5 must be an integer or None"),
+        ({"reduction": "none", "token_axis_name": "data"}, "leave token_axis_name out"),
         ({"design": "forward", "return_values": True}, "take design='recompute'"),
     ],
 )
@@ -307,6 +310,10 @@ def test_bad_options_are_refused(options, message):
 def test_bad_arrays_are_refused():
     with pytest.raises(TypeError, match="hidden must be floating point, got int32"):
         loss_of(LABELS.reshape(3, 1), HEAD[:1], LABELS)
+    with pytest.raises(TypeError, match="head must be floating point, got int8"):
+        loss_of(HIDDEN, HEAD.astype(np.int8), LABELS)
+    with pytest.raises(TypeError, match="B of lora must be floating point, got int32"):
+        loss_of(HIDDEN, HEAD, LABELS, lora=(HIDDEN.T, np.ones((3, 4), np.int32), 1))
     with pytest.raises(TypeError, match="labels must be integers, got float32"):
         loss_of(HIDDEN, HEAD, LABELS.astype(np.float32))
     with pytest.raises(ValueError, match=r"labels \(2,\) must have the shape of hidden \(3, 2\)"):
@@ -314,6 +321,13 @@ def test_bad_arrays_are_refused():
     none = partial(loss_of, labels=LABELS, reduction="none", design="forward")
     with pytest.raises(ValueError, match="reduction='none' has no gradient by a head"):
         jax.vjp(lambda w: none(HIDDEN, w), HEAD)
+
+
+def test_a_plan_refuses_what_the_loss_refuses():
+    with pytest.raises(ValueError, match=r"head \(4, 2\) must have 2 features"):
+        lro.losses.chunk_plan(HIDDEN, HEAD.T)
+    with pytest.raises(ValueError, match="design='forward' needs one_factor=True"):
+        lro.losses.chunk_plan(HIDDEN, HEAD, design="forward", one_factor=False)
 
 
 @pytest.mark.parametrize("design", DESIGNS)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from lowrank_optax.losses.linear_head.chunking import check_design, choose_plan, sizes_of
 from lowrank_optax.losses.linear_head.forward import WeightedLoss, weighted_loss
 from lowrank_optax.losses.linear_head.loss_arguments import (
+    check_integers,
     check_labels,
     check_options,
     check_shapes,
@@ -125,7 +126,7 @@ def linear_cross_entropy(
       of it and `TokenValues`.
 
     Raises:
-      TypeError: If ``hidden`` is not floating point or ``labels`` are not integers.
+      TypeError: If labels are not integers, or another array is not floating point.
       ValueError: If shapes do not fit, an option is out of its range, a label is out of range (in a
         traced function its token's loss is NaN), or the design cannot do what is asked for.
 
@@ -147,6 +148,12 @@ def linear_cross_entropy(
     hidden, head = jnp.asarray(hidden), jnp.asarray(head)
     check_design(design, chunk_bytes)
     check_options(label_smoothing, z_loss, soft_cap, reduction)
+    check_integers(ignore_label=ignore_label, valid_vocabulary=valid_vocabulary)
+    if reduction == "none" and token_axis_name is not None:
+        raise ValueError(
+            f"token_axis_name={token_axis_name!r} is for one loss of all tokens, and with "
+            "reduction='none' each device has the losses of its own: leave token_axis_name out."
+        )
     by_sums = return_values or vocabulary_axis_name is not None or chunk_bytes == "off"
     if design == "forward" and by_sums:
         raise ValueError(

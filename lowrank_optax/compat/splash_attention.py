@@ -40,7 +40,7 @@ def attention(
     *,
     scale: float | None,
     is_causal: bool,
-    local_window_size: int | tuple[int, int] | None,
+    local_window_size: tuple[int, int] | None,
     name: str,
     interpret: bool = False,
 ) -> jax.Array:
@@ -52,14 +52,12 @@ def attention(
       value: Values.
       scale: Factor of the scores, ``1 / sqrt(H)`` if None.
       is_causal: Whether a query sees no later keys.
-      local_window_size: How many keys before and after its own a query sees.
+      local_window_size: How many keys before and after its own a query sees; None for all.
       name: Name of what is saved for the backward pass, as by ``checkpoint_name``.
       interpret: Runs it without a TPU.
     """
     kernels, masks = _modules()
     length, heads, width = query.shape[1:]
-    if isinstance(local_window_size, int):
-        local_window_size = (local_window_size, local_window_size)
     if local_window_size is not None:
         before, after = local_window_size
         mask = masks.LocalMask((length, length), (before, 0 if is_causal else after), 0)

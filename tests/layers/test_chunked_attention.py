@@ -125,6 +125,17 @@ def test_a_query_that_sees_nothing_gets_zero_where_jax_has_the_mean_of_all_value
     assert_close(plain[:, 15:], jnp.broadcast_to(value.mean(1, keepdims=True), (1, 125, 1, 8)))
 
 
+@pytest.mark.parametrize("window", [2**31 - 1, (5, 2**31 - 1), [2**40, 3], np.int64(1000)])
+@pytest.mark.parametrize("name", ["xla", "chunked"])
+def test_a_window_beyond_the_length_hides_nothing(window: Any, name: Any) -> None:
+    query, key, value, _ = drawn(1, 20, 30, 1, 1, 8, f32)
+    pair = tuple(window) if isinstance(window, list | tuple) else (int(window),) * 2
+    windowed = functools.partial(dot_product_attention, implementation=name)
+    actual = windowed(query, key, value, local_window_size=window)
+    seen = jnp.asarray(visible(20, 30, window=pair))[None, None]
+    assert_close(actual, jax.nn.dot_product_attention(query, key, value, mask=seen))
+
+
 def test_a_nan_stays_in_the_rows_that_see_it() -> None:
     query, key, value, _ = drawn(1, 300, 300, 1, 1, 8, f32)
     causal = jax.jit(functools.partial(small_chunks, is_causal=True))
@@ -241,7 +252,14 @@ Q, K = jnp.zeros((2, 5, 4, 8)), jnp.zeros((2, 7, 2, 8))
         ("float32, bfloat16 and bfloat16", (Q, *[K.astype(bf16)] * 2), {}),
         (r"broadcast to \(2, 4, 5, 7\), got bool", (Q, K, K, jnp.ones((2, 4, 5), bool)), {}),
         ("mask must be bool", (Q, K, K, jnp.ones((2, 4, 5, 7))), {}),
-        ("local_window_size=-1 must not be negative", (Q, K, K), {"local_window_size": -1}),
+        *[
+            (
+                rf"local_window_size={re.escape(repr(window))} must be an integer or a pair of",
+                (Q, K, K),
+                {"local_window_size": window},
+            )
+            for window in (-1, (3, -1), (1, 2, 3), 1.5, (None, 0), True)
+        ],
     ],
 )
 @pytest.mark.parametrize("fn", [chunked_attention, dot_product_attention])

@@ -74,7 +74,7 @@ def chunked_attention(
       Rabe and Staats, 2021, https://arxiv.org/abs/2112.05682; the backward pass is that of Dao et
       al., 2022, https://arxiv.org/abs/2205.14135, algorithm 4.
     """
-    check_arguments(query, key, value, mask, local_window_size)
+    window = check_arguments(query, key, value, mask, local_window_size)
     if chunk_bytes is None:
         chunk_bytes = CPU_CHUNK_BYTES if jax.default_backend() == "cpu" else CHUNK_BYTES
     if chunk_bytes < 1:
@@ -83,8 +83,7 @@ def chunked_attention(
     keys, key_heads = key.shape[1:3]
     if not (query.size and key.size):
         return jnp.zeros_like(query)
-    window = (local_window_size,) * 2 if isinstance(local_window_size, int) else local_window_size
-    before, after = (keys + queries,) * 2 if window is None else window
+    before, after = window or (queries, keys)
     sizes = chunk_sizes(batch * heads, queries, keys, chunk_bytes)
     plan = _Plan(
         queries=queries,

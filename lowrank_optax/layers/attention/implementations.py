@@ -75,7 +75,7 @@ def dot_product_attention(
     Reference:
       Vaswani et al., 2017, https://arxiv.org/abs/1706.03762, equation 1.
     """
-    check_arguments(query, key, value, mask, local_window_size)
+    window = check_arguments(query, key, value, mask, local_window_size)
     check_implementation(implementation, "implementation")
     if implementation is None:
         implementation = default_implementation(query, key, mask)
@@ -84,7 +84,7 @@ def dot_product_attention(
     options: dict[str, Any] = {
         "scale": scale,
         "is_causal": is_causal,
-        "local_window_size": local_window_size,
+        "local_window_size": window,
     }
     if implementation == "chunked":
         return chunked_attention(query, key, value, mask, **options)

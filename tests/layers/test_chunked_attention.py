@@ -209,6 +209,44 @@ def test_a_sharded_batch_and_sharded_heads_are_computed_without_communication() 
     assert_close(program(*sharded), expected)
 
 
+@pytest.mark.parametrize(
+    ("key_heads", "of_queries", "of_keys"),
+    [
+        (2, PartitionSpec("data", None, "heads"), PartitionSpec()),
+        (1, PartitionSpec(None, None, "heads"), PartitionSpec("data")),
+    ],
+)
+def test_on_explicit_axes_keys_follow_the_queries_and_gradients_the_arguments(
+    key_heads: int, of_queries: PartitionSpec, of_keys: PartitionSpec
+) -> None:
+    *arrays, _ = drawn(4, 140, 140, 4, key_heads, 8, f32)
+    mask = jnp.ones((4, 4, 1, 140), bool).at[:, 1:, :, 1:9].set(False)
+    run = jax.jit(lambda q, k, v, g: (lambda out, back: (out, *back(g)))(*jax.vjp(attend, q, k, v)))
+    attend = lambda *x: small_chunks(*x, mask, is_causal=True)
+    expected = run(*arrays, arrays[0])
+    mesh = jax.make_mesh((4, 2), ("data", "heads"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        specs = (of_queries, of_keys, of_keys)
+        sharded = [
+            jax.device_put(x, NamedSharding(mesh, spec))
+            for x, spec in zip(arrays, specs, strict=True)
+        ]
+        mask = jax.device_put(mask, NamedSharding(mesh, PartitionSpec("data", "heads")))
+        actual = jax.jit(run.__wrapped__)(*sharded, sharded[0])
+    of_results = [jax.typeof(x).sharding.spec for x in (sharded[0], *sharded)]
+    assert [x.sharding.spec for x in actual] == of_results
+    for x, y in zip(actual, expected, strict=True):
+        assert_close(np.asarray(x), y)
+
+
+def test_a_product_with_the_hessian_is_that_of_jax() -> None:
+    *arrays, _ = drawn(1, 140, 140, 2, 1, 8, f32)
+    of = lambda fn: jax.grad(lambda *x: (fn(*x, is_causal=True) ** 2).sum(), (0, 1, 2))
+    product = lambda fn: jax.jit(lambda *x: jax.jvp(of(fn), x, x)[1])(*arrays)
+    for x, y in zip(product(small_chunks), product(jax.nn.dot_product_attention), strict=True):
+        assert_close(x, y)
+
+
 def test_under_shard_map_gradients_of_shared_keys_are_summed() -> None:
     query, key, value, _ = drawn(4, 140, 140, 2, 1, 8, f32)
     key, value = key[:1], value[:1]

@@ -58,7 +58,8 @@ def dot_product_attention(
       implementation: Name of the implementation, or None for the default.
 
     Returns:
-      The output ``[B, T, N, H]`` in the query's dtype.
+      The output ``[B, T, N, H]`` in the query's dtype. Where a query sees no key, it depends on the
+      implementation: ``"xla"`` has the mean of all values, ``"chunked"`` 0.
 
     Raises:
       ValueError: If there is no such implementation, or shapes or dtypes do not fit.

@@ -12,6 +12,8 @@ BLOCKS = (512, 256, 128)
 def reason_against(query: jax.Array, key: jax.Array) -> str | None:
     """What this kernel, or this version of JAX, lacks for these arrays; None if nothing."""
     length = query.shape[1]
+    if query.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"its arrays must be bfloat16 or float32, and are {query.dtype}"
     if key.shape[1] != length or length % BLOCKS[-1]:
         return (
             f"its lengths must be equal and multiples of {BLOCKS[-1]}, and are {length} of "

@@ -328,13 +328,14 @@ def test_on_one_tpu_the_default_is_its_kernel_for_whole_tiles(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    arrays = lambda length, width: (jnp.zeros((1, length, 1, width)),) * 2
+    arrays = lambda length, width, dtype=f32: (jnp.zeros((1, length, 1, width), dtype),) * 2
     default = implementations.default_implementation
     assert default(*arrays(512, 128), None) == "chunked"  # eight devices
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     assert default(*arrays(512, 128), None) == "splash"
     assert default(*arrays(512, 64), None) == "chunked"
     assert default(*arrays(500, 128), None) == "chunked"
+    assert default(*arrays(512, 128, jnp.float16), None) == "chunked"
     assert default(*arrays(512, 128), jnp.ones((1, 1, 1, 1), bool)) == "chunked"
     assert default(*arrays(128, 128), None) == "xla"
 

@@ -37,7 +37,8 @@ def dot_product_attention(
     - ``"xla"``: that of ``jax.nn``, with all scores ``[B, N, T, S]`` in memory;
     - ``"chunked"``: `chunked_attention`, for every backend, dtype and sharding;
     - ``"splash"``: JAX's Pallas kernel for TPUs, for lengths ``T = S`` that are multiples of 128,
-      on arrays that lie on one device (or inside ``jax.shard_map``), without a mask;
+      on bfloat16 or float32 arrays that lie on one device (or inside ``jax.shard_map``), without a
+      mask;
     - ``"cudnn"``: cuDNN's kernel for Nvidia GPUs, by way of ``jax.nn``;
     - ``"tokamax"``: ``tokamax.dot_product_attention``, if that package is installed.
 

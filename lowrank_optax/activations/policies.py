@@ -71,7 +71,7 @@ def policy(table: PolicyTable) -> "Policy":
                 f"table[{name!r}]={place!r} must be 'save', 'recompute', 'offload', or a number of "
                 f"bits from 1 to 8."
             )
-    return Policy(tuple(table.items()))
+    return Policy(tuple(sorted(table.items())))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Policy:
     """What `policy` returns: give it to ``jax.checkpoint(policy=...)``.
 
     Attributes:
-      entries: The table's pairs of name and choice.
+      entries: The table's pairs of name and choice, sorted: equal tables are equal policies.
     """
 
     entries: tuple[tuple[str, Place | int], ...]

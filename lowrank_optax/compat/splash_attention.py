@@ -12,6 +12,8 @@ BLOCKS = (512, 256, 128)
 def reason_against(query: jax.Array, key: jax.Array) -> str | None:
     """What this kernel, or this version of JAX, lacks for these arrays; None if nothing."""
     length = query.shape[1]
+    if query.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"its arrays must be bfloat16 or float32, and are {query.dtype}"
     if key.shape[1] != length or length % BLOCKS[-1]:
         return (
             f"its lengths must be equal and multiples of {BLOCKS[-1]}, and are {length} of "
@@ -40,7 +42,7 @@ def attention(
     *,
     scale: float | None,
     is_causal: bool,
-    local_window_size: int | tuple[int, int] | None,
+    local_window_size: tuple[int, int] | None,
     name: str,
     interpret: bool = False,
 ) -> jax.Array:
@@ -52,14 +54,12 @@ def attention(
       value: Values.
       scale: Factor of the scores, ``1 / sqrt(H)`` if None.
       is_causal: Whether a query sees no later keys.
-      local_window_size: How many keys before and after its own a query sees.
+      local_window_size: How many keys before and after its own a query sees; None for all.
       name: Name of what is saved for the backward pass, as by ``checkpoint_name``.
       interpret: Runs it without a TPU.
     """
     kernels, masks = _modules()
     length, heads, width = query.shape[1:]
-    if isinstance(local_window_size, int):
-        local_window_size = (local_window_size, local_window_size)
     if local_window_size is not None:
         before, after = local_window_size
         mask = masks.LocalMask((length, length), (before, 0 if is_causal else after), 0)

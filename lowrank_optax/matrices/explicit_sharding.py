@@ -68,12 +68,12 @@ def product(
     return jnp.einsum(expression, a, b, precision=jax.lax.Precision.HIGHEST, out_sharding=partition)
 
 
-def vary_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+def vary_alike(*arrays: Any) -> tuple[Any, ...]:
     """The arrays, all varying over the same axes of `jax.shard_map`, for one custom derivative.
 
-    Gradients of those that did not vary over an axis are summed over it.
+    None stays None. Gradients of those that did not vary over an axis are summed over it.
     """
-    return tuple(vary_like(x, arrays) for x in arrays)
+    return jax.tree.map(lambda x: vary_like(x, arrays), arrays)
 
 
 def in_whole_runs(x: jax.Array, axis: int, run: int) -> jax.Array:

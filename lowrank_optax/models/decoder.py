@@ -222,14 +222,16 @@ class Decoder(nnx.Module):
             `lm_head.kernel` [hidden, vocab] and 0; the embedding [vocab, hidden] and 1 if tied.
 
         Raises:
-            ValueError: an adapter or another change of that layer makes it more than its weight.
+            ValueError: an adapter, a bias or another change makes that layer more than its weight.
         """
         name = "embed" if self.lm_head is None else "lm_head"
         layer = getattr(self, name)
-        if type(layer) not in (nnx.Linear, nnx.Embed):
+        plain = type(layer) in (nnx.Linear, nnx.Embed)
+        if not plain or getattr(layer, "bias", None) is not None:
             raise ValueError(
                 f"the layer {name!r} computes more than a product with its weight (it has an "
-                "adapter, or was replaced): call the model for its logits, or leave this layer out"
+                "adapter or a bias, or was replaced): call the model for its logits, or leave this "
+                "layer out"
             )
         return (layer.embedding[...], 1) if self.lm_head is None else (layer.kernel[...], 0)
 
@@ -263,14 +265,14 @@ class Decoder(nnx.Module):
         return rotary_angles(position + jnp.arange(length), frequencies)
 
     def logits(self, x: jax.Array) -> jax.Array:
-        """The logits [batch, length, vocab_size], float32, of hidden states as `hidden` gives."""
+        """The logits [..., vocab_size], float32, of hidden states [..., hidden_size]."""
         rows = x.reshape(-1, x.shape[-1])
         if self.lm_head is not None:
             logits = self.lm_head(rows)
         else:
             embedding = self.embed.embedding[...].astype(x.dtype)
             logits = jnp.matmul(rows, embedding.T, preferred_element_type=jnp.float32)
-        return logits.reshape(*x.shape[:2], -1)
+        return logits.reshape(*x.shape[:-1], logits.shape[-1])
 
     def init_cache(self, batch: int, length: int) -> KeyValueCache:
         """An empty cache for texts of `length` tokens, the layers stacked in front."""

@@ -18,7 +18,8 @@ from lowrank_optax.compat import splash_attention
             {"is_causal": True, "local_window_size": None, "scale": None}, marks=pytest.mark.full
         ),
         pytest.param(
-            {"is_causal": False, "local_window_size": 70, "scale": None}, marks=pytest.mark.full
+            {"is_causal": False, "local_window_size": (70, 70), "scale": None},
+            marks=pytest.mark.full,
         ),
         pytest.param(
             {"is_causal": False, "local_window_size": None, "scale": None}, marks=pytest.mark.full

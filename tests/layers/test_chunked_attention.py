@@ -125,6 +125,17 @@ def test_a_query_that_sees_nothing_gets_zero_where_jax_has_the_mean_of_all_value
     assert_close(plain[:, 15:], jnp.broadcast_to(value.mean(1, keepdims=True), (1, 125, 1, 8)))
 
 
+@pytest.mark.parametrize("window", [2**31 - 1, (5, 2**31 - 1), [2**40, 3], np.int64(1000)])
+@pytest.mark.parametrize("name", ["xla", "chunked"])
+def test_a_window_beyond_the_length_hides_nothing(window: Any, name: Any) -> None:
+    query, key, value, _ = drawn(1, 20, 30, 1, 1, 8, f32)
+    pair = tuple(window) if isinstance(window, list | tuple) else (int(window),) * 2
+    windowed = functools.partial(dot_product_attention, implementation=name)
+    actual = windowed(query, key, value, local_window_size=window)
+    seen = jnp.asarray(visible(20, 30, window=pair))[None, None]
+    assert_close(actual, jax.nn.dot_product_attention(query, key, value, mask=seen))
+
+
 def test_a_nan_stays_in_the_rows_that_see_it() -> None:
     query, key, value, _ = drawn(1, 300, 300, 1, 1, 8, f32)
     causal = jax.jit(functools.partial(small_chunks, is_causal=True))
@@ -198,6 +209,44 @@ def test_a_sharded_batch_and_sharded_heads_are_computed_without_communication() 
     assert_close(program(*sharded), expected)
 
 
+@pytest.mark.parametrize(
+    ("key_heads", "of_queries", "of_keys"),
+    [
+        (2, PartitionSpec("data", None, "heads"), PartitionSpec()),
+        (1, PartitionSpec(None, None, "heads"), PartitionSpec("data")),
+    ],
+)
+def test_on_explicit_axes_keys_follow_the_queries_and_gradients_the_arguments(
+    key_heads: int, of_queries: PartitionSpec, of_keys: PartitionSpec
+) -> None:
+    *arrays, _ = drawn(4, 140, 140, 4, key_heads, 8, f32)
+    mask = jnp.ones((4, 4, 1, 140), bool).at[:, 1:, :, 1:9].set(False)
+    run = jax.jit(lambda q, k, v, g: (lambda out, back: (out, *back(g)))(*jax.vjp(attend, q, k, v)))
+    attend = lambda *x: small_chunks(*x, mask, is_causal=True)
+    expected = run(*arrays, arrays[0])
+    mesh = jax.make_mesh((4, 2), ("data", "heads"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        specs = (of_queries, of_keys, of_keys)
+        sharded = [
+            jax.device_put(x, NamedSharding(mesh, spec))
+            for x, spec in zip(arrays, specs, strict=True)
+        ]
+        mask = jax.device_put(mask, NamedSharding(mesh, PartitionSpec("data", "heads")))
+        actual = jax.jit(run.__wrapped__)(*sharded, sharded[0])
+    of_results = [jax.typeof(x).sharding.spec for x in (sharded[0], *sharded)]
+    assert [x.sharding.spec for x in actual] == of_results
+    for x, y in zip(actual, expected, strict=True):
+        assert_close(np.asarray(x), y)
+
+
+def test_a_product_with_the_hessian_is_that_of_jax() -> None:
+    *arrays, _ = drawn(1, 140, 140, 2, 1, 8, f32)
+    of = lambda fn: jax.grad(lambda *x: (fn(*x, is_causal=True) ** 2).sum(), (0, 1, 2))
+    product = lambda fn: jax.jit(lambda *x: jax.jvp(of(fn), x, x)[1])(*arrays)
+    for x, y in zip(product(small_chunks), product(jax.nn.dot_product_attention), strict=True):
+        assert_close(x, y)
+
+
 def test_under_shard_map_gradients_of_shared_keys_are_summed() -> None:
     query, key, value, _ = drawn(4, 140, 140, 2, 1, 8, f32)
     key, value = key[:1], value[:1]
@@ -241,7 +290,14 @@ Q, K = jnp.zeros((2, 5, 4, 8)), jnp.zeros((2, 7, 2, 8))
         ("float32, bfloat16 and bfloat16", (Q, *[K.astype(bf16)] * 2), {}),
         (r"broadcast to \(2, 4, 5, 7\), got bool", (Q, K, K, jnp.ones((2, 4, 5), bool)), {}),
         ("mask must be bool", (Q, K, K, jnp.ones((2, 4, 5, 7))), {}),
-        ("local_window_size=-1 must not be negative", (Q, K, K), {"local_window_size": -1}),
+        *[
+            (
+                rf"local_window_size={re.escape(repr(window))} must be an integer or a pair of",
+                (Q, K, K),
+                {"local_window_size": window},
+            )
+            for window in (-1, (3, -1), (1, 2, 3), 1.5, (None, 0), True)
+        ],
     ],
 )
 @pytest.mark.parametrize("fn", [chunked_attention, dot_product_attention])
@@ -272,13 +328,14 @@ def test_on_one_tpu_the_default_is_its_kernel_for_whole_tiles(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    arrays = lambda length, width: (jnp.zeros((1, length, 1, width)),) * 2
+    arrays = lambda length, width, dtype=f32: (jnp.zeros((1, length, 1, width), dtype),) * 2
     default = implementations.default_implementation
     assert default(*arrays(512, 128), None) == "chunked"  # eight devices
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     assert default(*arrays(512, 128), None) == "splash"
     assert default(*arrays(512, 64), None) == "chunked"
     assert default(*arrays(500, 128), None) == "chunked"
+    assert default(*arrays(512, 128, jnp.float16), None) == "chunked"
     assert default(*arrays(512, 128), jnp.ones((1, 1, 1, 1), bool)) == "chunked"
     assert default(*arrays(128, 128), None) == "xla"
 

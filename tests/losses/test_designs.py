@@ -60,6 +60,36 @@ def test_sums_in_chunks_of_any_size_have_the_gradients_of_the_whole(core, plain,
     assert_close(gradients(token_sums, head, core), plain, 64)
 
 
+def test_a_chunk_whose_words_all_have_a_bias_of_minus_infinity_counts_nothing(core):
+    operands, _, cotangents = core
+    operands = operands._replace(bias=operands.bias.at[:4].set(-jnp.inf))
+    words = Words(jnp.array([4, 5, 6, -1, 4]), None)
+    given = operands, words, cotangents._replace(logit_sum=None, expected_logit=None)
+    expected = gradients(plain_token_sums, Head((1, 0)), given)
+    assert_close(gradients(token_sums, Head((1, 0), words=3, tokens=2), given), expected, 64)
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+def test_a_loss_scale_reaches_gradients_before_they_are_rounded_to_float16(design):
+    """Shares of 1e-7 are below the normal numbers of float16, and times 2^15 they are not."""
+    rng = np.random.default_rng(9)
+    hidden, head = (rng.normal(size=shape).astype(np.float16) for shape in ((6, 3), (3, 5)))
+    labels, weights = np.arange(6) % 5, np.full(6, 1e-7, np.float32)
+    function = lambda h, w: (
+        2.0**15 * loss_of(h, w, labels, weights=weights, design=design, reduction="sum")
+    )
+    found = jax.jit(jax.grad(function, (0, 1)))(hidden, head)
+    _, *expected, _ = numpy_loss(hidden, head, labels)
+    assert_close(found, tuple(2.0**15 * 6e-7 * x for x in expected), 4, dtype=jnp.float16)
+
+
+def test_gradients_of_bfloat16_hidden_states_wait_for_the_backward_pass_in_bfloat16():
+    hidden, head = jnp.ones((256, 4), jnp.bfloat16), jnp.ones((4, 1500), jnp.bfloat16)
+    function = lambda h: loss_of(h, head, jnp.zeros(256, int), design="forward", chunk_bytes=1)
+    saved = jax.make_jaxpr(lambda h: jax.vjp(function, h)[1])(hidden).out_avals
+    assert "float32" not in {str(x.dtype) for x in saved if x.shape == hidden.shape}
+
+
 def test_gradients_of_logits_add_up_to_the_cotangents(core):
     """A shift of all logits changes lse, the label's logit and the sum by known amounts."""
     operands, words, cotangents = core
@@ -217,10 +247,15 @@ def test_a_batch_of_heads_by_vmap():
     assert_close(found, np.array([dw for _, _, dw, _ in each]), 32)
 
 
-@pytest.mark.parametrize("labels", [np.zeros(0, np.int32), np.full(3, -100)])
-def test_without_a_token_that_counts_loss_and_gradients_are_zero(labels):
-    hidden, head = jnp.ones((len(labels), 2)), jnp.ones((2, 4))
-    function = lambda h, w: loss_of(h, w, labels)
+@pytest.mark.parametrize(
+    ("labels", "weights"),
+    [(np.zeros(0, np.int32), None), (np.full(3, -100), None), (np.arange(3), [1.0, 2.0, -3.0])],
+)
+def test_where_weights_add_up_to_zero_the_mean_and_its_gradients_are_zero(labels, weights):
+    hidden = jnp.arange(2.0 * len(labels)).reshape(-1, 2)
+    head = jnp.arange(8.0).reshape(2, 4)
+    weights = None if weights is None else jnp.array(weights)
+    function = lambda h, w: loss_of(h, w, labels, weights=weights)
     value, gradients = jax.jit(jax.value_and_grad(function, (0, 1)))(hidden, head)
     for x in (value, *gradients):
         np.testing.assert_array_equal(x, 0)
@@ -261,6 +296,9 @@ HIDDEN, HEAD, LABELS = np.ones((3, 2)), np.ones((2, 4)), np.zeros(3, np.int32)
         ({"lora": (np.ones((2, 1)), np.ones((1, 3)), 1)}, "lora must be A"),
         ({"weights": np.ones(2)}, r"weights \(2,\) must have the labels' shape \(3,\)"),
         ({"valid_vocabulary": 5}, "valid_vocabulary=5 must be from 1 to 4"),
+        ({"valid_vocabulary": 2.5}, "valid_vocabulary=2.5 must be an integer or None"),
+        ({"ignore_label": 0.5}, "ignore_label=0.5 must be an integer or None"),
+        ({"reduction": "none", "token_axis_name": "data"}, "leave token_axis_name out"),
         ({"design": "forward", "return_values": True}, "take design='recompute'"),
     ],
 )
@@ -272,6 +310,10 @@ def test_bad_options_are_refused(options, message):
 def test_bad_arrays_are_refused():
     with pytest.raises(TypeError, match="hidden must be floating point, got int32"):
         loss_of(LABELS.reshape(3, 1), HEAD[:1], LABELS)
+    with pytest.raises(TypeError, match="head must be floating point, got int8"):
+        loss_of(HIDDEN, HEAD.astype(np.int8), LABELS)
+    with pytest.raises(TypeError, match="B of lora must be floating point, got int32"):
+        loss_of(HIDDEN, HEAD, LABELS, lora=(HIDDEN.T, np.ones((3, 4), np.int32), 1))
     with pytest.raises(TypeError, match="labels must be integers, got float32"):
         loss_of(HIDDEN, HEAD, LABELS.astype(np.float32))
     with pytest.raises(ValueError, match=r"labels \(2,\) must have the shape of hidden \(3, 2\)"):
@@ -279,6 +321,13 @@ def test_bad_arrays_are_refused():
     none = partial(loss_of, labels=LABELS, reduction="none", design="forward")
     with pytest.raises(ValueError, match="reduction='none' has no gradient by a head"):
         jax.vjp(lambda w: none(HIDDEN, w), HEAD)
+
+
+def test_a_plan_refuses_what_the_loss_refuses():
+    with pytest.raises(ValueError, match=r"head \(4, 2\) must have 2 features"):
+        lro.losses.chunk_plan(HIDDEN, HEAD.T)
+    with pytest.raises(ValueError, match="design='forward' needs one_factor=True"):
+        lro.losses.chunk_plan(HIDDEN, HEAD, design="forward", one_factor=False)
 
 
 @pytest.mark.parametrize("design", DESIGNS)

@@ -241,6 +241,19 @@ def test_the_weight_of_an_adapted_head_is_refused():
     assert model.head()[1] == 0
 
 
+def test_the_weight_of_a_head_with_a_bias_is_refused():
+    model = random_decoder()
+    model.lm_head = nnx.Linear(CONFIG.hidden_size, CONFIG.vocab_size, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="'lm_head' computes more than a product"):
+        model.head()
+
+
+def test_hidden_states_of_any_rank_have_logits(model):
+    states = np.ones((3, CONFIG.hidden_size), np.float32)
+    assert model.logits(states[0]).shape == (CONFIG.vocab_size,)
+    assert model.logits(states).shape == (3, CONFIG.vocab_size)
+
+
 def test_tokens_of_a_wrong_kind_are_refused(model):
     with pytest.raises(ValueError, match=r"integers of shape \[batch, length\], got float32"):
         model(np.zeros((1, 2), np.float32))

@@ -541,6 +541,13 @@ LAYERS = (
         ("tests/layers/test_chunked_attention.py",),
     ),
     Fault(
+        "a window beyond the length overflows an int32",
+        "lowrank_optax/layers/attention/attention_arguments.py",
+        "min(int(after), key.shape[1])",
+        "int(after)",
+        ("tests/layers/test_chunked_attention.py",),
+    ),
+    Fault(
         "last chunk of keys in the window skipped",
         "lowrank_optax/layers/attention/chunked.py",
         "last_key // self.key_chunk + 1)",
@@ -652,6 +659,20 @@ LOSSES = (
         "lowrank_optax/losses/linear_head/loss.py",
         "rows = jnp.where(counted[:, None], rows, 0)",
         "rows = rows + 0",
+        ("tests/losses/test_designs.py",),
+    ),
+    Fault(
+        "a chunk of words without one that counts, not a number",
+        "lowrank_optax/losses/linear_head/recompute.py",
+        "shift = jnp.where(top == -jnp.inf, 0, top)",
+        "shift = top",
+        ("tests/losses/test_designs.py",),
+    ),
+    Fault(
+        "gradients of float16 rounded before the loss scale",
+        "lowrank_optax/losses/linear_head/forward.py",
+        "half = any(x.dtype == jnp.float16 for x in jax.tree.leaves(operands))",
+        "half = False",
         ("tests/losses/test_designs.py",),
     ),
 )

@@ -15,8 +15,13 @@ Window = int | tuple[int, int] | None
 CONTEXT = "attention_context"
 
 
-def check_arguments(query: Any, key: Any, value: Any, mask: Any, local_window_size: Window) -> None:
-    """Raise ValueError unless shapes, dtypes and the window fit."""
+def check_arguments(
+    query: Any, key: Any, value: Any, mask: Any, local_window_size: Window
+) -> tuple[int, int] | None:
+    """Raise ValueError unless shapes, dtypes and the window fit; the window as a pair.
+
+    Its numbers are no larger than the lengths, since positions are int32.
+    """
     if query.ndim != 4 or key.ndim != 4:
         raise ValueError(
             f"query and key must be [batch, length, heads, width], got shapes {query.shape} and "
@@ -47,8 +52,17 @@ def check_arguments(query: Any, key: Any, value: Any, mask: Any, local_window_si
                 f"mask must be bool and broadcast to {scores}, got {mask.dtype} of shape "
                 f"{mask.shape}."
             )
-    if local_window_size is not None and np.min(local_window_size) < 0:
-        raise ValueError(f"local_window_size={local_window_size} must not be negative.")
+    if local_window_size is None:
+        return None
+    is_pair = isinstance(local_window_size, tuple | list) and len(local_window_size) == 2
+    before, after = local_window_size if is_pair else (local_window_size,) * 2
+    for size in (before, after):
+        if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 0:
+            raise ValueError(
+                f"local_window_size={local_window_size!r} must be an integer or a pair of "
+                "integers, none of them negative."
+            )
+    return min(int(before), query.shape[1]), min(int(after), key.shape[1])
 
 
 def name_context(output: jax.Array, axes: int) -> jax.Array:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 import numpy as np
 
 from lowrank_optax.layers.attention.attention_arguments import (
@@ -15,7 +16,14 @@ from lowrank_optax.layers.attention.attention_arguments import (
     check_arguments,
     name_context,
 )
-from lowrank_optax.matrices.explicit_sharding import merge_axes, vary_alike
+from lowrank_optax.matrices.explicit_sharding import (
+    constrain,
+    in_whole_runs,
+    merge_axes,
+    partition_of,
+    split_axis,
+    vary_alike,
+)
 
 # Bytes of one chunk of scores, float32: on a CPU what its caches hold, elsewhere enough work for
 # each turn of the loop. Products of fewer rows than the least leave a TPU's matrix unit idle;
@@ -41,7 +49,10 @@ def chunked_attention(
     each query's softmax. The inputs, the output and :math:`m + \log \ell`, ``[B, N, T]``, are
     saved for the backward pass, which computes the scores again. Pairs of chunks in which no query
     sees a key are skipped, so that causal attention does about half of the work. Products are in
-    the dtype of the inputs with float32 sums. Second derivatives are not defined.
+    the dtype of the inputs with float32 sums. ``jax.jvp`` of it raises, and so does ``jax.grad`` of
+    its gradient; ``jax.jvp`` of its gradient, a product with the Hessian, is exact. On explicit
+    axes of a mesh the queries' batch and whole groups of heads stay sharded, and the rest is
+    gathered.
 
     Args:
       query: Queries ``[B, T, N, H]``.
@@ -74,17 +85,16 @@ def chunked_attention(
       Rabe and Staats, 2021, https://arxiv.org/abs/2112.05682; the backward pass is that of Dao et
       al., 2022, https://arxiv.org/abs/2205.14135, algorithm 4.
     """
-    check_arguments(query, key, value, mask, local_window_size)
+    window = check_arguments(query, key, value, mask, local_window_size)
     if chunk_bytes is None:
         chunk_bytes = CPU_CHUNK_BYTES if jax.default_backend() == "cpu" else CHUNK_BYTES
     if chunk_bytes < 1:
         raise ValueError(f"chunk_bytes={chunk_bytes} must be at least 1.")
     batch, queries, heads, width = query.shape
-    keys, key_heads = key.shape[1:3]
+    keys = key.shape[1]
     if not (query.size and key.size):
         return jnp.zeros_like(query)
-    window = (local_window_size,) * 2 if isinstance(local_window_size, int) else local_window_size
-    before, after = (keys + queries,) * 2 if window is None else window
+    before, after = window or (queries, keys)
     sizes = chunk_sizes(batch * heads, queries, keys, chunk_bytes)
     plan = _Plan(
         queries=queries,
@@ -95,14 +105,31 @@ def chunked_attention(
         after=min(after, 0) if is_causal else after,
         scale=float(1 / np.sqrt(width) if scale is None else scale),
     )
+    output = _attention(plan, *vary_alike(*_grouped(query, key, value, mask)))
+    output = merge_axes(output, 2, 2)
+    return constrain(output, partition_of(query))
+
+
+def _grouped(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> Any:
+    """Queries ``[B, T, K, G, H]``, keys, values and the mask, whose heads become two axes too.
+
+    On explicit axes of a mesh all are sharded alike, by the queries' batch and whole groups of
+    heads.
+    """
+    group = query.shape[2] // key.shape[2]
+    in_groups = lambda x, axis: split_axis(in_whole_runs(x, axis, group), axis, (group,))
+    query = in_groups(query, 2)
     if mask is not None:
-        groups = (key_heads, heads // key_heads) if mask.shape[1] > 1 else (1, 1)
-        mask = mask.reshape(mask.shape[0], *groups, *mask.shape[2:])
-    grouped = query.reshape(batch, queries, key_heads, heads // key_heads, width)
-    arrays = (grouped, key, value, *([] if mask is None else [mask]))
-    grouped, key, value, *masks = vary_alike(*arrays)
-    output = _attention(plan, grouped, key, value, masks[0] if masks else None)
-    return output.reshape(query.shape)
+        mask = in_groups(mask, 1) if mask.shape[1] > 1 else mask[:, None]
+    partition = partition_of(query)
+    if partition is not None:
+        batch, _, heads = partition[:3]
+        query = constrain(query, PartitionSpec(batch, None, heads, None, None))
+        key, value = (constrain(x, PartitionSpec(batch, None, heads, None)) for x in (key, value))
+        if mask is not None:
+            sides = zip((batch, heads, None, None, None), mask.shape, strict=True)
+            mask = constrain(mask, PartitionSpec(*(None if n == 1 else a for a, n in sides)))
+    return query, key, value, mask
 
 
 def chunk_sizes(heads: int, queries: int, keys: int, chunk_bytes: int) -> tuple[int, int]:

@@ -37,7 +37,8 @@ def dot_product_attention(
     - ``"xla"``: that of ``jax.nn``, with all scores ``[B, N, T, S]`` in memory;
     - ``"chunked"``: `chunked_attention`, for every backend, dtype and sharding;
     - ``"splash"``: JAX's Pallas kernel for TPUs, for lengths ``T = S`` that are multiples of 128,
-      on arrays that lie on one device (or inside ``jax.shard_map``), without a mask;
+      on bfloat16 or float32 arrays that lie on one device (or inside ``jax.shard_map``), without a
+      mask;
     - ``"cudnn"``: cuDNN's kernel for Nvidia GPUs, by way of ``jax.nn``;
     - ``"tokamax"``: ``tokamax.dot_product_attention``, if that package is installed.
 
@@ -58,7 +59,8 @@ def dot_product_attention(
       implementation: Name of the implementation, or None for the default.
 
     Returns:
-      The output ``[B, T, N, H]`` in the query's dtype.
+      The output ``[B, T, N, H]`` in the query's dtype. Where a query sees no key, it depends on the
+      implementation: ``"xla"`` has the mean of all values, ``"chunked"`` 0.
 
     Raises:
       ValueError: If there is no such implementation, or shapes or dtypes do not fit.
@@ -75,7 +77,7 @@ def dot_product_attention(
     Reference:
       Vaswani et al., 2017, https://arxiv.org/abs/1706.03762, equation 1.
     """
-    check_arguments(query, key, value, mask, local_window_size)
+    window = check_arguments(query, key, value, mask, local_window_size)
     check_implementation(implementation, "implementation")
     if implementation is None:
         implementation = default_implementation(query, key, mask)
@@ -84,7 +86,7 @@ def dot_product_attention(
     options: dict[str, Any] = {
         "scale": scale,
         "is_causal": is_causal,
-        "local_window_size": local_window_size,
+        "local_window_size": window,
     }
     if implementation == "chunked":
         return chunked_attention(query, key, value, mask, **options)

@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lowrank_optax.losses.linear_head.loss_arguments import check_head
 from lowrank_optax.storage.fields import is_number
 
 DESIGNS = ("auto", "recompute", "forward")
@@ -170,6 +171,10 @@ def chunk_plan(
     Returns:
       The design and the sizes of its chunks.
 
+    Raises:
+      ValueError: If the head does not fit the hidden states, there is no such design or budget, or
+        the design is ``"forward"`` without ``one_factor``.
+
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro
       >>> hidden = jax.ShapeDtypeStruct((8, 256, 2048), jnp.bfloat16)
@@ -180,6 +185,9 @@ def chunk_plan(
       ChunkPlan(design='forward', words=2048, tokens=128, temporary_bytes=24576000)
     """
     check_design(design, chunk_bytes)
+    check_head(hidden, head, head_axis)
+    if design == "forward" and not one_factor:
+        raise ValueError("design='forward' needs one_factor=True: take design='recompute'.")
     tokens = math.prod(hidden.shape[:-1])
     pairs = [(jax.ShapeDtypeStruct((tokens, hidden.shape[-1]), hidden.dtype), head)]
     if lora is not None:

@@ -63,15 +63,19 @@ def loss_and_gradients(
       wanted: A bool for each operand: whether its gradient is wanted.
 
     Returns:
-      ℓ [T], and the gradients in float32, or in the operand's dtype if there is but one chunk of
-      tokens; None where it is not wanted.
+      ℓ [T], and the gradients, None where they are not wanted: by the hidden states in their
+      dtype, by heads and bias in float32 if there are several chunks of tokens, else in theirs;
+      float32 instead of float16.
     """
     dtype, like = sum_dtype(operands), (operands, words, weights)
-    to = dtype if len(words.labels) > head.tokens else None
+    # The backward pass may multiply by a loss scale, without which float16 has not the exponents.
+    half = any(x.dtype == jnp.float16 for x in jax.tree.leaves(operands))
+    to = dtype if half or len(words.labels) > head.tokens else None
     empty = lambda wants, x: zeros_if(wants, x, to, like)
+    rows = lambda wants, x: zeros_if(wants, x, gradient_dtype(operands), like)
     losses = full(words.labels.shape, 0, dtype, like)
     gradients = Operands(
-        tuple(map(empty, wanted.hidden, operands.hidden)),
+        tuple(map(rows, wanted.hidden, operands.hidden)),
         tuple(map(empty, wanted.heads, operands.heads)),
         empty(wanted.bias, operands.bias),
     )

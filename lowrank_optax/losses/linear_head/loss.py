@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from lowrank_optax.losses.linear_head.chunking import check_design, choose_plan, sizes_of
 from lowrank_optax.losses.linear_head.forward import WeightedLoss, weighted_loss
 from lowrank_optax.losses.linear_head.loss_arguments import (
+    check_integers,
     check_labels,
     check_options,
     check_shapes,
@@ -109,7 +110,8 @@ def linear_cross_entropy(
       label_smoothing: ε, from 0 to 1.
       z_loss: ζ; 1e-4 in PaLM.
       soft_cap: κ, or None; 30 in Gemma 2.
-      weights: Weights w [...] of the tokens. Their sum is differentiated as a constant.
+      weights: Weights w [...] of the tokens. Their sum is differentiated as a constant. Where they
+        may cancel, as advantages do, take ``reduction="sum"``.
       reduction: ``"mean"``, Σ w·ℓ / Σ w, and 0 if that sum is 0; ``"sum"``; or ``"none"``, w·ℓ.
       valid_vocabulary: Number of words that count, where the head is padded to more.
       return_values: Whether to return `TokenValues` too, which have gradients.
@@ -124,7 +126,7 @@ def linear_cross_entropy(
       of it and `TokenValues`.
 
     Raises:
-      TypeError: If ``hidden`` is not floating point or ``labels`` are not integers.
+      TypeError: If labels are not integers, or another array is not floating point.
       ValueError: If shapes do not fit, an option is out of its range, a label is out of range (in a
         traced function its token's loss is NaN), or the design cannot do what is asked for.
 
@@ -146,6 +148,12 @@ def linear_cross_entropy(
     hidden, head = jnp.asarray(hidden), jnp.asarray(head)
     check_design(design, chunk_bytes)
     check_options(label_smoothing, z_loss, soft_cap, reduction)
+    check_integers(ignore_label=ignore_label, valid_vocabulary=valid_vocabulary)
+    if reduction == "none" and token_axis_name is not None:
+        raise ValueError(
+            f"token_axis_name={token_axis_name!r} is for one loss of all tokens, and with "
+            "reduction='none' each device has the losses of its own: leave token_axis_name out."
+        )
     by_sums = return_values or vocabulary_axis_name is not None or chunk_bytes == "off"
     if design == "forward" and by_sums:
         raise ValueError(
@@ -182,7 +190,7 @@ def linear_cross_entropy(
         shares = jnp.where(counted, jnp.asarray(weights, shares.dtype).reshape(-1), 0)
     if reduction == "mean":
         total = jax.lax.stop_gradient(over_tokens(jnp.sum(shares)))
-        shares = shares / jnp.where(total == 0, 1, total)
+        shares = jnp.where(total == 0, 0, shares / jnp.where(total == 0, 1, total))
     # A wrong label that only shows when the program runs must not count as another word.
     shares = jnp.where(counted & ~in_range, jnp.nan, shares)
 

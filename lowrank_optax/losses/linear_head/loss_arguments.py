@@ -29,14 +29,33 @@ def check_options(
         raise ValueError(f"soft_cap={soft_cap!r} must be a positive number, or None for no cap.")
 
 
+def check_head(hidden: Any, head: Any, head_axis: int) -> None:
+    """Raises ValueError if the head is no matrix with the hidden states' features on this axis."""
+    if head_axis not in (0, 1):
+        raise ValueError(f"head_axis={head_axis!r} must be 0 for [D, V] or 1 for [V, D].")
+    if len(head.shape) != 2 or head.shape[head_axis] != hidden.shape[-1]:
+        raise ValueError(
+            f"head {head.shape} must have {hidden.shape[-1]} features, as hidden {hidden.shape}, "
+            f"on its axis head_axis={head_axis}."
+        )
+
+
+def check_integers(**options: Any) -> None:
+    """Raises ValueError if one of these options is neither an integer nor None."""
+    for name, x in options.items():
+        if isinstance(x, bool) or not isinstance(x, int | np.integer | None):
+            raise ValueError(f"{name}={x!r} must be an integer or None.")
+
+
 def check_shapes(
     hidden: Any, head: Any, labels: Any, bias: Any, lora: Any, weights: Any, head_axis: int
 ) -> None:
     """Raises TypeError or ValueError if the arrays don't fit together."""
-    if head_axis not in (0, 1):
-        raise ValueError(f"head_axis={head_axis!r} must be 0 for [D, V] or 1 for [V, D].")
-    if not jnp.issubdtype(hidden.dtype, jnp.floating):
-        raise TypeError(f"hidden must be floating point, got {hidden.dtype}.")
+    a, b = (None, None) if lora is None else lora[:2]
+    named = {"hidden": hidden, "head": head, "bias": bias, "A of lora": a, "B of lora": b}
+    for name, x in named.items():
+        if x is not None and not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+            raise TypeError(f"{name} must be floating point, got {jnp.result_type(x)}.")
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"labels must be integers, got {labels.dtype}.")
     if hidden.ndim == 0 or hidden.shape[:-1] != labels.shape:
@@ -44,11 +63,7 @@ def check_shapes(
             f"labels {labels.shape} must have the shape of hidden {hidden.shape} without its last "
             "axis."
         )
-    if head.ndim != 2 or head.shape[head_axis] != hidden.shape[-1]:
-        raise ValueError(
-            f"head {head.shape} must have {hidden.shape[-1]} features, as hidden {hidden.shape}, "
-            f"on its axis head_axis={head_axis}."
-        )
+    check_head(hidden, head, head_axis)
     words = head.shape[1 - head_axis]
     if bias is not None and jnp.shape(bias) != (words,):
         raise ValueError(f"bias {jnp.shape(bias)} must be {(words,)}, for head {head.shape}.")

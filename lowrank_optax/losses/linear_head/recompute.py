@@ -95,7 +95,7 @@ def _add_words(
     if counted is not None:
         a, finite = jnp.where(counted, a, -jnp.inf), jnp.where(counted, a, 0)
     top = jnp.maximum(before.top, jnp.max(a, axis=1))
-    shift = top if counted is None else jnp.where(top == -jnp.inf, 0, top)
+    shift = jnp.where(top == -jnp.inf, 0, top)  # no word counts so far, or a bias of -inf
     e = jnp.exp(a - shift[:, None])
     scale = jnp.exp(before.top - shift)
     label = jnp.where(is_label(words.labels, start, size), finite, 0)

@@ -237,9 +237,9 @@ def _check_one_rank(
     for adapter, pair in zip(adapters, pairs, strict=True):
         method = adapter.method
         if isinstance(method, LowRank):
-            is_there = True if isinstance(pair.scale, jax.core.Tracer) else pair.scale != 0
-            of_layers = method.ranks(len(pair.scale))[np.asarray(is_there)]
-            found.append({method.max_rank, *of_layers.tolist()})
+            traced = isinstance(pair.scale, jax.core.Tracer)
+            is_there = slice(None) if traced else np.asarray(pair.scale) != 0
+            found.append({method.max_rank, *method.ranks(len(pair.scale))[is_there].tolist()})
     ranks = max(found, key=len)
     if len(ranks) > 1:
         raise ValueError(

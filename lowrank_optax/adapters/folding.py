@@ -232,9 +232,9 @@ def other_weights_error(path: str, use: str, cls: str) -> TypeError:
     return TypeError(
         f"{path or 'the model'}: {use} the layer's weight, but the call of {cls} may multiply by "
         "another weight than the parameter. If it multiplies by the parameter itself, write "
-        "`plain_weights = True` into the class that defines the call, or set it on the "
-        "`dot_general` that the layer was given. Else make the parameters the weights first (a "
-        "Powerpropagation layer by `change_alpha(1.0)`; in Linen by "
+        "`plain_weights = True` into the class that defines the call, or set it on the function "
+        "(`dot_general`, `einsum_op`, ...) that the layer was given. Else make the parameters the "
+        "weights first (a Powerpropagation layer by `change_alpha(1.0)`; in Linen by "
         "`lro.layers.powerprop(params, alpha, where)` and a module with `alpha=1`), or leave an "
         "adapter that is only added to the output (LoRA) unmerged."
     )

@@ -5,6 +5,7 @@ import dataclasses
 from typing import Any, Literal, TypeAlias
 
 import jax
+import jax.numpy as jnp
 
 from lowrank_optax.matrices.flax_layers import Kernel, infer_axes, kernel_axes, read_layer
 from lowrank_optax.matrices.views import WeightDimensionNumbers
@@ -78,9 +79,10 @@ def has_other_weights(module: Any) -> bool:
     """Whether a module, or those inside it, may multiply by other weights than their parameters.
 
     A subclass of a Flax layer with its own call may, and so may a layer that was given its own
-    ``dot_general``; Flax's normalization of weights and its convolutions with a mask do. Any class
-    can say it itself, by an attribute or property ``plain_weights`` beside its ``__call__``, and
-    any ``dot_general`` by an attribute of this name.
+    ``dot_general``, ``conv_general_dilated``, ``einsum_op`` or ``promote_dtype``; Flax's
+    normalization of weights and its convolutions with a mask do. Any class can say it itself, by an
+    attribute or property ``plain_weights`` beside its ``__call__``, and any of these functions by
+    an attribute of this name.
     """
     cls = own_class(module)
     defines = next((t for t in cls.__mro__ if "__call__" in vars(t)), cls)
@@ -94,11 +96,14 @@ def has_other_weights(module: Any) -> bool:
 
 
 def _has_own_product(module: Any) -> bool:
-    """Whether a Flax layer was given a product that is not XLA's and does not say it is plain."""
-    for name in ("dot_general", "conv_general_dilated"):
+    """Whether a Flax layer was given a function of its weight that does not say it is plain."""
+    plain = (None, jax.lax.dot_general, jax.lax.conv_general_dilated, jnp.einsum)
+    for name in ("dot_general", "conv_general_dilated", "einsum_op", "promote_dtype"):
         own = getattr(module, f"{name}_cls", None) or getattr(module, name, None)
         own = getattr(own, "func", own)  # a functools.partial only gives options
-        if own not in (None, getattr(jax.lax, name)) and not getattr(own, "plain_weights", False):
+        where = getattr(own, "__module__", None) or ""
+        of_flax = name == "promote_dtype" and where.startswith("flax.")
+        if own not in plain and not of_flax and not getattr(own, "plain_weights", False):
             return True
     return False
 

@@ -211,6 +211,15 @@ def test_bad_arguments_are_refused_and_nothing_is_changed(case):
     assert jax.tree.structure(nnx.state(model)) == jax.tree.structure(before)
 
 
+def test_factors_are_added_under_jit_too():
+    def merged(model):
+        lro.adapters.merge_adapters(model, {"a": 0.5, "b": 2.0}, "linear", name="new")
+        return nnx.state(model.blocks.up.adapters["new"], lro.adapters.trainable)
+
+    expected = merged(adapted())
+    jax.tree.map(np.testing.assert_allclose, nnx.jit(merged)(adapted()), expected)
+
+
 def test_adapters_that_cannot_be_merged():
     both = {"a": 1.0, "b": 1.0}
     unlike = {"a": lro.adapters.LoRA(rank=2), "b": lro.adapters.LoRA(rank=3)}

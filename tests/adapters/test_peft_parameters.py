@@ -167,6 +167,31 @@ def test_experts_of_different_ranks_become_a_plain_lora(tmp_path):
     check_merged(model, changes(tensors, {"gate": ""}, alpha_of), 16)
 
 
+def test_experts_of_different_ranks_keep_the_scale_of_other_layers(tmp_path):
+    method = lro.adapters.LoRA(rank=4, alpha=5, rank_stabilized=True, initial="random")
+    model = adapted(True, method, "gate|mix", rank_pattern={"gate": (1, 2, 3, 1, 1, 1)})
+    save_peft(model, tmp_path, names=NAMES)
+    assert read(tmp_path)[0]["use_rslora"]
+    assert_close(output(load_peft(Model(False), tmp_path, names=NAMES)), output(model), 400)
+
+
+@pytest.mark.parametrize("method", [lro.adapters.VeRA(rank=2), lro.adapters.LoTR(rank=2)])
+def test_factors_that_experts_share_are_written_for_each(tmp_path, method):
+    model = adapted(True, method, "gate|up")
+    save_peft(model, tmp_path, names=NAMES)
+    assert_close(output(load_peft(Model(False), tmp_path, names=NAMES)), output(model), 400)
+
+
+def test_layers_inside_a_module_of_parameters_are_inside_its_wrappers(tmp_path):
+    names = NAMES | {"layers/{}/mix": "model.layers.{}.experts.mix"}
+    model = adapted(True, LORA, "up|down|mix")
+    save_peft(model, tmp_path, names=names)
+    config, tensors = read(tmp_path)
+    assert config["target_modules"] == ["mix"]
+    assert PREFIX.format(1, ".base_layer.base_layer.mix", "A") in tensors
+    assert_close(output(load_peft(Model(False), tmp_path, names=names)), output(model), 400)
+
+
 def test_other_ranks_shapes_and_names_are_refused(tmp_path):
     for number, (fields, error, match) in enumerate((
         ({"r": 3}, CheckpointMismatchError, "experts.lora_A.weight"),

@@ -128,6 +128,28 @@ def test_experts_of_peft_give_its_outputs_and_its_file_again(tmp_path, case, is_
     agree(torch_output(again.merge_and_unload()), expected)
 
 
+def with_inner_layer():
+    """`Torch`, with the linear layer inside the module whose parameters are adapted."""
+    model = Torch()
+    for layer in model.model["layers"]:
+        layer.experts.inner, layer.mix = layer.mix, torch.nn.Identity()
+        layer.experts.register_forward_hook(lambda experts, _, y: experts.inner(y))
+    return model
+
+
+def test_layers_inside_a_module_of_parameters_have_pefts_names(tmp_path):
+    names = NAMES | {"layers/{}/mix": "model.layers.{}.experts.inner"}
+    fields = {"target_parameters": EXPERT_NAMES, "target_modules": ["inner"], "r": 2}
+    theirs = peft.get_peft_model(with_inner_layer(), peft.LoraConfig(**fields))
+    randomize(theirs)
+    theirs.save_pretrained(tmp_path / "a")
+    model = load_peft(Model(False), tmp_path / "a", names=names)
+    agree(output(model), torch_output(theirs))
+    save_peft(model, tmp_path / "b", names=names, task_type=None)
+    again = peft.PeftModel.from_pretrained(with_inner_layer(), tmp_path / "b")
+    agree(torch_output(again), torch_output(theirs))
+
+
 OURS = {
     "lora": (lro.adapters.LoRA(rank=2, alpha=5, initial="random"), "experts", {}),
     "some": (lro.adapters.LoRA(rank=2, alpha=5, rank_stabilized=True), "up|down|mix", {}),

@@ -189,6 +189,15 @@ def test_a_product_may_say_that_it_is_with_the_weight_itself() -> None:
     own = lambda *args, **options: jax.lax.conv_general_dilated(*args, **options)
     assert has_other_weights(nn.Conv(4, (3,), conv_general_dilated_cls=lambda: own))
     assert not has_other_weights(nn.Conv(4, (3,)))
+    einsum = lambda **options: nnx.Einsum("ab,bc->ac", (3, 4), rngs=nnx.Rngs(0), **options)
+    assert not has_other_weights(einsum())
+    own = lambda *args, **options: jnp.einsum(*args, **options)
+    assert has_other_weights(einsum(einsum_op=own))
+    promote = lambda *args, **options: nn.dtypes.promote_dtype(*args, **options)
+    for layer in (einsum(promote_dtype=promote), nn.Dense(4, promote_dtype=promote)):
+        assert has_other_weights(layer)
+    vars(promote)["plain_weights"] = True
+    assert not has_other_weights(nn.Dense(4, promote_dtype=promote))
 
 
 def test_a_merged_or_changed_weight_is_restored_only_as_the_parameter() -> None:

@@ -383,8 +383,8 @@ ADAPTERS = (
     Fault(
         "PEFT's first parameter of a module wrapped outermost",
         "lowrank_optax/adapters/peft/parameter_names.py",
-        'module + ".base_layer" * (len(of_module) - 1 - i)',
-        'module + ".base_layer" * i',
+        '".base_layer" * (len(of_module) - 1 - of_module.index(name))',
+        '".base_layer" * of_module.index(name)',
         ("tests/adapters/test_peft_parameters.py",),
     ),
     Fault(

@@ -22,7 +22,7 @@ from lowrank_optax.adapters.peft.config import (
     is_saved,
 )
 from lowrank_optax.adapters.peft.module_names import Slot
-from lowrank_optax.adapters.peft.parameter_names import wrapper_names
+from lowrank_optax.adapters.peft.parameter_names import names_in_peft
 from lowrank_optax.adapters.peft.tensors import PREFIX, SHARED, Layout, Tied, split_name
 from lowrank_optax.storage.safetensors_files import TensorReader
 
@@ -63,8 +63,8 @@ def checked_tensors(
     _check_architecture(modules, [m for m in changed if m != SHARED])
     _check_names(modules, layers, config)
     slots = {m: slot for m in layers if isinstance(slot := modules[m], Slot)}
-    wrappers = wrapper_names(slots)
-    in_file = lambda key: f"{wrappers.get(key[0], key[0])}.{key[1]}"
+    name_of = names_in_peft(slots)
+    in_file = lambda key: f"{name_of(key[0])}.{key[1]}"
     required, optional = _expected_shapes(modules, layouts, config)
     if tied and (tied.embedding, "weight") in required:
         optional[tied.head, "weight"] = required[tied.embedding, "weight"]

@@ -1,20 +1,20 @@
-"""PEFT's names of the factors of parameters that have no module of their own: stacks of experts.
+"""PEFT's names of the modules that hold an adapter's tensors, where it adapts parameters.
 
-PEFT wraps the parameters' module once for each that is adapted, in the order in which PyTorch
-registers them: the first is innermost. So a tensor's name shows at which depth its factors are, and
-not of which parameter.
+Stacks of experts are parameters without a module of their own. PEFT wraps their module once for
+each that is adapted, in the order in which PyTorch registers them: the first is innermost. So a
+tensor's name shows at which depth its factors are, and not of which parameter.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from lowrank_optax.adapters.peft.module_names import Slot
 
 
-def wrapper_names(slots: Mapping[str, Slot]) -> dict[str, str]:
-    """The modules in PEFT's model that hold the factors of adapted parameters, by parameter.
+def names_in_peft(slots: Mapping[str, Slot]) -> Callable[[str], str]:
+    """The name in PEFT's model of what holds the tensors of a module or of a parameter.
 
     Args:
-      slots: What is adapted; modules among it have no wrappers.
+      slots: What is adapted; modules among it have no such wrappers, but may be inside one.
 
     Raises:
       ValueError: If the order of several parameters of a module is not known, or PEFT cannot wrap
@@ -33,8 +33,17 @@ def wrapper_names(slots: Mapping[str, Slot]) -> dict[str, str]:
                 "tensors are named by the order in which PyTorch registers these parameters: give "
                 "names as a mapping in this order."
             )
-    return {
-        name: module + ".base_layer" * (len(of_module) - 1 - i)
-        for module, of_module in by_module.items()
-        for i, name in enumerate(of_module)
-    }
+
+    def outermost(module: str) -> str:
+        parent, _, last = module.rpartition(".")
+        inside = ".base_layer" * len(by_module.get(parent, ()))
+        return f"{outermost(parent)}{inside}.{last}" if parent else module
+
+    def name_of(name: str) -> str:
+        module = name.rpartition(".")[0]
+        of_module = by_module.get(module, [])
+        if name not in of_module:
+            return outermost(name)
+        return outermost(module) + ".base_layer" * (len(of_module) - 1 - of_module.index(name))
+
+    return name_of

@@ -29,7 +29,7 @@ from lowrank_optax.adapters.peft.module_names import (
     module_slots,
     tied_in_model,
 )
-from lowrank_optax.adapters.peft.parameter_names import wrapper_names
+from lowrank_optax.adapters.peft.parameter_names import names_in_peft
 from lowrank_optax.adapters.peft.tensors import PREFIX, AdapterFolder, Tensors, write_adapter
 from lowrank_optax.matrices.selection import path_string
 from lowrank_optax.modules.select import modules_by_path
@@ -139,18 +139,16 @@ def save_peft(
     }
     if tied and ties:
         saved[tied.head] = saved[tied.embedding]
-    wrappers = wrapper_names({module: slots[module] for module in pieces})
-    arrays = [(wrappers.get(m, m), piece.tensors) for m, piece in pieces.items()]
-    arrays += saved.items()
+    name_of = names_in_peft({module: slots[module] for module in pieces})
     tensors = {
-        f"{PREFIX}{module}.{tensor}": x.astype(jnp.dtype(dtype))
-        for module, of_module in arrays
+        f"{PREFIX}{name_of(module)}.{tensor}": x.astype(jnp.dtype(dtype))
+        for module, of_module in [*((m, p.tensors) for m, p in pieces.items()), *saved.items()]
         for tensor, x in of_module.items()
     }
     shared = own.shared if own else {}
     tensors |= {f"base_model.{x}": values.astype(jnp.dtype(dtype)) for x, values in shared.items()}
     # In the model's dtype: `load_peft` compares them with the weights of the model.
-    tensors |= {f"{PREFIX}{module}.base_layer.weight": x for module, x in bases.items()}
+    tensors |= {f"{PREFIX}{name_of(module)}.base_layer.weight": x for module, x in bases.items()}
     write_adapter(path, AdapterFolder(content, tensors))
 
 
@@ -224,17 +222,20 @@ def _piece(slot: Slot, name: str, as_lora: bool | None, own: _OwnForm | None) ->
             f"{where}: {kind.limits}, and no LoRA has the change of this {type(method).__name__}: "
             "it cannot be saved. Merge it into the weights instead."
         )
-    fields = _form(method, True if unequal else as_lora)
+    fields = _form(method, as_lora)
     dropout = {"lora_dropout": getattr(method, "dropout", 0.0)}
-    if fields is None:  # a plain LoRA of the same change of the original weight
-        a, b = (np.asarray(x.astype(jnp.float32)) for x in method.to_lora(p))
+    if fields is None or unequal:  # a plain LoRA of the same change of the original weight
+        of_experts = lambda x: jnp.broadcast_to(x, (*layout.experts, *x.shape[-2:]))  # if shared
+        a, b = (np.asarray(of_experts(x), np.float32) for x in method.to_lora(p))
         if isinstance(method, LowRank) and isinstance(method.rank, tuple):
             used = np.any(a, axis=-2) & np.any(b, axis=-1)  # the others are padding
             used = used.reshape(-1, used.shape[-1]).any(axis=0)
             used[0] |= not used.any()
             a, b = a[..., used], b[..., used, :]
-        fields = {"use_rslora": False, "use_dora": False, "init_lora_weights": True}
-        return _Piece(a.shape[-1], a.shape[-1], fields | dropout, layout.pack(a, b))
+        rank, stabilized = a.shape[-1], bool(fields and fields["use_rslora"])  # as other layers
+        fields = {"use_rslora": stabilized, "use_dora": False, "init_lora_weights": True}
+        alpha = rank**0.5 if stabilized else rank
+        return _Piece(rank, alpha, fields | dropout, layout.pack(a, b))
     if layout.kind != "linear" and fields["init_lora_weights"] == "pissa":
         raise ValueError(f"{where}: PEFT has PiSSA of linear layers only; leave as_lora out.")
     if layout.kind in ("embedding", "experts") and fields["use_dora"]:

@@ -12,7 +12,7 @@ import optax
 
 from lowrank_optax.matrices.paths import path_string
 from lowrank_optax.slices.call import Call, CannotCutError, Path
-from lowrank_optax.slices.independence import check_parts, whole_update
+from lowrank_optax.slices.independence import whole_update
 from lowrank_optax.slices.known_transformations import is_known
 from lowrank_optax.slices.loop import Cut
 from lowrank_optax.slices.plan import Budget, SlicedLeaf, own_state, sliced_leaf, tried
@@ -42,7 +42,7 @@ def update_leaves(call: Call, gradients: Mapping[int, jax.Array]) -> New:
 
 
 def leaves_of_stack(call: Call, indices: Sequence[int]) -> list[SlicedLeaf]:
-    """Leaves ``[layers, ...]``, cut into their layers.
+    """Leaves ``[layers, ...]``, cut into their layers, of a transformation that works by leaves.
 
     Args:
       call: The call of the whole tree.
@@ -51,7 +51,6 @@ def leaves_of_stack(call: Call, indices: Sequence[int]) -> list[SlicedLeaf]:
     Raises:
       CannotCutError: If the update of a layer is not what the layer gets in the whole tree.
     """
-    check_parts(call, [call.tx])
     unknown = [] if is_known(call.tx) else [call.tx]
     shared = call.shared()
     whole = whole_update(call)

@@ -15,9 +15,10 @@ METHODS = ("before_blocks", "through_block", "after_blocks")
 class LayeredFunctions(NamedTuple):
     """A model in three functions, whose parameters are a dictionary with an entry ``"blocks"``.
 
-    That entry is the tree of one block's parameters, each stacked ``[layers, ...]``. All other
-    entries, such as ``"embed"`` and ``"head"``, go to ``embed`` and to ``head``, as a dictionary
-    without the blocks; what both use, as a tied embedding, may be anywhere in it.
+    That entry is the tree of one block's parameters, each stacked ``[layers, ...]``, or a list of
+    the blocks' trees. All other entries, such as ``"embed"`` and ``"head"``, go to ``embed`` and to
+    ``head``, as a dictionary without the blocks; what both use, as a tied embedding, may be
+    anywhere in it.
 
     Attributes:
       embed: ``embed(params, batch, key) -> x``, the input of the first block, an array.
@@ -64,25 +65,35 @@ def _of_nnx(model: Any, loss: Callable[..., Any] | None) -> LayeredFunctions:
             "frozen weights or statistics here."
         )
     shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
-    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    graph, params, streams, rest = nnx.split(model, nnx.Param, nnx.RngState, ...)
     shapes = jax.tree.map(shape, nnx.as_pure(params))
-    skeleton = nnx.merge(graph, shapes, rest)  # for what it is built of: its weights are not read
+    # For what it is built of: its weights are not read.
+    skeleton = nnx.merge(graph, shapes, streams, rest)
     stacked = not isinstance(model.blocks, nnx.List)
-    block_graph, _, block_rest = nnx.split(
-        model.blocks if stacked else model.blocks[0], nnx.Param, ...
-    )
+    blocks = [model.blocks] if stacked else list(model.blocks)
+    block_graph, _, block_streams = nnx.split(blocks[0], nnx.Param, ...)
+    for i, each in enumerate(blocks):
+        if not stacked and i not in shapes["blocks"]:
+            raise ValueError(f"blocks/{i} has no parameters of its own: blocks cannot share any.")
+        if nnx.graphdef(each) != block_graph:
+            raise ValueError(
+                f"blocks/{i} differs from blocks/0 in its structure or its settings: blocks must "
+                "be equal but for the values of their parameters."
+            )
     if stacked:
-        block_rest = jax.tree.map(lambda x: x[0], block_rest)
+        block_streams = jax.tree.map(lambda x: x[0], block_streams)
 
     def outside(params: Any, key: Any) -> Any:
-        return nnx.merge(graph, {**params, "blocks": shapes["blocks"]}, _streams(rest, key))
+        others = {**params, "blocks": shapes["blocks"]}
+        return nnx.merge(graph, others, _streams(streams, key), rest)
 
     def embed(params: Any, batch: Any, key: Any) -> jax.Array:
         return outside(params, key).before_blocks(batch[0])
 
     def block(layer: Any, x: jax.Array, batch: Any, key: Any) -> jax.Array:
         del batch
-        return skeleton.through_block(nnx.merge(block_graph, layer, _streams(block_rest, key)), x)
+        module = nnx.merge(block_graph, layer, _streams(block_streams, key))
+        return skeleton.through_block(module, x)
 
     def head(params: Any, x: jax.Array, batch: Any, key: Any) -> Any:
         module = outside(params, key)
@@ -92,14 +103,12 @@ def _of_nnx(model: Any, loss: Callable[..., Any] | None) -> LayeredFunctions:
 
 
 def _streams(variables: Any, key: Any) -> Any:
-    """Variables of NNX whose random streams start again, from this key."""
+    """Variables of NNX's random streams, which start again, from this key."""
     if key is None:
         return variables
     leaves, structure = jax.tree.flatten(variables)
     is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-    is_count = lambda x: x.dtype == jnp.uint32
     new = [
-        jax.random.fold_in(key, i) if is_key(x) else jnp.zeros_like(x) if is_count(x) else x
-        for i, x in enumerate(leaves)
+        jax.random.fold_in(key, i) if is_key(x) else jnp.zeros_like(x) for i, x in enumerate(leaves)
     ]
     return structure.unflatten(new)

@@ -13,6 +13,9 @@ from lowrank_optax.training.layered_models import LayeredFunctions
 # What a step's key is folded with, for each part of the model.
 EMBED, BLOCKS, HEAD = range(3)
 
+# Metrics of the step itself.
+NORMS = ("block_gradient_norms", "gradient_norm")
+
 Gradients = dict[int, jax.Array]
 
 
@@ -44,16 +47,19 @@ class Passes:
         trees = _list_of(params["blocks"])
         self.stack, self.listed = ([], _runs(blocks, trees)) if trees else (blocks, [])
         self.block_tree = jax.tree.structure(trees[0] if trees else params["blocks"])
+        for i, tree in enumerate(trees):
+            if jax.tree.structure(tree) != self.block_tree:
+                raise ValueError(f"params['blocks'][{i}] has other parameters than block 0.")
         sizes = {self.leaves[i].shape[:1] for i in blocks}
-        if not trees and (len(sizes) != 1 or sizes == {()}):
+        if not trees and (len(sizes) != 1 or not sizes.isdisjoint({(), (0,)})):
             raise ValueError(f"params['blocks'] must be stacked along a first axis, not {sizes}.")
         self.layers = len(trees) if trees else next(iter(sizes))[0]
 
     def outer(self, leaves: Mapping[int, jax.Array]) -> Any:
         """The dictionary of parameters outside of the blocks, with these instead of its own."""
-        tree = {name: self.params[name] for name in self.params if name != "blocks"}
-        new = [leaves.get(i, self.leaves[i]) for i in self.outside]
-        return jax.tree.unflatten(jax.tree.structure(tree), new)
+        new = [leaves.get(i, x) for i, x in enumerate(self.leaves)]
+        tree = jax.tree.unflatten(jax.tree.structure(self.params), new)
+        return {name: tree[name] for name in tree if name != "blocks"}
 
     def keys(self, part: int, layer: Any = None) -> Any:
         """A key for each micro-batch."""
@@ -143,6 +149,8 @@ class Passes:
         loss, metrics = result if isinstance(result, tuple) else (result, {})
         if jnp.shape(loss) != ():
             raise ValueError(f"the loss must be a scalar, not of shape {jnp.shape(loss)}.")
+        if taken := [name for name in NORMS if name in metrics]:
+            raise ValueError(f"a metric of the loss is named {taken[0]!r}, as one of the step is.")
         return loss, metrics
 
     def loss(self) -> tuple[jax.Array, dict[str, Any]]:
@@ -190,9 +198,9 @@ class Passes:
 
 def _list_of(blocks: Any) -> list[Any]:
     """The blocks of a list, or of a dictionary with numbers as NNX has it; empty for a stack."""
-    if isinstance(blocks, list | tuple):
+    if type(blocks) in (list, tuple):  # a named tuple is one block's tree
         return list(blocks)
-    if all(isinstance(name, int) for name in blocks):
+    if isinstance(blocks, Mapping) and all(isinstance(name, int) for name in blocks):
         return [blocks[name] for name in sorted(blocks)]
     return []
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.slices.call import Call
+from lowrank_optax.slices.independence import check_parts
 from lowrank_optax.slices.known_transformations import has_part, is_elementwise, looks_at
 from lowrank_optax.slices.loop import Cut, run_through
 from lowrank_optax.slices.parts import New, leaves_of_stack, update_layer, update_leaves
@@ -86,8 +87,9 @@ def update_in_backward(
       TypeError: If ``model`` or ``loss`` is of another kind.
       ValueError: If an argument is out of range; if ``tx`` looks at all leaves or at whole stacks,
         such as ``optax.lamb``, or is ``optax.MultiSteps``; in ``step``, if the update of a layer
-        is not independent of the others, if a parameter is not floating-point, if a block changes
-        the type of its input, or if a batch cannot be cut into micro-batches.
+        is not independent of the others, if a parameter is not floating-point, if listed blocks
+        differ in more than their values, if a block changes the type of its input, if a metric has
+        the name of one of the step's, or if a batch cannot be cut into micro-batches.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro, optax
@@ -161,6 +163,7 @@ def _step(
     params = run.params
     jax.eval_shape(tx.update, params, state, params)  # raises what the ordinary step would
     call = Call.of(tx, params, state, params, None, {})
+    check_parts(call, [tx])
     x, inputs = run.forward()
     of_head, dx, (loss, metrics) = run.head_gradients(x)
     of_both = run.used_by_embed().keys() & of_head.keys()

@@ -245,6 +245,13 @@ TRAINING = (
         ("tests/training/test_update_in_backward.py",),
     ),
     Fault(
+        "leaves that depend on one another updated at different times",
+        "lowrank_optax/training/update_in_backward.py",
+        "check_parts(call, [tx])",
+        "check_parts(call, [])",
+        ("tests/training/test_update_in_backward.py",),
+    ),
+    Fault(
         "the head's gradient of a tied embedding left out",
         "lowrank_optax/training/update_in_backward.py",
         "return gradients | {i: of_head[i] + gradients[i] for i in of_both}",

@@ -64,3 +64,27 @@ def test_eight_devices_compute_what_one_does(placed: str) -> None:
     assert_close(jax.tree.map(np.asarray, found), jax.tree.map(np.asarray, expected), 300)
     kept = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), found, where)
     assert all(jax.tree.leaves(kept))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, pytest.param(8, marks=pytest.mark.full)])
+def test_a_projected_update_runs_layer_by_layer_on_a_mesh(devices: int) -> None:
+    random = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: jnp.asarray(random.normal(size=x[0]) / 4, jnp.float32), SHAPES, is_leaf=IS_PAIR
+    )
+    batch = jnp.asarray(random.integers(0, WORDS, (16, 9)))
+    stacked = lambda params: jax.tree.map(
+        lambda x: lro.WeightDimensionNumbers(-2, -1) if x.ndim > 2 else None, params
+    )
+    tx = lro.galore(1e-2, rank=4, eps=1e-3, weight_dimension_numbers=stacked)
+    step = jax.jit(lro.update_in_backward(FUNCTIONS, tx).step)
+    expected = step(params, tx.init(params), batch, jax.random.key(0))[0]
+    mesh = jax.make_mesh((devices,), ("x",), axis_types=(AxisType.Auto,))
+    where = jax.tree.map(lambda x: NamedSharding(mesh, x[1]), SHAPES, is_leaf=IS_PAIR)
+    placed, split = (
+        jax.device_put(params, where),
+        jax.device_put(batch, NamedSharding(mesh, P("x"))),
+    )
+    found = step(placed, tx.init(placed), split, jax.random.key(0))[0]
+    assert_close(jax.tree.map(np.asarray, found), jax.tree.map(np.asarray, expected), 300)

@@ -1,7 +1,8 @@
 """The update inside the backward pass: the ordinary step, computed in another order."""
 
+from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from close import assert_close
 from flax import nnx
@@ -62,6 +63,7 @@ TIED = {name: x for name, x in PARAMS.items() if name != "head"}
 LISTED = PARAMS | {
     "blocks": [jax.tree.map(lambda x, i=i: x[i], PARAMS["blocks"]) for i in range(LAYERS)]
 }
+KEY = jax.random.key(0)
 BATCH = jnp.asarray(np.random.default_rng(6).integers(0, WORDS, (4, 7)))
 STACKED = lambda params: jax.tree.map(
     lambda x: lro.WeightDimensionNumbers(-2, -1) if x.ndim > 2 else None, params
@@ -175,6 +177,42 @@ def test_every_optimizer_of_the_library_runs_or_is_refused(row: Row) -> None:
 @pytest.mark.parametrize("params", [TIED, LISTED], ids=["tied", "list"])
 def test_other_models_give_the_ordinary_step(params: Tree) -> None:
     compare(params, optax.sgd(0.1, 0.9))
+
+
+class Named(NamedTuple):
+    scale: Any
+    up: Any
+    down: Any
+
+
+def test_trees_of_other_kinds_give_the_ordinary_step() -> None:
+    """An ordered dictionary is not flattened by its names; a named tuple is no list of blocks."""
+    named = lambda layer, *others: block(layer._asdict(), *others)
+    functions = LayeredFunctions(
+        lambda params, batch, key: params["table"][batch[:, :-1]] @ params["last"],
+        named,
+        lambda params, x, batch, key: head({"embed": params["embed"]}, x, batch, key),
+    )
+    square = drawn(8, WORDS, WIDTH)
+    params = OrderedDict(
+        table=square, last=drawn(9, WIDTH, WIDTH), blocks=Named(**PARAMS["blocks"]), embed=-square
+    )
+    tx = optax.sgd(0.1)
+    update = lro.update_in_backward(functions, tx)
+    arguments = params, update.init(params), BATCH, None
+    new = jax.jit(update.step)(*arguments)[0]
+    assert jax.tree.structure(new) == jax.tree.structure(params)
+
+    @jax.jit
+    @jax.grad
+    def gradient(params: Tree) -> jax.Array:
+        x = functions.embed(params, BATCH, None)
+        for i in range(LAYERS):
+            x = named(jax.tree.map(lambda x: x[i], params["blocks"]), x, BATCH, None)  # noqa: B023
+        return functions.head(params, x, BATCH, None)[0]
+
+    expected = jax.tree.map(lambda x, g: x - 0.1 * g, params, gradient(params))
+    assert_close(new, expected, 100)
 
 
 def test_the_global_norm_is_clipped_as_by_optax() -> None:
@@ -327,6 +365,44 @@ def test_a_module_draws_from_the_key_of_the_step(scan_layers: bool) -> None:
     assert abs(float(loss - others)) > 1e-6
 
 
+class Table(nnx.Module):
+    """A model with whole numbers that are no parameters."""
+
+    def __init__(self) -> None:
+        self.hashes = nnx.Variable(jnp.arange(WORDS, dtype=jnp.uint32))
+        self.blocks = nnx.List([nnx.Linear(WIDTH, WIDTH, rngs=nnx.Rngs(i)) for i in range(2)])
+
+    def before_blocks(self, tokens: jax.Array) -> jax.Array:
+        return jax.nn.one_hot(self.hashes[tokens], WIDTH)
+
+    def through_block(self, block: nnx.Module, x: jax.Array) -> jax.Array:
+        return block(x)
+
+    def after_blocks(self, x: jax.Array) -> jax.Array:
+        return x
+
+
+def test_a_key_changes_no_variable_but_random_streams() -> None:
+    model = Table()
+    update = lro.update_in_backward(
+        model, optax.sgd(0.1), loss=lambda model, hidden, targets: jnp.mean(hidden**2)
+    )
+    params = nnx.as_pure(nnx.state(model, nnx.Param))
+    with_key, without = (update.loss(params, (BATCH, BATCH), key)[0] for key in (KEY, None))
+    assert_close(with_key, without)
+
+
+def test_listed_blocks_that_differ_are_refused() -> None:
+    loss = {"loss": lambda model, hidden, targets: jnp.mean(hidden**2)}
+    model = Table()
+    model.blocks[1].precision = jax.lax.Precision.HIGHEST
+    with pytest.raises(ValueError, match="blocks/1 differs from blocks/0"):
+        lro.update_in_backward(model, optax.sgd(0.1), **loss)
+    model.blocks[1] = model.blocks[0]
+    with pytest.raises(ValueError, match="blocks/1 has no parameters of its own"):
+        lro.update_in_backward(model, optax.sgd(0.1), **loss)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -358,13 +434,21 @@ def over_leaves() -> optax.GradientTransformation:
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
-    [(over_layers, "'blocks/down/kernel'.* spans layers"), (over_leaves, "depends on others")],
+    ("make", "params", "message"),
+    [
+        (over_layers, PARAMS, "'blocks/down/kernel'.* spans layers"),
+        (over_leaves, PARAMS, "depends on others"),
+        (over_leaves, LISTED, "depends on others"),
+        (lambda: lro.adagrad_norm(0.1), LISTED, "scale_by_adagrad_norm"),
+        (optax.zero_nans, PARAMS, "spans layers"),
+    ],
 )
-def test_unknown_transformations_are_refused_before_compilation(make: Any, message: str) -> None:
+def test_unknown_transformations_are_refused_before_compilation(
+    make: Any, params: Tree, message: str
+) -> None:
     update = lro.update_in_backward(FUNCTIONS, make())
     with pytest.raises(ValueError, match=message):
-        jax.eval_shape(update.step, PARAMS, update.init(PARAMS), BATCH, None)
+        jax.eval_shape(update.step, params, update.init(params), BATCH, None)
 
 
 @pytest.mark.parametrize(
@@ -390,6 +474,19 @@ def test_wrong_arguments_are_refused(options: Any, message: str) -> None:
         (FUNCTIONS._replace(block=lambda w, x, b, k: x[..., :1]), PARAMS, {}, "a block's output"),
         (FUNCTIONS._replace(head=lambda p, x, b, k: x), PARAMS, {}, "the loss must be a scalar"),
         (FUNCTIONS, PARAMS | {"blocks": {"a": jnp.ones(3), "b": jnp.ones(2)}}, {}, "stacked"),
+        (FUNCTIONS, PARAMS | {"blocks": {"a": jnp.ones((0, 3))}}, {}, "stacked"),
+        (
+            FUNCTIONS,
+            PARAMS | {"blocks": [{"a": jnp.ones(3)}, {"b": jnp.ones(3)}]},
+            {},
+            "other parameters",
+        ),
+        (
+            FUNCTIONS._replace(head=lambda p, x, b, k: (jnp.sum(x), {"gradient_norm": 1.0})),
+            PARAMS,
+            {},
+            "named 'gradient_norm'",
+        ),
     ],
 )
 def test_models_that_do_not_fit_are_refused(

@@ -205,7 +205,8 @@ def cell(figures: dict[str, Any], chip: str) -> str:
 
 def print_markdown(results: dict[str, Any]) -> None:
     """The table: a row a rung, for each model its state and what it takes on each chip."""
-    columns = [(name, chip) for name in MODELS for chip in CHIPS]
+    found = {(key.split(":")[0], chip) for key, row in results.items() for chip in row}
+    columns = [(name, chip) for name in MODELS for chip in CHIPS if (name, chip) in found]
     print("| | " + " | ".join(f"`{name}`, {chip}" for name, chip in columns) + " |")
     print("|---|" + "---:|" * len(columns))
     for title in LADDER:

@@ -38,7 +38,7 @@ def test_the_blocks_run_one_after_the_other(
         "loss_fn": loss_fn,
         "batch": jnp.arange(18).reshape(2, 9),
     }
-    assert len(BLOCKS) == 5
+    assert len(BLOCKS) == 6
     for block in BLOCKS:
         exec(block, names)  # the page is the program
     printed = capsys.readouterr().out

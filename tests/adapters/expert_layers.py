@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lowrank_optax as lro
-from tests.adapters.peft_files import initial
+from tests.adapters.peft_files import initial, layers_of
 
 EXPERTS, DIM, WIDTH = 3, 4, 5
 NAMES = {  # in the order of registration in PyTorch
@@ -45,13 +45,7 @@ class Model(nnx.Module):
         options = initial(seed)
         one_by_one = [Layer(options) for _ in range(layers)]
         self.stacked = stacked
-        if stacked:
-            graphdef = nnx.graphdef(one_by_one[0])
-            states = [nnx.state(layer) for layer in one_by_one]
-            stack = lambda *x: jnp.asarray(np.stack(x))
-            self.layers = nnx.merge(graphdef, jax.tree.map(stack, *states))
-        else:
-            self.layers = nnx.List(one_by_one)
+        self.layers = layers_of(one_by_one, stacked)
 
     def __call__(self, x):
         if not self.stacked:

@@ -27,6 +27,15 @@ SIZES = {Q: (4, 6), OUT: (6, 4), MLP: (4, 4)}
 """Inputs and outputs of the linear layers of each `Layer`; the first two have a bias."""
 
 
+def layers_of(one_by_one, stacked):
+    """The layers as a list, or stacked for a scan."""
+    if not stacked:
+        return nnx.List(one_by_one)
+    states = [nnx.state(layer) for layer in one_by_one]
+    stack = lambda *x: jnp.asarray(np.stack(x))
+    return nnx.merge(nnx.graphdef(one_by_one[0]), jax.tree.map(stack, *states))
+
+
 def initial(seed):
     """Initial values of kernels that compile nothing, one after the other."""
     rng = np.random.default_rng(seed)
@@ -53,13 +62,7 @@ class Model(nnx.Module):
         options = initial(seed)
         self.picture = nnx.Conv(2, DIM, (2, 3), padding="VALID", **options)
         one_by_one = [Layer(options) for _ in range(layers)]
-        if stacked:
-            graphdef = nnx.graphdef(one_by_one[0])
-            states = [nnx.state(layer) for layer in one_by_one]
-            stack = lambda *x: jnp.asarray(np.stack(x))
-            self.layers = nnx.merge(graphdef, jax.tree.map(stack, *states))
-        else:
-            self.layers = nnx.List(one_by_one)
+        self.layers = layers_of(one_by_one, stacked)
         self.head = nnx.Linear(DIM, 7, use_bias=False, **options)
 
     def __call__(self, tokens, picture):

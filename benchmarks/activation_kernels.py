@@ -16,15 +16,9 @@ from collections.abc import Callable
 import functools
 import json
 import math
-import os
 from pathlib import Path
 import re
 from typing import Any
-
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or libtpu asks the network where it is
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 from activation_products import (
     COLS,
@@ -43,11 +37,10 @@ from activation_products import (
     sketch_xla,
 )
 import jax
-from jax.experimental import topologies
 import jax.numpy as jnp
-from jax.sharding import SingleDeviceSharding
 import numpy as np
 from timing import print_table
+from tpu_compiler import device_of, lowered_for
 
 RESULTS = Path(__file__).parent / "results" / "activation_kernels.json"
 BYTES_A_SECOND, FLOPS_A_SECOND = 820e9, 197e12  # of a v5e
@@ -97,10 +90,7 @@ def main_memory_bytes(program: str) -> float:
 
 def measured(name: str, fn: Callable[..., Any], *arguments: jax.ShapeDtypeStruct) -> list[Any]:
     """A row of the table; of scanned layers, the temporaries alone."""
-    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
-    where = SingleDeviceSharding(topology.devices[0])
-    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-    lowered = jax.jit(fn).lower(*map(place, arguments))
+    lowered = lowered_for(device_of("v5e"), fn, *arguments)
     try:
         compiled: Any = lowered.compile()
     except jax.errors.JaxRuntimeError as error:

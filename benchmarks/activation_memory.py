@@ -14,20 +14,14 @@ of the same sizes, are left as they are.
 
 import argparse
 import json
-import os
 from pathlib import Path
 import re
 import time
 from typing import Any
 
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or libtpu asks the network where it is
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-
 from activation_memory_cases import Variant, decoder_variants, mlp_variants
-from jax.experimental import topologies
 from timing import print_table
+from tpu_compiler import device_of
 
 RESULTS = Path(__file__).parent / "results" / "activation_memory.json"
 COLUMNS = [
@@ -62,14 +56,14 @@ def stored(args: argparse.Namespace) -> dict[str, Any]:
 def measure(args: argparse.Namespace, variants: dict[str, dict[str, Variant]]) -> dict[str, Any]:
     """Fills in the rows that are asked for, and writes after each."""
     results = stored(args)
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=f"{args.chip}:2x2")
+    device = device_of(args.chip)
     for table, rows in variants.items():
         done = results[table]["rows"]
         for name, variant in rows.items():
             if name in done or not re.search(args.only, f"{table}: {name}"):
                 continue
             began = time.perf_counter()
-            measured = variant.measure(topology.devices[0], args)
+            measured = variant.measure(device, args)
             print(f"{table}: {name}: {time.perf_counter() - began:.0f} s", flush=True)
             done[name] = {
                 "kept_bytes": measured.kept,

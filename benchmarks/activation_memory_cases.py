@@ -8,6 +8,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 import optax
+from tpu_compiler import lowered_for
 
 import lowrank_optax as lro
 from lowrank_optax.activations import few_bit
@@ -192,10 +193,8 @@ def temporary_bytes(model: Any, wrt: Any, tokens: Any, device: Any) -> int:
         updates, state = tx.update(gradient, state, trained)
         return optax.apply_updates(trained, updates), state
 
-    place = jax.sharding.SingleDeviceSharding(device)
-    there = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
     given = (trained, jax.eval_shape(tx.init, trained), fixed, tokens)
-    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(*jax.tree.map(there, given))
+    lowered = lowered_for(device, step, *given, donate_argnums=(0, 1))
     analysis: Any = lowered.compile().memory_analysis()
     return analysis.temp_size_in_bytes
 

@@ -15,24 +15,17 @@ from collections.abc import Callable
 import functools
 import json
 import math
-import os
 from pathlib import Path
 import re
 import time
 from typing import Any
 
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or libtpu asks the network where it is
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-
 from flax import nnx
 import jax
-from jax.experimental import topologies
 import jax.numpy as jnp
-from jax.sharding import SingleDeviceSharding
 import numpy as np
 from timing import print_table
+from tpu_compiler import device_of, lowered_for
 
 from lowrank_optax.layers import dot_product_attention
 from lowrank_optax.models import decoder_config
@@ -91,10 +84,8 @@ def compiled_block(batch: int, length: int, implementation: str) -> dict[str, An
         rotary = rotary_angles(jnp.arange(length), frequencies)
         return nnx.merge(graphdef, params)(x, rotary, None, 0)[0]
 
-    device = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
-    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device))
-    x = place(jax.ShapeDtypeStruct((batch, length, config.hidden_size), jnp.bfloat16))
-    lowered = jax.jit(with_gradients(run)).lower(x, jax.tree.map(place, nnx.as_pure(params)), x)
+    x = jax.ShapeDtypeStruct((batch, length, config.hidden_size), jnp.bfloat16)
+    lowered = lowered_for(device_of("v5e"), with_gradients(run), x, nnx.as_pure(params), x)
     try:
         program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:

@@ -16,25 +16,23 @@ import json
 import os
 from pathlib import Path
 import re
+import sys
 import time
 from typing import Any, NamedTuple
 
-# Without these libtpu asks the network what machine this is.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 from flax import nnx
 import jax
-from jax.experimental import topologies
 import jax.numpy as jnp
-from jax.sharding import SingleDeviceSharding
 import optax
+from tpu_compiler import device_of, lowered_for
 
 import lowrank_optax as lro
 from lowrank_optax.models import Decoder, decoder_config
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+from pretrain import LOSSES
 
 RESULTS = Path(__file__).parent / "results" / "ladder.json"
 # With the rank of a projection. The MLP of llama-1b is as wide as a TPU's tiles: its own 5461 are
@@ -118,22 +116,10 @@ def make_model(name: str, rung: Rung) -> Decoder:
     return nnx.eval_shape(make)
 
 
-def plain_loss(model: Decoder, hidden: jax.Array, labels: jax.Array) -> jax.Array:
-    """Mean cross entropy from logits."""
-    losses = optax.losses.softmax_cross_entropy_with_integer_labels(model.logits(hidden), labels)
-    return losses.mean()
-
-
-def chunked_loss(model: Decoder, hidden: jax.Array, labels: jax.Array) -> jax.Array:
-    """The same without logits."""
-    head, axis = model.head()
-    return lro.losses.linear_cross_entropy(hidden, head, labels, head_axis=axis)
-
-
 def step_of(rung: Rung, model: Decoder, rank: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """A step, and the shapes of what it takes before the tokens; the first two are donated."""
     tx = rung.optimizer(model, rank)
-    loss_fn = chunked_loss if rung.loss == "chunked" else plain_loss
+    loss_fn = LOSSES[rung.loss]
     wrt = nnx.Param if rung.adapter is None else lro.adapters.trainable
     graphdef, *parts = nnx.split(model, wrt, ...)
     params, rest = map(nnx.as_pure, parts)
@@ -161,10 +147,7 @@ def step_of(rung: Rung, model: Decoder, rank: int) -> tuple[Callable[..., Any], 
 
 def needed(step: Callable[..., Any], arguments: tuple[Any, ...], chip: str) -> float | None:
     """GiB of the compiled step; None if the compiler refuses it."""
-    device = topologies.get_topology_desc(platform="tpu", topology_name=f"{chip}:2x2").devices[0]
-    sharding = SingleDeviceSharding(device)
-    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(*jax.tree.map(place, arguments))
+    lowered = lowered_for(device_of(chip), step, *arguments, donate_argnums=(0, 1))
     try:
         memory = lowered.compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:

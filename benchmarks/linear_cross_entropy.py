@@ -12,23 +12,16 @@ lower quartiles over rounds in which all take their turn, as ratios to the plain
 import argparse
 from collections.abc import Callable
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or libtpu asks the network where it is
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-
 from family_table import Column, print_columns
 import jax
-from jax.experimental import topologies
 import jax.numpy as jnp
-from jax.sharding import SingleDeviceSharding
 import numpy as np
 import optax
 from timing import Stepper
+from tpu_compiler import device_of, lowered_for
 
 import lowrank_optax as lro
 
@@ -85,10 +78,7 @@ def plan(name: str, arguments: Any) -> str:
 
 def compiled_mib(step: Callable[..., Any], arguments: Any, chip: str) -> float:
     """Temporaries of the program for a chip that need not be there."""
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=f"{chip}:2x2")
-    sharding = SingleDeviceSharding(topology.devices[0])
-    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-    compiled = jax.jit(step).lower(*map(place, arguments)).compile()
+    compiled = lowered_for(device_of(chip), step, *arguments).compile()
     return compiled.memory_analysis().temp_size_in_bytes / 2**20
 
 

@@ -26,12 +26,15 @@ class Whole(NamedTuple):
       rows: Which rows of the leaves' first axis are given, int32 ``[rows]``; None for all.
       run: Number of rows of a slice that follow one another in the leaf; zero for whole leaves.
       settled: Whether ``update`` must not cut any further.
+      layer: Which layer of a stack is given, as a leaf of its own, for random numbers; None if
+        leaves are not layers.
     """
 
     tree: Any = None
     rows: Any = None
     run: int = 0
     settled: bool = False
+    layer: Any = None
 
 
 class CannotCutError(ValueError):
@@ -50,6 +53,8 @@ class Call(NamedTuple):
         ``update`` is given no parameters.
       has_params: Whether it is.
       state: The arrays of the state by their paths.
+      flags: Those of them that say whether a leaf had a NaN, for `optax.zero_nans`: of a slice,
+        whether it had one.
       whole: The tree of which this may be a part.
       extra_args: Keyword arguments that are passed on.
     """
@@ -61,6 +66,7 @@ class Call(NamedTuple):
     params: Sequence[Any]
     has_params: bool
     state: dict[Path, Any]
+    flags: frozenset[Path]
     whole: Whole
     extra_args: dict[str, Any]
 
@@ -85,6 +91,7 @@ class Call(NamedTuple):
             gradients if params is None else treedef.flatten_up_to(params),
             params is not None,
             leaves_by_path(state),
+            _flags(state),
             (whole or Whole())._replace(tree=tree),
             extra_args,
         )
@@ -168,6 +175,18 @@ class Call(NamedTuple):
         return updates[0], state
 
 
+def _flags(state: Any) -> frozenset[Path]:
+    is_zero_nans = lambda x: isinstance(x, optax.ZeroNansState)
+    nodes = jax.tree.leaves_with_path(state, is_leaf=is_zero_nans)
+    return frozenset(
+        (*path, *of_leaf)
+        for path, node in nodes
+        if is_zero_nans(node)
+        for of_leaf, x in jax.tree.leaves_with_path(node)
+        if jnp.shape(x) == ()
+    )
+
+
 def whole_of(whole: Whole | None, tree: Any) -> Any:
     """The tree of which this is a part, or itself."""
     return tree if whole is None or whole.tree is None else whole.tree
@@ -192,6 +211,8 @@ def keys_of_rows(key: jax.Array, path: Any, x: jax.Array, whole: Whole | None) -
       whole: Where its rows are in the leaf.
     """
     key = jax.random.fold_in(key, zlib.crc32(path_string(path).encode()))
+    if whole is not None and whole.layer is not None:
+        key = jax.random.fold_in(key, whole.layer)
     if x.ndim == 0:
         return key
     rows = None if whole is None else whole.rows

@@ -42,20 +42,25 @@ def check_parts(call: Call, parts: Sequence[optax.GradientTransformation]) -> No
     """Raises CannotCutError if a part of the call's transformation does not work leaf by leaf."""
     for part in parts:
         check_leaves(part)
-        if is_known(part):
-            continue
-        params = call.tree(dict(enumerate(call.params)))
-        part = optax.with_extra_args_support(part)
-        try:
-            state = leaves_by_path(shapes_of_state(part, params))
-            independent = _leaves_are_independent(call._replace(tx=part, state=state))
-        except Exception as error:
-            raise CannotCutError("the update cannot be tried on some leaves alone.") from error
-        if not independent:
-            names = ", ".join(unknown_parts(part))
-            raise CannotCutError(
-                f"the update of a leaf depends on others, or a count on gradients: {names}."
-            )
+        check_leaves_apart(call, part)
+
+
+def check_leaves_apart(call: Call, part: optax.GradientTransformation) -> None:
+    """Raises CannotCutError if a part of the call's transformation mixes leaves."""
+    if is_known(part):
+        return
+    params = call.tree(dict(enumerate(call.params)))
+    part = optax.with_extra_args_support(part)
+    try:
+        state = leaves_by_path(shapes_of_state(part, params))
+        independent = _leaves_are_independent(call._replace(tx=part, state=state))
+    except Exception as error:
+        raise CannotCutError("the update cannot be tried on some leaves alone.") from error
+    if not independent:
+        names = ", ".join(unknown_parts(part))
+        raise CannotCutError(
+            f"the update of a leaf depends on others, or a count on gradients: {names}."
+        )
 
 
 def _leaves_are_independent(call: Call) -> bool:
@@ -101,13 +106,13 @@ def _of_part(call: Call, part: optax.GradientTransformation) -> Call:
 
 def _keeps_rows_apart(call: Call, index: int) -> bool:
     shared, state = call.shared(), leaves_by_path(call.state_shapes([index]))
-    own = [path for path in state if path not in shared]
+    own = [path for path in state if path not in shared | call.flags]
 
     def update(gradient: Any, param: Any, states: list[Any]) -> Any:
         arrays = dict(zip(own, states, strict=True))
         whole = call.whole._replace(settled=True)
         updates, new = call.update([index], [gradient], [param], arrays, whole)
-        return (updates[0], [new[x] for x in own]), [new[x] for x in new if x not in own]
+        return (updates[0], [new[x] for x in own]), [new[x] for x in new if x in shared]
 
     arrays = call.gradients[index], call.params[index], [call.state[path] for path in own]
     program, (of_leaf, _) = jax.make_jaxpr(update, return_shape=True)(*arrays)
@@ -168,8 +173,8 @@ def _of_slice(
 
     def update(part: Any, numbers: jax.Array) -> Any:
         update, state = call.slice_of(index, part, own, numbers, rows // cut.shards)
-        paths[:] = state
-        return update, list(state.values())
+        paths[:] = [path for path in state if path not in call.flags]
+        return update, [state[path] for path in paths]
 
     numbers = jax.ShapeDtypeStruct((rows,), jnp.int32)
     program, (new, state) = jax.make_jaxpr(update, return_shape=True)(part, numbers)

@@ -34,6 +34,7 @@ scale_by_belief scale_by_cocob scale_by_learning_rate scale_by_lion scale_by_mad
 scale_by_optimistic_gradient scale_by_radam scale_by_rms scale_by_rprop scale_by_rss
 scale_by_schedule scale_by_sign scale_by_simplified_ademamix scale_by_stddev scale_by_yogi
 schedule_free set_to_zero sgd simplified_ademamix trace with_extra_args_support yogi
+zero_nans
 """.split()  # noqa: SIM905
 # Matrix by matrix; where rows of a matrix would be cut, the sizes of products tell.
 MATRIX_BY_MATRIX = ("muon", "scale_by_muon", "scale_by_shape")
@@ -56,12 +57,15 @@ def check_leaves(tx: optax.GradientTransformation) -> None:
         )
 
 
-def looks_at(tx: optax.GradientTransformation) -> tuple[str, str] | None:
-    """A part of ``tx`` that computes a number from all leaves or from a whole one, and which."""
-    for name, module in _parts(tx):
-        for names, what in ((OVER_ALL_LEAVES, "all leaves"), (OVER_A_LEAF, "a whole leaf")):
-            if module.startswith(LISTED) and name in names:
-                return name, what
+def looks_at(
+    tx: optax.GradientTransformation, *, whole_leaves: bool = True
+) -> tuple[str, str] | None:
+    """A part of ``tx`` that computes a number from all leaves, or a whole one, and from which."""
+    kinds = [(OVER_ALL_LEAVES, "all leaves"), (OVER_A_LEAF, "a whole leaf")]
+    for part in _parts(tx):
+        for names, what in kinds if whole_leaves else kinds[:1]:
+            if _is_listed(*part, names):
+                return part[0], what
     return None
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import optax
 
-from lowrank_optax.matrices.paths import path_string
+from lowrank_optax.matrices.paths import leaves_by_path, path_string
 from lowrank_optax.slices.call import Call, CannotCutError, Path
 from lowrank_optax.slices.independence import whole_update
-from lowrank_optax.slices.known_transformations import is_known
+from lowrank_optax.slices.known_transformations import is_known, looks_at
 from lowrank_optax.slices.loop import Cut
 from lowrank_optax.slices.plan import Budget, SlicedLeaf, own_state, sliced_leaf, tried
 from lowrank_optax.slices.update import applied, fitting_leaves, of_slice
@@ -37,7 +37,7 @@ def update_leaves(call: Call, gradients: Mapping[int, jax.Array]) -> New:
     state = structure.unflatten([call.state[path] for path, _ in shapes])
     updates = call.tree(gradients)
     part = Call.of(call.tx, updates, state, params, call.whole, call.extra_args)
-    new, arrays = applied(part, fitting_leaves(part, Budget()))
+    new, arrays = applied(part, [] if looks_at(part.tx) else fitting_leaves(part, Budget()))
     return dict(zip(sorted(gradients), new, strict=True)), arrays
 
 
@@ -57,20 +57,23 @@ def leaves_of_stack(call: Call, indices: Sequence[int]) -> list[SlicedLeaf]:
     found = []
     for i in indices:
         cut = Cut(call.params[i].shape[0], 1)
-        own = tried(own_state, call, i, cut, shared)
+        own = tried(own_state, call, i, cut, shared | call.flags)
         leaf = None if own is None else tried(sliced_leaf, call, i, cut, own, whole, unknown)
         if leaf is None:
             raise CannotCutError(
                 f"the update of {path_string(call.paths[i])!r}, of shape {call.params[i].shape}, "
                 "is not the same layer by layer: its state or its arithmetic spans layers."
             )
-        found.append(leaf)
+        flags = tuple(x for x in leaves_by_path(call.state_shapes([i])) if x in call.flags)
+        found.append(leaf._replace(flags=flags))
     return found
 
 
 def update_layer(
     call: Call, leaf: SlicedLeaf, gradient: jax.Array, param: Any, own: Any, row: jax.Array
-) -> tuple[Any, list[Any]]:
-    """The new parameter of one layer ``[1, ...]`` of a stacked leaf, and its own new state."""
-    update, own = of_slice(call, leaf, gradient, param, own, row)
-    return optax.apply_updates(param, update), own
+) -> tuple[Any, list[Any], list[Any]]:
+    """The new parameter of one layer ``[1, ...]`` of a stack, its own new state, and its flags."""
+    arrays = [*own, *(call.state[path] for path in leaf.flags)]
+    with_flags = leaf._replace(own=leaf.own + leaf.flags)
+    update, new = of_slice(call, with_flags, gradient, param, arrays, row)
+    return optax.apply_updates(param, update), new[: len(own)], new[len(own) :]

@@ -53,12 +53,14 @@ class SlicedLeaf(NamedTuple):
       cut: Where slices begin and end.
       own: Paths of the arrays of the state that belong to it.
       emitted: The type of a slice's update, an array or a tree of arrays.
+      flags: Paths of its flags: see `Call`.
     """
 
     index: int
     cut: Cut
     own: tuple[Path, ...]
     emitted: Any
+    flags: tuple[Path, ...] = ()
 
 
 def sliced_leaves(

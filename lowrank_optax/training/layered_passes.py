@@ -196,6 +196,12 @@ class Passes:
         return {i: leaves[i] for i in sorted(used)}
 
 
+def is_in_stack(params: Any) -> Callable[[Any], bool]:
+    """Whether the leaf of a path is stacked ``[layers, ...]``; none is in a list of blocks."""
+    stacked = not _list_of(params["blocks"])
+    return lambda path: stacked and normalised_path(path)[0] == "blocks"
+
+
 def _list_of(blocks: Any) -> list[Any]:
     """The blocks of a list, or of a dictionary with numbers as NNX has it; empty for a stack."""
     if type(blocks) in (list, tuple):  # a named tuple is one block's tree

@@ -4,7 +4,7 @@ A reverse loop over the blocks recomputes a block, takes its gradients, runs the
 layer of the parameters and the state, and writes both in place.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -12,13 +12,15 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.slices.call import Call
-from lowrank_optax.slices.independence import check_parts
+from lowrank_optax.slices.each_layer import each_layer, layers_of_stack, shapes_of_layer
+from lowrank_optax.slices.independence import check_leaves_apart, check_parts
 from lowrank_optax.slices.known_transformations import has_part, is_elementwise, looks_at
 from lowrank_optax.slices.loop import Cut, run_through
 from lowrank_optax.slices.parts import New, leaves_of_stack, update_layer, update_leaves
+from lowrank_optax.slices.plan import SlicedLeaf
 from lowrank_optax.slices.update import rebuilt
 from lowrank_optax.training.layered_models import layered_functions
-from lowrank_optax.training.layered_passes import Gradients, Passes, first_of
+from lowrank_optax.training.layered_passes import Gradients, Passes, first_of, is_in_stack
 
 
 class UpdateInBackward(NamedTuple):
@@ -45,6 +47,7 @@ def update_in_backward(
     clip: Literal["block", "global"] | None = None,
     max_norm: float | None = None,
     micro_batches: int = 1,
+    each: Literal["slice"] | None = None,
 ) -> UpdateInBackward:
     """A training step that updates each block as soon as its gradients exist, in place.
 
@@ -53,7 +56,7 @@ def update_in_backward(
     of the state, and writes both. The gradients of a block leave it through the old weights, so the
     step computes what an ordinary step with full rematerialization does, to rounding, without its
     tree of gradients. The state is that of ``tx`` for all parameters: checkpoints of one step
-    resume in the other.
+    resume in the other, unless ``each`` is set.
 
     ``tx`` may be any transformation that works leaf by leaf and layer by layer: element-wise ones,
     every projected and low-bit optimizer of this library, chains, masks, partitions, schedules,
@@ -77,6 +80,14 @@ def update_in_backward(
       micro_batches: Number of equal parts of the batch, along the first axis of its arrays. Their
         gradients are averaged in float32, one block at a time; the inputs of blocks are stored for
         all of them.
+      each: ``"slice"`` lets ``tx`` see each layer of a stack as a leaf of its own, as in an
+        unrolled model. What it computes from a leaf, such as the norms of ``optax.lamb`` or the
+        root mean squares of ``optax.adafactor``, and what it does by a leaf's shape, is then of a
+        layer. The state is that of one block, stacked, with step counts once: a checkpoint of the
+        unrolled model's optimizer is taken, once its blocks are stacked. It equals
+        ``tx.init(params)``, that of the ordinary step, where arrays of the state have the shapes of
+        parameters, as in ``optax.lamb``; one number for a leaf, as in ``optax.novograd``, is here
+        an array ``[layers]``.
 
     Returns:
       The functions `UpdateInBackward`: ``init``, ``step`` and ``loss``. The key of a step may be
@@ -85,11 +96,11 @@ def update_in_backward(
 
     Raises:
       TypeError: If ``model`` or ``loss`` is of another kind.
-      ValueError: If an argument is out of range; if ``tx`` looks at all leaves or at whole stacks,
-        such as ``optax.lamb``, or is ``optax.MultiSteps``; in ``step``, if the update of a layer
-        is not independent of the others, if a parameter is not floating-point, if listed blocks
-        differ in more than their values, if a block changes the type of its input, if a metric has
-        the name of one of the step's, or if a batch cannot be cut into micro-batches.
+      ValueError: If an argument is out of range; if ``tx`` looks at all leaves, or at whole stacks
+        without ``each``, or is ``optax.MultiSteps``; in ``step``, if the update of a layer is not
+        independent of the others, if a parameter is not floating-point, if listed blocks differ in
+        more than their values, if a block changes the type of its input, if a metric has the name
+        of one of the step's, or if a batch cannot be cut into micro-batches.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro, optax
@@ -115,22 +126,25 @@ def update_in_backward(
       (LOMO), 2023, https://arxiv.org/abs/2306.09782, Algorithm 1, for any optimizer.
     """
     functions = layered_functions(model, loss)
-    _check(tx, clip, max_norm, micro_batches)
+    _check(tx, clip, max_norm, micro_batches, each)
     tx = optax.with_extra_args_support(tx)
 
     def passed(params: Any, batch: Any, key: Any) -> Passes:
         return Passes(functions, params, batch, key, micro_batches)
 
+    def init(params: Any) -> Any:
+        return each_layer(tx, is_in_stack(params)).init(params)
+
     def step(params: Any, state: Any, batch: Any, key: Any = None) -> Any:
-        return _step(passed(params, batch, key), tx, state, clip, max_norm)
+        return _step(passed(params, batch, key), tx, state, clip, max_norm, each)
 
     def evaluate(params: Any, batch: Any, key: Any = None) -> Any:
         return passed(params, batch, key).loss()
 
-    return UpdateInBackward(tx.init, step, evaluate)
+    return UpdateInBackward(tx.init if each is None else init, step, evaluate)
 
 
-def _check(tx: Any, clip: Any, max_norm: Any, micro_batches: Any) -> None:
+def _check(tx: Any, clip: Any, max_norm: Any, micro_batches: Any, each: Any) -> None:
     """Raises ValueError for what `update_in_backward` cannot run."""
     if clip not in (None, "block", "global"):
         raise ValueError(f"clip={clip!r} must be 'block', 'global' or None.")
@@ -140,30 +154,43 @@ def _check(tx: Any, clip: Any, max_norm: Any, micro_batches: Any) -> None:
         raise ValueError(f"max_norm={max_norm!r} must be positive.")
     if not isinstance(micro_batches, int) or micro_batches < 1:
         raise ValueError(f"micro_batches={micro_batches!r} must be an int of at least 1.")
+    if each not in (None, "slice"):
+        raise ValueError(f"each={each!r} must be 'slice' or None.")
     if has_part(tx, "MultiSteps"):
         raise ValueError(
             "MultiSteps stores all gradients, which never exist at one time here: set "
             "micro_batches= instead."
         )
-    if found := looks_at(tx):
+    if found := looks_at(tx, whole_leaves=each is None):
         instead = {
             "clip_by_global_norm": "set clip='global' and max_norm= instead.",
             "hutchinson_estimator_diag_hessian": "it is a part of optax.contrib.sophia.",
             "apply_if_finite": "blocks are written before all gradients are known.",
         }
+        otherwise = {
+            "all leaves": "use it with an ordinary step.",
+            "a whole leaf": "set each='slice' to compute it from each layer, as in an unrolled "
+            "model.",
+        }
         raise ValueError(
             f"{found[0]} computes a number from {found[1]}, which never exists here: "
-            + instead.get(found[0], "use it with an ordinary step.")
+            + instead.get(found[0], otherwise[found[1]])
         )
 
 
 def _step(
-    run: Passes, tx: Any, state: Any, clip: str | None, max_norm: Any
+    run: Passes, tx: Any, state: Any, clip: str | None, max_norm: Any, each: str | None
 ) -> tuple[Any, Any, jax.Array, dict[str, Any]]:
-    params = run.params
+    params, find_leaves = run.params, leaves_of_stack
+    if each is not None:
+        is_stack, find_leaves = is_in_stack(params), layers_of_stack
+        layer = shapes_of_layer(params, is_stack)
+        check_leaves_apart(Call.of(tx, layer, (), layer, None, {}), tx)
+        tx = each_layer(tx, is_stack)
     jax.eval_shape(tx.update, params, state, params)  # raises what the ordinary step would
     call = Call.of(tx, params, state, params, None, {})
-    check_parts(call, [tx])
+    if each is None:
+        check_parts(call, [tx])
     x, inputs = run.forward()
     of_head, dx, (loss, metrics) = run.head_gradients(x)
     of_both = run.used_by_embed().keys() & of_head.keys()
@@ -186,8 +213,11 @@ def _step(
         clipped = lambda gradients: gradients
 
     new, arrays = update_leaves(call, clipped(early))
-    update_blocks = _update_list if run.listed else _update_stack
-    dx, rest, norms, of_blocks = update_blocks(call, run, dx, inputs, clipped)
+    if run.listed:
+        dx, rest, norms, of_blocks = _update_list(call, run, dx, inputs, clipped)
+    else:
+        leaves = find_leaves(call, [i for i in run.stack if run.leaves[i].ndim > 2])
+        dx, rest, norms, of_blocks = _update_stack(call, run, leaves, dx, inputs, clipped)
     last = late(dx)
     of_outside = update_leaves(call, {**clipped(last), **rest})
     for leaves, part in (of_blocks, of_outside):
@@ -203,7 +233,12 @@ def _step(
 
 
 def _update_stack(
-    call: Call, run: Passes, dx: jax.Array, inputs: jax.Array, clipped: Callable[[Any], Any]
+    call: Call,
+    run: Passes,
+    leaves: Sequence[SlicedLeaf],
+    dx: jax.Array,
+    inputs: jax.Array,
+    clipped: Callable[[Any], Any],
 ) -> tuple[jax.Array, Gradients, jax.Array, New]:
     """The backward pass through stacked blocks, with the updates of their matrices.
 
@@ -213,7 +248,6 @@ def _update_stack(
       The gradient of the first block's input, those of vectors, the norms of each block's, and
       what is new.
     """
-    leaves = leaves_of_stack(call, [i for i in run.stack if run.leaves[i].ndim > 2])
     matrices = {leaf.index for leaf in leaves}
     vectors = [i for i in run.stack if i not in matrices]
 
@@ -227,15 +261,18 @@ def _update_stack(
         gradients = dict(zip(run.stack, clipped(gradients), strict=True))
         # All of the block is done before any of it is written over.
         dx, gradients = jax.lax.optimization_barrier((dx, gradients))
-        new: list[Any] = [
+        new = [
             update_layer(call, leaf, gradients[leaf.index][None], w, own_state, row)
             for leaf, (w, own_state) in zip(leaves, groups[:-1], strict=True)
         ]
-        return dx, [*new, ([gradients[i][None] for i in vectors], norm[None])]
+        flags = [[x[None] for x in flags] for _, _, flags in new]
+        last = [gradients[i][None] for i in vectors], norm[None], flags
+        return dx, [*((w, own_state) for w, own_state, _ in new), last]
 
     groups = [(call.params[x.index], [call.state[path] for path in x.own]) for x in leaves]
     small = [run.leaves[i] for i in vectors]
-    last = [jnp.zeros_like(x) for x in small], jnp.zeros(run.layers)
+    flags = [[jnp.zeros(run.layers, bool) for _ in leaf.flags] for leaf in leaves]
+    last = [jnp.zeros_like(x) for x in small], jnp.zeros(run.layers), flags
     cut = Cut(run.layers, 1)
     order = {"backwards": True, "fused": is_elementwise(call.tx)}
     dx, groups = run_through(one, dx, [*groups, last], (small, inputs), cut, **order)
@@ -245,7 +282,9 @@ def _update_stack(
         for leaf, (_, own) in zip(leaves, groups, strict=False)
         for path, array in zip(leaf.own, own, strict=True)
     }
-    gradients, norms = groups[-1]
+    gradients, norms, flags = groups[-1]
+    for leaf, of_layers in zip(leaves, flags, strict=True):
+        arrays |= zip(leaf.flags, map(jnp.any, of_layers), strict=True)
     return dx, dict(zip(vectors, gradients, strict=True)), norms, (new, arrays)
 
 

@@ -179,6 +179,71 @@ def test_other_models_give_the_ordinary_step(params: Tree) -> None:
     compare(params, optax.sgd(0.1, 0.9))
 
 
+def with_stacks(tree: Tree) -> Tree:
+    """The tree with each list of blocks stacked."""
+    is_list = lambda x: isinstance(x, list)
+    stack = lambda x: jax.tree.map(lambda *blocks: jnp.stack(blocks), *x) if is_list(x) else x
+    return jax.tree.map(stack, tree, is_leaf=is_list)
+
+
+BY_LEAF = {
+    "lamb": lambda: optax.lamb(1e-2, weight_decay=0.1),
+    "adafactor": lambda: optax.adafactor(1e-2, min_dim_size_to_factor=4),
+    "novograd": lambda: optax.chain(
+        optax.zero_nans(), optax.inject_hyperparams(optax.novograd)(1e-2)
+    ),
+    "low_bit lamb": lambda: lro.low_bit(optax.lamb(1e-2), min_size=32, block_size=8),
+    "centralize": lambda: optax.chain(optax.centralize(), optax.sgd(0.1)),
+    "adaptive_grad_clip": lambda: optax.chain(optax.adaptive_grad_clip(0.1), optax.sgd(0.1)),
+    "lars in a partition": lambda: optax.partition(
+        {"matrix": optax.lars(1e-2), "vector": optax.sgd(0.1)},
+        lambda params: jax.tree.map(lambda x: "matrix" if x.ndim > 1 else "vector", params),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["lamb", "adafactor", *(pytest.param(x, marks=pytest.mark.full) for x in list(BY_LEAF)[2:])],
+)
+def test_each_slice_is_a_leaf_of_the_unrolled_model(name: str) -> None:
+    tx = BY_LEAF[name]()
+    update = lro.update_in_backward(FUNCTIONS, tx, each="slice")
+    found = run(jax.jit(update.step), PARAMS, update.init(PARAMS), range(3))
+    unrolled = run(ordinary(tx), LISTED, tx.init(LISTED), range(3))
+    assert_close(found[2], unrolled[2], 100)
+    assert_close(found[0], with_stacks(unrolled[0]), 800)
+    assert_close(found[1], with_stacks(unrolled[1]), 800)
+
+
+@pytest.mark.full
+def test_each_slice_changes_nothing_of_a_list() -> None:
+    compare(LISTED, optax.lamb(1e-2), each="slice")
+
+
+@pytest.mark.parametrize("each", [None, pytest.param("slice", marks=pytest.mark.full)])
+def test_zero_nans_says_which_leaf_had_one(each: Any) -> None:
+    def rooted(layer: Tree, x: jax.Array, batch: Any, key: Any) -> jax.Array:
+        kernel = layer["kernel"]
+        return x + jnp.tanh(x @ kernel) * jnp.mean(jnp.sqrt(kernel**2)) + x @ layer["other"]
+
+    kernel = drawn(7, LAYERS, WIDTH, WIDTH).at[1, 2, 3].set(0.0)  # where the root has no gradient
+    params = TIED | {"blocks": {"kernel": kernel, "other": kernel}}
+    tx = optax.chain(optax.zero_nans(), optax.sgd(0.1))
+    functions = LayeredFunctions(embed, rooted, head)
+    update = lro.update_in_backward(functions, tx, each=each)
+    new, state, _, _ = jax.jit(update.step)(params, update.init(params), BATCH, None)
+    gradients = jax.jit(jax.grad(update.loss, has_aux=True))(params, BATCH, None)[0]
+    updates, expected = tx.update(gradients, tx.init(params), params)
+    if each is None:
+        assert_close(state, expected)
+    flags = state[0].found_nan["blocks"]
+    by_layer = [False, True, False]
+    assert np.asarray(flags["kernel"]).tolist() == (True if each is None else by_layer)
+    assert not np.any(flags["other"])
+    assert_close(new, optax.apply_updates(params, updates), 100)
+
+
 class Named(NamedTuple):
     scale: Any
     up: Any
@@ -413,7 +478,7 @@ def test_listed_blocks_that_differ_are_refused() -> None:
         (lambda: optax.lbfgs(), "linesearch computes"),
         (lambda: optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.1)), "sam computes"),
         (lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)), "clip='global'"),
-        (lambda: optax.inject_hyperparams(optax.lamb)(0.1), "lamb computes.*whole leaf"),
+        (lambda: optax.inject_hyperparams(optax.lamb)(0.1), "lamb.*whole leaf.*each='slice'"),
     ],
 )
 def test_what_needs_all_gradients_is_refused_by_name(make: Any, message: str) -> None:
@@ -440,7 +505,6 @@ def over_leaves() -> optax.GradientTransformation:
         (over_leaves, PARAMS, "depends on others"),
         (over_leaves, LISTED, "depends on others"),
         (lambda: lro.adagrad_norm(0.1), LISTED, "scale_by_adagrad_norm"),
-        (optax.zero_nans, PARAMS, "spans layers"),
     ],
 )
 def test_unknown_transformations_are_refused_before_compilation(
@@ -451,9 +515,19 @@ def test_unknown_transformations_are_refused_before_compilation(
         jax.eval_shape(update.step, params, update.init(params), BATCH, None)
 
 
+def test_each_slice_is_for_what_works_leaf_by_leaf() -> None:
+    clipped = optax.chain(optax.centralize(), optax.clip_by_global_norm(1.0))
+    with pytest.raises(ValueError, match="clip='global'"):
+        lro.update_in_backward(FUNCTIONS, clipped, each="slice")
+    update = lro.update_in_backward(FUNCTIONS, over_leaves(), each="slice")
+    with pytest.raises(ValueError, match="depends on others"):
+        jax.eval_shape(update.step, PARAMS, update.init(PARAMS), BATCH, None)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"each": "layer"}, "each='layer' must be"),
         ({"clip": "layer", "max_norm": 1.0}, "clip='layer' must be"),
         ({"clip": "block"}, "together"),
         ({"clip": "block", "max_norm": 0.0}, "max_norm=0.0 must be positive"),

@@ -18,7 +18,7 @@ from pathlib import Path
 import re
 import sys
 import time
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -52,6 +52,7 @@ class Rung(NamedTuple):
     attention: str = "xla"
     remat: str | None = None
     in_backward: bool = False
+    each: Literal["slice"] | None = None
     param_dtype: Any = jnp.float32
     adapter: Any = None
 
@@ -90,6 +91,9 @@ LADDER = {
     "update inside backward": IN_BACKWARD,
     "weights in bfloat16": BFLOAT16,
     "moments in 8 bits": EIGHT_BITS,
+    "second moment factored": BFLOAT16._replace(
+        optimizer=lambda *_: rounded(optax.adafactor(1e-4)), each="slice"
+    ),
     "projected moments": BFLOAT16._replace(optimizer=galore),
     "LoRA, rank 16": REMAT._replace(
         param_dtype=jnp.bfloat16, adapter=lro.adapters.LoRA(rank=16, alpha=16)
@@ -123,15 +127,14 @@ def step_of(rung: Rung, model: Decoder, rank: int) -> tuple[Callable[..., Any], 
     wrt = nnx.Param if rung.adapter is None else lro.adapters.trainable
     graphdef, *parts = nnx.split(model, wrt, ...)
     params, rest = map(nnx.as_pure, parts)
-    arguments = params, jax.eval_shape(tx.init, params), rest
     if rung.in_backward:
-        update = lro.update_in_backward(model, tx, loss=loss_fn)
+        update = lro.update_in_backward(model, tx, loss=loss_fn, each=rung.each)
 
         def step_in_backward(params: Any, state: Any, rest: Any, tokens: jax.Array) -> Any:
             del rest
             return update.step(params, state, (tokens[:, :-1], tokens[:, 1:]))[:3]
 
-        return step_in_backward, arguments
+        return step_in_backward, (params, jax.eval_shape(update.init, params), rest)
 
     def loss(params: Any, rest: Any, tokens: jax.Array) -> jax.Array:
         model = nnx.merge(graphdef, params, rest)
@@ -142,7 +145,7 @@ def step_of(rung: Rung, model: Decoder, rank: int) -> tuple[Callable[..., Any], 
         updates, state = tx.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, value
 
-    return step, arguments
+    return step, (params, jax.eval_shape(tx.init, params), rest)
 
 
 def needed(step: Callable[..., Any], arguments: tuple[Any, ...], chip: str) -> float | None:

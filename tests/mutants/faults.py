@@ -252,6 +252,27 @@ TRAINING = (
         ("tests/training/test_update_in_backward.py",),
     ),
     Fault(
+        "a number of each layer computed from the whole stack",
+        "lowrank_optax/slices/each_layer.py",
+        "jax.vmap(tx.init, (axes,), new_axes)(params)",
+        "tx.init(params)",
+        ("tests/slices/test_each_layer.py",),
+    ),
+    Fault(
+        "all layers rounded by the same random numbers",
+        "lowrank_optax/slices/call.py",
+        "key = jax.random.fold_in(key, whole.layer)",
+        "key = jax.random.fold_in(key, 0)",
+        ("tests/slices/test_each_layer.py",),
+    ),
+    Fault(
+        "a flag of a NaN in a stack that is true if all layers had one",
+        "lowrank_optax/training/update_in_backward.py",
+        "map(jnp.any, of_layers)",
+        "map(jnp.all, of_layers)",
+        ("tests/training/test_update_in_backward.py",),
+    ),
+    Fault(
         "the head's gradient of a tied embedding left out",
         "lowrank_optax/training/update_in_backward.py",
         "return gradients | {i: of_head[i] + gradients[i] for i in of_both}",

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_optax.matrices.paths import leaves_by_path
 from lowrank_optax.slices.call import Call
 from lowrank_optax.slices.each_layer import each_layer, layers_of_stack, shapes_of_layer
 from lowrank_optax.slices.independence import check_leaves_apart, check_parts
@@ -187,6 +188,12 @@ def _step(
         layer = shapes_of_layer(params, is_stack)
         check_leaves_apart(Call.of(tx, layer, (), layer, None, {}), tx)
         tx = each_layer(tx, is_stack)
+        shapes = lambda tree: {path: jnp.shape(x) for path, x in leaves_by_path(tree).items()}
+        if shapes(state) != shapes(jax.eval_shape(tx.init, params)):
+            raise ValueError(
+                "the state has other shapes than update.init(params), which with each='slice' is "
+                "not tx.init(params) for this optimizer."
+            )
     jax.eval_shape(tx.update, params, state, params)  # raises what the ordinary step would
     call = Call.of(tx, params, state, params, None, {})
     if each is None:

@@ -36,15 +36,24 @@ IS_PAIR = lambda x: isinstance(x, tuple)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("placed", ["data parallel", "FSDP"])
-def test_eight_devices_compute_what_one_does(placed: str) -> None:
+@pytest.mark.parametrize(
+    ("placed", "each"),
+    [
+        ("data parallel", None),
+        ("FSDP", None),
+        pytest.param("FSDP", "slice", marks=pytest.mark.full),
+    ],
+)
+def test_eight_devices_compute_what_one_does(placed: str, each: Any) -> None:
     random = np.random.default_rng(0)
     params = jax.tree.map(
         lambda x: jnp.asarray(random.normal(size=x[0]) / 4, jnp.float32), SHAPES, is_leaf=IS_PAIR
     )
     batch = jnp.asarray(random.integers(0, WORDS, (16, 9)))
-    tx = optax.adamw(1e-2, eps=1e-3)
-    update = lro.update_in_backward(FUNCTIONS, tx, clip="global", max_norm=0.1, micro_batches=2)
+    tx = optax.adamw(1e-2, eps=1e-3) if each is None else optax.lamb(1e-2, eps=1e-3)
+    update = lro.update_in_backward(
+        FUNCTIONS, tx, clip="global", max_norm=0.1, micro_batches=2, each=each
+    )
 
     def run(params: Any, batch: Any) -> Any:
         step, state, losses = jax.jit(update.step, donate_argnums=(0, 1)), tx.init(params), []

@@ -35,16 +35,24 @@ def loss(model: Decoder, hidden: jax.Array, targets: jax.Array) -> jax.Array:
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, targets))
 
 
-@pytest.mark.parametrize("clip", [None, pytest.param("global", marks=pytest.mark.full)])
-def test_stacks_stay_in_place(compile_for: Any, clip: Any) -> None:
+@pytest.mark.parametrize(
+    ("clip", "each"),
+    [
+        (None, None),
+        pytest.param("global", None, marks=pytest.mark.full),
+        pytest.param(None, "slice", marks=pytest.mark.full),
+    ],
+)
+def test_stacks_stay_in_place(compile_for: Any, clip: Any, each: Any) -> None:
     types = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
     model = nnx.eval_shape(lambda: Decoder(CONFIG, rngs=nnx.Rngs(0), **types))
     params = nnx.as_pure(nnx.state(model, nnx.Param))
-    tx = lro.in_float32(optax.adamw(1e-3))
+    tx = lro.in_float32(optax.adamw(1e-3) if each is None else optax.lamb(1e-3))
     update = lro.update_in_backward(
-        model, tx, loss=loss, clip=clip, max_norm=None if clip is None else 1.0
+        model, tx, loss=loss, clip=clip, max_norm=None if clip is None else 1.0, each=each
     )
-    state, tokens = jax.eval_shape(tx.init, params), jax.ShapeDtypeStruct((1, TOKENS), jnp.int32)
+    state = jax.eval_shape(update.init, params)
+    tokens = jax.ShapeDtypeStruct((1, TOKENS), jnp.int32)
     step = lambda params, state, tokens: update.step(params, state, (tokens, tokens))
     program = compile_for("v5e", step, params, state, tokens, donate_argnums=(0, 1))
 

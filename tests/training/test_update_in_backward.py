@@ -522,6 +522,10 @@ def test_each_slice_is_for_what_works_leaf_by_leaf() -> None:
     update = lro.update_in_backward(FUNCTIONS, over_leaves(), each="slice")
     with pytest.raises(ValueError, match="depends on others"):
         jax.eval_shape(update.step, PARAMS, update.init(PARAMS), BATCH, None)
+    tx = optax.novograd(0.1)
+    update = lro.update_in_backward(FUNCTIONS, tx, each="slice")
+    with pytest.raises(ValueError, match="other shapes than update"):
+        jax.eval_shape(update.step, PARAMS, tx.init(PARAMS), BATCH, None)
 
 
 @pytest.mark.parametrize(

@@ -43,12 +43,17 @@ def attach(model: Decoder, chosen: Chosen, where: str | None, seed: int) -> Deco
 
 def take_apart(model: Decoder, chosen: Chosen) -> Parts:
     """Separates what is trained from the rest."""
-    wanted = nnx.Param if chosen.recipe.method is None else lro.adapters.trainable
+    wanted = trained_filter(chosen)
     model.eval()
     evaluation = nnx.split(model, wanted, nnx.RngCount, ...)[0]
     model.train()
     training, *states = nnx.split(model, wanted, nnx.RngCount, ...)
     return Parts(training, evaluation, *map(nnx.as_pure, states))
+
+
+def trained_filter(chosen: Chosen) -> nnx.filterlib.Filter:
+    """The filter of what is trained: of the adapter, or, where there is none, all weights."""
+    return nnx.Param if chosen.recipe.method is None else lro.adapters.trainable
 
 
 def put_together(parts: Parts) -> Decoder:

@@ -69,10 +69,6 @@ class FinetuneSettings:
             raise InputError("--from and --hf both name a model: give one of them")
         if self.source is not None and self.tokenizer is not None:
             raise InputError("--tokenizer: the run of --from has a tokenizer of its own")
-        if self.update_in_backward and self.adapters != ("full",):
-            raise InputError(
-                "--update-in-backward is for --adapter full: adapters have few gradients to save"
-            )
         if self.update_in_backward and self.remat is not None:
             raise InputError("--update-in-backward recomputes every block: leave --remat out")
         if len(set(self.adapters)) < len(self.adapters):

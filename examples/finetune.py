@@ -29,6 +29,7 @@ try:
         parameter_count,
         put_together,
         take_apart,
+        trained_filter,
     )
     from _base_model import Base, find_base
     from _batch_size import Feed
@@ -110,19 +111,36 @@ def train_step_in_backward(
     *,
     graphdef: nnx.GraphDef,
     tx: optax.GradientTransformation,
+    wrt: nnx.filterlib.Filter,
     loss_fn: Loss = plain_loss,
 ) -> tuple[Any, optax.OptState, Any, jax.Array]:
-    """As `train_step` of all weights, but each block is updated as soon as its gradients exist."""
-    update = lro.update_in_backward(nnx.merge(graphdef, trained, counts, rest), tx, loss=loss_fn)
-    inputs_and_labels = tokens[:, :-1], tokens[:, 1:]
-    trained, opt_state, loss, _ = update.step(trained, opt_state, inputs_and_labels)
-    return trained, opt_state, counts, loss
+    """As `train_step`, but each block is updated as soon as its gradients exist.
+
+    Dropout draws from a key of the step, not from the model's streams.
+    """
+    model = nnx.merge(graphdef, trained, counts, rest)
+    update = lro.update_in_backward(model, tx, loss=loss_fn, wrt=wrt)
+    batch = tokens[:, :-1], tokens[:, 1:]
+    trained, opt_state, loss, _ = update.step(trained, opt_state, batch, step_key(model), rest)
+    return trained, opt_state, jax.tree.map(lambda n: n + 1, counts), loss
 
 
-def chosen_step(settings: FinetuneSettings) -> Callable[..., Any]:
+def step_key(model: nnx.Module) -> jax.Array | None:
+    """A key for the dropout of one step, from the model's streams; None without dropout."""
+    keys, counts = (
+        [jnp.ravel(x)[0] for x in jax.tree.leaves(nnx.state(model, kind))]
+        for kind in (nnx.RngKey, nnx.RngCount)
+    )
+    return jax.random.fold_in(keys[0], counts[0]) if keys else None
+
+
+def chosen_step(job: "Job") -> Callable[..., Any]:
     """The training step that the settings name."""
-    step = train_step_in_backward if settings.update_in_backward else train_step
-    return functools.partial(step, loss_fn=LOSSES[settings.loss])
+    loss_fn = LOSSES[job.settings.loss]
+    if not job.settings.update_in_backward:
+        return functools.partial(train_step, loss_fn=loss_fn)
+    wrt = trained_filter(job.adapter)
+    return functools.partial(train_step_in_backward, wrt=wrt, loss_fn=loss_fn)
 
 
 def loss_on(
@@ -196,9 +214,7 @@ def train(
                 tokens = jax.device_put(feed.next()[0], shared_out)
                 if compiled is None:
                     meter.compiling()
-                    step_fn = functools.partial(
-                        chosen_step(settings), graphdef=parts.training, tx=tx
-                    )
+                    step_fn = functools.partial(chosen_step(job), graphdef=parts.training, tx=tx)
                     compiled, compile_seconds = compile_step(
                         job.mesh, step_fn, trained, opt_state, counts, rest, tokens
                     )
@@ -282,7 +298,7 @@ def check(job: Job) -> None:
         tx = chosen.optimizer(job.schedule, Adapted(model, settings.steps))
         parts = take_apart(model, chosen)
         arguments = parts.trained, tx.init(parts.trained), parts.counts, parts.rest, tokens
-        step = chosen_step(settings)
+        step = chosen_step(job)
         return arguments[:3], step(*arguments, graphdef=parts.training, tx=tx)[:3]
 
     try:
@@ -290,7 +306,9 @@ def check(job: Job) -> None:
     except InputError:
         raise
     except Exception as error:  # whatever a method raises, it is the user's choice
-        raise InputError(f"{chosen.name} cannot adapt this model: {one_line(error)}") from None
+        flag = " with --update-in-backward" if settings.update_in_backward else ""
+        message = f"{chosen.name} cannot adapt this model{flag}: {one_line(error)}"
+        raise InputError(message) from None
     types = [[(x.shape, x.dtype) for x in jax.tree.leaves(tree)] for tree in (before, after)]
     if types[0] != types[1]:
         raise InputError(f"{chosen.name} cannot adapt this model: its state changes in a step")

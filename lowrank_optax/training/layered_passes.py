@@ -1,6 +1,7 @@
 """The passes through a model of blocks that `update_in_backward` consists of."""
 
 from collections.abc import Callable, Mapping, Sequence
+import functools
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 
 from lowrank_optax.matrices.paths import normalised_path, path_string
 from lowrank_optax.slices.independence import sources
-from lowrank_optax.training.layered_models import LayeredFunctions
+from lowrank_optax.training.layered_models import LayeredModel, joined
 
 # What a step's key is folded with, for each part of the model.
 EMBED, BLOCKS, HEAD = range(3)
@@ -17,6 +18,10 @@ EMBED, BLOCKS, HEAD = range(3)
 NORMS = ("block_gradient_norms", "gradient_norm")
 
 Gradients = dict[int, jax.Array]
+# A block's parameters in the order of their tree, and the tree of its frozen weights.
+Weights = tuple[Sequence[jax.Array], Any]
+# The gradient of a block's input, and float32 sums of those of what all blocks share.
+Through = tuple[jax.Array, Gradients]
 
 
 class Passes:
@@ -27,14 +32,15 @@ class Passes:
       leaves: Their arrays, in the order of the tree.
       outside: Indices of those that belong to no block.
       stack: Indices of the stacked ones ``[layers, ...]``; empty if blocks are a list.
-      listed: For each block of a list, the indices of its own.
+      listed: For each block of a list, the indices of its own; empty if blocks are stacked.
+      frozen: The frozen weights of the blocks, stacked, or by the number of a listed block.
       layers: Number of blocks.
     """
 
     def __init__(
-        self, functions: LayeredFunctions, params: Any, batch: Any, key: Any, count: int
+        self, model: LayeredModel, params: Any, frozen: Any, batch: Any, key: Any, count: int
     ) -> None:
-        self.functions, self.params, self.key, self.count = functions, params, key, count
+        self.model, self.params, self.key, self.count = model, params, key, count
         self.batches = jax.tree.map(lambda x: _in_parts(x, count), batch)
         with_paths = jax.tree.leaves_with_path(params)
         for path, x in with_paths:
@@ -42,24 +48,36 @@ class Passes:
                 raise ValueError(f"parameter {path_string(path)!r} is {x.dtype}, not floating.")
         self.leaves = [x for _, x in with_paths]
         names = [normalised_path(path) for path, _ in with_paths]
+        held = {normalised_path(path) for path, _ in jax.tree.leaves_with_path(frozen)}
+        if twice := [name for name in names if name in held]:
+            raise ValueError(f"{'/'.join(twice[0])!r} is in params and in frozen: leave one out.")
         blocks = [i for i, name in enumerate(names) if name[0] == "blocks"]
         self.outside = [i for i, name in enumerate(names) if name[0] != "blocks"]
-        trees = _list_of(params["blocks"])
-        self.stack, self.listed = ([], _runs(blocks, trees)) if trees else (blocks, [])
-        self.block_tree = jax.tree.structure(trees[0] if trees else params["blocks"])
-        for i, tree in enumerate(trees):
-            if jax.tree.structure(tree) != self.block_tree:
-                raise ValueError(f"params['blocks'][{i}] has other parameters than block 0.")
-        sizes = {self.leaves[i].shape[:1] for i in blocks}
-        if not trees and (len(sizes) != 1 or not sizes.isdisjoint({(), (0,)})):
-            raise ValueError(f"params['blocks'] must be stacked along a first axis, not {sizes}.")
-        self.layers = len(trees) if trees else next(iter(sizes))[0]
+        self._frozen_outside = {name: x for name, x in frozen.items() if name != "blocks"}
+        trees, frozen = params.get("blocks", {}), frozen.get("blocks", {})
+        listed, frozen_listed = _listed(trees), _listed(frozen)
+        if listed or frozen_listed:
+            if listed is None or frozen_listed is None:
+                raise ValueError("blocks are a list in one of params and frozen, and not in both.")
+            self.layers = 1 + max({*listed, *frozen_listed})
+            parts = [listed.get(i) for i in range(self.layers)]
+            self.stack, self.listed, self.frozen = [], _runs(blocks, parts), frozen_listed
+            self._structures = list(map(jax.tree.structure, parts))
+        else:
+            sizes = {x.shape[:1] for x in jax.tree.leaves((trees, frozen))}
+            if len(sizes) != 1 or not sizes.isdisjoint({(), (0,)}):
+                raise ValueError(
+                    f"params['blocks'] must be stacked along a first axis, not {sizes}."
+                )
+            (self.layers,) = next(iter(sizes))
+            self.stack, self.listed, self.frozen = blocks, [], frozen
+            self._structures = [jax.tree.structure(trees)]
 
     def outer(self, leaves: Mapping[int, jax.Array]) -> Any:
         """The dictionary of parameters outside of the blocks, with these instead of its own."""
         new = [leaves.get(i, x) for i, x in enumerate(self.leaves)]
         tree = jax.tree.unflatten(jax.tree.structure(self.params), new)
-        return {name: tree[name] for name in tree if name != "blocks"}
+        return joined({name: tree[name] for name in tree if name != "blocks"}, self._frozen_outside)
 
     def keys(self, part: int, layer: Any = None) -> Any:
         """A key for each micro-batch."""
@@ -91,7 +109,6 @@ class Passes:
         if self.count == 1:
             gradients, others = function(params, *first_of(arguments))
             return gradients, _one_more_axis(others)
-        to_float32 = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
         def add(total: Any, arguments: Any) -> Any:
             gradients, others = function(params, *arguments)
@@ -104,24 +121,31 @@ class Passes:
     def forward(self) -> tuple[jax.Array, Any]:
         """The last block's output, and the inputs of all blocks, stacked or in a list."""
         outer = self.outer({})
-        x = self.each(lambda *of: self.functions.embed(outer, *of), self.keys(EMBED))
+        x = self.each(lambda *of: self.model.embed(outer, *of), self.keys(EMBED))
         if self.listed:
             inputs = []
-            for layer, own in enumerate(self.listed):
+            for layer in range(self.layers):
                 inputs.append(x)
-                x = self.block([self.leaves[i] for i in own], x, layer)
+                x = self.block(self.of_listed(layer), x, layer)
             return x, inputs
 
         def one(x: jax.Array, layer: Any) -> tuple[jax.Array, jax.Array]:
             return self.block(layer[0], x, layer[1]), x
 
-        stack = [self.leaves[i] for i in self.stack]
-        return jax.lax.scan(one, x, (stack, jnp.arange(self.layers)))
+        return jax.lax.scan(one, x, (self.of_stack, jnp.arange(self.layers)))
 
-    def block(self, weights: Sequence[jax.Array], x: jax.Array, layer: Any) -> jax.Array:
+    @property
+    def of_stack(self) -> Weights:
+        """The stacked parameters, and the stacked frozen weights."""
+        return [self.leaves[i] for i in self.stack], self.frozen
+
+    def of_listed(self, layer: int) -> Weights:
+        """The parameters of a block of a list, and its frozen weights."""
+        return [self.leaves[i] for i in self.listed[layer]], self.frozen.get(layer)
+
+    def block(self, weights: Weights, x: jax.Array, layer: Any) -> jax.Array:
         """The output of a block."""
-        weights = self.block_tree.unflatten(weights)
-        call = lambda x, *of: self.functions.block(weights, x, *of)
+        call = lambda x, *of: self._block(weights, {}, x, layer, *of)
         y = self.each(call, self.keys(BLOCKS, layer), x)
         if (y.shape, y.dtype) != (x.shape, x.dtype):
             raise ValueError(
@@ -130,22 +154,43 @@ class Passes:
             )
         return y
 
+    def _block(
+        self, weights: Weights, shared: Gradients, x: Any, layer: Any, batch: Any, key: Any
+    ) -> jax.Array:
+        """The output of a block for a micro-batch, with some parameters outside of it replaced."""
+        own, frozen = weights
+        number = layer if self.listed else 0
+        tree = joined(self._structures[number].unflatten(own), frozen)
+        return self.model.block(number, tree, self.outer(shared), x, batch, key)
+
     def block_gradients(
-        self, weights: Sequence[jax.Array], x: jax.Array, dx: jax.Array, layer: Any
-    ) -> tuple[list[jax.Array], jax.Array]:
-        """The gradients of a block's parameters and of its input; recomputes the block."""
+        self, weights: Weights, x: jax.Array, through: Through, layer: Any
+    ) -> tuple[list[jax.Array], Through]:
+        """The gradients of a block's parameters and of its input; recomputes the block.
 
-        def one(weights: Any, x: Any, dx: Any, batch: Any, key: Any) -> Any:
-            call = lambda weights, x: self.functions.block(
-                self.block_tree.unflatten(weights), x, batch, key
-            )
-            return jax.vjp(call, weights, x)[1](dx)
+        Those of the parameters that blocks share are added to what the blocks after it gave.
+        """
+        (own, frozen), (dx, total) = weights, through
 
-        return self.mean_gradients(one, list(weights), self.keys(BLOCKS, layer), x, dx)
+        def one(trained: Any, x: Any, dx: Any, batch: Any, key: Any) -> Any:
+            def call(own: Any, shared: Gradients, x: jax.Array) -> jax.Array:
+                return self._block((own, frozen), shared, x, layer, batch, key)
+
+            *gradients, dx = jax.vjp(call, *trained, x)[1](dx)
+            return gradients, dx
+
+        trained = [list(own), {i: self.leaves[i] for i in total}]
+        keys = self.keys(BLOCKS, layer)
+        (gradients, shared), dx = self.mean_gradients(one, trained, keys, x, dx)
+        return gradients, (dx, jax.tree.map(jnp.add, total, shared))
+
+    def backward_from(self, dx: jax.Array) -> Through:
+        """What goes backwards through the blocks, from the gradient of the last one's output."""
+        return dx, {i: to_float32(jnp.zeros_like(x)) for i, x in self.used_by_blocks.items()}
 
     def head(self, params: Any, x: jax.Array, batch: Any, key: Any) -> tuple[Any, Any]:
         """The loss and the metrics of a micro-batch."""
-        result = self.functions.head(params, x, batch, key)
+        result = self.model.head(params, x, batch, key)
         loss, metrics = result if isinstance(result, tuple) else (result, {})
         if jnp.shape(loss) != ():
             raise ValueError(f"the loss must be a scalar, not of shape {jnp.shape(loss)}.")
@@ -168,47 +213,76 @@ class Passes:
             return gradients, (dx, (loss, metrics))
 
         keys = self.keys(HEAD)
-        used = self._used(lambda leaves, *of: self.head(self.outer(leaves), *of)[0], keys, x)
+        used = self._used(HEAD, lambda leaves, *of: self.head(self.outer(leaves), *of)[0], x)
         gradients, (dx, results) = self.mean_gradients(one, used, keys, x)
         return gradients, dx, _mean(results)
 
     def embed_gradients(self, dx: jax.Array) -> Gradients:
         """The gradients of what the embedding uses, from that of its output."""
+        if not self.used_by_embed:
+            return {}
 
         def one(leaves: Any, dx: Any, batch: Any, key: Any) -> Any:
-            call = lambda leaves: self.functions.embed(self.outer(leaves), batch, key)
+            call = lambda leaves: self.model.embed(self.outer(leaves), batch, key)
             return *jax.vjp(call, leaves)[1](dx), None
 
-        return self.mean_gradients(one, self.used_by_embed(), self.keys(EMBED), dx)[0]
+        return self.mean_gradients(one, self.used_by_embed, self.keys(EMBED), dx)[0]
 
+    @functools.cached_property
     def used_by_embed(self) -> Gradients:
         """The parameters that the embedding uses."""
-        embed = lambda leaves, *of: self.functions.embed(self.outer(leaves), *of)
-        return self._used(embed, self.keys(EMBED))
+        return self._used(EMBED, lambda leaves, *of: self.model.embed(self.outer(leaves), *of))
 
-    def _used(self, function: Callable[..., Any], keys: Any, *arrays: Any) -> Gradients:
+    @functools.cached_property
+    def used_by_blocks(self) -> Gradients:
+        """The parameters outside of the blocks that blocks use."""
+        if not self.model.reads_outside or not self.outside:
+            return {}
+
+        def blocks(leaves: Gradients, batch: Any, key: Any) -> jax.Array:
+            x = self.model.embed(self.outer({}), batch, key)
+            for layer in range(self.layers if self.listed else 1):
+                own = self.of_listed(layer) if self.listed else first_of(self.of_stack)
+                x = self._block(own, leaves, x, layer, batch, key)
+            return x
+
+        return self._used(BLOCKS, blocks)
+
+    def _used(self, part: int, function: Callable[..., Any], *arrays: Any) -> Gradients:
         leaves = {i: self.leaves[i] for i in self.outside}
-        arguments = first_of((*arrays, self.batches, keys))
+        arguments = first_of((*arrays, self.batches, self.keys(part)))
         program = jax.make_jaxpr(function)(leaves, *arguments)
         labels = [frozenset((i,)) for i in sorted(leaves)]
         labels += [frozenset()] * len(jax.tree.leaves(arguments))
         used = frozenset().union(*sources(program, labels))
         return {i: leaves[i] for i in sorted(used)}
 
+    @property
+    def first_layer(self) -> int:
+        """The first block that needs a backward pass: nothing before it is trained."""
+        if self.used_by_embed or self.used_by_blocks or self.stack:
+            return 0
+        trained = (layer for layer, own in enumerate(self.listed) if own)
+        return next(trained, self.layers)
+
+    @property
+    def is_written_out(self) -> bool:
+        """Whether the backward pass visits listed blocks, or none at all, and needs no loop."""
+        return bool(self.listed) or self.first_layer == self.layers
+
 
 def is_in_stack(params: Any) -> Callable[[Any], bool]:
     """Whether the leaf of a path is stacked ``[layers, ...]``; none is in a list of blocks."""
-    stacked = not _list_of(params["blocks"])
+    stacked = _listed(params.get("blocks", {})) is None
     return lambda path: stacked and normalised_path(path)[0] == "blocks"
 
 
-def _list_of(blocks: Any) -> list[Any]:
-    """The blocks of a list, or of a dictionary with numbers as NNX has it; empty for a stack."""
+def _listed(blocks: Any) -> Mapping[int, Any] | None:
+    """The blocks of a list, or of a dictionary with numbers as NNX has it; None for a stack."""
     if type(blocks) in (list, tuple):  # a named tuple is one block's tree
-        return list(blocks)
-    if isinstance(blocks, Mapping) and all(isinstance(name, int) for name in blocks):
-        return [blocks[name] for name in sorted(blocks)]
-    return []
+        return dict(enumerate(blocks))
+    is_list = isinstance(blocks, Mapping) and all(isinstance(name, int) for name in blocks)
+    return blocks if is_list else None
 
 
 def _runs(indices: Sequence[int], trees: Sequence[Any]) -> list[list[int]]:
@@ -227,6 +301,11 @@ def _in_parts(x: jax.Array, count: int) -> jax.Array:
             f"micro_batches={count} along its first axis."
         )
     return jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1)
+
+
+def to_float32(x: jax.Array) -> jax.Array:
+    """``x`` in float32, or float64 if it is."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def first_of(tree: Any) -> Any:

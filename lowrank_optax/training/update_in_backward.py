@@ -4,7 +4,7 @@ A reverse loop over the blocks recomputes a block, takes its gradients, runs the
 layer of the parameters and the state, and writes both in place.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -15,13 +15,12 @@ from lowrank_optax.matrices.paths import leaves_by_path
 from lowrank_optax.slices.call import Call
 from lowrank_optax.slices.each_layer import each_layer, layers_of_stack, shapes_of_layer
 from lowrank_optax.slices.independence import check_leaves_apart, check_parts
-from lowrank_optax.slices.known_transformations import has_part, is_elementwise, looks_at
-from lowrank_optax.slices.loop import Cut, run_through
-from lowrank_optax.slices.parts import New, leaves_of_stack, update_layer, update_leaves
-from lowrank_optax.slices.plan import SlicedLeaf
+from lowrank_optax.slices.known_transformations import has_part, looks_at
+from lowrank_optax.slices.parts import leaves_of_stack, update_leaves
 from lowrank_optax.slices.update import rebuilt
-from lowrank_optax.training.layered_models import layered_functions
-from lowrank_optax.training.layered_passes import Gradients, Passes, first_of, is_in_stack
+from lowrank_optax.training.backward_loops import block_norms, norm_of, update_list, update_stack
+from lowrank_optax.training.layered_models import layered_model
+from lowrank_optax.training.layered_passes import Gradients, Passes, Through, is_in_stack
 
 
 class UpdateInBackward(NamedTuple):
@@ -29,10 +28,11 @@ class UpdateInBackward(NamedTuple):
 
     Attributes:
       init: ``init(params) -> state``, that of the optimizer.
-      step: ``step(params, state, batch, key) -> (params, state, loss, metrics)``. Donate ``params``
-        and ``state``.
-      loss: ``loss(params, batch, key) -> (loss, metrics)`` of the same model with the same random
-        numbers, for evaluation.
+      step: ``step(params, state, batch, key=None, frozen=None) -> (params, state, loss, metrics)``.
+        Donate ``params`` and ``state``. ``frozen`` are the weights that are not trained: arguments
+        of the compiled step, which it reads one block at a time.
+      loss: ``loss(params, batch, key=None, frozen=None) -> (loss, metrics)`` of the same model with
+        the same random numbers, for evaluation.
     """
 
     init: Callable[[Any], Any]
@@ -49,6 +49,7 @@ def update_in_backward(
     max_norm: float | None = None,
     micro_batches: int = 1,
     each: Literal["slice"] | None = None,
+    wrt: Any = None,
 ) -> UpdateInBackward:
     """A training step that updates each block as soon as its gradients exist, in place.
 
@@ -66,8 +67,9 @@ def update_in_backward(
     Args:
       model: A `LayeredFunctions`, with parameters as it says; or an ``nnx.Module`` with stacked or
         listed ``blocks``, such as `lowrank_optax.models.Decoder`, that has
-        ``before_blocks(inputs)``, ``through_block(block, x)`` and ``after_blocks(x)``. The
-        parameters are then ``nnx.as_pure(nnx.state(model, nnx.Param))``, and a batch is a pair
+        ``before_blocks(inputs)``, ``through_block(block, x)`` and ``after_blocks(x)``. With
+        ``graphdef, params, frozen = nnx.split(model, wrt, ...)``, the parameters are then
+        ``nnx.as_pure(params)`` and what is not trained ``nnx.as_pure(frozen)``; a batch is a pair
         ``(inputs, targets)``.
       tx: The optimizer.
       loss: ``loss(model, hidden, targets)``, a scalar or ``(loss, metrics)``, for an
@@ -89,6 +91,9 @@ def update_in_backward(
         ``tx.init(params)``, that of the ordinary step, where arrays of the state have the shapes of
         parameters, as in ``optax.lamb``; one number for a leaf, as in ``optax.novograd``, is here
         an array ``[layers]``.
+      wrt: Filter of what is trained of an ``nnx.Module``, as of ``nnx.Optimizer``: for adapters
+        ``lro.adapters.trainable``. None for ``nnx.Param``, and for a `LayeredFunctions`, of which
+        what is in ``params`` is trained, and what is in ``frozen`` is not.
 
     Returns:
       The functions `UpdateInBackward`: ``init``, ``step`` and ``loss``. The key of a step may be
@@ -96,12 +101,14 @@ def update_in_backward(
       with ``gradient_norm`` and ``block_gradient_norms``, float32 ``[layers]``, before clipping.
 
     Raises:
-      TypeError: If ``model`` or ``loss`` is of another kind.
+      TypeError: If ``model``, ``loss`` or ``frozen`` is of another kind.
       ValueError: If an argument is out of range; if ``tx`` looks at all leaves, or at whole stacks
         without ``each``, or is ``optax.MultiSteps``; in ``step``, if the update of a layer is not
-        independent of the others, if a parameter is not floating-point, if listed blocks differ in
-        more than their values, if a block changes the type of its input, if a metric has the name
-        of one of the step's, or if a batch cannot be cut into micro-batches.
+        independent of the others, if a parameter is not floating-point, if ``params`` and
+        ``frozen`` do not fit together or an ``nnx.Module`` has weights that are in neither, if a
+        module draws random numbers without a key or changes other variables, if a block changes
+        the type of its input, if a metric has the name of one of the step's, or if a batch cannot
+        be cut into micro-batches.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro, optax
@@ -126,21 +133,21 @@ def update_in_backward(
       Lv et al., Full Parameter Fine-tuning for Large Language Models with Limited Resources
       (LOMO), 2023, https://arxiv.org/abs/2306.09782, Algorithm 1, for any optimizer.
     """
-    functions = layered_functions(model, loss)
+    layered = layered_model(model, loss, wrt)
     _check(tx, clip, max_norm, micro_batches, each)
     tx = optax.with_extra_args_support(tx)
 
-    def passed(params: Any, batch: Any, key: Any) -> Passes:
-        return Passes(functions, params, batch, key, micro_batches)
+    def passed(params: Any, batch: Any, key: Any, frozen: Any) -> Passes:
+        return Passes(layered, params, layered.frozen(frozen), batch, key, micro_batches)
 
     def init(params: Any) -> Any:
         return each_layer(tx, is_in_stack(params)).init(params)
 
-    def step(params: Any, state: Any, batch: Any, key: Any = None) -> Any:
-        return _step(passed(params, batch, key), tx, state, clip, max_norm, each)
+    def step(params: Any, state: Any, batch: Any, key: Any = None, frozen: Any = None) -> Any:
+        return _step(passed(params, batch, key, frozen), tx, state, clip, max_norm, each)
 
-    def evaluate(params: Any, batch: Any, key: Any = None) -> Any:
-        return passed(params, batch, key).loss()
+    def evaluate(params: Any, batch: Any, key: Any = None, frozen: Any = None) -> Any:
+        return passed(params, batch, key, frozen).loss()
 
     return UpdateInBackward(tx.init if each is None else init, step, evaluate)
 
@@ -200,146 +207,54 @@ def _step(
         check_parts(call, [tx])
     x, inputs = run.forward()
     of_head, dx, (loss, metrics) = run.head_gradients(x)
-    of_both = run.used_by_embed().keys() & of_head.keys()
-    early = {i: g for i, g in of_head.items() if i not in of_both}
+    waits = run.used_by_embed.keys() | run.used_by_blocks.keys()
+    early = {i: g for i, g in of_head.items() if i not in waits}
+    of_both = {i: g for i, g in of_head.items() if i in waits}
 
-    def late(dx: jax.Array) -> Gradients:
+    def late(through: Through) -> Gradients:
         """What has no gradient before the last block is done, or none at all."""
-        gradients = {i: jnp.zeros_like(call.params[i]) for i in run.outside if i not in early}
-        gradients |= run.embed_gradients(dx)
-        return gradients | {i: of_head[i] + gradients[i] for i in of_both}
+        dx, of_blocks = through
+        total: Gradients = {}
+        for part in (run.embed_gradients(dx), of_blocks, of_both):
+            total |= {i: total[i] + g if i in total else g for i, g in part.items()}
+        params = {i: call.params[i] for i in run.outside if i not in early}
+        return {
+            i: total[i].astype(x.dtype) if i in total else jnp.zeros_like(x)
+            for i, x in params.items()
+        }
 
+    through = run.backward_from(dx)
     if clip == "global":
-        of_input, norms = _block_norms(run, dx, inputs)
-        norm = _norm((early, late(of_input), norms))
+        last, norms = block_norms(run, through, inputs)
+        norm = norm_of((early, late(last), norms))
         clipped = lambda gradients: _clipped(gradients, norm, max_norm)
     elif clip == "block":
-        parts = run.layers + bool(early) + (len(run.outside) > len(early))
-        clipped = lambda gradients: _clipped(gradients, _norm(gradients), max_norm / parts**0.5)
+        blocks = sum(map(bool, run.listed)) if run.listed else bool(run.stack) * run.layers
+        parts = blocks + bool(early) + (len(run.outside) > len(early))
+        clipped = lambda gradients: _clipped(gradients, norm_of(gradients), max_norm / parts**0.5)
     else:
         clipped = lambda gradients: gradients
 
     new, arrays = update_leaves(call, clipped(early))
-    if run.listed:
-        dx, rest, norms, of_blocks = _update_list(call, run, dx, inputs, clipped)
+    if run.is_written_out:
+        update = lambda gradients: update_leaves(call, clipped(gradients))
+        last, norms, of_blocks = update_list(run, through, inputs, update)
+        vectors = {}
     else:
         leaves = find_leaves(call, [i for i in run.stack if run.leaves[i].ndim > 2])
-        dx, rest, norms, of_blocks = _update_stack(call, run, leaves, dx, inputs, clipped)
-    last = late(dx)
-    of_outside = update_leaves(call, {**clipped(last), **rest})
+        last, norms, of_blocks, vectors = update_stack(call, run, leaves, through, inputs, clipped)
+    of_rest = late(last)
+    of_outside = update_leaves(call, {**clipped(of_rest), **vectors})
     for leaves, part in (of_blocks, of_outside):
         new |= leaves
         arrays |= part
     metrics = {
         **metrics,
         "block_gradient_norms": norms,
-        "gradient_norm": _norm((early, last, norms)),
+        "gradient_norm": norm_of((early, of_rest, norms)),
     }
     new = call.treedef.unflatten([new[i] for i in range(len(call.params))])
     return new, rebuilt(state, arrays), loss, metrics
-
-
-def _update_stack(
-    call: Call,
-    run: Passes,
-    leaves: Sequence[SlicedLeaf],
-    dx: jax.Array,
-    inputs: jax.Array,
-    clipped: Callable[[Any], Any],
-) -> tuple[jax.Array, Gradients, jax.Array, New]:
-    """The backward pass through stacked blocks, with the updates of their matrices.
-
-    Vectors, such as the scales of norms, are updated after it, whole: their gradients are small.
-
-    Returns:
-      The gradient of the first block's input, those of vectors, the norms of each block's, and
-      what is new.
-    """
-    matrices = {leaf.index for leaf in leaves}
-    vectors = [i for i in run.stack if i not in matrices]
-
-    def one(dx: jax.Array, groups: Any, read: Any, row: jax.Array) -> Any:
-        small, x = read
-        weights = {leaf.index: w for leaf, (w, _) in zip(leaves, groups[:-1], strict=True)}
-        weights |= zip(vectors, small, strict=True)
-        own = [weights[i][0] for i in run.stack]
-        gradients, dx = run.block_gradients(own, x[0], dx, row)
-        norm = _norm(gradients)
-        gradients = dict(zip(run.stack, clipped(gradients), strict=True))
-        # All of the block is done before any of it is written over.
-        dx, gradients = jax.lax.optimization_barrier((dx, gradients))
-        new = [
-            update_layer(call, leaf, gradients[leaf.index][None], w, own_state, row)
-            for leaf, (w, own_state) in zip(leaves, groups[:-1], strict=True)
-        ]
-        flags = [[x[None] for x in flags] for _, _, flags in new]
-        last = [gradients[i][None] for i in vectors], norm[None], flags
-        return dx, [*((w, own_state) for w, own_state, _ in new), last]
-
-    groups = [(call.params[x.index], [call.state[path] for path in x.own]) for x in leaves]
-    small = [run.leaves[i] for i in vectors]
-    flags = [[jnp.zeros(run.layers, bool) for _ in leaf.flags] for leaf in leaves]
-    last = [jnp.zeros_like(x) for x in small], jnp.zeros(run.layers), flags
-    cut = Cut(run.layers, 1)
-    order = {"backwards": True, "fused": is_elementwise(call.tx)}
-    dx, groups = run_through(one, dx, [*groups, last], (small, inputs), cut, **order)
-    new = {leaf.index: param for leaf, (param, _) in zip(leaves, groups, strict=False)}
-    arrays = {
-        path: array
-        for leaf, (_, own) in zip(leaves, groups, strict=False)
-        for path, array in zip(leaf.own, own, strict=True)
-    }
-    gradients, norms, flags = groups[-1]
-    for leaf, of_layers in zip(leaves, flags, strict=True):
-        arrays |= zip(leaf.flags, map(jnp.any, of_layers), strict=True)
-    return dx, dict(zip(vectors, gradients, strict=True)), norms, (new, arrays)
-
-
-def _update_list(
-    call: Call, run: Passes, dx: jax.Array, inputs: Any, clipped: Callable[[Any], Any]
-) -> tuple[jax.Array, Gradients, jax.Array, New]:
-    """As `_update_stack`, for a list of blocks: one after the other, written out."""
-    new, arrays, norms = {}, {}, []
-    for layer in reversed(range(run.layers)):
-        own = run.listed[layer]
-        weights = [run.leaves[i] for i in own]
-        gradients, dx = run.block_gradients(weights, inputs[layer], dx, layer)
-        norms.insert(0, _norm(gradients))
-        leaves, state = update_leaves(call, dict(zip(own, clipped(gradients), strict=True)))
-        # The update comes before the next block's gradients.
-        values = dx, list(leaves.values()), list(state.values())
-        dx, *values = jax.lax.optimization_barrier(values)
-        new |= zip(leaves, values[0], strict=True)
-        arrays |= zip(state, values[1], strict=True)
-    return dx, {}, jnp.stack(norms), (new, arrays)
-
-
-def _block_norms(run: Passes, dx: jax.Array, inputs: Any) -> tuple[jax.Array, jax.Array]:
-    """The gradient of the first block's input, and the norms of each block's."""
-    if run.listed:
-        norms = []
-        for layer in reversed(range(run.layers)):
-            weights = [run.leaves[i] for i in run.listed[layer]]
-            gradients, dx = run.block_gradients(weights, inputs[layer], dx, layer)
-            dx, norm = jax.lax.optimization_barrier((dx, _norm(gradients)))
-            norms.insert(0, norm)
-        return dx, jnp.stack(norms)
-
-    def one(dx: jax.Array, groups: Any, read: Any, row: jax.Array) -> Any:
-        del groups
-        weights, x = first_of(read)
-        gradients, dx = run.block_gradients(weights, x, dx, row)
-        return dx, [_norm(gradients)[None]]
-
-    stack = [run.leaves[i] for i in run.stack]
-    buffer = [jnp.zeros(run.layers)]
-    dx, [norms] = run_through(one, dx, buffer, (stack, inputs), Cut(run.layers, 1), backwards=True)
-    return dx, norms
-
-
-def _norm(tree: Any) -> jax.Array:
-    """The norm of all numbers of a tree, in float32."""
-    return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)))
 
 
 def _clipped(tree: Any, norm: jax.Array, bound: Any) -> Any:

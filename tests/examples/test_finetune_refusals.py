@@ -28,7 +28,10 @@ REFUSED = {
     "option with a bad value": (["--set", "rank=0.5"], "rank=0.5"),
     "no layer matches": (["--hf", "MODEL", "--where", "qeury"], "query"),
     "where that is no regular expression": (["--hf", "MODEL", "--where", "("], "where"),
-    "adapter without gradients to save": (["--update-in-backward"], "for --adapter full"),
+    "optimizer of all gradients": (
+        ["--hf", "MODEL", "--adapter", "aflora", "--update-in-backward"],
+        "aflora cannot adapt this model with --update-in-backward: ",
+    ),
     "recomputed twice": (
         ["--adapter", "full", "--update-in-backward", "--remat"],
         "leave --remat out",

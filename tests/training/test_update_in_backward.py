@@ -457,17 +457,6 @@ def test_a_key_changes_no_variable_but_random_streams() -> None:
     assert_close(with_key, without)
 
 
-def test_listed_blocks_that_differ_are_refused() -> None:
-    loss = {"loss": lambda model, hidden, targets: jnp.mean(hidden**2)}
-    model = Table()
-    model.blocks[1].precision = jax.lax.Precision.HIGHEST
-    with pytest.raises(ValueError, match="blocks/1 differs from blocks/0"):
-        lro.update_in_backward(model, optax.sgd(0.1), **loss)
-    model.blocks[1] = model.blocks[0]
-    with pytest.raises(ValueError, match="blocks/1 has no parameters of its own"):
-        lro.update_in_backward(model, optax.sgd(0.1), **loss)
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -553,12 +542,6 @@ def test_wrong_arguments_are_refused(options: Any, message: str) -> None:
         (FUNCTIONS._replace(head=lambda p, x, b, k: x), PARAMS, {}, "the loss must be a scalar"),
         (FUNCTIONS, PARAMS | {"blocks": {"a": jnp.ones(3), "b": jnp.ones(2)}}, {}, "stacked"),
         (FUNCTIONS, PARAMS | {"blocks": {"a": jnp.ones((0, 3))}}, {}, "stacked"),
-        (
-            FUNCTIONS,
-            PARAMS | {"blocks": [{"a": jnp.ones(3)}, {"b": jnp.ones(3)}]},
-            {},
-            "other parameters",
-        ),
         (
             FUNCTIONS._replace(head=lambda p, x, b, k: (jnp.sum(x), {"gradient_norm": 1.0})),
             PARAMS,

@@ -128,11 +128,11 @@ def step_of(rung: Rung, model: Decoder, rank: int) -> tuple[Callable[..., Any], 
     graphdef, *parts = nnx.split(model, wrt, ...)
     params, rest = map(nnx.as_pure, parts)
     if rung.in_backward:
-        update = lro.update_in_backward(model, tx, loss=loss_fn, each=rung.each)
+        update = lro.update_in_backward(model, tx, loss=loss_fn, each=rung.each, wrt=wrt)
 
         def step_in_backward(params: Any, state: Any, rest: Any, tokens: jax.Array) -> Any:
-            del rest
-            return update.step(params, state, (tokens[:, :-1], tokens[:, 1:]))[:3]
+            batch = tokens[:, :-1], tokens[:, 1:]
+            return update.step(params, state, batch, None, rest)[:3]
 
         return step_in_backward, (params, jax.eval_shape(update.init, params), rest)
 

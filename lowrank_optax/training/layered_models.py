@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 
 from lowrank_optax.matrices.flax_layers import is_nnx_module
+from lowrank_optax.matrices.paths import normalised_path
 
 METHODS = ("before_blocks", "through_block", "after_blocks")
 
@@ -106,3 +107,17 @@ def joined(trained: Any, frozen: Any) -> Any:
 
 def _is_empty(tree: Any) -> bool:
     return tree is None or (isinstance(tree, Mapping) and not tree)
+
+
+def is_in_stack(params: Any) -> Callable[[Any], bool]:
+    """Whether the leaf of a path is stacked ``[layers, ...]``; none is in a list of blocks."""
+    stacked = listed_blocks(params.get("blocks", {})) is None
+    return lambda path: stacked and normalised_path(path)[0] == "blocks"
+
+
+def listed_blocks(blocks: Any) -> Mapping[int, Any] | None:
+    """The blocks of a list, or of a dictionary with numbers as NNX has it; None for a stack."""
+    if type(blocks) in (list, tuple):  # a named tuple is one block's tree
+        return dict(enumerate(blocks))
+    is_list = isinstance(blocks, Mapping) and all(isinstance(name, int) for name in blocks)
+    return blocks if is_list else None

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from lowrank_optax.matrices.paths import normalised_path, path_string
 from lowrank_optax.slices.independence import sources
-from lowrank_optax.training.layered_models import LayeredModel, joined
+from lowrank_optax.training.layered_models import LayeredModel, joined, listed_blocks
 
 # What a step's key is folded with, for each part of the model.
 EMBED, BLOCKS, HEAD = range(3)
@@ -55,7 +55,7 @@ class Passes:
         self.outside = [i for i, name in enumerate(names) if name[0] != "blocks"]
         self._frozen_outside = {name: x for name, x in frozen.items() if name != "blocks"}
         trees, frozen = params.get("blocks", {}), frozen.get("blocks", {})
-        listed, frozen_listed = _listed(trees), _listed(frozen)
+        listed, frozen_listed = listed_blocks(trees), listed_blocks(frozen)
         if listed or frozen_listed:
             if listed is None or frozen_listed is None:
                 raise ValueError("blocks are a list in one of params and frozen, and not in both.")
@@ -269,20 +269,6 @@ class Passes:
     def is_written_out(self) -> bool:
         """Whether the backward pass visits listed blocks, or none at all, and needs no loop."""
         return bool(self.listed) or self.first_layer == self.layers
-
-
-def is_in_stack(params: Any) -> Callable[[Any], bool]:
-    """Whether the leaf of a path is stacked ``[layers, ...]``; none is in a list of blocks."""
-    stacked = _listed(params.get("blocks", {})) is None
-    return lambda path: stacked and normalised_path(path)[0] == "blocks"
-
-
-def _listed(blocks: Any) -> Mapping[int, Any] | None:
-    """The blocks of a list, or of a dictionary with numbers as NNX has it; None for a stack."""
-    if type(blocks) in (list, tuple):  # a named tuple is one block's tree
-        return dict(enumerate(blocks))
-    is_list = isinstance(blocks, Mapping) and all(isinstance(name, int) for name in blocks)
-    return blocks if is_list else None
 
 
 def _runs(indices: Sequence[int], trees: Sequence[Any]) -> list[list[int]]:

@@ -19,8 +19,8 @@ from lowrank_optax.slices.known_transformations import has_part, looks_at
 from lowrank_optax.slices.parts import leaves_of_stack, update_leaves
 from lowrank_optax.slices.update import rebuilt
 from lowrank_optax.training.backward_loops import block_norms, norm_of, update_list, update_stack
-from lowrank_optax.training.layered_models import layered_model
-from lowrank_optax.training.layered_passes import Gradients, Passes, Through, is_in_stack
+from lowrank_optax.training.layered_models import is_in_stack, layered_model
+from lowrank_optax.training.layered_passes import Gradients, Passes, Through
 
 
 class UpdateInBackward(NamedTuple):

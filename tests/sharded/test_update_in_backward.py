@@ -97,3 +97,42 @@ def test_a_projected_update_runs_layer_by_layer_on_a_mesh(devices: int) -> None:
     )
     found = step(placed, tx.init(placed), split, jax.random.key(0))[0]
     assert_close(jax.tree.map(np.asarray, found), jax.tree.map(np.asarray, expected), 300)
+
+
+@pytest.mark.slow
+def test_frozen_stacks_stay_sharded_and_adapters_get_their_updates() -> None:
+    random = np.random.default_rng(0)
+    shapes = SHAPES | {
+        "blocks": SHAPES["blocks"]
+        | {"a": ((LAYERS, WIDTH, 2), P()), "b": ((LAYERS, 2, HIDDEN), P(None, None, "x"))}
+    }
+    tree = jax.tree.map(
+        lambda x: jnp.asarray(random.normal(size=x[0]) / 4, jnp.float32), shapes, is_leaf=IS_PAIR
+    )
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    where = jax.tree.map(lambda x: NamedSharding(mesh, x[1]), shapes, is_leaf=IS_PAIR)
+
+    def split(tree: Any) -> tuple[Any, Any]:
+        blocks = tree["blocks"]
+        trained, held = ({k: blocks[k] for k in names} for names in (("a", "b"), ("up", "down")))
+        return {"blocks": trained}, tree | {"blocks": held}
+
+    def block(layer: Any, x: jax.Array, batch: Any, key: Any) -> jax.Array:
+        layer = layer | {"up": layer["up"] + layer["a"] @ layer["b"]}
+        return FUNCTIONS.block(layer, x, batch, key)
+
+    batch = jnp.asarray(random.integers(0, WORDS, (16, 9)))
+    update = lro.update_in_backward(FUNCTIONS._replace(block=block), optax.sgd(0.1, 0.9))
+    step = jax.jit(update.step)
+
+    def run(tree: Any, batch: Any) -> Any:
+        params, frozen = split(tree)
+        return step(params, update.init(params), batch, jax.random.key(0), frozen)
+
+    expected, _, loss, _ = run(tree, batch)
+    placed = jax.device_put((tree, batch), (where, NamedSharding(mesh, P("x"))))
+    found, _, found_loss, _ = run(*placed)
+    assert_close(found_loss, loss, 100)
+    assert_close(jax.tree.map(np.asarray, found), jax.tree.map(np.asarray, expected), 300)
+    kept = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), found, split(where)[0])
+    assert all(jax.tree.leaves(kept))

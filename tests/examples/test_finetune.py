@@ -266,14 +266,38 @@ def test_every_recipe_trains_saves_and_goes_on_to_the_last_bit(
 
 @pytest.mark.full  # the pre-training example does both in the standard tier
 def test_without_logits_and_with_the_update_in_backward_steps_are_the_same(
-    adapted: Path, adapting: list[str], tmp_path: Path
+    adapting: list[str], tmp_path: Path
 ) -> None:
-    options = ["--adapter", "full", "--loss", "chunked", "--update-in-backward"]
-    assert finetune.main([*adapting, *options, "--output", str(tmp_path)]) == 0
-    found, plain = (read_losses(folder / "full" / "log.jsonl") for folder in (tmp_path, adapted))
-    assert len(found) == len(plain)
-    for ours, theirs in zip(found, plain, strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-3)
+    names = ("full", "lora", "lotr")
+    adapting = [*adapting, "--compare", *names]
+    options = {"plain": [], "in backward": ["--loss", "chunked", "--update-in-backward"]}
+    for folder, more in options.items():
+        assert finetune.main([*adapting, *more, "--output", str(tmp_path / folder)]) == 0
+    for name in names:
+        plain, found = (read_losses(tmp_path / x / name / "log.jsonl") for x in options)
+        assert len(found) == len(plain)
+        for ours, theirs in zip(found, plain, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-3)
+
+
+@pytest.mark.full
+@pytest.mark.bitwise  # the same program, which is lowered once more
+def test_dropout_in_backward_goes_on_with_the_keys_of_later_steps(
+    adapting: list[str], tmp_path: Path
+) -> None:
+    options = ["--adapter", "lora", "--set", "dropout=0.5", "--update-in-backward"]
+    for folder in ("whole", "stopped"):
+        flags = [*adapting, *options, "--output", str(tmp_path / folder)]
+        if folder == "stopped":
+            with interrupted("lora", 3):
+                assert finetune.main(flags) == 130
+            flags = ["--output", str(tmp_path / folder), "--resume"]
+        assert finetune.main(flags) == 0
+    whole, stopped = (
+        read_losses(tmp_path / folder / "lora" / "log.jsonl") for folder in ("whole", "stopped")
+    )
+    assert whole == stopped
+    assert len({row["loss"] for row in whole if "loss" in row}) == 6
 
 
 def test_equal_parameters_brings_counts_together(

@@ -97,9 +97,10 @@ def _before(
 
 
 def _with_arithmetic(job: Settings, settings: FinetuneSettings) -> Settings:
-    """The main job's settings, with this run's choices for a step."""
+    """The main job's settings, with this run's choices for a step, and none of its own."""
     dtype = job.dtype if settings.dtype is None else settings.dtype
-    return dataclasses.replace(job, dtype=dtype, remat=settings.remat)
+    own: dict[str, Any] = {"update_in_backward": False, "activation_bits": None}
+    return dataclasses.replace(job, dtype=dtype, remat=settings.remat, **own)
 
 
 def _make(job: Settings, vocab_size: int) -> Decoder:

@@ -198,7 +198,9 @@ def remat_choice(text: str | None) -> str | dict[str, Any] | None:
     """What the decoder takes for `--remat`: `mlp_up=save,mlp_gate=offload` is a table."""
     if text is None or "=" not in text:
         return text
-    entries = (entry.partition("=") for entry in names_in([text]))
+    entries = [entry.partition("=") for entry in names_in([text])]
+    if len({name for name, _, _ in entries}) < len(entries):
+        raise InputError(f"--remat {text} names an intermediate twice")
     return {name: int(place) if place.isdigit() else place for name, _, place in entries}
 
 

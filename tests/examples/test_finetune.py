@@ -125,6 +125,21 @@ def _settings(flags: list[str]) -> finetune.FinetuneSettings:
     return finetune.FinetuneSettings(**finetune.parse(flags, tuple(RECIPES))[0])
 
 
+def test_a_run_s_own_way_of_a_backward_pass_is_not_the_adapted_model_s(
+    finished: Path, new_text: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished, tmp_path / "run", ignore=lambda _, names: {"log.jsonl"} & {*names})
+    run = json.loads((finished / "run.json").read_text())
+    run["settings"] |= {"update_in_backward": True, "activation_bits": 4}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(run))
+    source = ["--from", str(tmp_path / "run" / "adamw"), "--data", str(new_text)]
+    numbers = ["--sequence-length", "16", "--devices", "1"]
+    base = finetune.find_base(_settings([*source, *numbers, "--remat", "mlp_up=save"]))
+    model = nnx.eval_shape(base.make)
+    assert model.remat.table == {"mlp_up": "save"}
+    assert model.blocks.mlp.activation_bits is None
+
+
 def test_saved_model_that_differs_beyond_rounding_is_an_error(
     adapted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

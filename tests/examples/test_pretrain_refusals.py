@@ -29,6 +29,7 @@ REFUSED = {
     "unknown dtype": (["--dtype", "float8"], "float8"),
     "unknown remat policy": (["--remat", "some"], "remat"),
     "unknown intermediate": (["--remat", "mlp=save"], "remat names 'mlp'"),
+    "intermediate named twice": (["--remat", "mlp_up=save,mlp_up=offload"], "mlp_up=offload names"),
     "no number": (["--steps", "many"], "many"),
     "zero steps": (["--steps", "0"], "--steps must be at least 1"),
     "negative seed": (["--seed", "-1"], "--seed"),

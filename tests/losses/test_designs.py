@@ -69,6 +69,29 @@ def test_a_chunk_whose_words_all_have_a_bias_of_minus_infinity_counts_nothing(co
     assert_close(gradients(token_sums, Head((1, 0), words=3, tokens=2), given), expected, 64)
 
 
+@pytest.mark.parametrize(
+    ("bias", "options"),
+    [(np.full(7, -200.0), {"valid_vocabulary": 5}), (np.repeat([0.0, -np.inf], [5, 2]), {})],
+    ids=["logits below -88 beside words that do not count", "words with a bias of -inf"],
+)
+def test_words_that_add_nothing_to_a_plain_entropy_leave_it_finite(bias, options):
+    rng = np.random.default_rng(4)
+    hidden, head, labels = rng.normal(size=(6, 3)), rng.normal(size=(3, 7)), np.arange(6) % 5
+
+    def function(hidden, bias, head, **options):
+        loss, values = loss_of(
+            hidden, head, labels, bias=bias, return_values=True, chunk_bytes="off", **options
+        )
+        return loss + values.entropy.sum()
+
+    run = lambda *given, **options: jax.jit(
+        jax.value_and_grad(lambda *x: function(*x, given[2], **options), (0, 1))
+    )(*given[:2])
+    value, (dh, db) = run(hidden, bias, head, **options)
+    expected, (dh_of_5, db_of_5) = run(hidden, bias[:5], head[:, :5])
+    assert_close((value, dh, db), (expected, dh_of_5, np.pad(db_of_5, (0, 2))), 400, size=1.0)
+
+
 @pytest.mark.parametrize("design", DESIGNS)
 def test_a_loss_scale_reaches_gradients_before_they_are_rounded_to_float16(design):
     """Shares of 1e-7 are below the normal numbers of float16, and times 2^15 they are not."""

@@ -96,6 +96,54 @@ def test_explicit_axes_are_refused_outside_of_shard_map(arguments, one_device):
     assert_close(found, (expected, dh), 100)
 
 
+@pytest.mark.parametrize(
+    ("names", "specs", "message"),
+    [
+        # Each device would add up the same words: a loss that is larger by log 4.
+        ({"vocabulary_axis_name": "model"}, (P(), P(), P()), "head must be sharded over 'model'"),
+        ({"token_axis_name": "data"}, (P(), P(), P()), "hidden and labels must be .* over 'data'"),
+        (
+            {"token_axis_name": ("data", "model")},
+            (P("data"), P(), P("data")),
+            "hidden and labels must be sharded over 'model'",
+        ),
+    ],
+)
+def test_what_is_the_same_on_all_devices_of_a_named_axis_is_refused(
+    arguments, names, specs, message
+):
+    hidden, head, _, labels = arguments
+    mesh = jax.make_mesh((2, 4), ("data", "model"), (AxisType.Auto,) * 2)
+    loss = lambda *given: lro.losses.linear_cross_entropy(*given, reduction="sum", **names)
+    mapped = lambda specs: jax.shard_map(loss, mesh=mesh, in_specs=specs, out_specs=P())
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(mapped(specs), hidden, head, labels)
+    axes = P(names.get("token_axis_name")), P(None, names.get("vocabulary_axis_name"))
+    assert jax.eval_shape(mapped((*axes, axes[0])), hidden, head, labels).shape == ()
+
+
+def test_a_device_all_of_whose_words_have_a_bias_of_minus_infinity(arguments):
+    hidden, head, bias, labels = arguments
+    head, bias = head[:, :16], bias[:16].copy()
+    bias[12:] = -np.inf
+    labels = np.where(labels < 0, labels, labels % 12)
+    mesh = jax.make_mesh((4,), ("model",), (AxisType.Auto,))
+    loss = lambda hidden, head, bias, name: lro.losses.linear_cross_entropy(
+        hidden, head, labels, bias=bias, vocabulary_axis_name=name
+    )
+    mapped = jax.shard_map(
+        lambda *given: loss(*given, "model"),
+        mesh=mesh,
+        in_specs=(P(), P(None, "model"), P("model")),
+        out_specs=P(),
+    )
+    found = jax.jit(jax.value_and_grad(mapped, (0, 1, 2)))(hidden, head, bias)
+    one = jax.jit(jax.value_and_grad(lambda *given: loss(*given, None), (0, 1, 2)))
+    expected, (dh, dw, db) = one(hidden, head[:, :12], bias[:12])
+    widened = np.pad(dw, ((0, 0), (0, 4))), np.pad(db, (0, 4))
+    assert_close(found, (expected, (dh, *widened)), 100)
+
+
 def test_collectives_over_words_are_three_of_a_number_a_token_and_one_of_the_hidden_states(
     arguments,
 ):

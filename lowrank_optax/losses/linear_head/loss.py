@@ -14,6 +14,7 @@ from lowrank_optax.losses.linear_head.loss_arguments import (
     check_labels,
     check_options,
     check_shapes,
+    check_sharded,
 )
 from lowrank_optax.losses.linear_head.plain import (
     LossOptions,
@@ -128,7 +129,8 @@ def linear_cross_entropy(
     Raises:
       TypeError: If labels are not integers, or another array is not floating point.
       ValueError: If shapes do not fit, an option is out of its range, a label is out of range (in a
-        traced function its token's loss is NaN), or the design cannot do what is asked for.
+        traced function its token's loss is NaN), an array is not sharded over its named mesh axis,
+        or the design cannot do what is asked for.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro
@@ -161,6 +163,8 @@ def linear_cross_entropy(
             "return_values or vocabulary_axis_name take design='recompute'."
         )
     check_shapes(hidden, head, labels, bias, lora, weights, head_axis)
+    check_sharded("vocabulary_axis_name", vocabulary_axis_name, head=head)
+    check_sharded("token_axis_name", token_axis_name, hidden=hidden, labels=labels)
     devices = 1 if vocabulary_axis_name is None else jax.lax.axis_size(vocabulary_axis_name)
     width = head.shape[1 - head_axis]
     valid = width * devices if valid_vocabulary is None else valid_vocabulary

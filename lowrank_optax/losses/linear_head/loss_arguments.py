@@ -84,6 +84,24 @@ def check_shapes(
         raise ValueError(f"weights {jnp.shape(weights)} must have the labels' shape {labels.shape}")
 
 
+def check_sharded(argument: str, axis_name: Any, **arrays: Any) -> None:
+    """Raises ValueError if none of these arrays is sharded over the mesh axis named for them.
+
+    Each device would count the same words or tokens again. With ``check_vma=False``, and outside of
+    `jax.shard_map`, arrays do not say over which axes they vary, nor does the device's index.
+    """
+    if axis_name is None:
+        return
+    axes = lambda x: jax.typeof(x).manual_axis_type.varying
+    varying = frozenset().union(*map(axes, arrays.values()))
+    if missing := axes(jax.lax.axis_index(axis_name)) - varying:
+        raise ValueError(
+            f"{argument}={axis_name!r}: {' and '.join(arrays)} must be sharded over "
+            f"{', '.join(map(repr, sorted(missing)))}, and every device has the same: name the "
+            f"axis in the in_specs of jax.shard_map, or leave {argument} out."
+        )
+
+
 def check_labels(labels: Any, ignore_label: int | None, valid: int) -> None:
     """Raises ValueError if a label of a token that counts is known, and is out of range."""
     if isinstance(labels, jax.core.Tracer) or not getattr(labels, "is_fully_addressable", True):

@@ -30,8 +30,10 @@ def sums_of_logits(head: Head, a: jax.Array, words: Words) -> TokenSums:
     lse = jax.nn.logsumexp(a, axis=1, where=counted)
     expected = None
     if head.wants_expected:
-        p = jnp.exp(finite - lse[:, None])
-        expected = jnp.sum(p * finite, axis=1, where=counted)
+        # A word that does not count or has the logit -inf adds 1 * 0, not inf * 0 or 0 * -inf.
+        adds = a != -jnp.inf if counted is None else counted & (a != -jnp.inf)
+        p = jnp.exp(jnp.where(adds, a - lse[:, None], 0))
+        expected = jnp.sum(p * jnp.where(adds, a, 0), axis=1)
     return TokenSums(
         jnp.sum(jnp.where(is_label(words.labels, 0, size), finite, 0), axis=1),
         lse,

@@ -166,10 +166,11 @@ def logit_gradient(
 ) -> jax.Array:
     """The gradient of the logits of a tile before the soft cap, from the cotangents of all sums."""
     column = lambda x: x[:, None]
-    p = jnp.exp(a - column(sums.lse))
+    # Where all words of a device have a logit of -inf, p is 0.
+    p = jnp.exp(a - column(jnp.where(sums.lse == -jnp.inf, 0, sums.lse)))
     slope = column(cotangents.lse)
     if cotangents.expected_logit is not None:
-        centred = 1 + a - column(sums.expected_logit)
+        centred = 1 + jnp.where(p == 0, 0, a - column(sums.expected_logit))  # a may be -inf
         slope = slope + column(cotangents.expected_logit) * centred
     # The label's 1 is subtracted here, before the gradient is rounded: p may be close to 1.
     g = p * slope

@@ -306,6 +306,12 @@ def test_what_does_not_fit_is_refused(fn: Any, sentence: str, args: Any, options
         fn(*args, **options)
 
 
+@pytest.mark.parametrize("fn", [chunked_attention, dot_product_attention])
+def test_a_scale_that_is_no_number_at_compilation_is_refused(fn: Any) -> None:
+    with pytest.raises(ValueError, match="must be a number when the program is compiled"):
+        jax.make_jaxpr(lambda scale: fn(Q, K, K, scale=scale))(1.0)
+
+
 def test_chunk_bytes_below_one_are_refused() -> None:
     with pytest.raises(ValueError, match="chunk_bytes=0 must be at least 1"):
         chunked_attention(Q, K, K, chunk_bytes=0)

@@ -74,13 +74,14 @@ def test_a_chunk_whose_words_all_have_a_bias_of_minus_infinity_counts_nothing(co
     [(np.full(7, -200.0), {"valid_vocabulary": 5}), (np.repeat([0.0, -np.inf], [5, 2]), {})],
     ids=["logits below -88 beside words that do not count", "words with a bias of -inf"],
 )
-def test_words_that_add_nothing_to_a_plain_entropy_leave_it_finite(bias, options):
+@pytest.mark.parametrize("chunk_bytes", ["off", 100])
+def test_words_that_add_nothing_to_an_entropy_leave_it_finite(bias, options, chunk_bytes):
     rng = np.random.default_rng(4)
     hidden, head, labels = rng.normal(size=(6, 3)), rng.normal(size=(3, 7)), np.arange(6) % 5
 
     def function(hidden, bias, head, **options):
         loss, values = loss_of(
-            hidden, head, labels, bias=bias, return_values=True, chunk_bytes="off", **options
+            hidden, head, labels, bias=bias, return_values=True, chunk_bytes=chunk_bytes, **options
         )
         return loss + values.entropy.sum()
 

@@ -16,9 +16,9 @@ CONTEXT = "attention_context"
 
 
 def check_arguments(
-    query: Any, key: Any, value: Any, mask: Any, local_window_size: Window
+    query: Any, key: Any, value: Any, mask: Any, local_window_size: Window, scale: Any
 ) -> tuple[int, int] | None:
-    """Raise ValueError unless shapes, dtypes and the window fit; the window as a pair.
+    """Raise ValueError unless shapes, dtypes, window and scale fit; the window as a pair.
 
     Its numbers are no larger than the lengths, since positions are int32.
     """
@@ -52,6 +52,11 @@ def check_arguments(
                 f"mask must be bool and broadcast to {scores}, got {mask.dtype} of shape "
                 f"{mask.shape}."
             )
+    if isinstance(scale, jax.core.Tracer):
+        raise ValueError(
+            f"scale={scale} must be a number when the program is compiled: multiply the query by "
+            "it instead."
+        )
     if local_window_size is None:
         return None
     is_pair = isinstance(local_window_size, tuple | list) and len(local_window_size) == 2

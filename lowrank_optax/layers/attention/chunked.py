@@ -59,7 +59,7 @@ def chunked_attention(
       key: Keys ``[B, S, K, H]``; each group of ``N / K`` heads of the query shares one.
       value: Values ``[B, S, K, H]``.
       mask: Booleans that broadcast to ``[B, N, T, S]``: whether a query sees a key.
-      scale: Factor of the scores, :math:`1 / \sqrt{H}` by default.
+      scale: Factor of the scores, not traced; :math:`1 / \sqrt{H}` by default.
       is_causal: Whether query ``i`` sees only keys up to ``i``.
       local_window_size: How many keys before and after its own position a query sees, as a pair or
         as one number for both.
@@ -85,7 +85,7 @@ def chunked_attention(
       Rabe and Staats, 2021, https://arxiv.org/abs/2112.05682; the backward pass is that of Dao et
       al., 2022, https://arxiv.org/abs/2205.14135, algorithm 4.
     """
-    window = check_arguments(query, key, value, mask, local_window_size)
+    window = check_arguments(query, key, value, mask, local_window_size, scale)
     if chunk_bytes is None:
         chunk_bytes = CPU_CHUNK_BYTES if jax.default_backend() == "cpu" else CHUNK_BYTES
     if chunk_bytes < 1:

@@ -52,7 +52,7 @@ def dot_product_attention(
       key: Keys ``[B, S, K, H]``; each group of ``N / K`` heads of the query shares one.
       value: Values ``[B, S, K, H]``.
       mask: Booleans that broadcast to ``[B, N, T, S]``: whether a query sees a key.
-      scale: Factor of the scores, ``1 / sqrt(H)`` by default.
+      scale: Factor of the scores, not traced; ``1 / sqrt(H)`` by default.
       is_causal: Whether query ``i`` sees only keys up to ``i``.
       local_window_size: How many keys before and after its own position a query sees, as a pair or
         as one number for both.
@@ -77,7 +77,7 @@ def dot_product_attention(
     Reference:
       Vaswani et al., 2017, https://arxiv.org/abs/1706.03762, equation 1.
     """
-    window = check_arguments(query, key, value, mask, local_window_size)
+    window = check_arguments(query, key, value, mask, local_window_size, scale)
     check_implementation(implementation, "implementation")
     if implementation is None:
         implementation = default_implementation(query, key, mask)

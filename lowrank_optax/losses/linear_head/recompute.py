@@ -103,7 +103,8 @@ def _add_words(
     if before.logit_sum is not None:
         logit_sum = before.logit_sum + jnp.sum(finite, axis=1)
     if before.weighted is not None:
-        weighted = before.weighted * scale + jnp.sum(e * finite, axis=1)
+        products = jnp.where(e == 0, 0, e * finite)  # 0 where a bias of -inf rules a word out
+        weighted = before.weighted * scale + jnp.sum(products, axis=1)
     return Running(
         top,
         before.exponentials * scale + jnp.sum(e, axis=1),

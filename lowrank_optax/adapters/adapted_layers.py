@@ -174,7 +174,8 @@ class _AdaptedCall:
             for a in layer.adapters.values()
             if not a.merged
         ]
-        bias = _bias(layer, matrix.shape)
+        bias = getattr(layer, "bias", None)
+        bias = view.bias(bias[...]) if isinstance(bias, nnx.Variable) else None
         out = adapted_output(parts, view.x, view.rows(y), weight=matrix, bias=bias)
         return _watched(layer, view.unrows(out).astype(y.dtype), kernel)
 
@@ -252,15 +253,6 @@ FROZEN_WEIGHT = (
     "use wrt=lro.adapters.trainable and nnx.DiffState(0, lro.adapters.trainable). Weights that are "
     "to be trained too are named by lro.adapters.also_train."
 )
-
-
-def _bias(layer: Any, matrix_shape: tuple[int, ...]) -> jax.Array | None:
-    """A layer's bias ``[d_out]``; of experts ``[*batch, 1, d_out]``, beside their rows."""
-    bias = getattr(layer, "bias", None)
-    if not isinstance(bias, nnx.Variable):
-        return None
-    *batch, _, d_out = matrix_shape
-    return bias[...].reshape(*batch, 1, d_out) if batch else bias[...].reshape(d_out)
 
 
 def spec_of(layer: Any, path: str = "a layer") -> LayerSpec:

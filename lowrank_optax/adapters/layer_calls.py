@@ -24,11 +24,14 @@ class Call(NamedTuple):
       x: Its input.
       rows: ``rows(y)``: the layer's output as ``[..., d_out]``.
       unrows: Its inverse.
+      bias: ``bias(b)``: the layer's bias as ``[d_out]``, and as ``[*batch, 1, d_out]`` of a weight
+        with batch axes.
     """
 
     x: Operand
     rows: Callable[[jax.Array], jax.Array]
     unrows: Callable[[jax.Array], jax.Array]
+    bias: Callable[[jax.Array], jax.Array] = lambda bias: bias.reshape(-1)
 
 
 def view_call(
@@ -123,7 +126,14 @@ def _einsum_call(equation: str, x: jax.Array, kernel: jax.Array, y: jax.Array) -
         apart = rows.reshape(*sizes(batch), *sizes(rest), *sizes(outputs))
         return jnp.einsum(f"{natural}->{of_y}", apart)
 
-    return Call(Rows(flat), rows, unrows)
+    def own_bias(bias: jax.Array) -> jax.Array:
+        # Flax reads it, whatever its shape, in the order of the output's axes.
+        of_bias = "".join(c for c in of_y if c in of_kernel)
+        ordered = jnp.einsum(f"{of_bias}->{''.join(batch + outputs)}", bias.reshape(sizes(of_bias)))
+        one_row = (1,) if batch else ()
+        return ordered.reshape(*sizes(batch), *one_row, math.prod(sizes(outputs)))
+
+    return Call(Rows(flat), rows, unrows, own_bias)
 
 
 def _convolution(module: Any, kernel: jax.Array) -> Callable[[jax.Array, jax.Array], jax.Array]:

@@ -276,10 +276,9 @@ def interceptor(shared: Shared) -> Callable[..., Any]:
         finally:
             running.remove(layer)
         matrix = to_matrix(weight, spec.axes)
-        bias = nn.meta.unbox(module.get_variable("params", "bias"))
-        if bias is not None:
-            bias = bias.reshape(*matrix.shape[:-2], 1, -1) if matrix.ndim > 2 else bias.reshape(-1)
         view = view_call(module, spec.kind, weight, args, kwargs, y)
+        bias = nn.meta.unbox(module.get_variable("params", "bias"))
+        bias = None if bias is None else view.bias(bias)
         parts = []
         for plan in beside.plans:
             own, of_group = beside.arrays.get(plan.name, {}), shared.get(plan.name, {})

@@ -59,7 +59,8 @@ def infer_axes(
     """Dimension numbers for a weight that may have more axes than its layer says.
 
     The layer's own axes are the last ones if these fit, else the only ones that fit; the sizes of
-    the others, known from a bias, have a say where the layer does not know its own.
+    the others, known from a bias, have a say where the layer does not know its own. Axes of size 1
+    count for nothing there, so that a bias may have some for the rows.
 
     Args:
       kernel: What the layer says.
@@ -100,7 +101,7 @@ def _find_axes(
 
 
 def _others(shape: Sequence[int], axes: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(sorted(size for axis, size in enumerate(shape) if axis not in axes))
+    return tuple(sorted(size for axis, size in enumerate(shape) if axis not in axes and size != 1))
 
 
 def _one_or_more(axes: tuple[int, ...]) -> int | tuple[int, ...]:

@@ -88,6 +88,18 @@ def test_einsum_with_its_equation_in_the_layer_or_at_the_call(at_call):
     np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_the_bias_of_an_einsum_is_read_in_the_order_of_its_output():
+    x, bias_init = _x(2, 3, 4), nn.initializers.normal()
+    module = nn.Einsum((3, 5, 4), "bed,efd->bfe", bias_init=bias_init)
+    adapted, _, variables = _adapted(module, x, lro.adapters.DoRA(rank=2))
+    longer = lambda path, a: 2 * a if "magnitude" in jax.tree_util.keystr(path) else a
+    trained = jax.tree_util.tree_map_with_path(longer, variables["adapters"])
+    variables = {**variables, "adapters": trained}
+    merged, _ = adapted.merge(variables)
+    expected = _run(module, {"params": merged["params"]}, x)
+    np.testing.assert_allclose(_run(adapted, variables, x), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "padding", ["SAME", "CIRCULAR", pytest.param("VALID", marks=pytest.mark.full)]
 )

@@ -245,6 +245,24 @@ def test_an_equation_at_the_call_is_followed_if_its_axes_are_the_same() -> None:
         layer(np.ones((2, 6), np.float32), "bf,df->bd")
 
 
+@pytest.mark.parametrize(
+    ("equation", "kernel", "bias", "shape"),
+    [
+        ("ebd,edf->ebf", (5, 4, 6), (5, 1, 6), (5, 2, 4)),
+        ("bed,efd->bfe", (5, 6, 4), (6, 5), (2, 5, 4)),
+        ("btd,dnh->bhtn", (4, 2, 3), (3, 2), (2, 5, 4)),
+    ],
+)
+def test_the_bias_of_an_einsum_is_read_in_the_order_of_its_output(
+    equation: str, kernel: tuple[int, ...], bias: tuple[int, ...], shape: tuple[int, ...]
+) -> None:
+    layer, x = einsum(equation, kernel, bias)(), input_of(shape)
+    lro.adapters.attach(layer, lro.adapters.DoRA(rank=2, alpha=3), ".*", rngs=0)
+    out = call(randomized(layer), x)
+    lro.adapters.merge(layer)
+    np.testing.assert_allclose(call(lro.adapters.detach(layer), x), out, atol=2e-5)
+
+
 def test_inputs_may_be_given_by_name() -> None:
     layer, x = made(nnx.Linear, 4, 6)(), input_of((4,))
     lro.adapters.attach(layer, lro.adapters.LoRA(rank=2), ".*", rngs=0)

@@ -52,6 +52,9 @@ NNX_LAYERS: dict[str, tuple[Callable[..., Any], tuple[int, ...], WeightDimension
     "Einsum, experts": (
         functools.partial(nnx.Einsum, "etd,edf->etf", (3, 4, 5)), (3, 6, 4), MATRIX,
     ),
+    "Einsum, experts, with a bias": (
+        functools.partial(nnx.Einsum, "etd,edf->etf", (3, 4, 5), (3, 1, 5)), (3, 6, 4), MATRIX,
+    ),
     "Einsum, ellipsis of examples": (
         functools.partial(nnx.Einsum, "...d,df->...f", (4, 5)), (2, 3, 4), MATRIX,
     ),

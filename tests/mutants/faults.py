@@ -458,6 +458,13 @@ ADAPTERS = (
         ("tests/adapters/test_nnx_switching.py",),
     ),
     Fault(
+        "bias of an einsum in the order of its weight",
+        "lowrank_optax/adapters/layer_calls.py",
+        "c for c in of_y if c in of_kernel",
+        "c for c in of_kernel if c in of_y",
+        ("tests/adapters/test_nnx_layers.py",),
+    ),
+    Fault(
         "core of LoTR transposed",
         "lowrank_optax/adapters/methods/lotr.py",
         "second = product(core, second)",

@@ -56,14 +56,17 @@ def leaves_of_stack(call: Call, indices: Sequence[int]) -> list[SlicedLeaf]:
     whole = whole_update(call)
     found = []
     for i in indices:
+        failures: list[Exception] = []
         cut = Cut(call.params[i].shape[0], 1)
-        own = tried(own_state, call, i, cut, shared | call.flags)
-        leaf = None if own is None else tried(sliced_leaf, call, i, cut, own, whole, unknown)
+        own = tried(failures, own_state, call, i, cut, shared | call.flags)
+        leaf = None
+        if own is not None:
+            leaf = tried(failures, sliced_leaf, call, i, cut, own, whole, unknown)
         if leaf is None:
             raise CannotCutError(
                 f"the update of {path_string(call.paths[i])!r}, of shape {call.params[i].shape}, "
                 "is not the same layer by layer: its state or its arithmetic spans layers."
-            )
+            ) from next(iter(failures), None)
         flags = tuple(x for x in leaves_by_path(call.state_shapes([i])) if x in call.flags)
         found.append(leaf._replace(flags=flags))
     return found

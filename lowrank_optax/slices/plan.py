@@ -68,6 +68,7 @@ def sliced_leaves(
     budget: Budget,
     chosen: Callable[[Call], Sequence[bool]],
     parts: Sequence[optax.GradientTransformation],
+    failures: list[Exception] | None = None,
 ) -> list[SlicedLeaf]:
     """The leaves that are to be cut; all others run whole.
 
@@ -76,10 +77,12 @@ def sliced_leaves(
       budget: How large temporaries may be.
       chosen: For each leaf of a call whether slices save memory.
       parts: What the call's transformation was given: see `update_in_slices`.
+      failures: List to which is added what was raised where a part of the tree was tried.
 
     Raises:
       CannotCutError: If one of the parts does not work leaf by leaf.
     """
+    failures = [] if failures is None else failures
     pairs = list(zip(call.gradients, call.params, strict=True))
     projected = any(isinstance(p, jax.Array) and p.shape != g.shape for g, p in pairs)
     if budget.slices == "off" or projected:
@@ -98,31 +101,35 @@ def sliced_leaves(
             cuts[i] = cut
     if not cuts:
         return []
-    wanted, shared = tried(chosen, call), tried(call.shared)
+    wanted, shared = tried(failures, chosen, call), tried(failures, call.shared)
     if wanted is None or shared is None:
         return []
     owned = [
         (i, cut, own)
         for i, cut in cuts.items()
-        if wanted[i] and (own := tried(own_state, call, i, cut, shared)) is not None
+        if wanted[i] and (own := tried(failures, own_state, call, i, cut, shared)) is not None
     ]
     if not owned:
         return []
     check_parts(call, parts)
     unknown = [part for part in parts if not is_known(part)]
-    whole = tried(whole_update, call)
+    whole = tried(failures, whole_update, call)
     if whole is None:
         return []
-    leaves = [tried(sliced_leaf, call, *each, whole, unknown) for each in owned]
+    leaves = [tried(failures, sliced_leaf, call, *each, whole, unknown) for each in owned]
     found = [leaf for leaf in leaves if leaf is not None]
-    return found if found and tried(_runs_without, call, found) else []
+    return found if found and tried(failures, _runs_without, call, found) else []
 
 
-def tried(function: Callable[..., T], *args: Any) -> T | None:
-    """``function(*args)``; None if that cannot be computed for a part of a tree."""
+def tried(failures: list[Exception], function: Callable[..., T], *args: Any) -> T | None:
+    """``function(*args)``; None if that cannot be computed for a part of a tree.
+
+    What it raises is added to ``failures``, so that a refusal can name its cause.
+    """
     try:
         return function(*args)
-    except Exception:
+    except Exception as error:
+        failures.append(error)
         return None
 
 

@@ -205,12 +205,14 @@ def _checked(
 
 def fitting_leaves(call: Call, budget: Budget) -> list[SlicedLeaf]:
     saves = budget != Budget() or not is_elementwise(call.tx)
-    leaves = sliced_leaves(call, budget, lambda call: [saves] * len(call.gradients), [call.tx])
+    chosen = lambda call: [saves] * len(call.gradients)
+    failures: list[Exception] = []
+    leaves = sliced_leaves(call, budget, chosen, [call.tx], failures)
     if not leaves and isinstance(budget.slices, int) and budget.slices > 1:
         raise CannotCutError(
             f"slices={budget.slices} can cut no leaf: none has two axes or more whose rows are "
             "independent under the transformation."
-        )
+        ) from next(iter(failures), None)
     return leaves
 
 

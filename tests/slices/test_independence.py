@@ -13,6 +13,8 @@ import pytest
 
 import lowrank_optax as lro
 from lowrank_optax.slices import CannotCutError
+from lowrank_optax.slices.call import Call
+from lowrank_optax.slices.parts import leaves_of_stack
 
 SMALL = {"min_size": 100, "block_size": 32}
 SHAPES = {"embed": (130, 16), "up": (6, 16, 32), "down": (6, 32, 16), "bias": (7,)}
@@ -276,6 +278,23 @@ def test_labels_that_cannot_be_asked_about_a_part_leave_leaves_whole() -> None:
     inner = lro.low_bit(optax.scale_by_adam(), **SMALL)
     tx = optax.partition({"up": inner, "others": optax.sgd(0.1)}, labels)
     assert_close(trained(lro.in_slices(tx, budget_bytes=2**13)), trained(tx), units=300)
+
+
+def test_a_refusal_has_its_cause() -> None:
+    def init(params: Any) -> Any:
+        if rows := {x.shape[0] for x in jax.tree.leaves(params)} - {130, 6, 7}:
+            raise ValueError(f"no table of {rows} rows")
+        return optax.tree.zeros_like(params)
+
+    tx = optax.GradientTransformation(init, lambda updates, state, params=None: (updates, state))
+    params = normal(0)
+    with pytest.raises(CannotCutError, match="can cut no leaf") as refusal:
+        lro.in_slices(tx, slices=3).update(params, tx.init(params), params)
+    assert str(refusal.value.__cause__) == "no table of {12} rows"
+    call = Call.of(optax.with_extra_args_support(tx), params, tx.init(params), params, None, {})
+    with pytest.raises(CannotCutError, match="'embed'.* spans layers") as refusal:
+        leaves_of_stack(call, [sorted(params).index("embed")])
+    assert str(refusal.value.__cause__) == "no table of {260} rows"
 
 
 @pytest.mark.slow

@@ -82,12 +82,13 @@ def has_other_weights(module: Any) -> bool:
     ``dot_general``, ``conv_general_dilated``, ``einsum_op`` or ``promote_dtype``; Flax's
     normalization of weights and its convolutions with a mask do. Any class can say it itself, by an
     attribute or property ``plain_weights`` beside its ``__call__``, and any of these functions by
-    an attribute of this name.
+    an attribute of this name; a class does not speak for a function that its layer was given.
     """
     cls = own_class(module)
     defines = next((t for t in cls.__mro__ if "__call__" in vars(t)), cls)
     if "plain_weights" in vars(defines):
-        return not module.plain_weights
+        given = kind_of(module) is not None and _has_own_product(module)
+        return given or not module.plain_weights
     if defines.__module__.startswith("flax."):
         masked = kind_of(module) == "convolution" and getattr(module, "mask", None) is not None
         norm = defines.__name__ in ("SpectralNorm", "WeightNorm")

@@ -192,6 +192,18 @@ def test_layers_inside_a_module_of_parameters_are_inside_its_wrappers(tmp_path):
     assert_close(output(load_peft(Model(False), tmp_path, names=names)), output(model), 400)
 
 
+def test_layers_inside_a_module_of_parameters_are_not_trained_themselves(tmp_path):
+    names = NAMES | {"layers/{}/mix": "model.layers.{}.experts.mix"}
+    match = "modules_to_save has model.layers.0.experts.mix.*trains no module inside"
+    folder = expert_folder(tmp_path / "theirs", modules_to_save=["mix"])
+    refused(folder, UnsupportedConfigError, match, names=names)
+    model = adapted(True, LORA, "up|down")
+    lro.adapters.also_train(model, "mix")
+    with pytest.raises(UnsupportedConfigError, match=match):
+        save_peft(model, tmp_path / "ours", names=names)
+    assert not (tmp_path / "ours").exists()
+
+
 def test_other_ranks_shapes_and_names_are_refused(tmp_path):
     for number, (fields, error, match) in enumerate((
         ({"r": 3}, CheckpointMismatchError, "experts.lora_A.weight"),

@@ -186,6 +186,9 @@ def test_a_product_may_say_that_it_is_with_the_weight_itself() -> None:
     assert not has_other_weights(general)
     general.dot_general = lambda *args: says_so(*args)
     assert has_other_weights(general)
+    cast = lambda product: Cast(3, 4, dot_general=product, rngs=nnx.Rngs(0))
+    assert not has_other_weights(cast(says_so))
+    assert has_other_weights(cast(rounded))  # the class speaks for its own call alone
     own = lambda *args, **options: jax.lax.conv_general_dilated(*args, **options)
     assert has_other_weights(nn.Conv(4, (3,), conv_general_dilated_cls=lambda: own))
     assert not has_other_weights(nn.Conv(4, (3,)))

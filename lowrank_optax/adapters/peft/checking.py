@@ -22,7 +22,7 @@ from lowrank_optax.adapters.peft.config import (
     is_saved,
 )
 from lowrank_optax.adapters.peft.module_names import Slot
-from lowrank_optax.adapters.peft.parameter_names import names_in_peft
+from lowrank_optax.adapters.peft.parameter_names import check_saved, names_in_peft
 from lowrank_optax.adapters.peft.tensors import PREFIX, SHARED, Layout, Tied, split_name
 from lowrank_optax.storage.safetensors_files import TensorReader
 
@@ -63,6 +63,8 @@ def checked_tensors(
     _check_architecture(modules, [m for m in changed if m != SHARED])
     _check_names(modules, layers, config)
     slots = {m: slot for m in layers if isinstance(slot := modules[m], Slot)}
+    saved = [m for m, x in modules.items() if is_saved(m, config.modules_to_save)]
+    check_saved([m for m in saved if not modules[m].is_parameter], slots)
     name_of = names_in_peft(slots)
     in_file = lambda key: f"{name_of(key[0])}.{key[1]}"
     required, optional = _expected_shapes(modules, layouts, config)

@@ -5,8 +5,9 @@ each that is adapted, in the order in which PyTorch registers them: the first is
 tensor's name shows at which depth its factors are, and not of which parameter.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
+from lowrank_optax.adapters.peft.config import UnsupportedConfigError
 from lowrank_optax.adapters.peft.module_names import Slot
 
 
@@ -47,3 +48,16 @@ def names_in_peft(slots: Mapping[str, Slot]) -> Callable[[str], str]:
         return outermost(module) + ".base_layer" * (len(of_module) - 1 - of_module.index(name))
 
     return name_of
+
+
+def check_saved(saved: Iterable[str], adapted: Mapping[str, Slot]) -> None:
+    """Raises UnsupportedConfigError if one of ``modules_to_save`` is inside such a wrapper."""
+    wrapped = {name.rpartition(".")[0] for name, slot in adapted.items() if slot.is_parameter}
+    for name in saved:
+        around = next((module for module in wrapped if name.startswith(f"{module}.")), None)
+        if around is not None:
+            raise UnsupportedConfigError(
+                f"modules_to_save has {name}, and parameters of {around}, which it is inside, have "
+                "adapters (target_parameters): PEFT trains no module inside such a wrapper. Adapt "
+                f"{name} as well instead, or leave the parameters of {around} without adapters."
+            )

@@ -29,7 +29,7 @@ from lowrank_optax.adapters.peft.module_names import (
     module_slots,
     tied_in_model,
 )
-from lowrank_optax.adapters.peft.parameter_names import names_in_peft
+from lowrank_optax.adapters.peft.parameter_names import check_saved, names_in_peft
 from lowrank_optax.adapters.peft.tensors import PREFIX, AdapterFolder, Tensors, write_adapter
 from lowrank_optax.matrices.selection import path_string
 from lowrank_optax.modules.select import modules_by_path
@@ -125,6 +125,7 @@ def save_peft(
         pieces = {m: p for m, slot in slots.items() if (p := piece(slot))}
         bases = {m: slots[m] for m in pieces if _holds_base(m, slots[m], name)}
         whole = {m: x for m, x in slots.items() if m not in pieces and also_trained(x.module)}
+        check_saved(whole, {module: slots[module] for module in pieces})
         written = {slot.path: slot.module for slot in (bases | whole).values() if slot.is_layer}
         check_weights(model, written, "save_peft writes")
         saved = {m: x for m, slot in slots.items() if (x := _trained(slot, m in pieces))}

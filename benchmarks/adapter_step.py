@@ -1,7 +1,7 @@
 """Time and temporary memory of a training step of adapters, against Flax and against PEFT.
 
     python benchmarks/adapter_step.py
-    python benchmarks/adapter_step.py --markdown          # the table of the documentation
+    python benchmarks/adapter_step.py --markdown          # the table of what has been measured
     python benchmarks/adapter_step.py --layers 2 --width 64 --tokens 128 --rounds 3
 
 A step is forward, backward and AdamW of a stack of MLPs (two linear layers, ReLU, a residual) whose
@@ -16,14 +16,16 @@ from collections.abc import Callable
 import json
 import os
 from pathlib import Path
+import sys
 import time
 from typing import Any, NamedTuple
 
+from family_table import Column, print_columns
 from flax import nnx
 import jax
 import jax.numpy as jnp
 import optax
-from timing import Stepper, milliseconds, print_table
+from timing import Stepper, milliseconds
 
 import lowrank_optax as lro
 
@@ -190,48 +192,39 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     ]
 
 
-def table(rows: list[dict[str, Any]]) -> list[list[Any]]:
-    """The rows as they are printed."""
+def print_results(results: dict[str, Any], markdown: bool) -> None:
+    """Prints the table of what has been measured."""
     mebibytes = lambda n: "" if n is None else f"{n / 2**20:.3g}"
-    return [
-        [
-            row["kind"],
-            f"{row['trained']:,}",
-            f"{row['milliseconds']:.3g}",
-            f"{row['over_lora']:.2f}",
-            mebibytes(row["temporary_bytes"]),
-        ]
-        for row in rows
+    columns = [
+        Column("", lambda row: row["kind"]),
+        Column("trained", lambda row: f"{row['trained']:,}"),
+        Column("ms", lambda row: f"{row['milliseconds']:.3g}"),
+        Column("over LoRA", lambda row: f"{row['over_lora']:.2f}"),
+        Column("temporaries, scanned, MiB", lambda row: mebibytes(row["temporary_bytes"])),
     ]
-
-
-COLUMNS = ["", "trained", "ms", "over LoRA", "temporaries, scanned, MiB"]
+    title = "{layers} MLPs of width {width}, {tokens} tokens, rank {rank}, float32, {device}"
+    print_columns(title.format(**results), results["rows"], columns, markdown)
 
 
 def main() -> None:
-    """Measures, writes the numbers and prints the table."""
+    """Measures and writes the numbers, unless Markdown is asked for, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--markdown", action="store_true", help="print the table in Markdown")
+    parser.add_argument("--markdown", action="store_true", help="measure nothing")
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
-    rows = measure(args)
-    shape = {k: getattr(args, k) for k in ("layers", "width", "tokens", "rank", "rounds")}
-    device = jax.devices()[0].device_kind
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps({**shape, "device": device, "rows": rows}, indent=1) + "\n")
-    if args.markdown:
-        print("|" + "|".join(f" {c} " for c in COLUMNS) + "|")
-        print("|---" + "|--:" * (len(COLUMNS) - 1) + "|")
-        for row in table(rows):
-            print("|" + "|".join(f" {x} " for x in row) + "|")
-        return
-    title = f"{args.layers} MLPs of width {args.width}, {args.tokens} tokens, rank {args.rank}"
-    print_table(f"{title}, float32, {device}", COLUMNS, table(rows))
+    if not args.markdown:
+        shape = {k: getattr(args, k) for k in ("layers", "width", "tokens", "rank", "rounds")}
+        measured = {**shape, "device": jax.devices()[0].device_kind, "rows": measure(args)}
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(measured, indent=1) + "\n")
+    if not args.output.exists():
+        sys.exit(f"{args.output} is not there yet: run this without --markdown first")
+    print_results(json.loads(args.output.read_text()), args.markdown)
 
 
 if __name__ == "__main__":

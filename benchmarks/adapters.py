@@ -9,7 +9,8 @@ documentation. The learning rate of each adapter is chosen on seed 0, from three
 of the example's on, further while the best is at an end; then the other seeds run with it. It is
 chosen by the loss on every second held-out window, and the loss on the others is reported. Seeds
 differ in the adapters' initial values and in the order of the text. Every run is written to the
-results at once, so that a stopped benchmark goes on where it was; the table that the page "Which
+results at once, so that a stopped benchmark goes on where it was, also where the model that is made
+again differs by rounding; the table that the page "Which
 adapter" shows is written beside them.
 """
 
@@ -25,6 +26,7 @@ import sys
 import threading
 import time
 from typing import Any
+import warnings
 
 from family_table import Column, print_columns
 import jax
@@ -49,6 +51,7 @@ import lowrank_optax as lro
 ROOT = Path(__file__).resolve().parents[1]
 MOST_RATES = 6
 ROUNDS = 5
+SAME_LOSS = 1e-2  # of a base that is made again, of which rounding is amplified by training
 
 
 class Finetuning:
@@ -210,6 +213,29 @@ def main() -> None:
     make_table(results, args.adapters, args.markdown)
 
 
+def base_of_results(stored: dict[str, Any], made: dict[str, Any], path: Path) -> dict[str, Any]:
+    """What is known of the base of the stored runs: that which has been made, if there are none.
+
+    Exits if that is another model. One that differs by rounding is warned of.
+    """
+    if stored in ({}, made):
+        return made
+    losses = ("held_out_loss", "old_text_loss")
+    settings = [k for k in made if k not in (*losses, "weights") and made[k] != stored[k]]
+    if settings or not all(abs(made[k] - stored[k]) <= SAME_LOSS for k in losses):
+        changes = [f"{k} {stored[k]} there, {made[k]} here" for k in (*settings, *losses)]
+        sys.exit(
+            f"{path} is of another model or other settings ({'; '.join(changes)}): give --results"
+        )
+    of = lambda x: f"weights {x['weights'][:8]}, loss {x['held_out_loss']:.5f}"
+    warnings.warn(
+        f"the base model made here ({of(made)}) is not that of the runs in {path} ({of(stored)}): "
+        "they differ by rounding, and new runs start from the one made here",
+        stacklevel=2,
+    )
+    return stored
+
+
 def run_all(args: argparse.Namespace, results: dict[str, Any]) -> None:
     """Adds the runs that are missing to the results, and to their file."""
     settings = FinetuneSettings(
@@ -230,9 +256,7 @@ def run_all(args: argparse.Namespace, results: dict[str, Any]) -> None:
     evaluate = jax.jit(functools.partial(held_out_loss, graphdef=start.graphdef))
     figures["held_out_loss"] = float(evaluate(start.params, start.windows[1::2]))
     figures |= {"model": args.model, "steps": args.steps, "rank": args.rank}
-    if results["before"] not in ({}, figures):
-        sys.exit(f"{args.results} is of another model or other settings: give --results")
-    results["before"] = figures
+    results["before"] = base_of_results(results["before"], figures, args.results)
     trainers = {
         chosen.name: Finetuning(chosen, start, base.text, settings)
         for chosen in choose(

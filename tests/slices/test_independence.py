@@ -292,7 +292,7 @@ def test_a_refusal_has_its_cause() -> None:
         lro.in_slices(tx, slices=3).update(params, tx.init(params), params)
     assert str(refusal.value.__cause__) == "no table of {12} rows"
     call = Call.of(optax.with_extra_args_support(tx), params, tx.init(params), params, None, {})
-    with pytest.raises(CannotCutError, match="'embed'.* spans layers") as refusal:
+    with pytest.raises(CannotCutError, match=r"'embed'.* spans layers") as refusal:
         leaves_of_stack(call, [sorted(params).index("embed")])
     assert str(refusal.value.__cause__) == "no table of {260} rows"
 

@@ -36,6 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Keeps compiled programs under `.pytest_cache`: a second run compiles next to nothing."""
     config.stash[START] = time.monotonic()
+    gc.disable()  # what collection imports and collects is kept to the end
     if config.getoption("perturb") is not None:
         from perturbation import perturb_products
 
@@ -75,6 +76,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if out:
         items[:] = [item for item in items if item not in out]
         config.hook.pytest_deselected(items=list(out))
+
+
+def pytest_collection_finish() -> None:
+    """Spares the garbage collector the half million objects that exist before the first test."""
+    gc.freeze()
+    gc.set_threshold(10_000)
+    gc.enable()
 
 
 def name_of(item: pytest.Item) -> str:

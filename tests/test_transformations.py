@@ -607,25 +607,27 @@ OF_THEIR_OWN = {
     "lamda_freezing",
     "sara",
 }
-# All others are recipes over shared code, or variants of a row: what those can break.
+# All others are recipes over shared code, or variants of a row: what those can break. That a recipe
+# passes its dimension numbers on, stacked leaves show.
 OF_RECIPES = {
     "float32_is_kept_where_float64_is_enabled",
     "float64_is_kept",
     "state_types_constant",
     "updates_keep_dtype",
-    "dimension_numbers_as_tree_or_function",
     "stacked_leaves_equal_separate_leaves",
     "non_finite_gradient_stays_in_its_leaf",
     "non_finite_gradient_never_enters_a_basis",
     "sharded_on_an_explicit_mesh",
     "converges",
 }
-# Rows above with another argument: their types here, and what they compute by tests of their own.
+# Rows above with another argument, or one in another: their types here, and what they compute by
+# tests of their own.
 VARIANTS = {
     "galore_svd",
     "galore_lazy",
     "apollo_mini",
     "four_bit_adamw",
+    "low_bit_galore",
     "round_updates_with_compensation",
     "nag_gs_constant_gamma",
     "cautious_adamw_count_plus_one",

@@ -346,6 +346,27 @@ ADAPTERS = (
         ("tests/layers/test_powerprop_adapters.py",),
     ),
     Fault(
+        "product given to a layer whose class says it is plain taken for plain",
+        "lowrank_optax/modules/spec.py",
+        "return given or not module.plain_weights",
+        "return not module.plain_weights",
+        ("tests/layers/test_powerprop_adapters.py",),
+    ),
+    Fault(
+        "modules trained inside a module of adapted parameters accepted",
+        "lowrank_optax/adapters/peft/parameter_names.py",
+        'if name.startswith(f"{module}.")',
+        "if name == module",
+        ("tests/adapters/test_peft_parameters.py",),
+    ),
+    Fault(
+        "cause of a refusal to cut leaves lost",
+        "lowrank_optax/slices/update.py",
+        "from next(iter(failures), None)",
+        "from None",
+        ("tests/slices/test_independence.py",),
+    ),
+    Fault(
         "arrays of a file on one device",
         "lowrank_optax/adapters/peft/module_names.py",
         'if getattr(before, "committed", False):',

@@ -39,7 +39,7 @@ IS_PAIR = lambda x: isinstance(x, tuple)
 @pytest.mark.parametrize(
     ("placed", "each"),
     [
-        ("data parallel", None),
+        pytest.param("data parallel", None, marks=pytest.mark.full),
         ("FSDP", None),
         pytest.param("FSDP", "slice", marks=pytest.mark.full),
     ],

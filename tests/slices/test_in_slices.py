@@ -79,6 +79,7 @@ def applying(tx: Any, slices: int) -> Any:
 
 
 IN_FULL = ["in_float32", "galore", "reset", "accumulated", "dct_adamw", "adarankgrad", "online"]
+IN_FULL += ["low_bit-8", "apollo", "staggered"]  # the first two are cut into five below
 EACH = [pytest.param(name, marks=[pytest.mark.full] * (name in IN_FULL)) for name in OPTIMIZERS]
 
 
@@ -94,7 +95,8 @@ def test_slices_change_nothing(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["low_bit-4", "galore-8", pytest.param("fira", marks=pytest.mark.full)]
+    "name",
+    ["low_bit-4", *(pytest.param(name, marks=pytest.mark.full) for name in ("galore-8", "fira"))],
 )
 def test_a_whole_step_in_slices_is_an_update_and_its_application(name: str) -> None:
     tx = OPTIMIZERS[name]()
@@ -104,7 +106,7 @@ def test_a_whole_step_in_slices_is_an_update_and_its_application(name: str) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "slices", [5, 100, *(pytest.param(n, marks=pytest.mark.full) for n in (2, 6))]
+    "slices", [5, *(pytest.param(n, marks=pytest.mark.full) for n in (2, 6, 100))]
 )
 def test_the_number_of_slices_does_not_matter(slices: int) -> None:
     for name in ("low_bit-8", "apollo"):

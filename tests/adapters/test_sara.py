@@ -151,7 +151,6 @@ def merged_and_unmerged(host, kernel, method):
 
 
 @pytest.mark.combinations(1)
-@pytest.mark.combinations(1)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("host", ["nnx", "linen", "pytree"])
 def test_unmerging_gives_every_bit_of_the_weight_back(host, dtype):

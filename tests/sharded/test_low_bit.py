@@ -45,6 +45,7 @@ def shardings_on(mesh: Mesh) -> dict[str, NamedSharding]:
 
 
 @pytest.mark.slow
+@pytest.mark.combinations(1)
 @axis_types
 @bits_of_codes
 def test_codes_and_scales_lie_where_their_parameters_do(bits: Any, axis_type: AxisType) -> None:

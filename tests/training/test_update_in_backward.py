@@ -199,9 +199,10 @@ def made(row: Any) -> Any:
 @pytest.mark.parametrize("row", [x for x in ROWS if x.name in REFUSED], ids=lambda row: row.name)
 def test_other_optimizers_are_refused_by_name(row: Row) -> None:
     tx = made(row)
-    update = lro.update_in_backward(FUNCTIONS, tx)
     with pytest.raises(ValueError, match=REFUSED[row.name]):
-        jax.eval_shape(update.step, PARAMS, tx.init(PARAMS), BATCH, None)
+        jax.eval_shape(
+            lro.update_in_backward(FUNCTIONS, tx).step, PARAMS, tx.init(PARAMS), BATCH, None
+        )
 
 
 @pytest.mark.parametrize("params", [TIED, LISTED], ids=["tied", "list"])

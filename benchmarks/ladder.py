@@ -6,8 +6,9 @@
 
 Each rung changes one thing of the rung before it, in the order in which to try them. Every cell is
 the whole step of one device, compiled for the chip on a machine without one (`libtpu`, the extra
-`tpu-check`): arguments, temporaries, and outputs that take no argument's place. Where the compiler
-refuses, the cell has in brackets what the step takes on a v5p, which has 95 GiB.
+`tpu-check`): the memory that the compiler assigns to it, which is what it compares with the chip's.
+Where that is more than the chip has, the cell has in brackets what the step takes on a v5p, which
+has 95 GiB.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 import optax
-from tpu_compiler import device_of, lowered_for
+from tpu_compiler import allocated_bytes, device_of, lowered_for
 
 import lowrank_optax as lro
 from lowrank_optax.models import Decoder, decoder_config
@@ -40,7 +41,7 @@ RESULTS = Path(__file__).parent / "results" / "ladder.json"
 MODELS = {"llama-1b": 256, "llama-7b": 1024}
 WIDTHS = {"llama-1b": {"intermediate_size": 5504}, "llama-7b": {}}
 CHIPS = {"v5e": 15.75, "v6e": 31.25}  # with the GiB that a program may take
-LARGEST = "v5p"
+LARGEST, LARGEST_GIB = "v5p", 95.0
 GIB = 2**30
 
 
@@ -148,17 +149,19 @@ def step_of(rung: Rung, model: Decoder, rank: int) -> tuple[Callable[..., Any], 
     return step, (params, jax.eval_shape(tx.init, params), rest)
 
 
-def needed(step: Callable[..., Any], arguments: tuple[Any, ...], chip: str) -> float | None:
-    """GiB of the compiled step; None if the compiler refuses it."""
-    lowered = lowered_for(device_of(chip), step, *arguments, donate_argnums=(0, 1))
-    try:
-        memory = lowered.compile().memory_analysis()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return None
-    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return (memory.argument_size_in_bytes + outputs + memory.temp_size_in_bytes) / GIB
+def lowered_step(name: str, title: str, chip: str, shape: tuple[int, int]) -> jax.stages.Lowered:
+    """The step of a cell, for tokens [batch, length]."""
+    model = make_model(name, LADDER[title])
+    step, arguments = step_of(LADDER[title], model, MODELS[name])
+    tokens = jax.ShapeDtypeStruct((shape[0], shape[1] + 1), jnp.int32)
+    return lowered_for(device_of(chip), step, *arguments, tokens, donate_argnums=(0, 1))
+
+
+def needed(name: str, title: str, chip: str, shape: tuple[int, int]) -> float | None:
+    """GiB of the compiled step; None if the chip is too small."""
+    size = allocated_bytes(lowered_step, name, title, chip, shape)
+    limit = LARGEST_GIB if chip == LARGEST else CHIPS[chip]
+    return None if size is None or size > limit * GIB else size / GIB
 
 
 def nbytes(tree: Any) -> int:
@@ -166,17 +169,14 @@ def nbytes(tree: Any) -> int:
     return sum(x.size * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
 
 
-def measure(name: str, rung: Rung, chips: list[str], shape: tuple[int, int]) -> dict[str, Any]:
+def measure(name: str, title: str, chips: list[str], shape: tuple[int, int]) -> dict[str, Any]:
     """Bytes of weights and state, and what the step needs on each chip."""
-    model = make_model(name, rung)
-    step, arguments = step_of(rung, model, MODELS[name])
-    tokens = jax.ShapeDtypeStruct((shape[0], shape[1] + 1), jnp.int32)
-    params, state, rest = arguments
+    _, (params, state, rest) = step_of(LADDER[title], make_model(name, LADDER[title]), MODELS[name])
     figures: dict[str, Any] = {"weight_bytes": nbytes((params, rest)), "state_bytes": nbytes(state)}
-    size = needed(step, (*arguments, tokens), LARGEST)
+    size = needed(name, title, LARGEST, shape)
     for chip in chips:
         hopeless = size is None or size > 1.2 * CHIPS[chip]
-        figures[chip] = None if hopeless else needed(step, (*arguments, tokens), chip)
+        figures[chip] = None if hopeless else needed(name, title, chip, shape)
     return figures | {LARGEST: size}
 
 
@@ -213,13 +213,13 @@ def main() -> None:
     results = json.loads(args.results.read_text()) if args.results.exists() else {}
     if not args.markdown:
         for name in MODELS:
-            for title, rung in LADDER.items():
+            for title in LADDER:
                 key = f"{name}: {title}"
                 chips = [chip for chip in args.chips if chip not in results.get(key, {})]
                 if not chips or not re.search(args.only, key):
                     continue
                 began = time.perf_counter()
-                figures = measure(name, rung, chips, (args.batch, args.length))
+                figures = measure(name, title, chips, (args.batch, args.length))
                 results[key] = results.get(key, {}) | figures
                 print(f"{key}: {figures} ({time.perf_counter() - began:.0f} s)", flush=True)
                 args.results.write_text(json.dumps(results, indent=1) + "\n")

@@ -41,6 +41,7 @@ def compile_for() -> Iterator[Callable[..., Any]]:
         *arguments: Any,
         donate_argnums: Any = (),
         row_major: bool = False,
+        compiler_options: dict[str, Any] | None = None,
     ) -> Any:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=f"{chip}:2x2")
         sharding = SingleDeviceSharding(topology.devices[0])
@@ -49,7 +50,7 @@ def compile_for() -> Iterator[Callable[..., Any]]:
         results = jax.eval_shape(function, *arguments) if row_major else None
         out = jax.tree.map(where, results) if row_major else None
         jitted = jax.jit(function, donate_argnums=donate_argnums, out_shardings=out)
-        return jitted.lower(*jax.tree.map(place, arguments)).compile()
+        return jitted.lower(*jax.tree.map(place, arguments)).compile(compiler_options)
 
     yield compile_for
     jax.config.update("jax_enable_compilation_cache", cached)

@@ -50,7 +50,7 @@ def allocated_bytes(make_lowered: Callable[..., jax.stages.Lowered], *arguments:
     """
     with tempfile.TemporaryDirectory() as folder:
         process = multiprocessing.get_context("spawn").Process(
-            target=_compile, args=(folder, make_lowered, *arguments)
+            target=_compile, args=(folder, make_lowered, *arguments), daemon=True
         )
         process.start()
         total = None

@@ -81,6 +81,7 @@ def nbytes(tree: Any) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
+@pytest.mark.full
 def test_lora_step_takes_what_is_counted(compile_for: Callable[..., Any], tmp_path: Path) -> None:
     """By the compiler's own report: the sums of `memory_analysis` have saved inputs twice."""
     config = dataclasses.replace(
@@ -121,4 +122,4 @@ def test_lora_step_takes_what_is_counted(compile_for: Callable[..., Any], tmp_pa
     block = row * (4 * config.intermediate_size + 11 * config.hidden_size)
     counted, temporary = saved + adapters + block, assigned - nbytes(arguments)
     print(f"temporaries {temporary / 2**20:.0f} MiB, counted {counted / 2**20:.0f}")
-    assert temporary < 1.1 * counted
+    assert temporary < counted

@@ -37,7 +37,7 @@ def allocated_bytes(make_lowered: Callable[..., jax.stages.Lowered], *arguments:
     """Return the bytes of device memory that the compiler assigns to a program, arguments included.
 
     This is the number that the compiler compares with the memory of the chip. `memory_analysis`
-    does not have it on a TPU: its temporaries count the stacks that loops carry twice. The compiler
+    does not have it on a TPU: its temporaries can be more than what is allocated. The compiler
     reports it before it generates code, which takes most of the time, so the compilation runs in a
     process of its own and stops there.
 

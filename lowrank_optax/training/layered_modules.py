@@ -100,7 +100,9 @@ def _frozen_of(model: Any, wrt: Any) -> Callable[[Any], Mapping[str, Any]]:
 @contextlib.contextmanager
 def _unchanged(module: Any, key: Any) -> Generator[None]:
     """Raises ValueError if a call changes what is not kept, or draws numbers without a key."""
-    values = lambda: {p: (x, x.get_raw_value()) for p, x in nnx.to_flat_state(nnx.state(module))}
+    # Calls do not write weights, but Flax's transformations, such as nnx.remat, put them back.
+    state = lambda: nnx.to_flat_state(nnx.state(module, nnx.Not(nnx.Param)))
+    values = lambda: {path: (x, x.get_raw_value()) for path, x in state()}
     before = values()
     yield
     for path, (x, value) in values().items():

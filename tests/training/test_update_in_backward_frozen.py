@@ -270,6 +270,18 @@ def stepped(model: Any, frozen: Any = None, **options: Any) -> Any:
     return jax.eval_shape(update.step, params, update.init(params), X, None, frozen)
 
 
+class Recomputed(nnx.Linear):
+    """A layer whose weights `nnx.remat` puts back after the call."""
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        return nnx.remat(lambda layer, x: nnx.Linear.__call__(layer, x))(self, inputs)
+
+
+def test_a_block_may_recompute_a_part_of_itself() -> None:
+    model = Blocks(nnx.List([Recomputed(WIDTH, WIDTH, rngs=nnx.Rngs(0)), linear(1)]))
+    stepped(model)
+
+
 def test_what_a_module_cannot_be_is_refused() -> None:
     model = Blocks(nnx.List([linear(0), linear(1)]))
     kernels = {"wrt": nnx.PathContains("kernel")}

@@ -253,10 +253,12 @@ def decoders(sizes: Sizes) -> Iterator[Group]:
     weights = layers * (4 * width**2 + 3 * width * inner) + width * words
     attention = layers * causal_flops(batch, tokens, width)
     adamw, lora = lambda: optax.adamw(1e-4), lro.adapters.LoRA(rank=ADAPTER_RANK)
+    numbers = lro.weight_dimension_numbers(nnx.eval_shape(lambda: model_of(None)))
+    options = {"rank": width // 4, "weight_dimension_numbers": numbers}
     rows = {
         "optax.adamw": (adamw, None, True),
         "lro.low_bit(optax.adamw)": (lambda: lro.low_bit(optax.adamw(1e-4)), None, True),
-        "lro.galore": (lambda: lro.galore(1e-4, rank=width // 4), None, True),
+        "lro.galore": (lambda: lro.galore(1e-4, **options), None, True),
         "LoRA": (adamw, lora, True),
         "optax.adamw, no logits": (adamw, None, False),
         "LoRA, no logits": (adamw, lora, False),

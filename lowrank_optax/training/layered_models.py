@@ -101,8 +101,8 @@ def joined(trained: Any, frozen: Any) -> Any:
         return {name: joined(trained.get(name), frozen.get(name)) for name in names}
     if jax.tree_util.all_leaves([trained]) or jax.tree_util.all_leaves([frozen]):
         raise ValueError("params has an array where frozen has a dictionary, or the reverse.")
-    is_part = lambda x: x is None or isinstance(x, Mapping)
-    return jax.tree.map(joined, trained, frozen, is_leaf=is_part)
+    is_child = lambda x: x is not trained  # one level: either may have None for a whole tree
+    return jax.tree.map(joined, trained, frozen, is_leaf=is_child)
 
 
 def _is_empty(tree: Any) -> bool:

@@ -43,6 +43,8 @@ class Passes:
         self.model, self.params, self.key, self.count = model, params, key, count
         self.batches = jax.tree.map(lambda x: _in_parts(x, count), batch)
         with_paths = jax.tree.leaves_with_path(params)
+        if not with_paths:
+            raise ValueError("params has no array: nothing is trained.")
         for path, x in with_paths:
             if not jnp.issubdtype(x.dtype, jnp.floating):
                 raise ValueError(f"parameter {path_string(path)!r} is {x.dtype}, not floating.")

@@ -16,6 +16,7 @@ import lowrank_optax as lro
 from lowrank_optax.compat.jax import sub_jaxprs
 from lowrank_optax.models import Decoder, DecoderConfig
 from lowrank_optax.training import LayeredFunctions
+from lowrank_optax.training.layered_models import joined
 
 LAYERS, WIDTH, RANK, WORDS = 3, 8, 2, 16
 Tree = Any
@@ -309,6 +310,7 @@ def test_what_a_module_cannot_be_is_refused() -> None:
     ("params", "frozen", "message"),
     [
         (HEAD, {"blocks": ALL} | EMBED | HEAD, "'head/kernel' is in params and in frozen"),
+        ({"blocks": {}}, {"blocks": ALL} | EMBED | HEAD, "params has no array"),
         (HEAD, {"blocks": ALL | {"n": jnp.ones(())}} | EMBED, "must be stacked along"),
         (HEAD, {"head": jnp.ones(3), "blocks": ALL}, "params has .* where frozen has"),
         (HEAD | {"blocks": [ADAPTER]}, {"blocks": BASE}, "a list in one of params and frozen"),
@@ -321,6 +323,17 @@ def test_trees_that_do_not_fit_together_are_refused(
     update = lro.update_in_backward(FUNCTIONS, optax.sgd(0.1))
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(update.step, params, update.init(params), BATCH, None, frozen)
+
+
+def test_none_stands_for_a_whole_tree_of_the_other() -> None:
+    """Also within lists, where either has None, a list or a dictionary."""
+    a, b, c = drawn(1, WIDTH), drawn(2, WIDTH), drawn(3, WIDTH)
+    trained, frozen = [[a, None], None, {"x": a}, None], [None, [b, {"y": c}], {"y": b}, c]
+    expected = [[a, None], [b, {"y": c}], {"x": a, "y": b}, c]
+    for first, second in ((trained, frozen), (frozen, trained)):
+        found = joined({"lists": first}, {"lists": second})
+        assert jax.tree.structure(found) == jax.tree.structure({"lists": expected})
+        assert_close(found, {"lists": expected})
 
 
 def test_arguments_of_modules_alone_are_refused() -> None:

@@ -51,15 +51,16 @@ def each_layer(
         **extra_args: Any,
     ) -> tuple[Any, Any]:
         call = Call.of(tx, updates, state, params, whole, extra_args)
+        tree = shapes_of_layer(call.whole.tree, is_stack)
+        call = call._replace(whole=call.whole._replace(tree=tree))  # others, too, see layers in it
         stacks = [i for i, path in enumerate(call.paths) if is_stack(path)]
         if not stacks:
-            return tx.update(updates, state, params, whole=whole, **extra_args)
+            return tx.update(updates, state, params, whole=call.whole, **extra_args)
         results, arrays = call.without(set(stacks))
         own = [path for path in call.state if path not in arrays]
         rows = call.whole.rows
         if rows is None:
             rows = jnp.arange(call.gradients[stacks[0]].shape[0], dtype=jnp.int32)
-        tree = shapes_of_layer(call.whole.tree, is_stack)
 
         def one(gradients: Any, params: Any, states: Any, layer: jax.Array) -> Any:
             of_layer = dict(zip(stacks, params, strict=True))

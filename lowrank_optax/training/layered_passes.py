@@ -63,7 +63,9 @@ class Passes:
                 raise ValueError("blocks are a list in one of params and frozen, and not in both.")
             self.layers = 1 + max({*listed, *frozen_listed})
             parts = [listed.get(i) for i in range(self.layers)]
-            self.stack, self.listed, self.frozen = [], _runs(blocks, parts), frozen_listed
+            rest = iter(blocks)
+            self.listed = [[next(rest) for _ in jax.tree.leaves(part)] for part in parts]
+            self.stack, self.frozen = [], frozen_listed
             self._structures = list(map(jax.tree.structure, parts))
         else:
             sizes = {x.shape[:1] for x in jax.tree.leaves((trees, frozen))}
@@ -271,12 +273,6 @@ class Passes:
     def is_written_out(self) -> bool:
         """Whether the backward pass visits listed blocks, or none at all, and needs no loop."""
         return bool(self.listed) or self.first_layer == self.layers
-
-
-def _runs(indices: Sequence[int], trees: Sequence[Any]) -> list[list[int]]:
-    """The indices of each tree's leaves."""
-    rest = iter(indices)
-    return [[next(rest) for _ in jax.tree.leaves(tree)] for tree in trees]
 
 
 def _in_parts(x: jax.Array, count: int) -> jax.Array:

@@ -247,6 +247,16 @@ def test_each_slice_is_a_leaf_of_the_unrolled_model(name: str) -> None:
     assert_close(found[1], with_stacks(unrolled[1]), 800)
 
 
+def test_each_slice_selects_matrices_by_the_shape_of_a_layer() -> None:
+    """Stacks of unknown axes are no matrices, their layers are."""
+    galore = lro.galore(1e-2, rank=2)
+    tx = lro.low_bit(galore, min_size=32, block_size=8)
+    update = lro.update_in_backward(FUNCTIONS, tx, each="slice")
+    found = run(jax.jit(update.step), PARAMS, update.init(PARAMS), range(2))
+    unrolled = run(ordinary(tx), LISTED, tx.init(LISTED), range(2))
+    assert_close(found[0], with_stacks(unrolled[0]), 800)
+
+
 @pytest.mark.full
 def test_each_slice_changes_nothing_of_a_list() -> None:
     compare(LISTED, optax.lamb(1e-2), each="slice")

@@ -259,6 +259,13 @@ TRAINING = (
         ("tests/slices/test_each_layer.py",),
     ),
     Fault(
+        "layers as leaves whose optimizer selects by the shapes of stacks",
+        "lowrank_optax/slices/each_layer.py",
+        "call.whole._replace(tree=tree)",
+        "call.whole",
+        ("tests/training/test_update_in_backward.py",),
+    ),
+    Fault(
         "all layers rounded by the same random numbers",
         "lowrank_optax/slices/call.py",
         "key = jax.random.fold_in(key, whole.layer)",

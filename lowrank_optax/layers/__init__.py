@@ -8,6 +8,16 @@ from lowrank_optax.layers.attention.implementations import (
     AttentionImplementation,
     dot_product_attention,
 )
+from lowrank_optax.layers.fixed_point.formats import FixedPointFormat, Overflow, Rounding
+from lowrank_optax.layers.fixed_point.integer_files import load_integers
+from lowrank_optax.layers.fixed_point.integers import (
+    Cast,
+    IntegerArray,
+    IntegerLayer,
+    IntegerLayers,
+)
+from lowrank_optax.layers.fixed_point.quantizer import quantize_fixed_point
+from lowrank_optax.layers.fixed_point.ranges import StartRule, choose_integer_bits
 from lowrank_optax.layers.powerpropagation import packnet
 from lowrank_optax.layers.powerpropagation.optimizer import powerprop_updates
 from lowrank_optax.layers.powerpropagation.pruning import (
@@ -32,6 +42,28 @@ from lowrank_optax.layers.randomized.variances import (
 
 if TYPE_CHECKING:
     from lowrank_optax.layers import linen
+    from lowrank_optax.layers.fixed_point.calibrate import (
+        Calibration,
+        calibrate_fixed_point,
+        freeze_binary_points,
+    )
+    from lowrank_optax.layers.fixed_point.convert import (
+        FixedPointLayer,
+        FixedPointSummary,
+        convert_to_fixed_point,
+        fixed_point_layers,
+    )
+    from lowrank_optax.layers.fixed_point.export import save_integers, to_integers
+    from lowrank_optax.layers.fixed_point.nnx_layers import (
+        BinaryPoint,
+        FixedPointConv,
+        FixedPointLinear,
+        FixedPointNorm,
+        FixedPointQuantizer,
+        FixedPointSum,
+        FrozenBinaryPoint,
+        LayerFormats,
+    )
     from lowrank_optax.layers.powerpropagation.nnx_layers import PowerpropLinear, PowerpropModule
     from lowrank_optax.layers.randomized.noise import SketchNoise, choose_sketches, sketch_noise
     from lowrank_optax.layers.randomized.randomize import (
@@ -43,6 +75,24 @@ if TYPE_CHECKING:
 
 # These need Flax, which is imported when one of them is first used.
 _FLAX = {
+    "fixed_point.calibrate": ["Calibration", "calibrate_fixed_point", "freeze_binary_points"],
+    "fixed_point.convert": [
+        "FixedPointLayer",
+        "FixedPointSummary",
+        "convert_to_fixed_point",
+        "fixed_point_layers",
+    ],
+    "fixed_point.export": ["save_integers", "to_integers"],
+    "fixed_point.nnx_layers": [
+        "BinaryPoint",
+        "FixedPointConv",
+        "FixedPointLinear",
+        "FixedPointNorm",
+        "FixedPointQuantizer",
+        "FixedPointSum",
+        "FrozenBinaryPoint",
+        "LayerFormats",
+    ],
     "powerpropagation.nnx_layers": ["PowerpropLinear", "PowerpropModule"],
     "randomized.noise": ["SketchNoise", "choose_sketches", "sketch_noise"],
     "randomized.randomize": [
@@ -58,6 +108,35 @@ __all__ = [
     "AttentionImplementation",
     "chunked_attention",
     "dot_product_attention",
+    # Fixed point
+    "BinaryPoint",
+    "Calibration",
+    "Cast",
+    "FixedPointConv",
+    "FixedPointFormat",
+    "FixedPointLayer",
+    "FixedPointLinear",
+    "FixedPointNorm",
+    "FixedPointQuantizer",
+    "FixedPointSum",
+    "FixedPointSummary",
+    "FrozenBinaryPoint",
+    "IntegerArray",
+    "IntegerLayer",
+    "IntegerLayers",
+    "LayerFormats",
+    "Overflow",
+    "Rounding",
+    "StartRule",
+    "calibrate_fixed_point",
+    "choose_integer_bits",
+    "convert_to_fixed_point",
+    "fixed_point_layers",
+    "freeze_binary_points",
+    "load_integers",
+    "quantize_fixed_point",
+    "save_integers",
+    "to_integers",
     # Powerpropagation
     "MaskUpdatesState",
     "PowerpropLinear",

@@ -49,6 +49,7 @@ class Settings:
     update_in_backward: bool = False
     remat: str | None = None
     activation_bits: int | None = None
+    fixed_point: int | None = None
     sketch: float | None = None
     sketch_kind: SketchKind | None = None
     initializer_range: float | None = None
@@ -84,6 +85,8 @@ class Settings:
             raise InputError(f"--initializer-range must be positive, not {self.initializer_range}")
         if self.activation_bits is not None and not 1 <= self.activation_bits <= 8:
             raise InputError(f"--activation-bits must be 1 to 8, not {self.activation_bits}")
+        if self.fixed_point is not None:
+            self._check_fixed_point(self.fixed_point)
         if self.sketch is not None and not 0 < self.sketch <= 1:
             raise InputError(f"--sketch must be above 0 and at most 1, not {self.sketch}")
         if self.sketch_kind is not None and self.sketch is None:
@@ -94,6 +97,13 @@ class Settings:
             raise InputError(f"--seed must be between 0 and 2**32 - 1, not {self.seed}")
         if len(set(self.optimizers)) < len(self.optimizers):
             raise InputError("--compare needs different optimizers, not one of them twice")
+
+    def _check_fixed_point(self, bits: int) -> None:
+        most = 9 if self.dtype == "bfloat16" else 24
+        if not 2 <= bits <= most:
+            raise InputError(f"--fixed-point must be 2 to {most} in {self.dtype}, not {bits}")
+        if self.sketch is not None:
+            raise InputError("--fixed-point replaces the layers of --sketch: leave one out")
 
     def _check_update_in_backward(self) -> None:
         for name, why in (
@@ -285,6 +295,14 @@ def _add_training_flags(group: argparse._ArgumentGroup) -> None:
         int,
         "bits kept for the backward pass of each element of the MLPs' gates and ups, 1 to 8 "
         "(default: what it needs)",
+        metavar="BITS",
+    )
+    add_flag(
+        group,
+        "fixed_point",
+        int,
+        "bits of the inputs, weights and outputs of the blocks' linear layers, fixed-point numbers "
+        "with trained binary points (default: no fixed point)",
         metavar="BITS",
     )
     add_flag(

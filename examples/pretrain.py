@@ -376,7 +376,7 @@ def make_model(settings: Settings, vocab_size: int) -> Decoder:
     config = decoder_config(settings.model, vocab_size=vocab_size)
     # The usual 0.02 suits widths of thousands; a narrow model starts too close to zero with it.
     spread = settings.initializer_range or config.hidden_size**-0.5
-    return Decoder(
+    model = Decoder(
         dataclasses.replace(config, initializer_range=spread),
         rngs=nnx.Rngs(settings.seed),
         dtype=settings.dtype,
@@ -384,6 +384,13 @@ def make_model(settings: Settings, vocab_size: int) -> Decoder:
         remat=remat_choice(settings.remat),
         activation_bits=settings.activation_bits,
     )
+    if settings.fixed_point is not None:
+        lro.layers.convert_to_fixed_point(model, settings.fixed_point)
+        # At the start, the ranges of any tokens are those of all.
+        shape = 8, min(settings.sequence_length, 128)
+        tokens = jax.random.randint(jax.random.key(settings.seed), shape, 0, vocab_size)
+        lro.layers.calibrate_fixed_point(model, Decoder.hidden, tokens, rule="max")
+    return model
 
 
 def prepare(chosen: Chosen, corpus: Corpus, settings: Settings, mesh: jax.sharding.Mesh) -> Job:

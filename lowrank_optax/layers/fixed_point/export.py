@@ -99,8 +99,6 @@ def _layers(path: str, module: Any) -> dict[str, IntegerLayer]:
         weight = bias = None
         options = {}
         output = module.output_quantizer if kind == "sum" else module
-        if output.format is None:
-            return {}
         stack = output.integer_bits.shape
     found = {}
     for index in np.ndindex(stack):

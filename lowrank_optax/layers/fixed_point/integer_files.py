@@ -101,7 +101,7 @@ def load_integers(folder: str | Path) -> IntegerLayers:
         layers = {path: _from_json(path, dict(each), tensors) for path, each in records.items()}
         if tensors:
             raise ValueError(f"no layer has the arrays {', '.join(sorted(tensors))}")
-    except (ValueError, TypeError, KeyError, zipfile.BadZipFile) as error:
+    except (ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
         why = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{folder} holds no complete fixed-point model: {why}.") from None
     return IntegerLayers(layers)

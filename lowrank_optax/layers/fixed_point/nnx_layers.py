@@ -165,7 +165,7 @@ class FixedPointNorm(nnx.BatchNorm):
         scale = parts.weight_quantizer(parts.scale[...].astype(jnp.float32))
         shift = parts.bias_quantizer(parts.bias[...].astype(jnp.float32))
         y = parts.input_quantizer(x.astype(jnp.float32)) * scale + shift
-        return parts.output_quantizer(y).astype(self.dtype or x.dtype)
+        return _in_dtype(parts.output_quantizer, y, self.dtype or x.dtype)
 
 
 class FixedPointSum(nnx.Module):
@@ -208,4 +208,11 @@ def _call(plain: type, layer: Any, inputs: jax.Array, out_sharding: Any) -> jax.
     options = () if out_sharding is None else (out_sharding,)
     y = plain.__call__(quantized, x, *options)
     dtype = getattr(layer, "preferred_element_type", None) or layer.dtype
-    return layer.output_quantizer(y).astype(dtype or jnp.result_type(*arrays))
+    return _in_dtype(layer.output_quantizer, y, dtype or jnp.result_type(*arrays))
+
+
+def _in_dtype(quantizer: Any, y: jax.Array, dtype: Any) -> jax.Array:
+    """The quantized output in a layer's dtype, which has to hold it."""
+    if quantizer.format is not None:
+        check_dtype("the output", dtype, quantizer.format)
+    return quantizer(y).astype(dtype)

@@ -74,7 +74,7 @@ def quantize_fixed_point(
         fits = False
     if not fits:
         raise ValueError(f"integer_bits {integer_bits.shape} does not broadcast to x {x.shape}.")
-    return _quantize(x, integer_bits, format)
+    return _compiled(x, integer_bits, format)
 
 
 def check_dtype(name: str, dtype: Any, format: FixedPointFormat) -> None:
@@ -129,8 +129,8 @@ class _Parts(NamedTuple):
     """What one number's quantization and its gradients are made of."""
 
     step: jax.Array
-    rounded: jax.Array  # in steps, before the overflow
     integer: jax.Array
+    target: jax.Array  # what the numbers inside are pulled to, in steps
     inside: jax.Array
 
 
@@ -138,13 +138,14 @@ def _parts(x: jax.Array, integer_bits: jax.Array, format: FixedPointFormat) -> _
     step = step_size(integer_bits, format)
     t = x / step
     if format.ones is not None:
-        integer = rounded = _nearest(t, format)
+        rounded = integer = _nearest(t, format)
     else:
         rounded = _round(t, format)
         integer = _overflow(rounded, format)
     integer = jnp.where(jnp.isinf(t), _at_infinity(t, format), integer)
     integer = jnp.where(jnp.isnan(t), 0, integer)
-    return _Parts(step, rounded, integer, _inside(t, format))
+    wraps = format.overflow in ("WRAP", "WRAP_SM")
+    return _Parts(step, integer, rounded if wraps else integer, _inside(t, rounded, format))
 
 
 def _round(t: jax.Array, format: FixedPointFormat) -> jax.Array:
@@ -197,9 +198,11 @@ def _nearest(t: jax.Array, format: FixedPointFormat) -> jax.Array:
     return jnp.asarray(integers, t.dtype)[place]
 
 
-def _inside(t: jax.Array, format: FixedPointFormat) -> jax.Array:
+def _inside(t: jax.Array, rounded: jax.Array, format: FixedPointFormat) -> jax.Array:
     if format.overflow in ("WRAP", "WRAP_SM"):
         return jnp.isfinite(t)
+    if format.overflow == "SAT_ZERO":
+        return (rounded >= format.smallest) & (rounded <= format.largest)
     # Differences: the ends with their halves need a bit more than the dtype may have.
     above, below = t - format.largest, format.smallest - t
     if format.rounding == "TRN":
@@ -223,14 +226,15 @@ def _forward(x: jax.Array, integer_bits: jax.Array, format: FixedPointFormat) ->
 def _backward(format: FixedPointFormat, saved: Any, cotangent: jax.Array) -> Any:
     x, integer_bits = saved
     wide = x.astype(integer_bits.dtype)
-    step, rounded, integer, inside = _parts(wide, integer_bits, format)
+    step, integer, target, inside = _parts(wide, integer_bits, format)
     g = cotangent.astype(integer_bits.dtype)
-    slope = LOG_2 * jnp.where(inside, rounded * step - wide, integer * step)
+    slope = LOG_2 * jnp.where(inside, target * step - wide, integer * step)
     by_point = _sum_to(g * slope, integer_bits.shape)
     return jnp.where(inside, cotangent, 0), by_point
 
 
 _quantize.defvjp(_forward, _backward)
+_compiled = jax.jit(_quantize, static_argnums=2)  # outside of jit, some thirty operations
 
 
 def _sum_to(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -1,5 +1,6 @@
 """Where the binary point starts: from the range of numbers, or from their rounding errors."""
 
+import functools
 from typing import Any, Literal, TypeAlias, get_args
 
 import jax
@@ -70,6 +71,7 @@ def check_rule(rule: StartRule, format: FixedPointFormat) -> None:
         raise ValueError("rule='max' needs a largest number above zero: use 2 bits, or 'mse'.")
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def range_statistics(x: jax.Array, shape: tuple[int, ...], format: FixedPointFormat) -> jax.Array:
     """What `best_position` needs to know of some numbers: it adds up over calls and batches.
 

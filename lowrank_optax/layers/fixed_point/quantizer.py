@@ -79,6 +79,7 @@ def quantize_fixed_point(
 
 def check_dtype(name: str, dtype: Any, format: FixedPointFormat) -> None:
     """Raise an error if a dtype does not hold all numbers of a format."""
+    dtype = jnp.dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"{name} must be floating-point, not {dtype}.")
     digits = jnp.finfo(dtype).nmant + 1

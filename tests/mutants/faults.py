@@ -631,6 +631,27 @@ LAYERS = (
         "-(-last_key // self.key_chunk))",
         ("tests/layers/test_chunked_attention.py",),
     ),
+    Fault(
+        "tie of a fixed-point number just below zero",
+        "lowrank_optax/layers/fixed_point/quantizer.py",
+        '"RND_MIN_INF": t < 0,',
+        '"RND_MIN_INF": t > 0,',
+        ("tests/layers/test_fixed_point.py", "-k", "fractions"),
+    ),
+    Fault(
+        "gradient of a saturated number's binary point left out",
+        "lowrank_optax/layers/fixed_point/quantizer.py",
+        "jnp.where(inside, target * step - wide, integer * step)",
+        "jnp.where(inside, target * step - wide, 0)",
+        ("tests/layers/test_fixed_point.py", "-k", "gradients"),
+    ),
+    Fault(
+        "integers of a tie rounded as if the integer below were even",
+        "lowrank_optax/layers/fixed_point/integers.py",
+        "down % 2 == 1,",
+        "down % 2 == 0,",
+        ("tests/layers/test_fixed_point_integers.py", "-k", "casts"),
+    ),
 )
 
 MODELS = (

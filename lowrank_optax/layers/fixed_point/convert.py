@@ -127,7 +127,7 @@ def _convert(name: str, layer: Any, formats: LayerFormats, rule: Any, per_channe
     is_norm = isinstance(layer, nnx.BatchNorm)
     if type(layer) is nnx.BatchNorm:
         _fold_statistics(layer)
-    weight = layer.scale if is_norm else layer.kernel
+    weight: Any = layer.scale if is_norm else layer.kernel
     ndim = 1 if is_norm else 2 + len(getattr(layer, "kernel_size", ()))
     stack = weight.shape[: weight.ndim - ndim]
 

@@ -88,7 +88,7 @@ def save_integers(model: nnx.Module, folder: str | Path) -> None:
 def _layers(path: str, module: Any) -> dict[str, IntegerLayer]:
     if isinstance(module, FixedPointLinear | FixedPointConv | FixedPointNorm):
         is_norm = isinstance(module, FixedPointNorm)
-        weight = (module.scale if is_norm else module.kernel)[...]
+        weight = getattr(module, "scale" if is_norm else "kernel")[...]
         options = _convolution_options(path, module) if isinstance(module, FixedPointConv) else {}
         ndim = 1 if is_norm else 2 + len(options.get("strides", ()))
         kind = "norm" if is_norm else ("convolution" if options else "linear")

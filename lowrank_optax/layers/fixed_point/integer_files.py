@@ -28,7 +28,7 @@ _OPTIONS = ("strides", "padding", "kernel_dilation", "groups")
 
 def write_layers(layers: Mapping[str, IntegerLayer], folder: str | Path) -> None:
     """Write layers into a folder, which is replaced as a whole."""
-    arrays = {
+    arrays: dict[str, Any] = {
         f"{path}/{name}": _narrow(tensor.integers)
         for path, layer in layers.items()
         for name, tensor in (("weight", layer.weight), ("bias", layer.bias))

@@ -257,7 +257,7 @@ def _convolution(
         ]
         pads = [(n // 2, n - n // 2) for n in needed]
     else:
-        pads = [(0, 0)] * rank if padding == "VALID" else [tuple(pair) for pair in padding]
+        pads = [(0, 0)] * rank if isinstance(padding, str) else [(a, b) for a, b in padding]
     x = np.pad(x, [(0, 0), *pads, (0, 0)])
     sizes = [(n - r) // s + 1 for n, r, s in zip(x.shape[1:-1], reach, strides, strict=True)]
     total = np.zeros((len(x), *sizes, weight.shape[-1]), np.int64)

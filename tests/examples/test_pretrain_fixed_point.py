@@ -1,0 +1,53 @@
+"""The main job in fixed point trains, goes on where it was stopped to the last bit, and writes."""
+
+import json
+from pathlib import Path
+import shutil
+
+import pretrain
+import pytest
+
+from tests.examples.logs import read_losses
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.bitwise  # the same program, which is lowered once more
+def test_fixed_point_trains_and_goes_on_to_the_last_bit(flags: list[str], tmp_path: Path) -> None:
+    arguments = [*flags, "--fixed-point", "8", "--optimizer", "adamw"]
+    folder = tmp_path / "run"
+    assert pretrain.main([*arguments, "--output", str(folder)]) == 0
+    whole = json.loads((folder / "adamw" / "result.json").read_text())
+    losses = read_losses(folder / "adamw" / "log.jsonl")
+    assert losses[-2]["loss"] < losses[0]["loss"]
+    # As if it had been killed after the checkpoint of step 4.
+    (folder / "adamw" / "result.json").unlink()
+    shutil.rmtree(folder / "adamw" / "checkpoints" / "6")
+    assert pretrain.main(["--output", str(folder), "--resume"]) == 0
+    again = json.loads((folder / "adamw" / "result.json").read_text())
+    assert read_losses(folder / "adamw" / "log.jsonl") == losses
+    assert again["sample"] == whole["sample"]
+    assert len(whole["sample"][1]) > 0
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--fixed-point", "1"], "--fixed-point must be 2 to 24 in float32, not 1"),
+        (
+            ["--fixed-point", "10", "--dtype", "bfloat16"],
+            "--fixed-point must be 2 to 9 in bfloat16, not 10",
+        ),
+        (["--fixed-point", "8", "--sketch", "0.5"], "--sketch: leave one out"),
+    ],
+)
+def test_flags_that_are_refused(
+    flags: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    more: list[str],
+    message: str,
+) -> None:
+    assert pretrain.main([*flags, *more, "--output", str(tmp_path / "run")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

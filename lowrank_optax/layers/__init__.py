@@ -54,7 +54,7 @@ if TYPE_CHECKING:
         fixed_point_layers,
     )
     from lowrank_optax.layers.fixed_point.export import save_integers, to_integers
-    from lowrank_optax.layers.fixed_point.nnx_layers import (
+    from lowrank_optax.layers.fixed_point.quantized_layers import (
         BinaryPoint,
         FixedPointConv,
         FixedPointLinear,
@@ -83,7 +83,7 @@ _FLAX = {
         "fixed_point_layers",
     ],
     "fixed_point.export": ["save_integers", "to_integers"],
-    "fixed_point.nnx_layers": [
+    "fixed_point.quantized_layers": [
         "BinaryPoint",
         "FixedPointConv",
         "FixedPointLinear",

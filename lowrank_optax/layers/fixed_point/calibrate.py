@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_optax.layers.fixed_point.convert import quantizers
-from lowrank_optax.layers.fixed_point.nnx_layers import (
+from lowrank_optax.layers.fixed_point.quantized_layers import (
     BinaryPoint,
     FrozenBinaryPoint,
     RangeStatistics,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax.layers.fixed_point.formats import FixedPointFormat
-from lowrank_optax.layers.fixed_point.nnx_layers import (
+from lowrank_optax.layers.fixed_point.quantized_layers import (
     FixedPointConv,
     FixedPointLinear,
     FixedPointNorm,

@@ -15,7 +15,7 @@ from lowrank_optax.layers.fixed_point.integers import (
     IntegerLayer,
     IntegerLayers,
 )
-from lowrank_optax.layers.fixed_point.nnx_layers import (
+from lowrank_optax.layers.fixed_point.quantized_layers import (
     FixedPointConv,
     FixedPointLinear,
     FixedPointNorm,

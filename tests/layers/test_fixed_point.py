@@ -315,6 +315,7 @@ def test_the_start_by_range_and_by_error(bits: int) -> None:
     assert found.tolist() == [best[0], best[2]]
 
 
+@pytest.mark.full  # 600 steps
 def test_a_learned_position_ends_within_one_of_the_best() -> None:
     draws = jax.random.normal(jax.random.key(0), (4096,))
     sigmas, best = jnp.array([0.25, 1.0, 3.0]), jnp.array([1.0, 3.0, 4.0])

@@ -101,6 +101,7 @@ def test_the_emulation_is_near_the_float_network(model: Network) -> None:
     assert jnp.linalg.norm(y - expected) < 0.05 * jnp.linalg.norm(expected)
 
 
+@pytest.mark.full  # three networks
 @pytest.mark.parametrize("which", ["channels", "wide", "ones"])
 def test_other_formats_agree_too(which: str) -> None:
     """A point per channel, sums that go on as they are, unsigned outputs and shifts alone."""

@@ -215,6 +215,7 @@ def test_a_half_precision_model_gives_the_numbers_of_a_float32_one() -> None:
         lro.layers.calibrate_fixed_point(half, lambda m, x: m.up(x), x)
 
 
+@pytest.mark.full  # three programs of a decoder; the main job's test trains one, too
 def test_a_scanned_and_rematerialized_decoder_has_points_per_layer_and_generates() -> None:
     config = decoder_config("llama-tiny", vocab_size=64)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}

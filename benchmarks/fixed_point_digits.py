@@ -31,7 +31,7 @@ import lowrank_optax as lro
 from lowrank_optax.layers import FixedPointFormat, IntegerArray, LayerFormats
 
 BITS = (4, 6, 8)
-ONES = (1, 2)
+ONES = (1,)
 BATCH = 64
 
 

@@ -646,6 +646,13 @@ LAYERS = (
         ("tests/layers/test_fixed_point.py",),
     ),
     Fault(
+        "fixed-point sum of half-precision terms in their own dtype",
+        "lowrank_optax/layers/fixed_point/quantized_layers.py",
+        "total = x.astype(jnp.float32) + y.astype(jnp.float32)",
+        "total = x + y",
+        ("tests/layers/test_fixed_point_layers.py",),
+    ),
+    Fault(
         "integers of a tie rounded as if the integer below were even",
         "lowrank_optax/layers/fixed_point/integers.py",
         "down % 2 == 1,",

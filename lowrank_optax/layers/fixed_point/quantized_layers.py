@@ -165,7 +165,8 @@ class FixedPointNorm(nnx.BatchNorm):
         scale = parts.weight_quantizer(parts.scale[...].astype(jnp.float32))
         shift = parts.bias_quantizer(parts.bias[...].astype(jnp.float32))
         y = parts.input_quantizer(x.astype(jnp.float32)) * scale + shift
-        return _in_dtype(parts.output_quantizer, y, self.dtype or x.dtype)
+        dtype = self.dtype or jnp.result_type(x, parts.scale[...], parts.bias[...])
+        return _in_dtype(parts.output_quantizer, y, dtype)
 
 
 class FixedPointSum(nnx.Module):
@@ -188,7 +189,11 @@ class FixedPointSum(nnx.Module):
 
     def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
         """Add two arrays of one shape."""
-        return self.output_quantizer(x + y)
+        if self.output_quantizer.format is None:
+            return x + y
+        # In float32: a sum in half precision would be rounded twice.
+        total = x.astype(jnp.float32) + y.astype(jnp.float32)
+        return _in_dtype(self.output_quantizer, total, jnp.result_type(x, y))
 
 
 def _call(plain: type, layer: Any, inputs: jax.Array, out_sharding: Any) -> jax.Array:
@@ -215,4 +220,9 @@ def _in_dtype(quantizer: Any, y: jax.Array, dtype: Any) -> jax.Array:
     """The quantized output in a layer's dtype, which has to hold it."""
     if quantizer.format is not None:
         check_dtype("the output", dtype, quantizer.format)
+    elif jnp.finfo(dtype).bits < 32:
+        raise ValueError(
+            f"output=None passes the exact sum on, which {jnp.dtype(dtype)} does not hold: give "
+            "the output a format, or the layer dtype=jnp.float32."
+        )
     return quantizer(y).astype(dtype)

@@ -101,9 +101,12 @@ def test_worked_values_of_the_specification() -> None:
 
 def test_a_quantized_number_stays_and_its_integer_and_error_are_bounded(quantized: Any) -> None:
     step = 0.25
-    for format, y in quantized.items():
-        again = np.asarray(quantize_fixed_point(y, 2.0, format))
-        np.testing.assert_array_equal(again, y)
+    again = jax.jit(
+        lambda each: [quantize_fixed_point(y, 2.0, f) for f, y in zip(formats(), each, strict=True)]
+    )
+    repeated = again(list(quantized.values()))
+    for (format, y), same in zip(quantized.items(), repeated, strict=True):
+        np.testing.assert_array_equal(same, y)
         n = y / step
         assert (n == np.rint(n)).all()
         assert n.min() >= format.smallest
@@ -310,6 +313,9 @@ def test_the_start_by_range_and_by_error(bits: int) -> None:
         assert lro.layers.choose_integer_bits(x, format, "max") == expected
     for rule in ("mse", "max"):
         assert lro.layers.choose_integer_bits(jnp.zeros(3), format, rule) == 1
+    # Of a ReLU that nothing passes, as of zeros.
+    relu = FixedPointFormat(bits, signed=False)
+    assert lro.layers.choose_integer_bits(-jnp.ones(3), relu) == 1
     columns = jnp.asarray(np.array([0.25, 3.0]) * draws[:, None], jnp.float32)
     found = lro.layers.choose_integer_bits(columns, format, per_channel=True)
     assert found.tolist() == [best[0], best[2]]

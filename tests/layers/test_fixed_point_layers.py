@@ -69,6 +69,9 @@ def test_a_pattern_chooses_layers_and_a_second_conversion_starts_again() -> None
     model = Network(nnx.Rngs(0))
     lro.layers.convert_to_fixed_point(model, 8, "up|down")
     assert type(model.norm) is nnx.BatchNorm
+    summary = lro.layers.fixed_point_layers(model)
+    assert summary.in_float == ["norm"]
+    assert str(summary).endswith("in float: norm")
     formats = LayerFormats(weight=FixedPointFormat(6, ones=2), output=None)
     lro.layers.convert_to_fixed_point(model, formats, "down")
     rows = {row.path: row for row in lro.layers.fixed_point_layers(model).rows}
@@ -210,6 +213,14 @@ def test_a_half_precision_model_gives_the_numbers_of_a_float32_one() -> None:
     y = half.up(x)
     assert y.dtype == jnp.bfloat16
     np.testing.assert_array_equal(y.astype(jnp.float32), model.up(x))
+    # Steps of 1/8: a little below the tie 1.0625, which bfloat16 would make of the sum.
+    add, term = lro.layers.FixedPointSum(), lambda x: jnp.array([x], jnp.bfloat16)
+    add.output_quantizer = lro.layers.FixedPointQuantizer(FixedPointFormat(5), 2.0)
+    assert add(term(1.0625), term(-(2**-11))).tolist() == [1.0]
+    sums = LayerFormats(output=None)
+    lro.layers.convert_to_fixed_point(half, sums, "up")
+    with pytest.raises(ValueError, match="the exact sum on, which bfloat16 does not hold"):
+        lro.layers.calibrate_fixed_point(half, lambda m, x: m.up(x), x)
     lro.layers.convert_to_fixed_point(half, 10, "up")
     with pytest.raises(ValueError, match=r"the output is bfloat16, which holds .* 9 bits"):
         lro.layers.calibrate_fixed_point(half, lambda m, x: m.up(x), x)
@@ -292,6 +303,11 @@ def test_calibrations_and_calls_that_are_refused(in_eight_bits: Any) -> None:
     for use in (lambda: calibrate(fresh, run, X), lambda: freeze(fresh, run)):
         with pytest.raises(ValueError, match="Network has no fixed-point layer"):
             use()
+    before = in_eight_bits.up.output_quantizer.integer_bits[...]
+    with pytest.raises(ValueError, match="the loss is nan"):
+        freeze(in_eight_bits, lambda model: jnp.nan * model(X).sum())
+    assert type(in_eight_bits.up.output_quantizer.integer_bits) is BinaryPoint
+    assert in_eight_bits.up.output_quantizer.integer_bits[...] == before
     lro.layers.convert_to_fixed_point(fresh, 8)
     with pytest.raises(ValueError, match="integer_bits must be finite, not nan: choose it"):
         fresh(X)

@@ -126,7 +126,7 @@ def freeze_binary_points(model: nnx.Module, loss: Callable[[Any], Any]) -> None:
         runs once per position and one time more.
 
     Raises:
-      ValueError: If there is no quantizer, or a position is not finite.
+      ValueError: If there is no quantizer, or a position or the loss is not finite.
     """
     found = _found(model)
     trained = {path: np.asarray(q.integer_bits[...]) for path, q in found.items()}
@@ -138,6 +138,10 @@ def freeze_binary_points(model: nnx.Module, loss: Callable[[Any], Any]) -> None:
     graphdef, frozen, rest = nnx.split(model, FrozenBinaryPoint, ...)
     loss_of = jax.jit(lambda frozen, rest: loss(nnx.merge(graphdef, frozen, rest)))
     best = float(loss_of(frozen, rest))
+    if not np.isfinite(best):
+        for path, points in trained.items():
+            found[path].integer_bits = BinaryPoint(jnp.asarray(points))
+        raise ValueError(f"the loss is {best}, to which no other can be compared.")
     for path, points in trained.items():
         variable = found[path].integer_bits
         for index in np.ndindex(points.shape):

@@ -206,16 +206,19 @@ class FixedPointSummary(Report):
 
     Attributes:
       rows: One `FixedPointLayer` per layer, or stack of layers.
+      in_float: Paths of the other modules that have parameters of their own.
     """
 
     rows: list[FixedPointLayer]
+    in_float: list[str]
 
     def table(self) -> Table:
         """One row per layer, with the bits of its tensors."""
         names = ("input", "weight", "bias", "output")
         bits = lambda row: [row.formats[n].bits if n in row.formats else None for n in names]
         rows = [(row.path, row.kind, *bits(row)) for row in self.rows]
-        return Table(("path", "layer", *(f">{name}" for name in names)), rows)
+        notes = f"in float: {', '.join(self.in_float)}" if self.in_float else ""
+        return Table(("path", "layer", *(f">{name}" for name in names)), rows, notes=notes)
 
 
 def fixed_point_layers(model: nnx.Module) -> FixedPointSummary:
@@ -226,7 +229,10 @@ def fixed_point_layers(model: nnx.Module) -> FixedPointSummary:
         found = {name: formats_of(layer, name) for name in QUANTIZERS}
         formats = {name.removesuffix("_quantizer"): f for name, f in found.items() if f}
         rows.append(FixedPointLayer(path_string(path), kind.removeprefix("FixedPoint"), formats))
-    return FixedPointSummary(rows)
+    has_weights = lambda m: any(isinstance(x, nnx.Param) for x in vars(m).values())
+    others = lambda m: has_weights(m) and not isinstance(m, (*_OURS, FixedPointQuantizer))
+    in_float = [path_string(path) for path in modules_by_path(model, others)]
+    return FixedPointSummary(rows, in_float)
 
 
 def formats_of(layer: Any, name: str) -> FixedPointFormat | None:

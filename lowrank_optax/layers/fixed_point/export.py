@@ -68,10 +68,10 @@ def save_integers(model: nnx.Module, folder: str | Path) -> None:
 
     The folder is replaced as a whole; if writing fails, what was there stays. It has two files:
 
-    - ``fixed_point.json``: ``version``, ``sha256`` of the other file, and ``fixed_point_layers``,
-      by path: ``kind``; ``weight`` and ``bias`` with their ``fraction_bits``; ``input`` and
-      ``output`` with the fields of `FixedPointFormat` and ``integer_bits``; ``options`` of a
-      convolution.
+    - ``fixed_point.json``: ``version``; ``sha256`` of the layers, as JSON with sorted keys, and the
+      other file; and ``fixed_point_layers``, by path: ``kind``; ``weight`` and ``bias`` with their
+      ``fraction_bits``; ``input`` and ``output`` with the fields of `FixedPointFormat` and
+      ``integer_bits``; ``options`` of a convolution.
     - ``fixed_point.npz``: integers ``<path>/weight`` and ``<path>/bias``, in JAX's layout.
 
     Args:

@@ -29,6 +29,14 @@ from lowrank_optax.layers.randomized.variances import (
     minibatch_variance,
     sketch_variance,
 )
+from lowrank_optax.layers.structured.factors import Factors
+from lowrank_optax.layers.structured.structures import (
+    BlockDense,
+    BlockShuffle,
+    LowRank,
+    Structure,
+    structured_linear,
+)
 
 if TYPE_CHECKING:
     from lowrank_optax.layers import linen
@@ -40,6 +48,18 @@ if TYPE_CHECKING:
         randomized_layers,
         restore_linears,
     )
+    from lowrank_optax.layers.structured.converting import (
+        keep_merged,
+        merge_structured,
+        structure_linears,
+        structured_layers,
+    )
+    from lowrank_optax.layers.structured.guiding import (
+        drop_guides,
+        self_guided_schedule,
+        set_guide_weight,
+    )
+    from lowrank_optax.layers.structured.nnx_layers import StructuredFFN, StructuredLinear
 
 # These need Flax, which is imported when one of them is first used.
 _FLAX = {
@@ -51,6 +71,14 @@ _FLAX = {
         "randomized_layers",
         "restore_linears",
     ],
+    "structured.converting": [
+        "keep_merged",
+        "merge_structured",
+        "structure_linears",
+        "structured_layers",
+    ],
+    "structured.guiding": ["drop_guides", "self_guided_schedule", "set_guide_weight"],
+    "structured.nnx_layers": ["StructuredFFN", "StructuredLinear"],
 }
 
 __all__ = [
@@ -84,6 +112,22 @@ __all__ = [
     "restore_linears",
     "sketch_noise",
     "sketch_variance",
+    # Structured feed-forward
+    "BlockDense",
+    "BlockShuffle",
+    "Factors",
+    "LowRank",
+    "Structure",
+    "StructuredFFN",
+    "StructuredLinear",
+    "drop_guides",
+    "keep_merged",
+    "merge_structured",
+    "self_guided_schedule",
+    "set_guide_weight",
+    "structure_linears",
+    "structured_layers",
+    "structured_linear",
     # The layers in Linen
     "linen",
 ]

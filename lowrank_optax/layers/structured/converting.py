@@ -189,7 +189,9 @@ class StructuredSummary(Report):
     def table(self) -> Table:
         """One row per layer."""
         columns = ("path", "weight", "structure", ">parameters", ">of dense")
-        cells = [(*row[:2], str(row.structure), row.parameters, f"{row.share:.1%}") for row in self.rows]
+        cells = [
+            (*row[:2], str(row.structure), row.parameters, f"{row.share:.1%}") for row in self.rows
+        ]
         return Table(columns, cells)
 
 

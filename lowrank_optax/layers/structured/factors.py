@@ -56,7 +56,9 @@ def block_shuffle_factors(matrices: jax.Array, blocks: int) -> Factors:
     """
     rows, columns = matrices.shape[-2:]
     width = min(rows, columns) // blocks
-    parts = matrices.reshape(*matrices.shape[:-2], blocks, rows // blocks, columns // blocks, blocks)
+    parts = matrices.reshape(
+        *matrices.shape[:-2], blocks, rows // blocks, columns // blocks, blocks
+    )
     parts = jnp.moveaxis(parts, -1, -3)  # [..., block of V, block of U, rows, columns]
     v, u = low_rank_factors(parts, -(-width // blocks))
     # Each hidden unit: the two blocks that meet in it, and its number in their part.

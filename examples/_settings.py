@@ -92,7 +92,7 @@ class Settings:
         if self.sketch_kind is not None and self.sketch is None:
             raise InputError("--sketch-kind needs --sketch FRACTION")
         if self.self_guided is not None:
-            self._check_self_guided()
+            self._check_self_guided(self.self_guided)
         if self.update_in_backward:
             self._check_update_in_backward()
         if not 0 <= self.seed < 2**32:  # what both grain and jax.random.key take
@@ -100,13 +100,13 @@ class Settings:
         if len(set(self.optimizers)) < len(self.optimizers):
             raise InputError("--compare needs different optimizers, not one of them twice")
 
-    def _check_self_guided(self) -> None:
+    def _check_self_guided(self, ratio: float) -> None:
         if self.feed_forward is None:
             raise InputError("--self-guided needs --feed-forward NAME")
-        if not (0 < self.self_guided <= 1 and self.guided_steps):
+        if not (0 < ratio <= 1 and self.guided_steps):
             raise InputError(
-                f"--self-guided must be above 0 and at most 1, and a step or more of --steps "
-                f"{self.steps}, not {self.self_guided}"
+                "--self-guided must be above 0 and at most 1, and give a step or more of --steps "
+                f"{self.steps}, not {ratio}"
             )
         for name, why in (
             ("update_in_backward", "computes blocks without a guide"),

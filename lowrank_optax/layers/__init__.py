@@ -29,14 +29,9 @@ from lowrank_optax.layers.randomized.variances import (
     minibatch_variance,
     sketch_variance,
 )
+from lowrank_optax.layers.structured.base import Structure, structured_linear
 from lowrank_optax.layers.structured.factors import Factors
-from lowrank_optax.layers.structured.structures import (
-    BlockDense,
-    BlockShuffle,
-    LowRank,
-    Structure,
-    structured_linear,
-)
+from lowrank_optax.layers.structured.structures import BlockDense, BlockShuffle, LowRank
 
 if TYPE_CHECKING:
     from lowrank_optax.layers import linen
@@ -54,12 +49,12 @@ if TYPE_CHECKING:
         structure_linears,
         structured_layers,
     )
+    from lowrank_optax.layers.structured.feed_forward_layers import StructuredFFN, StructuredLinear
     from lowrank_optax.layers.structured.guiding import (
         drop_guides,
         self_guided_schedule,
         set_guide_weight,
     )
-    from lowrank_optax.layers.structured.nnx_layers import StructuredFFN, StructuredLinear
 
 # These need Flax, which is imported when one of them is first used.
 _FLAX = {
@@ -78,7 +73,7 @@ _FLAX = {
         "structured_layers",
     ],
     "structured.guiding": ["drop_guides", "self_guided_schedule", "set_guide_weight"],
-    "structured.nnx_layers": ["StructuredFFN", "StructuredLinear"],
+    "structured.feed_forward_layers": ["StructuredFFN", "StructuredLinear"],
 }
 
 __all__ = [

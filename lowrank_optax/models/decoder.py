@@ -6,7 +6,7 @@ which compiles once for all layers, or a list run one after the other.
 """
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from flax import nnx
 import jax
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from lowrank_optax.layers.attention.implementations import AttentionImplementation
-from lowrank_optax.layers.structured.structures import Structure
+from lowrank_optax.layers.structured.base import Structure
 from lowrank_optax.models.attention import Attention, KeyValueCache, RMSNorm
 from lowrank_optax.models.decoder_config import DecoderConfig
 from lowrank_optax.models.feed_forward import MLP, StructuredMLP, structure_of
@@ -147,12 +147,12 @@ class Decoder(nnx.Module):
         self.embed = nnx.Embed(
             config.vocab_size, config.hidden_size, embedding_init=init, rngs=rngs, **types
         )
-        options = {
+        options: dict[str, Any] = {
             "activation_bits": activation_bits,
             "attention_implementation": attention_implementation,
             **types,
         }
-        structured = {"structure": structure, "guide": guide, **options}
+        structured: dict[str, Any] = {"structure": structure, "guide": guide, **options}
         count, self.first_block = config.num_hidden_layers, nnx.data(None)
         if not scan_layers:
             each = [options, *[structured] * (count - 1)]

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from lowrank_optax.activations.gating import swiglu
-from lowrank_optax.layers.structured.nnx_layers import StructuredLinear, check_structure
-from lowrank_optax.layers.structured.structures import BlockDense, BlockShuffle, LowRank, Structure
+from lowrank_optax.layers.structured.base import Structure
+from lowrank_optax.layers.structured.feed_forward_layers import StructuredLinear, check_structure
+from lowrank_optax.layers.structured.structures import BlockDense, BlockShuffle, LowRank
 from lowrank_optax.models.decoder_config import DecoderConfig
 from lowrank_optax.models.remat import GATED
 
@@ -54,6 +55,8 @@ def structure_of(feed_forward: str | Structure | None, config: DecoderConfig) ->
 
 class MLP(nnx.Module):
     """The gated MLP: `down(silu(gate(x)) * up(x))`."""
+
+    down: nnx.Linear | StructuredLinear
 
     def __init__(
         self,

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 from flax import nnx
 import jax
 
-from lowrank_optax.layers.structured.nnx_layers import (
+from lowrank_optax.layers.structured.base import Structure
+from lowrank_optax.layers.structured.feed_forward_layers import (
     MergedKernel,
     StructuredLinear,
     check_structure,
 )
-from lowrank_optax.layers.structured.structures import Structure
 from lowrank_optax.matrices.selection import Path, Where, path_string
 from lowrank_optax.modules.report import Report, Table, matrices_string
 from lowrank_optax.modules.select import modules_by_path, options_by_path, select
@@ -31,8 +31,8 @@ def structure_linears(
 ) -> "StructuredSummary":
     """Turn linear layers of a model into `StructuredLinear` layers, in place.
 
-    The factors are those nearest to the layer's kernel: truncated SVDs of its blocks. Biases stay as
-    they are. Stacked layers are converted one by one.
+    The factors are those nearest to the layer's kernel: truncated SVDs of its blocks. Biases stay
+    as they are. Stacked layers are converted one by one.
 
     Args:
       model: Any NNX model.
@@ -255,7 +255,7 @@ def _set_bias(new: Any, layer: Any) -> None:
 
 
 def _check_layer(path: str, layer: Any, structure: Structure) -> None:
-    """Raises ValueError if the layer is more than an ``nnx.Linear`` or the structure does not fit."""
+    """Raises ValueError if a layer is more than an ``nnx.Linear``, or the structure misfits."""
     sides = _sides(layer)
     if type(layer) is not nnx.Linear or layer.dot_general is not jax.lax.dot_general:
         raise ValueError(

@@ -7,7 +7,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.layers.structured.nnx_layers import GuideVariable, StructuredLinear
+from lowrank_optax.layers.structured.feed_forward_layers import GuideVariable, StructuredLinear
 from lowrank_optax.modules.select import modules_by_path
 
 
@@ -52,10 +52,11 @@ def set_guide_weight(
 ) -> nnx.Module:
     r"""Give the guides of a model their weight :math:`\alpha` in the calls that follow, in place.
 
-    A guided layer computes :math:`\alpha \, x G + (1 - \alpha) \, \mathrm{structured}(x)`. With a key,
-    each layer skips its guide in a random :math:`1 - \alpha` of the calls, and returns
-    :math:`\mathrm{structured}(x)` unscaled; this saves half of the guide's operations over the guided
-    phase. Call it in the step, on the model that the step differentiates.
+    A guided layer computes :math:`\alpha \, x G + (1 - \alpha) \, s(x)`, with the output
+    :math:`s(x)` of the factors. With a key, each layer skips its guide in a random
+    :math:`1 - \alpha` of the calls, and returns :math:`s(x)` unscaled; this saves half of the
+    guide's operations over the guided phase. Call it in the step, on the model that the step
+    differentiates.
 
     Args:
       model: A model with guided layers.
@@ -138,7 +139,7 @@ def _guided_layers(model: nnx.Module) -> list[StructuredLinear]:
     layers = list(modules_by_path(model, is_guided).values())
     if not layers:
         raise ValueError(
-            f"no layer of the {type(model).__name__} has a guide: make StructuredLinear layers with "
-            "guide=True."
+            f"no layer of the {type(model).__name__} has a guide: make StructuredLinear layers "
+            "with guide=True."
         )
     return layers

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from lowrank_optax.layers.structured.base import Structure
 from lowrank_optax.layers.structured.factors import Factors
-from lowrank_optax.layers.structured.structures import Structure
 from lowrank_optax.matrices.arithmetic import branch
 
 
@@ -66,6 +66,11 @@ class StructuredLinear(nnx.Module):
       Wei et al., 2024, https://arxiv.org/abs/2406.16450.
     """
 
+    guide: nnx.Linear | None
+    guide_weight: GuideVariable | None
+    guide_key: GuideVariable | None
+    merged: MergedKernel | None
+
     def __init__(
         self,
         in_features: int,
@@ -107,7 +112,7 @@ class StructuredLinear(nnx.Module):
         elif self.guide is None:
             y = self._structured(rows)
         else:
-            y = self._guided(rows)
+            y = self._guided(rows, self.guide)
         if self.bias is not None:
             y = y + self.bias[...].astype(y.dtype)
         return y.reshape(*x.shape[:-1], self.out_features)
@@ -128,19 +133,22 @@ class StructuredLinear(nnx.Module):
 
     def add_guide(self) -> None:
         """Adds the guide, with which the layer computes what it did at a weight of 1."""
-        self.guide = self._factor_layer(None, self.kernel())
+        kernel = self.kernel()
+        self.guide = nnx.Linear(*kernel.shape[-2:], use_bias=False, **self._options())
+        self.guide.kernel = nnx.Param(kernel)
 
     def _factor_layer(self, equation: str | None, value: jax.Array) -> nnx.Linear | nnx.Einsum:
-        """A layer without bias with this kernel, stacked or not."""
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype, "precision": self.precision}
-        # Made for the size of a single layer; the value may be stacked.
-        options = {"kernel_init": nnx.initializers.zeros, "rngs": nnx.Rngs(0), **types}
         if equation is None:
-            layer = nnx.Linear(*value.shape[-2:], use_bias=False, **options)
+            layer = nnx.Linear(*value.shape, use_bias=False, **self._options())
         else:
-            layer = nnx.Einsum(equation, value.shape[-3:], **options)
+            layer = nnx.Einsum(equation, value.shape, **self._options())
         layer.kernel = nnx.Param(value)
         return layer
+
+    def _options(self) -> dict[str, Any]:
+        """Arguments of the layers inside, whose kernels are put in afterwards."""
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype, "precision": self.precision}
+        return {"kernel_init": nnx.initializers.zeros, "rngs": nnx.Rngs(0), **types}
 
     def _structured(self, rows: jax.Array) -> jax.Array:
         return self.structure.through(rows, self.first, self.second)
@@ -149,7 +157,7 @@ class StructuredLinear(nnx.Module):
         dtype = self.dtype or jnp.result_type(rows, kernel)
         return jnp.matmul(rows.astype(dtype), kernel.astype(dtype), precision=self.precision)
 
-    def _guided(self, rows: jax.Array) -> jax.Array:
+    def _guided(self, rows: jax.Array, guide: nnx.Linear) -> jax.Array:
         if self.guide_weight is None:
             raise ValueError(
                 "the layer has a guide, whose weight must be given before each call: "
@@ -158,9 +166,9 @@ class StructuredLinear(nnx.Module):
         weight = self.guide_weight[...]
 
         def mixed() -> jax.Array:
-            guide, structured = self.guide(rows), self._structured(rows)
+            structured = self._structured(rows)
             # In float32: bfloat16 would round weights near 1 to 1, and stop the factors.
-            mix = weight * guide + (1 - weight) * structured
+            mix = weight * guide(rows) + (1 - weight) * structured
             return mix.astype(structured.dtype)
 
         if self.guide_key is None:
@@ -170,7 +178,9 @@ class StructuredLinear(nnx.Module):
 
 
 class StructuredFFN(nnx.Module):
-    """The feed-forward of a transformer block, ``second(activation(first(x)))``, of structured layers.
+    """The feed-forward of a transformer block, of two structured layers.
+
+    It computes ``second(activation(first(x)))``.
 
     Args:
       features: Width of inputs and outputs.

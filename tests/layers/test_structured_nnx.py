@@ -31,7 +31,11 @@ from lowrank_optax.layers import (
 )
 
 STRUCTURES = [LowRank(3), BlockDense(4, 2), BlockShuffle(2)]
-by_structure = pytest.mark.parametrize("structure", STRUCTURES, ids=str)
+by_structure = pytest.mark.parametrize(
+    "structure",
+    [*(pytest.param(x, marks=pytest.mark.full) for x in STRUCTURES[:2]), STRUCTURES[2]],
+    ids=str,
+)
 X = np.random.default_rng(0).standard_normal((3, 8), np.float32)
 
 
@@ -329,3 +333,16 @@ def test_linen_through_the_bridge() -> None:
     module = nnx.bridge.to_linen(StructuredLinear, 8, 12, LowRank(2))
     variables = module.init(jax.random.key(0), X)
     assert module.apply(variables, X).shape == (3, 12)
+
+
+def test_on_eight_devices_every_part_of_the_batch_draws_alike() -> None:
+    layer = set_guide_weight(linear(guide=True), 0.5, jax.random.key(0))
+    layer.guide.kernel[...] = layer.guide.kernel[...] + 1
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    x = np.random.default_rng(5).standard_normal((16, 8), np.float32)
+    of_device = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    graph, state = nnx.split(layer)
+    call = jax.jit(lambda state, x: nnx.merge(graph, state)(x))
+    y = call(state, jax.device_put(x, of_device))
+    assert y.sharding.is_equivalent_to(of_device, 2)
+    assert_close(y, layer(x))

@@ -77,6 +77,18 @@ def test_product_and_composed_weight_are_the_definition(
         assert_close(y, (x @ expected).astype(np.float32), size=np.abs(x) @ np.abs(expected))
 
 
+@by_case
+def test_no_rows_give_no_rows_and_nan_stays_in_its_row(
+    structure: Structure, inputs: int, outputs: int
+) -> None:
+    factors = random_factors(structure, inputs, outputs)
+    assert structured_linear(jnp.ones((2, 0, inputs)), factors, structure).shape == (2, 0, outputs)
+    x = jnp.ones((2, inputs)).at[0].set(jnp.nan)
+    y = structured_linear(x, factors, structure)
+    assert jnp.isnan(y[0]).all()
+    assert jnp.isfinite(y[1]).all()
+
+
 def test_one_block_is_low_rank() -> None:
     v, u = random_factors(LowRank(3), 8, 12)
     assert_close(BlockDense(3, 1).compose(Factors(v[None], u)), v @ u)

@@ -144,7 +144,7 @@ class BlockDense(Structure):
 
     def through(self, rows: jax.Array, first: Product, second: Product) -> jax.Array:
         """See `Structure.through`."""
-        hidden = first(rows.reshape(len(rows), self.blocks, -1))
+        hidden = first(rows.reshape(len(rows), self.blocks, rows.shape[-1] // self.blocks))
         return second(hidden.reshape(len(rows), self.rank))
 
     def compose(self, factors: Factors) -> jax.Array:
@@ -214,9 +214,9 @@ class BlockShuffle(Structure):
 
     def through(self, rows: jax.Array, first: Product, second: Product) -> jax.Array:
         """See `Structure.through`."""
-        hidden = first(rows.reshape(len(rows), self.blocks, -1))
-        outputs = second(hidden.reshape(len(rows), -1, self.blocks))
-        return outputs.reshape(len(rows), -1)
+        hidden = first(rows.reshape(len(rows), self.blocks, rows.shape[-1] // self.blocks))
+        outputs = second(hidden.reshape(len(rows), hidden.shape[-1], self.blocks))
+        return outputs.reshape(len(rows), outputs.shape[-2] * self.blocks)
 
     def compose(self, factors: Factors) -> jax.Array:
         """See `Structure.compose`."""

@@ -19,7 +19,7 @@ from lowrank_optax.layers import (
 
 X = np.arange(1.0, 5)
 CASES = [
-    (LowRank(3), 8, 12),
+    pytest.param(LowRank(3), 8, 12, marks=pytest.mark.full),
     (BlockDense(4, 2), 8, 12),
     pytest.param(BlockShuffle(2), 12, 8, marks=pytest.mark.full),
     (BlockShuffle(3), 12, 15),  # blocks that do not divide the hidden width
@@ -157,7 +157,11 @@ def test_gradients_are_those_of_the_composed_weight_in_float64(
             np.testing.assert_allclose(a, b, atol=1e-12 * np.abs(b).max())
 
 
-@by_case
+@pytest.mark.parametrize(
+    ("structure", "inputs", "outputs"),
+    [(LowRank(3), 8, 12), (BlockDense(4, 2), 8, 12), (BlockShuffle(3), 12, 15)],
+    ids=str,
+)
 def test_initial_singular_values(structure: Structure, inputs: int, outputs: int) -> None:
     factors = structure.init(jax.random.key(0), inputs, outputs, scale=0.5)
     values = np.linalg.svd(structure.compose(factors), compute_uv=False)
@@ -213,7 +217,7 @@ def test_parts_of_block_shuffle_have_the_rank_of_their_hidden_units() -> None:
     assert np.linalg.matrix_rank(weight) == 12
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.full)])
 def test_half_precision_is_accumulated_in_float32(dtype: Any) -> None:
     structure = BlockShuffle(2)
     factors = structure.init(jax.random.key(0), 512, 512, dtype=dtype)

@@ -40,6 +40,11 @@ X = np.random.default_rng(0).standard_normal((3, 8), np.float32)
 
 
 def linear(structure: Structure = STRUCTURES[2], **options: Any) -> StructuredLinear:
+    return nnx.clone(_linear(structure, **options))
+
+
+@functools.cache
+def _linear(structure: Structure, **options: Any) -> StructuredLinear:
     return StructuredLinear(8, 12, structure, rngs=nnx.Rngs(0), **options)
 
 
@@ -232,6 +237,12 @@ def test_structures_by_pattern_and_what_cannot_be_converted() -> None:
         structure_linears(model, {"out": BlockShuffle(4)})
     with pytest.raises(ValueError, match="where='mlp' matches no linear layer"):
         structure_linears(model, LowRank(2), "mlp")
+    with pytest.raises(ValueError, match="has no pattern"):
+        structure_linears(model, {})
+    model.out.preferred_element_type = jnp.float32
+    with pytest.raises(ValueError, match=r"out is more than an nnx\.Linear"):
+        structure_linears(model, LowRank(2), "out")
+    model.out.preferred_element_type = None
     lro.adapters.attach(model, lro.adapters.LoRA(rank=1), where="out", rngs=1)
     with pytest.raises(ValueError, match=r"out is more than an nnx\.Linear"):
         structure_linears(model, LowRank(2), "out")
@@ -248,8 +259,26 @@ def test_few_rows_meet_the_merged_weight_and_many_the_factors() -> None:
     assert keep_merged(layer, rows=0).merged is None
     assert_close(keep_merged(layer)(ones), linear()(ones))
     assert not any("merged" in path for path, _ in nnx.to_flat_state(nnx.state(layer, nnx.Param)))
-    with pytest.raises(ValueError, match="rows must not be negative, got -1"):
-        keep_merged(layer, rows=-1)
+    for wrong in (-1, 2.5):
+        with pytest.raises(ValueError, match="rows must be an integer of at least 0"):
+            keep_merged(layer, rows=wrong)  # type: ignore[bad-argument-type]
+
+
+@pytest.mark.parametrize("rows", [2, 5])
+def test_layer_with_a_merged_weight_is_not_trained(rows: int) -> None:
+    """By few rows the factors would have no gradient, and by many the weight would not follow."""
+    layer, x = keep_merged(linear(), rows=4), jnp.ones((rows, 8))
+    gradient = jax.jit(nnx.grad(lambda layer: jnp.sum(layer(x))))
+    with pytest.raises(ValueError, match="a merged weight cannot be trained"):
+        gradient(layer)
+    assert jnp.any(gradient(keep_merged(layer, rows=0))["first"]["kernel"][...])
+
+
+def test_adapters_are_not_lost_beside_a_merged_weight() -> None:
+    model = nnx.Sequential(keep_merged(linear(), rows=4))
+    lro.adapters.attach(model, lro.adapters.LoRA(rank=1), where="first", rngs=1)
+    with pytest.raises(ValueError, match="the factors of the layer have adapters"):
+        model(X)
 
 
 def loss_of(graph: nnx.GraphDef, params: Any) -> jax.Array:
@@ -312,7 +341,7 @@ def test_lora_attaches_to_the_factors_and_merges() -> None:
     assert_close(merge_structured(model)(X), adapted, 100)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_few_bit_activations_inside_give_nearly_the_gradient() -> None:
     structure = BlockShuffle(2)
     make = functools.partial(StructuredFFN, 8, 16, structure, rngs=nnx.Rngs(3))

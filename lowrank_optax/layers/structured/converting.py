@@ -49,8 +49,9 @@ def structure_linears(
 
     Raises:
       ValueError: If ``where`` or a pattern matches no linear layer (the message lists similar
-        paths), the structure does not fit a layer, or a layer is more than an ``nnx.Linear``: it
-        has adapters, a call or a ``dot_general`` of its own, or stack axes that are not in front.
+        paths), ``structure`` has no pattern or does not fit a layer, or a layer is more than an
+        ``nnx.Linear``: it has adapters, a call, a ``dot_general`` or a ``preferred_element_type``
+        of its own, or stack axes that are not in front.
       TypeError: If a structure is not a structure.
 
     Example:
@@ -68,6 +69,8 @@ def structure_linears(
       Dao et al., Monarch, 2022, https://arxiv.org/abs/2204.00595, section 3.2, for `BlockShuffle`.
     """
     by_pattern = isinstance(structure, Mapping)
+    if by_pattern and not structure:
+        raise ValueError("structure={} has no pattern: give at least one, or a single structure.")
     for each in structure.values() if by_pattern else [structure]:
         check_structure(each)
     layers = modules_by_path(model, lambda module: isinstance(module, nnx.Linear))
@@ -121,7 +124,7 @@ def keep_merged(model: nnx.Module, where: Where = None, *, rows: int = 16) -> nn
 
     A call with few rows (tokens) is limited by launches and by reading weights; then one dense
     product is faster than two small ones. Call it after training: the weights do not follow the
-    factors.
+    factors, so a gradient through such a layer is refused.
 
     Args:
       model: Any NNX model, or a `StructuredLinear` itself.
@@ -134,7 +137,7 @@ def keep_merged(model: nnx.Module, where: Where = None, *, rows: int = 16) -> nn
 
     Raises:
       ValueError: If ``where`` matches no structured layer, a layer has a guide or adapters, or
-        ``rows`` is negative.
+        ``rows`` is negative or not an integer.
 
     Example:
       >>> from flax import nnx
@@ -147,8 +150,8 @@ def keep_merged(model: nnx.Module, where: Where = None, *, rows: int = 16) -> nn
     Reference:
       Wei et al., 2024, https://arxiv.org/abs/2406.16450, on inference.
     """
-    if rows < 0:
-        raise ValueError(f"rows must not be negative, got {rows}.")
+    if isinstance(rows, bool) or not isinstance(rows, int) or rows < 0:
+        raise ValueError(f"rows must be an integer of at least 0, got {rows!r}.")
     layers = _chosen(model, where)
     for path, layer in layers.items():
         _check_plain(path_string(path), layer)
@@ -257,10 +260,12 @@ def _set_bias(new: Any, layer: Any) -> None:
 def _check_layer(path: str, layer: Any, structure: Structure) -> None:
     """Raises ValueError if a layer is more than an ``nnx.Linear``, or the structure misfits."""
     sides = _sides(layer)
-    if type(layer) is not nnx.Linear or layer.dot_general is not jax.lax.dot_general:
+    own_product = layer.dot_general is not jax.lax.dot_general or layer.preferred_element_type
+    if type(layer) is not nnx.Linear or own_product:
         raise ValueError(
-            f"{path} is more than an nnx.Linear (a {type(layer).__name__} with adapters, or a call "
-            "or dot_general of its own): convert plain layers, or leave it out by where."
+            f"{path} is more than an nnx.Linear (a {type(layer).__name__} with adapters, or a "
+            "call, dot_general or preferred_element_type of its own): convert plain layers, or leave it "
+            "out by where."
         )
     if layer.kernel.shape[-2:] != sides:
         raise ValueError(
@@ -277,6 +282,4 @@ def _check_plain(path: str, layer: StructuredLinear) -> None:
     """Raises ValueError if the factors are not all that the layer computes."""
     if layer.guide is not None:
         raise ValueError(f"{path} has a guide: drop_guides(model) first.")
-    plain = (nnx.Linear, nnx.Einsum)
-    if type(layer.first) not in plain or type(layer.second) not in plain:
-        raise ValueError(f"the factors of {path} have adapters: merge and detach these first.")
+    layer.check_unadapted(path)

@@ -52,7 +52,8 @@ class StructuredLinear(nnx.Module):
     Raises:
       TypeError: If ``structure`` is not a structure.
       ValueError: If it does not fit a weight of this size; when called, if the input has another
-        width, or the guide has no weight.
+        width, the guide has no weight, or a layer with a merged weight is differentiated or has
+        adapters.
 
     Example:
       >>> from flax import nnx
@@ -113,6 +114,9 @@ class StructuredLinear(nnx.Module):
             y = self._structured(rows)
         else:
             y = self._guided(rows, self.guide)
+        if self.merged is not None:
+            self.check_unadapted("the layer")
+            y = _for_inference(y, self.factors())
         if self.bias is not None:
             y = y + self.bias[...].astype(y.dtype)
         return y.reshape(*x.shape[:-1], self.out_features)
@@ -130,6 +134,15 @@ class StructuredLinear(nnx.Module):
         own = len(self.structure.shapes(self.in_features, self.out_features)[0])
         shape = self.first.kernel.shape
         return tuple(shape[: len(shape) - own])
+
+    def check_unadapted(self, path: str) -> None:
+        """Raises ValueError if the factors have adapters."""
+        plain = (nnx.Linear, nnx.Einsum)
+        if type(self.first) not in plain or type(self.second) not in plain:
+            raise ValueError(
+                f"the factors of {path} have adapters, which a dense weight lacks: merge and "
+                "detach them first, or remove the weight with keep_merged(model, rows=0)."
+            )
 
     def add_guide(self) -> None:
         """Adds the guide, with which the layer computes what it did at a weight of 1."""
@@ -223,6 +236,21 @@ class StructuredFFN(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Outputs ``[..., features]`` of inputs of that shape."""
         return self.second(self.activation(self.first(x)))
+
+
+@jax.custom_jvp
+def _for_inference(y: jax.Array, factors: Factors) -> jax.Array:
+    """The outputs of a layer with a merged weight, which must not be differentiated."""
+    del factors  # not in the outputs of the merged weight, where their gradient would be zero
+    return y
+
+
+@_for_inference.defjvp
+def _refuse_gradient(primals: Any, tangents: Any) -> Any:
+    raise ValueError(
+        "a structured layer with a merged weight cannot be trained, because the weight does not "
+        "follow the factors: remove it with keep_merged(model, rows=0) first."
+    )
 
 
 def check_structure(structure: Structure) -> None:

@@ -315,7 +315,9 @@ def train(job: Job, folder: Path, console: Console, stop: threading.Event) -> di
                     weight = guide_weight(settings, step)
                     log.add_held_out(step, evaluate(params, windows, weight, graphdef=graphdef))
                     meter.line(feed.done, log)
-                if shrinks and feed.passed(settings.compact_every) and not last:
+                # After the guides are dropped: that matches the state's arrays by their shapes.
+                unguided = step >= settings.guided_steps
+                if shrinks and unguided and feed.passed(settings.compact_every) and not last:
                     log.flush()
                     smaller = compacted(opt_state, on_all, console.print)
                     if smaller is not None:

@@ -37,9 +37,9 @@ def test_checkpoints_after_the_guided_phase_hold_no_guides(output: Path) -> None
     assert "gate_up" in str(state["blocks"]["mlp"].keys())
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.bitwise  # the same programs, which are lowered once more
-@pytest.mark.parametrize("left", [2, pytest.param(4, marks=pytest.mark.full)])
+@pytest.mark.parametrize("left", [2, 4])
 def test_killed_run_goes_on_in_its_phase(
     output: Path, flags: list[str], tmp_path: Path, left: int
 ) -> None:
@@ -56,6 +56,17 @@ def test_killed_run_goes_on_in_its_phase(
     assert pretrain.main(["--output", str(folder), "--resume"]) == 0
     log = Path("adamw", "log.jsonl")
     assert read_losses(folder / log) == read_losses(output / log)
+
+
+@pytest.mark.full
+def test_adaptive_ranks_are_cut_after_the_guided_phase(flags: list[str], tmp_path: Path) -> None:
+    """Step 2 has guides; a state that was cut there would not fit the one without them."""
+    options = ["--optimizer", "adarankgrad", "--set", "rank=16", "refresh_every=2", "threshold=0.6"]
+    folder = str(tmp_path / "run")
+    arguments = [*flags, *GUIDED[:-2], *options, "--compact-every", "1", "--output", folder]
+    assert pretrain.main(arguments) == 0
+    result = json.loads((tmp_path / "run" / "results.json").read_text())["adarankgrad"]
+    assert result["optimizer_state_bytes"] < 0.8 * result["first_optimizer_state_bytes"]
 
 
 REFUSED = [

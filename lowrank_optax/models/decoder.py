@@ -302,7 +302,7 @@ class Decoder(nnx.Module):
             # All that a call may change; the weights are only read.
             return x, (cache, nnx.state(block, nnx.RngCount))
 
-        call = rematerialised(call, self.remat, in_scan=self.scan_layers)
+        outside = rematerialised(call, self.remat, in_scan=False)
         if isinstance(self.blocks, nnx.List):
             apart = list(self.blocks)
         else:
@@ -311,7 +311,7 @@ class Decoder(nnx.Module):
         for index, block in enumerate(apart):
             graphdef, state = nnx.split(block)
             layer_cache = jax.tree.map(lambda c: c[index], cache)  # noqa: B023
-            x, (layer_cache, counts) = call(graphdef, x, state, layer_cache)
+            x, (layer_cache, counts) = outside(graphdef, x, state, layer_cache)
             nnx.update(block, counts)
             caches.append(layer_cache)
         done = jax.tree.map(lambda *layers: jnp.stack(layers), *caches) if caches else None
@@ -321,6 +321,7 @@ class Decoder(nnx.Module):
         # an enclosing jit or grad.
         graphdef, state = nnx.split(self.blocks)
         rest = jax.tree.map(lambda c: c[len(apart) :], cache)
+        call = rematerialised(call, self.remat, in_scan=True)
         x, (rest, counts) = jax.lax.scan(
             lambda x, layer: call(graphdef, x, *layer), x, (state, rest)
         )

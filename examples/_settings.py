@@ -12,6 +12,7 @@ SCHEDULES = ("constant", "cosine", "linear", "wsd")
 DTYPES = ("float32", "bfloat16")
 LOSSES = ("plain", "chunked")
 LOSS_HELP = "of all logits at once, or in chunks that are never all in memory"
+FEED_FORWARDS = ("lowrank", "blockdense", "blockshuffle")
 ROUNDINGS = ("nearest", "stochastic", "compensated")
 
 
@@ -52,6 +53,8 @@ class Settings:
     fixed_point: int | None = None
     sketch: float | None = None
     sketch_kind: SketchKind | None = None
+    feed_forward: Literal["lowrank", "blockdense", "blockshuffle"] | None = None
+    self_guided: float | None = None
     initializer_range: float | None = None
     devices: int | None = None
     seed: int = 0
@@ -91,6 +94,8 @@ class Settings:
             raise InputError(f"--sketch must be above 0 and at most 1, not {self.sketch}")
         if self.sketch_kind is not None and self.sketch is None:
             raise InputError("--sketch-kind needs --sketch FRACTION")
+        if self.self_guided is not None:
+            self._check_self_guided(self.self_guided)
         if self.update_in_backward:
             self._check_update_in_backward()
         if not 0 <= self.seed < 2**32:  # what both grain and jax.random.key take
@@ -104,6 +109,25 @@ class Settings:
             raise InputError(f"--fixed-point must be 2 to {most} in {self.dtype}, not {bits}")
         if self.sketch is not None:
             raise InputError("--fixed-point replaces the layers of --sketch: leave one out")
+        if self.feed_forward is not None:
+            raise InputError("--fixed-point replaces dense layers: leave --feed-forward out")
+
+    def _check_self_guided(self, ratio: float) -> None:
+        if self.feed_forward is None:
+            raise InputError("--self-guided needs --feed-forward NAME")
+        if not (0 < ratio <= 1 and self.guided_steps):
+            raise InputError(
+                "--self-guided must be above 0 and at most 1, and give a step or more of --steps "
+                f"{self.steps}, not {ratio}"
+            )
+        for name, why in (
+            ("update_in_backward", "computes blocks without a guide"),
+            ("sketch", "cannot be drawn where a guide may be skipped"),
+        ):
+            if getattr(self, name):
+                raise InputError(f"{flag(name)} {why}: leave it or --self-guided out")
+        if self.batch_size == "adaptive":
+            raise InputError("--self-guided counts steps of one size: give --batch-size a number")
 
     def _check_update_in_backward(self) -> None:
         for name, why in (
@@ -122,6 +146,11 @@ class Settings:
     def stored_dtype(self) -> str:
         """Dtype of the weights between steps: a way of rounding is for bfloat16."""
         return self.param_dtype if self.rounding is None else "bfloat16"
+
+    @property
+    def guided_steps(self) -> int:
+        """Steps with guides, the first ones of a run."""
+        return int((self.self_guided or 0) * self.steps)
 
     @property
     def first_batch_size(self) -> int:
@@ -319,6 +348,22 @@ def _add_training_flags(group: argparse._ArgumentGroup) -> None:
         str,
         "how --sketch makes them (default: stratified)",
         choices=get_args(SketchKind),
+    )
+    add_flag(
+        group,
+        "feed_forward",
+        str,
+        "structure of the MLPs' matrices, in all blocks but the first (default: dense)",
+        choices=FEED_FORWARDS,
+    )
+    group.add_argument(
+        "--self-guided",
+        metavar="RATIO",
+        nargs="?",
+        const=0.5,
+        type=float,
+        help="train structured MLPs with a dense guide in this part of the steps (0.5 if no RATIO "
+        "is given)",
     )
     add_flag(
         group,

@@ -26,6 +26,7 @@ try:
     from _compaction import compacted, has_adaptive_rank, state_bytes
     from _corpus import Corpus, held_out_windows, load_corpus
     from _curves import plot
+    from _guide import guide_weight, without_guides
     from _machine import first_interrupt, make_mesh, peak_bytes
     from _optimizers import (
         Chosen,
@@ -92,12 +93,16 @@ def mean_loss(
     sketch: lro.layers.Sketch | None = None,
     key: jax.Array | None = None,
     loss_fn: Loss = plain_loss,
+    weight_of_guides: jax.Array | None = None,
 ) -> jax.Array:
     """The loss of tokens [batch, length + 1].
 
     With a sketch, the linear layers of the blocks keep that of their input, drawn with the key.
+    Guides have the given weight; with a key they are skipped at random.
     """
     model = nnx.merge(graphdef, params)
+    if weight_of_guides is not None:
+        lro.layers.set_guide_weight(model, weight_of_guides, key)
     if sketch is not None and key is not None:
         lro.layers.randomize(model, sketch, rngs=nnx.Rngs(sketch=key))
     return loss_fn(model, model.hidden(tokens[:, :-1]), tokens[:, 1:])
@@ -110,18 +115,19 @@ def loss_and_gradient(
     sketch: lro.layers.Sketch | None = None,
     key: jax.Array | None = None,
     loss_fn: Loss = plain_loss,
+    weight_of_guides: jax.Array | None = None,
 ) -> tuple[jax.Array, optax.Updates, GradientNoise | None]:
     """Averages over the micro-batches of tokens [accumulate, batch, length + 1].
 
     Where there are several, their gradients also tell how noisy the average is.
     """
     # A key for each sequence, of which a micro-batch takes the first.
-    keys = None if sketch is None or key is None else jax.random.split(key, tokens.shape[:2])
+    keys = None if key is None else jax.random.split(key, tokens.shape[:2])
 
     def loss(params: optax.Params, part: tuple[jax.Array, jax.Array | None]) -> jax.Array:
         tokens, keys = part
         first = None if keys is None else keys[0]
-        return mean_loss(params, graphdef, tokens, sketch, first, loss_fn)
+        return mean_loss(params, graphdef, tokens, sketch, first, loss_fn, weight_of_guides)
 
     batch = tokens, keys
     if len(tokens) == 1:
@@ -134,6 +140,7 @@ def train_step(
     opt_state: optax.OptState,
     tokens: jax.Array,
     key: jax.Array | None = None,
+    weight_of_guides: jax.Array | None = None,
     *,
     graphdef: nnx.GraphDef,
     tx: optax.GradientTransformationExtraArgs,
@@ -142,16 +149,17 @@ def train_step(
 ) -> tuple[optax.Params, optax.OptState, jax.Array, GradientNoise | None]:
     """One step of the optimizer on tokens [accumulate, batch, length + 1].
 
-    The key is for the sketch, if there is one, and another at every step.
+    The key is for the sketch, or for skipping guides, and another at every step.
     """
-    loss, gradient, noise = loss_and_gradient(params, graphdef, tokens, sketch, key, loss_fn)
+    options = graphdef, tokens, sketch, key, loss_fn, weight_of_guides
+    loss, gradient, noise = loss_and_gradient(params, *options)
     updates, opt_state = tx.update(
         gradient,
         opt_state,
         params,
         value=loss,  # these three are for optimizers with a line search; others ignore them
         grad=gradient,
-        value_fn=lambda p: loss_and_gradient(p, graphdef, tokens, sketch, key, loss_fn)[0],
+        value_fn=lambda p: loss_and_gradient(p, *options)[0],
     )
     return optax.apply_updates(params, updates), opt_state, loss, noise
 
@@ -161,12 +169,14 @@ def train_step_in_backward(
     opt_state: optax.OptState,
     tokens: jax.Array,
     key: None = None,
+    weight_of_guides: None = None,
     *,
     graphdef: nnx.GraphDef,
     tx: optax.GradientTransformation,
     loss_fn: Loss = plain_loss,
 ) -> tuple[optax.Params, optax.OptState, jax.Array, None]:
     """As `train_step`, but each block is updated as soon as its gradients exist."""
+    del weight_of_guides
     count, batch, length = tokens.shape
     update = lro.update_in_backward(
         nnx.merge(graphdef, params), tx, loss=loss_fn, micro_batches=count
@@ -180,12 +190,14 @@ def train_step_in_backward(
 def held_out_loss(
     params: optax.Params,
     windows: jax.Array,
+    weight_of_guides: jax.Array | None = None,
     *,
     graphdef: nnx.GraphDef,
     loss_fn: Loss = plain_loss,
 ) -> jax.Array:
-    """Mean loss over windows [batches, batch, length + 1]."""
-    loss = lambda tokens: mean_loss(params, graphdef, tokens, loss_fn=loss_fn)
+    """Mean loss over windows [batches, batch, length + 1]; guides are never skipped."""
+    options = {"loss_fn": loss_fn, "weight_of_guides": weight_of_guides}
+    loss = lambda tokens: mean_loss(params, graphdef, tokens, **options)
     return jax.lax.map(loss, windows).mean()
 
 
@@ -238,7 +250,9 @@ class Job(NamedTuple):
     """What it takes to train with one optimizer."""
 
     optimizer: Chosen
-    make_tx: Callable[[optax.Schedule], optax.GradientTransformationExtraArgs]
+    make_tx: Callable[
+        [optax.Schedule, nnx.GraphDef, optax.Params], optax.GradientTransformationExtraArgs
+    ]
     schedule: optax.Schedule  # of the learning rate, by steps of the first batch size
     corpus: Corpus
     settings: Settings
@@ -253,14 +267,16 @@ def train(job: Job, folder: Path, console: Console, stop: threading.Event) -> di
     settings, corpus = job.settings, job.corpus
     on_all = NamedSharding(job.mesh, PartitionSpec())  # model and optimizer: a copy on each
     shared_out = NamedSharding(job.mesh, PartitionSpec(None, "data"))  # a part of each batch
-    graphdef, params = nnx.split(make_model(settings, corpus.vocab_size))
+    make_tx = functools.partial(job.make_tx, job.schedule)
+    guide = settings.self_guided is not None
+    graphdef, params = nnx.split(make_model(settings, corpus.vocab_size, guide=guide))
     params = jax.device_put(params, on_all)
-    opt_state = jax.jit(job.make_tx(job.schedule).init, out_shardings=on_all)(params)
+    opt_state = jax.jit(make_tx(graphdef, params).init, out_shardings=on_all)(params)
     first_bytes, shrinks = state_bytes(opt_state), has_adaptive_rank(opt_state)
     feed = Feed(corpus, settings)
     windows = jax.device_put(held_out_windows(corpus, settings), shared_out)
     evaluate = jax.jit(
-        functools.partial(held_out_loss, graphdef=graphdef, loss_fn=LOSSES[settings.loss])
+        functools.partial(held_out_loss, loss_fn=LOSSES[settings.loss]), static_argnames="graphdef"
     )
 
     checkpoints = (folder / "checkpoints").resolve()
@@ -268,6 +284,8 @@ def train(job: Job, folder: Path, console: Console, stop: threading.Event) -> di
     meter = Meter(console, job.optimizer.name, settings)
     with ocp.CheckpointManager(checkpoints, options=keep) as manager:
         step = manager.latest_step() or 0
+        if guide and step >= settings.guided_steps:
+            graphdef, params, opt_state = without_guides(graphdef, params, opt_state, make_tx)
         if step:
             params, opt_state, position = restore(manager, params, opt_state)
             feed.go_to(position)
@@ -275,7 +293,8 @@ def train(job: Job, folder: Path, console: Console, stop: threading.Event) -> di
         with closing(StepLog(folder / "log.jsonl", step)) as log, meter.running(feed.done):
             while not feed.finished:
                 tokens = jax.device_put(feed.next(), shared_out)
-                arguments = params, opt_state, tokens, sketch_key(settings, step), *feed.clock()
+                inputs = tokens, step_key(settings, step), guide_weight(settings, step)
+                arguments = params, opt_state, *inputs, *feed.clock()
                 if len(tokens) not in compiled:
                     log.flush()
                     meter.compiling()
@@ -284,13 +303,21 @@ def train(job: Job, folder: Path, console: Console, stop: threading.Event) -> di
                     log.restart_clock()
                 params, opt_state, loss, noise = compiled[len(tokens)](*arguments)
                 step += 1
+                if step == settings.guided_steps:
+                    log.flush()
+                    parts = without_guides(graphdef, params, opt_state, make_tx)
+                    (graphdef, params, opt_state), compiled = parts, {}
+                    log.restart_clock()
                 feed.take(noise)
                 log.add(step, loss, feed.figures())
                 last, stopped = feed.finished, stop.is_set()
                 if last or feed.passed(settings.eval_every):
-                    log.add_held_out(step, evaluate(params, windows))
+                    weight = guide_weight(settings, step)
+                    log.add_held_out(step, evaluate(params, windows, weight, graphdef=graphdef))
                     meter.line(feed.done, log)
-                if shrinks and feed.passed(settings.compact_every) and not last:
+                # After the guides are dropped: that matches the state's arrays by their shapes.
+                unguided = step >= settings.guided_steps
+                if shrinks and unguided and feed.passed(settings.compact_every) and not last:
                     log.flush()
                     smaller = compacted(opt_state, on_all, console.print)
                     if smaller is not None:
@@ -318,14 +345,17 @@ def compile_step(
 ) -> tuple[jax.stages.Compiled, float]:
     """Compiles `train_step` for these arguments; returns it and the seconds this took.
 
-    The fifth argument, if there is one, is where the schedule is: steps do not tell it where they
+    The sixth argument, if there is one, is where the schedule is: steps do not tell it where they
     have different sizes.
     """
     train = functools.partial(chosen_step(job.settings), graphdef=graphdef)
 
-    def step(params: Any, opt_state: Any, tokens: Any, key: Any, *done: jax.Array) -> Any:
-        tx = job.make_tx((lambda count: job.schedule(*done)) if done else job.schedule)
-        return train(params, opt_state, tokens, key, tx=tx)
+    def step(
+        params: Any, opt_state: Any, tokens: Any, key: Any, weight: Any, *done: jax.Array
+    ) -> Any:
+        schedule = (lambda count: job.schedule(*done)) if done else job.schedule
+        tx = job.make_tx(schedule, graphdef, params)
+        return train(params, opt_state, tokens, key, weight, tx=tx)
 
     began = time.perf_counter()
     jitted = jax.jit(
@@ -351,9 +381,9 @@ def chosen_step(settings: Settings) -> Callable[..., Any]:
     return functools.partial(train_step, sketch=make_sketch(settings), loss_fn=loss_fn)
 
 
-def sketch_key(settings: Settings, step: int) -> jax.Array | None:
-    """The key of a step's sketches, the same in a run that is resumed; None without them."""
-    if settings.sketch is None:
+def step_key(settings: Settings, step: int) -> jax.Array | None:
+    """The key of a step's sketches or guides, also in a run that is resumed; None without them."""
+    if settings.sketch is None and guide_weight(settings, step) is None:
         return None
     return jax.random.fold_in(jax.random.key(settings.seed), step)
 
@@ -371,8 +401,11 @@ def sample(model: Decoder, corpus: Corpus, seed: int) -> tuple[str, str]:
     return corpus.decode(tokens[: prompt.size]), corpus.decode(tokens[prompt.size :])
 
 
-def make_model(settings: Settings, vocab_size: int) -> Decoder:
-    """Makes the model that the settings name, with the seed's weights."""
+def make_model(settings: Settings, vocab_size: int, *, guide: bool = False) -> Decoder:
+    """Makes the model that the settings name, with the seed's weights.
+
+    Guides are those of the first phase of `--self-guided`.
+    """
     config = decoder_config(settings.model, vocab_size=vocab_size)
     # The usual 0.02 suits widths of thousands; a narrow model starts too close to zero with it.
     spread = settings.initializer_range or config.hidden_size**-0.5
@@ -383,6 +416,8 @@ def make_model(settings: Settings, vocab_size: int) -> Decoder:
         param_dtype=settings.stored_dtype,
         remat=remat_choice(settings.remat),
         activation_bits=settings.activation_bits,
+        feed_forward=settings.feed_forward,
+        guide=guide,
     )
     if settings.fixed_point is not None:
         lro.layers.convert_to_fixed_point(model, settings.fixed_point)
@@ -400,18 +435,23 @@ def prepare(chosen: Chosen, corpus: Corpus, settings: Settings, mesh: jax.shardi
       InputError: if it cannot, or there is no such model.
     """
     try:
-        model = nnx.eval_shape(lambda: make_model(settings, corpus.vocab_size))
+        guide = settings.self_guided is not None
+        model = nnx.eval_shape(lambda: make_model(settings, corpus.vocab_size, guide=guide))
     except (ValueError, OSError) as error:
         raise InputError(f"--model {settings.model}: {one_line(error)}") from None
     graphdef, params = nnx.split(model)
     warmup = settings.steps // 10 if settings.warmup is None else settings.warmup
     schedule = make_schedule(settings.schedule, settings.steps, warmup)
-    make_tx = lambda schedule: in_few_bits(
-        make_optimizer(chosen, model, params, schedule), settings
-    )
-    tx = make_tx(schedule)
+
+    def make_tx(
+        schedule: optax.Schedule, graphdef: nnx.GraphDef, params: optax.Params
+    ) -> optax.GradientTransformationExtraArgs:
+        model = nnx.merge(graphdef, params)
+        return in_few_bits(make_optimizer(chosen, model, params, schedule), settings)
+
+    tx = make_tx(schedule, graphdef, params)
     step = functools.partial(chosen_step(settings), graphdef=graphdef, tx=tx)
-    inputs = tokens_shape(settings), sketch_key(settings, 0)
+    inputs = tokens_shape(settings), step_key(settings, 0), guide_weight(settings, 0)
     try:
         before = params, jax.eval_shape(tx.init, params)
         after = jax.eval_shape(step, *before, *inputs)[:2]

@@ -39,6 +39,9 @@ from lowrank_optax.layers.randomized.variances import (
     minibatch_variance,
     sketch_variance,
 )
+from lowrank_optax.layers.structured.base import Structure, structured_linear
+from lowrank_optax.layers.structured.factors import Factors
+from lowrank_optax.layers.structured.structures import BlockDense, BlockShuffle, LowRank
 
 if TYPE_CHECKING:
     from lowrank_optax.layers import linen
@@ -72,6 +75,18 @@ if TYPE_CHECKING:
         randomized_layers,
         restore_linears,
     )
+    from lowrank_optax.layers.structured.converting import (
+        keep_merged,
+        merge_structured,
+        structure_linears,
+        structured_layers,
+    )
+    from lowrank_optax.layers.structured.feed_forward_layers import StructuredFFN, StructuredLinear
+    from lowrank_optax.layers.structured.guiding import (
+        drop_guides,
+        self_guided_schedule,
+        set_guide_weight,
+    )
 
 # These need Flax, which is imported when one of them is first used.
 _FLAX = {
@@ -101,6 +116,14 @@ _FLAX = {
         "randomized_layers",
         "restore_linears",
     ],
+    "structured.converting": [
+        "keep_merged",
+        "merge_structured",
+        "structure_linears",
+        "structured_layers",
+    ],
+    "structured.guiding": ["drop_guides", "self_guided_schedule", "set_guide_weight"],
+    "structured.feed_forward_layers": ["StructuredFFN", "StructuredLinear"],
 }
 
 __all__ = [
@@ -163,6 +186,22 @@ __all__ = [
     "restore_linears",
     "sketch_noise",
     "sketch_variance",
+    # Structured feed-forward
+    "BlockDense",
+    "BlockShuffle",
+    "Factors",
+    "LowRank",
+    "Structure",
+    "StructuredFFN",
+    "StructuredLinear",
+    "drop_guides",
+    "keep_merged",
+    "merge_structured",
+    "self_guided_schedule",
+    "set_guide_weight",
+    "structure_linears",
+    "structured_layers",
+    "structured_linear",
     # The layers in Linen
     "linen",
 ]

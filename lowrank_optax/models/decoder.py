@@ -10,49 +10,17 @@ from typing import Any, ClassVar
 
 from flax import nnx
 import jax
-from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from lowrank_optax.activations.gating import swiglu
 from lowrank_optax.layers.attention.implementations import AttentionImplementation
+from lowrank_optax.layers.structured.base import Structure
 from lowrank_optax.models.attention import Attention, KeyValueCache, RMSNorm
 from lowrank_optax.models.decoder_config import DecoderConfig
+from lowrank_optax.models.feed_forward import MLP, StructuredMLP, structure_of
 from lowrank_optax.models.huggingface_config import MODULE_NAMES
-from lowrank_optax.models.remat import GATED, Remat, check_remat, rematerialised
+from lowrank_optax.models.remat import Remat, check_remat, rematerialised
 from lowrank_optax.models.rotary import inverse_frequencies, rotary_angles
-
-
-class MLP(nnx.Module):
-    """The gated MLP: `down(silu(gate(x)) * up(x))`."""
-
-    def __init__(
-        self,
-        config: DecoderConfig,
-        *,
-        rngs: nnx.Rngs,
-        dtype: DTypeLike,
-        param_dtype: DTypeLike,
-        activation_bits: int | None = None,
-    ) -> None:
-        self.activation_bits = activation_bits
-        init = nnx.initializers.normal(config.initializer_range)
-        types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        options = {"use_bias": config.mlp_bias, "kernel_init": init, **types}
-        self.gate = nnx.Linear(config.hidden_size, config.intermediate_size, **options)
-        self.up = nnx.Linear(config.hidden_size, config.intermediate_size, **options)
-        self.down = nnx.Linear(config.intermediate_size, config.hidden_size, **options)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., hidden_size] to the same shape."""
-        # Flat, because the gradient of a kernel is then one plain matrix product; with a batch
-        # and a length axis XLA's CPU backend transposes the activations first.
-        rows = x.reshape(-1, x.shape[-1])
-        gate = checkpoint_name(self.gate(rows), "mlp_gate")
-        up = checkpoint_name(self.up(rows), "mlp_up")
-        bits = self.activation_bits
-        hidden = nnx.silu(gate) * up if bits is None else swiglu(gate, up, bits, names=GATED)
-        return self.down(checkpoint_name(hidden, "mlp_hidden")).reshape(x.shape)
 
 
 class Block(nnx.Module):
@@ -67,6 +35,8 @@ class Block(nnx.Module):
         param_dtype: DTypeLike,
         activation_bits: int | None = None,
         attention_implementation: AttentionImplementation | None = None,
+        structure: Structure | None = None,
+        guide: bool = False,
     ) -> None:
         types = {"param_dtype": param_dtype, "rngs": rngs}
         self.attention_norm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, **types)
@@ -74,7 +44,11 @@ class Block(nnx.Module):
             config, dtype=dtype, attention_implementation=attention_implementation, **types
         )
         self.mlp_norm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, **types)
-        self.mlp = MLP(config, dtype=dtype, activation_bits=activation_bits, **types)
+        options = {"dtype": dtype, "activation_bits": activation_bits, **types}
+        if structure is None:
+            self.mlp = MLP(config, **options)
+        else:
+            self.mlp = StructuredMLP(config, structure, guide=guide, **options)
 
     def __call__(
         self,
@@ -116,12 +90,21 @@ class Decoder(nnx.Module):
         attention_implementation: name of the implementation of attention, see
             `lowrank_optax.layers.dot_product_attention`; None chooses by length and backend. With
             a cache it is always the plain one.
+        feed_forward: structure of the MLPs' matrices in all blocks but the first, which stays
+            dense: `"lowrank"`, `"blockdense"` or `"blockshuffle"`, of which each has about a third
+            of the parameters, or a structure such as `lowrank_optax.layers.BlockShuffle(4)`; None
+            for dense. In `mlp`, one structured layer `gate_up` makes gate and up, and another is
+            `down`. With `scan_layers` the dense block is `first_block`, and `blocks` the others.
+        guide: whether each structured matrix has a dense guide, see
+            `lowrank_optax.layers.set_guide_weight`.
 
     Raises:
         ValueError: `remat` is not the name of a policy, or a table names what a block does not
             have, or gives bits to one of the other intermediates, to mlp_gate and mlp_up without
             an entry of mlp_hidden, or beside `activation_bits`; or one of these is out of
-            range; or `attention_implementation` is not the name of an implementation.
+            range; or `attention_implementation` is not the name of an implementation; or
+            `feed_forward` is no name, does not fit the sizes or one block, or `guide` is given
+            without it.
 
     Example:
         >>> from flax import nnx
@@ -147,8 +130,15 @@ class Decoder(nnx.Module):
         remat: Remat = None,
         activation_bits: int | None = None,
         attention_implementation: AttentionImplementation | None = None,
+        feed_forward: str | Structure | None = None,
+        guide: bool = False,
     ) -> None:
         self.config = config
+        structure = structure_of(feed_forward, config)
+        if structure is None and guide:
+            raise ValueError("guide=True is for structured matrices: give feed_forward, too")
+        if structure is not None and config.num_hidden_layers < 2:
+            raise ValueError("feed_forward leaves the first block dense: have 2 blocks or more")
         self.dtype = jnp.dtype(dtype)
         self.scan_layers = scan_layers
         self.remat, activation_bits = check_remat(remat, activation_bits)
@@ -157,12 +147,21 @@ class Decoder(nnx.Module):
         self.embed = nnx.Embed(
             config.vocab_size, config.hidden_size, embedding_init=init, rngs=rngs, **types
         )
-        options = {
+        options: dict[str, Any] = {
             "activation_bits": activation_bits,
             "attention_implementation": attention_implementation,
             **types,
         }
-        self.blocks = _make_blocks(config, scan_layers, rngs, options)
+        structured: dict[str, Any] = {"structure": structure, "guide": guide, **options}
+        count, self.first_block = config.num_hidden_layers, nnx.data(None)
+        if not scan_layers:
+            each = [options, *[structured] * (count - 1)]
+            self.blocks = nnx.List([Block(config, rngs=rngs, **own) for own in each])
+        else:
+            if structure is not None:
+                count, self.first_block = count - 1, Block(config, rngs=rngs, **options)
+            make = nnx.vmap(lambda rngs: Block(config, rngs=rngs, **structured))
+            self.blocks = nnx.split_rngs(splits=count)(make)(rngs)
         self.norm = RMSNorm(
             config.hidden_size, epsilon=config.rms_norm_eps, param_dtype=param_dtype, rngs=rngs
         )
@@ -238,12 +237,19 @@ class Decoder(nnx.Module):
     def _hidden(
         self, tokens: jax.Array, cache: KeyValueCache | None, position: jax.Array | int
     ) -> tuple[jax.Array, KeyValueCache | None]:
-        x, rotary = self.before_blocks(tokens), self._rotary(tokens.shape[1], position)
+        x, rotary = self._embedded(tokens), self._rotary(tokens.shape[1], position)
         x, cache = self._run_blocks(x, rotary, cache, position)
         return self.after_blocks(x), cache
 
     def before_blocks(self, tokens: jax.Array) -> jax.Array:
-        """The input of the first block [batch, length, hidden_size]: the tokens' embeddings."""
+        """The input of `blocks` [batch, length, hidden_size]: the tokens' embeddings.
+
+        With a `first_block` it is that block's output.
+        """
+        x = self._embedded(tokens)
+        return x if self.first_block is None else self.through_block(self.first_block, x)
+
+    def _embedded(self, tokens: jax.Array) -> jax.Array:
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(
                 "tokens must be integers of shape [batch, length], "
@@ -296,33 +302,30 @@ class Decoder(nnx.Module):
             # All that a call may change; the weights are only read.
             return x, (cache, nnx.state(block, nnx.RngCount))
 
-        call = rematerialised(call, self.remat, in_scan=self.scan_layers)
+        outside = rematerialised(call, self.remat, in_scan=False)
         if isinstance(self.blocks, nnx.List):
-            caches = []
-            for index, block in enumerate(self.blocks):
-                graphdef, state = nnx.split(block)
-                layer_cache = jax.tree.map(lambda c: c[index], cache)  # noqa: B023
-                x, (layer_cache, counts) = call(graphdef, x, state, layer_cache)
-                nnx.update(block, counts)
-                caches.append(layer_cache)
-            return x, jax.tree.map(lambda *layers: jnp.stack(layers), *caches)
+            apart = list(self.blocks)
+        else:
+            apart = [] if self.first_block is None else [self.first_block]
+        caches = []
+        for index, block in enumerate(apart):
+            graphdef, state = nnx.split(block)
+            layer_cache = jax.tree.map(lambda c: c[index], cache)  # noqa: B023
+            x, (layer_cache, counts) = outside(graphdef, x, state, layer_cache)
+            nnx.update(block, counts)
+            caches.append(layer_cache)
+        done = jax.tree.map(lambda *layers: jnp.stack(layers), *caches) if caches else None
+        if isinstance(self.blocks, nnx.List):
+            return x, done
         # Not nnx.scan: it writes the weights back, which fails where the model is a constant of
         # an enclosing jit or grad.
         graphdef, state = nnx.split(self.blocks)
-        x, (cache, counts) = jax.lax.scan(
-            lambda x, layer: call(graphdef, x, *layer), x, (state, cache)
+        rest = jax.tree.map(lambda c: c[len(apart) :], cache)
+        call = rematerialised(call, self.remat, in_scan=True)
+        x, (rest, counts) = jax.lax.scan(
+            lambda x, layer: call(graphdef, x, *layer), x, (state, rest)
         )
         nnx.update(self.blocks, counts)
-        return x, cache
-
-
-def _make_blocks(
-    config: DecoderConfig, scan_layers: bool, rngs: nnx.Rngs, options: dict[str, Any]
-) -> Block | nnx.List:
-    def make(rngs: nnx.Rngs) -> Block:
-        return Block(config, rngs=rngs, **options)
-
-    if not scan_layers:
-        return nnx.List([make(rngs) for _ in range(config.num_hidden_layers)])
-    stacked = nnx.vmap(make, in_axes=0, out_axes=0)
-    return nnx.split_rngs(splits=config.num_hidden_layers)(stacked)(rngs)
+        if apart:
+            rest = jax.tree.map(lambda *parts: jnp.concatenate(parts), done, rest)
+        return x, rest

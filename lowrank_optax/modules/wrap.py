@@ -74,6 +74,13 @@ def set_own_class(module: Any, cls: type) -> None:
     set_class(module, _wrapped(cls, tuple(w._replace(methods=has(w)) for w in _wraps(module))))
 
 
+def become(module: Any, new: Any) -> None:
+    """Makes a module another one, in place: whoever holds it holds ``new`` from then on."""
+    vars(module).clear()
+    vars(module).update(vars(new))
+    set_class(module, type(new))
+
+
 def unwrap(model: Any, name: str) -> list[Path]:
     """Takes the wraps of a name off every module of a model; returns the modules' paths."""
     found = wrapped(model, name)

@@ -96,7 +96,7 @@ def test_every_step_and_every_micro_batch_has_a_sketch_of_its_own(
         _, found, noise = pretrain.loss_and_gradient(params, graphdef, twice, sketch, key)
         return jnp.concatenate([jnp.ravel(x) for x in jax.tree.leaves(found)]), noise.variance
 
-    keys = [pretrain.sketch_key(settings, step) for step in range(2)]
+    keys = [pretrain.step_key(settings, step) for step in range(2)]
     (first, variance), (second, _) = (jax.device_get(gradient(key)) for key in keys)
     assert np.linalg.norm(first - second) > 0.01 * np.linalg.norm(first)
     np.testing.assert_array_equal(gradient(keys[0])[0], first)

@@ -109,8 +109,8 @@ def test_learning_rate_falls_with_the_text_that_was_read(flags: list[str], tmp_p
     before = [np.array(x) for x in pretrain.jax.tree.leaves(params)]
     for done in (0.0, 3.0, 6.0):
         copied = pretrain.jax.tree.map(jnp.copy, params)
-        state = job.make_tx(job.schedule).init(copied)
-        arguments = copied, state, tokens, None, jnp.float32(done)  # without a key
+        state = job.make_tx(job.schedule, graphdef, copied).init(copied)
+        arguments = copied, state, tokens, None, None, jnp.float32(done)  # no key, no guides
         step = step or pretrain.compile_step(job, graphdef, *arguments)[0]
         after = pretrain.jax.tree.leaves(step(*arguments)[0])
         moved = [np.sum((a - b) ** 2) for a, b in zip(after, before, strict=True)]

@@ -39,6 +39,7 @@ def test_fixed_point_trains_and_goes_on_to_the_last_bit(flags: list[str], tmp_pa
             "--fixed-point must be 2 to 9 in bfloat16, not 10",
         ),
         (["--fixed-point", "8", "--sketch", "0.5"], "--sketch: leave one out"),
+        (["--fixed-point", "8", "--feed-forward", "lowrank"], "--feed-forward out"),
     ],
 )
 def test_flags_that_are_refused(

@@ -569,6 +569,27 @@ ACTIVATIONS = (
 
 LAYERS = (
     Fault(
+        "hidden units of a block shuffle in another order",
+        "lowrank_optax/layers/structured/structures.py",
+        "outputs = second(hidden.reshape(len(rows), hidden.shape[-1], self.blocks))",
+        "outputs = second(hidden.mT)",
+        ("tests/layers/test_structured.py",),
+    ),
+    Fault(
+        "hidden units of a projected block shuffle numbered from another one",
+        "lowrank_optax/layers/structured/factors.py",
+        "first_in_part = -(-(in_v * width - in_u) // blocks)",
+        "first_in_part = in_v * width // blocks",
+        ("tests/layers/test_structured.py",),
+    ),
+    Fault(
+        "output scaled where the guide is skipped",
+        "lowrank_optax/layers/structured/feed_forward_layers.py",
+        "return branch(is_guided, mixed, lambda: self._structured(rows))",
+        "return branch(is_guided, mixed, lambda: (1 - weight) * self._structured(rows))",
+        ("tests/layers/test_structured_nnx.py",),
+    ),
+    Fault(
         "slope of a power without the exponent",
         "lowrank_optax/layers/powerpropagation/reparameterisation.py",
         "alpha * _nonzero(theta32) ** (alpha - 1))",

@@ -264,8 +264,8 @@ def _check_layer(path: str, layer: Any, structure: Structure) -> None:
     if type(layer) is not nnx.Linear or own_product:
         raise ValueError(
             f"{path} is more than an nnx.Linear (a {type(layer).__name__} with adapters, or a "
-            "call, dot_general or preferred_element_type of its own): convert plain layers, or leave it "
-            "out by where."
+            "call, dot_general or preferred_element_type of its own): convert plain layers, or "
+            "leave it out by where."
         )
     if layer.kernel.shape[-2:] != sides:
         raise ValueError(

@@ -149,6 +149,7 @@ BY_ANOTHER_THREAD = {
     "compiled": nnx.jit(lambda model, x: model(x)),
 }
 _between = threading.local()
+_flax = threading.Lock()  # nnx.jit takes its layers apart: two threads must not do so at once
 
 
 class Interrupted(nnx.Module):
@@ -156,7 +157,11 @@ class Interrupted(nnx.Module):
 
     def __init__(self) -> None:
         self.first, self.second = (nnx.Linear(4, 4, rngs=nnx.Rngs(i)) for i in range(2))
-        self.run = nnx.jit(lambda layer, x: layer(x))
+        self.compiled = nnx.jit(lambda layer, x: layer(x))
+
+    def run(self, layer: nnx.Linear, x: jax.Array) -> jax.Array:
+        with _flax:
+            return self.compiled(layer, x)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = self.run(self.first, x)

@@ -42,8 +42,9 @@ def low_rank_factors(matrices: jax.Array, rank: int) -> Factors:
 
     The singular values are shared evenly by the two.
     """
-    svd = lambda a: tuple(jnp.linalg.svd(a, full_matrices=False))
-    left, values, right = in_turn(svd, in_float32(matrices))
+    left, values, right = in_turn(
+        lambda a: tuple(jnp.linalg.svd(a, full_matrices=False)), in_float32(matrices)
+    )
     root = jnp.sqrt(values[..., :rank])
     return Factors(left[..., :rank] * root[..., None, :], root[..., None] * right[..., :rank, :])
 

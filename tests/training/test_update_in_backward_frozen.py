@@ -1,6 +1,6 @@
 """The update inside the backward pass of models that are partly frozen."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from close import assert_close
@@ -36,6 +36,18 @@ FUNCTIONS = LayeredFunctions(
 
 def drawn(seed: int, *shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape) / 2, jnp.float32)
+
+
+def ordinary_step(loss: Callable[[Tree], jax.Array], tx: Any) -> Callable[..., Any]:
+    """A step of the trained parameters that holds all of their gradients."""
+
+    @jax.jit
+    def step(params: Tree, state: Tree) -> Any:
+        value, gradients = jax.value_and_grad(loss)(params)
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    return step
 
 
 def layer(seed: int, *stack: int) -> Tree:
@@ -94,12 +106,7 @@ def test_steps_are_those_of_the_ordinary_step(name: str) -> None:
     update = lro.update_in_backward(FUNCTIONS, plain, clip="global", max_norm=0.1, micro_batches=2)
     tx = optax.chain(optax.clip_by_global_norm(0.1), plain)
 
-    @jax.jit
-    def ordinary(params: Tree, state: Tree) -> Any:
-        loss, gradients = jax.value_and_grad(reference)(params, frozen)
-        updates, state = tx.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state, loss
-
+    ordinary = ordinary_step(lambda params: reference(params, frozen), tx)
     step = jax.jit(update.step)
     found, state, expected, expected_state = params, plain.init(params), params, tx.init(params)
     for _ in range(3):
@@ -189,16 +196,11 @@ def test_adapters_get_the_ordinary_step(method: Any, scan_layers: bool) -> None:
     # Nothing of the weights is read from the model.
     update = lro.update_in_backward(nnx.eval_shape(lambda: model), tx, loss=decoder_loss, wrt=WRT)
 
-    @jax.jit
-    def ordinary(params: Tree, state: Tree) -> Any:
-        def loss(params: Tree) -> jax.Array:
-            model = nnx.merge(graph, params, frozen)
-            return decoder_loss(model, model.hidden(PAIR[0]), PAIR[1])
+    def reference_loss(params: Tree) -> jax.Array:
+        model = nnx.merge(graph, params, frozen)
+        return decoder_loss(model, model.hidden(PAIR[0]), PAIR[1])
 
-        value, gradients = jax.value_and_grad(loss)(params)
-        updates, state = tx.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state, value
-
+    ordinary = ordinary_step(reference_loss, tx)
     step = jax.jit(update.step)
     found, state, expected, expected_state = params, tx.init(params), params, tx.init(params)
     for _ in range(3):

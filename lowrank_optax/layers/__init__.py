@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lowrank_optax.layers import maestro
 from lowrank_optax.layers.attention.chunked import chunked_attention
 from lowrank_optax.layers.attention.implementations import (
     AttentionImplementation,
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
         FrozenBinaryPoint,
         LayerFormats,
     )
+    from lowrank_optax.layers.maestro.nnx_layers import MaestroConv, MaestroLinear
     from lowrank_optax.layers.powerpropagation.nnx_layers import PowerpropLinear, PowerpropModule
     from lowrank_optax.layers.randomized.noise import SketchNoise, choose_sketches, sketch_noise
     from lowrank_optax.layers.randomized.randomize import (
@@ -108,6 +110,7 @@ _FLAX = {
         "FrozenBinaryPoint",
         "LayerFormats",
     ],
+    "maestro.nnx_layers": ["MaestroConv", "MaestroLinear"],
     "powerpropagation.nnx_layers": ["PowerpropLinear", "PowerpropModule"],
     "randomized.noise": ["SketchNoise", "choose_sketches", "sketch_noise"],
     "randomized.randomize": [
@@ -160,6 +163,10 @@ __all__ = [
     "quantize_fixed_point",
     "save_integers",
     "to_integers",
+    # Maestro
+    "MaestroConv",
+    "MaestroLinear",
+    "maestro",
     # Powerpropagation
     "MaskUpdatesState",
     "PowerpropLinear",

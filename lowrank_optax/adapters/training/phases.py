@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from lowrank_optax.matrices.paths import normalised_path
+from lowrank_optax.modules.carrying import carry
 
 
 def carry_state(new_state: Any, old_state: Any) -> Any:
@@ -52,16 +53,14 @@ def carry_state(new_state: Any, old_state: Any) -> Any:
       Liu et al., AFLoRA, 2024, https://arxiv.org/abs/2403.13269, and Azizi et al., LaMDA, 2024,
       https://arxiv.org/abs/2406.12832: what these freeze on the way.
     """
-    old = {normalised_path(p): x for p, x in jax.tree_util.tree_leaves_with_path(old_state)}
 
-    def carried(path: Any, leaf: Any) -> Any:
-        names = normalised_path(path)
-        if names not in old:
+    def fit(path: Any, names: tuple[str, ...], leaf: Any, found: Any) -> Any:
+        del path
+        if found is None:
             raise ValueError(
                 f"{'/'.join(names)} of the new state is not in the old one: make both with the "
                 "same transformation, for parameters that were trained before."
             )
-        found = old[names]
         if (found.shape, found.dtype) != (leaf.shape, leaf.dtype):
             raise ValueError(
                 f"{'/'.join(names)} is {leaf.dtype}{leaf.shape} in the new state and "
@@ -69,7 +68,7 @@ def carry_state(new_state: Any, old_state: Any) -> Any:
             )
         return found
 
-    return jax.tree_util.tree_map_with_path(carried, new_state)
+    return carry(new_state, old_state, fit)
 
 
 def frozen_leaves(opt_state: Any) -> tuple[str, ...]:

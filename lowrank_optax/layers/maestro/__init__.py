@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowrank_optax.layers.maestro.ordered import group_norms, prefix_product, prox_tails
 from lowrank_optax.layers.maestro.proximal import ProxState, prox
-from lowrank_optax.layers.maestro.sampling import SamplingMode, sample_ranks
+from lowrank_optax.layers.maestro.sampling import SamplingMode, sample_ranks, shuffled_ranks
 
 if TYPE_CHECKING:
     from lowrank_optax.layers.maestro.compacting import compact
@@ -71,6 +71,7 @@ __all__ = [
     "sample_ranks",
     "set_ranks",
     "shrink",
+    "shuffled_ranks",
     "summary",
     "truncate",
 ]

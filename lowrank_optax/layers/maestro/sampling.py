@@ -1,6 +1,7 @@
 """Which prefix of its directions each layer uses in a step."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import math
 from typing import Literal, TypeAlias, get_args
 
 import jax
@@ -49,6 +50,49 @@ def sample_ranks(
     """
     if mode not in get_args(SamplingMode):
         raise ValueError(f"mode must be 'one_layer' or 'independent', got {mode!r}.")
+    flat = _checked(ranks)
+    if mode == "one_layer":
+        total = jnp.maximum(jnp.sum(flat), 1)
+        # One integer counts the pairs; floats would miss some ranks.
+        return _of_pair(ranks, flat, jax.random.randint(key, (), 0, total, jnp.int32))
+    drawn = jax.random.randint(key, flat.shape, 1, jnp.maximum(flat, 1) + 1, jnp.int32)
+    return _by_path(ranks, jnp.minimum(drawn, flat))
+
+
+def shuffled_ranks(
+    key: jax.Array, ranks: Mapping[str, ArrayLike]
+) -> Iterator[dict[str, jax.Array]]:
+    """Yield ranks for as many steps as there are pairs of a layer and a rank, each pair once.
+
+    These are the draws of the mode ``"one_layer"`` without replacement, in random order, as in the
+    official code. Start again with another key after the last of them, and when ranks have changed.
+
+    Args:
+      key: PRNG key.
+      ranks: Current rank of each layer, as for `sample_ranks`, not traced.
+
+    Yields:
+      Ranks of a step, for `set_ranks`: arguments of a compiled step.
+
+    Raises:
+      ValueError: As `sample_ranks`.
+
+    Example:
+      >>> import jax, lowrank_optax as lro
+      >>> steps = lro.layers.maestro.shuffled_ranks(jax.random.key(0), {"up": 2, "down": 1})
+      >>> sorted((int(ranks["up"]), int(ranks["down"])) for ranks in steps)
+      [(1, 1), (2, 1), (2, 1)]
+
+    Reference:
+      https://github.com/SamuelHorvath/Maestro-LoD, ``maestro/samplers``.
+    """
+    flat = _checked(ranks)
+    for pair in np.asarray(jax.random.permutation(key, int(flat.sum()))):
+        yield _of_pair(ranks, flat, pair)
+
+
+def _checked(ranks: Mapping[str, ArrayLike]) -> jax.Array:
+    """The ranks of all layers, one after another."""
     arrays = [jnp.asarray(rank, jnp.int32) for rank in ranks.values()]
     if not arrays:
         raise ValueError("ranks={} has no layer to sample: give current_ranks(model).")
@@ -56,24 +100,24 @@ def sample_ranks(
     if not isinstance(flat, jax.core.Tracer):
         if jnp.any(flat < 0):
             negative = [name for name, x in zip(ranks, arrays, strict=True) if jnp.any(x < 0)]
-            raise ValueError(f"ranks of {', '.join(negative)} are negative.")
+            raise ValueError(f"ranks must not be negative, and those of {', '.join(negative)} are.")
         if not jnp.any(flat):
             raise ValueError("all ranks are 0, so there is nothing to sample.")
-    drawn = _one_layer(key, flat) if mode == "one_layer" else _independent(key, flat)
-    parts = jnp.split(drawn, np.cumsum([x.size for x in arrays])[:-1])
-    both = zip(parts, arrays, strict=True)
-    return dict(zip(ranks, (part.reshape(x.shape) for part, x in both), strict=True))
+    return flat
 
 
-def _one_layer(key: jax.Array, ranks: jax.Array) -> jax.Array:
-    ends = jnp.cumsum(ranks)
-    # One integer counts the pairs; floats would miss some ranks.
-    pair = jax.random.randint(key, (), 0, jnp.maximum(ends[-1], 1), jnp.int32)
-    starts = ends - ranks
+def _of_pair(
+    ranks: Mapping[str, ArrayLike], flat: jax.Array, pair: ArrayLike
+) -> dict[str, jax.Array]:
+    """The ranks of a step by the number of its pair of a layer and a rank."""
+    ends = jnp.cumsum(flat)
+    starts = ends - flat
     is_drawn = (starts <= pair) & (pair < ends)
-    return jnp.where(is_drawn, pair - starts + 1, ranks)
+    return _by_path(ranks, jnp.where(is_drawn, pair - starts + 1, flat))
 
 
-def _independent(key: jax.Array, ranks: jax.Array) -> jax.Array:
-    drawn = jax.random.randint(key, ranks.shape, 1, jnp.maximum(ranks, 1) + 1, jnp.int32)
-    return jnp.minimum(drawn, ranks)
+def _by_path(ranks: Mapping[str, ArrayLike], flat: jax.Array) -> dict[str, jax.Array]:
+    shapes = [jnp.shape(rank) for rank in ranks.values()]
+    parts = jnp.split(flat, np.cumsum([math.prod(shape) for shape in shapes])[:-1])
+    both = zip(parts, shapes, strict=True)
+    return dict(zip(ranks, (part.reshape(shape) for part, shape in both), strict=True))

@@ -1,0 +1,539 @@
+"""Maestro layers in NNX: calls, conversions, ranks that fall, smaller arrays, composition."""
+
+import functools
+import pickle
+from typing import Any
+
+from close import assert_close
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lowrank_optax as lro
+from lowrank_optax.layers import Factors, MaestroConv, MaestroLinear, maestro
+
+X = np.random.default_rng(0).standard_normal((3, 8), np.float32)
+IMAGES = np.random.default_rng(1).standard_normal((2, 9, 9, 2), np.float32)
+
+
+def linear() -> MaestroLinear:
+    return nnx.clone(_linear())
+
+
+@functools.cache
+def _linear() -> MaestroLinear:
+    layer = MaestroLinear(8, 12, rngs=nnx.Rngs(0))
+    layer.bias[...] = jnp.arange(12.0)
+    return layer
+
+
+class Net(nnx.Module):
+    """A stack of three layers, one of them alone and one twice."""
+
+    def __init__(self) -> None:
+        rngs = nnx.Rngs(1)
+        make = nnx.vmap(lambda rngs: nnx.Linear(8, 8, rngs=rngs))
+        self.blocks = nnx.split_rngs(splits=3)(make)(rngs)
+        self.out = nnx.Linear(8, 12, use_bias=False, rngs=rngs)
+        self.same = nnx.List([self.out])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        graph, state = nnx.split(self.blocks)
+        step = lambda x, state: (nnx.merge(graph, state)(x), None)
+        return self.same[0](jax.lax.scan(step, x, state)[0])
+
+
+@functools.cache
+def _net() -> Net:
+    model = Net()
+    maestro.convert(model, "blocks|out")
+    return model
+
+
+def net() -> Net:
+    return nnx.clone(_net())
+
+
+def test_start_is_the_spectral_split_of_a_plain_layer_of_the_same_key() -> None:
+    layer, plain = _linear(), nnx.Linear(8, 12, rngs=nnx.Rngs(0))
+    a, b = layer.factors()
+    assert_close(a @ b, plain.kernel[...], 100)
+    singular = np.linalg.svd(plain.kernel[...], compute_uv=False)
+    assert_close(a.T @ a, np.diag(singular), 100)
+    assert_close(b @ b.T, np.diag(singular), 100)
+    assert_close(layer(X), X @ plain.kernel[...] + np.arange(12, dtype=np.float32), 100)
+    assert MaestroLinear(8, 12, 3, use_bias=False, rngs=nnx.Rngs(0)).width() == 3
+
+
+def test_a_split_in_float64_is_exact() -> None:
+    with jax.enable_x64(True):
+        plain = nnx.Linear(8, 12, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+        layer, x = MaestroLinear.from_linear(plain), jnp.asarray(X, jnp.float64)
+
+        @jax.jit
+        def outputs(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            masked = jax.vmap(lambda k: layer(x, rank=k))(jnp.arange(9))
+            return masked, jnp.stack([layer(x, rank=k) for k in range(9)])
+
+        masked, sliced = outputs(x)
+        np.testing.assert_allclose(masked[8], plain(x), rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(masked, sliced, rtol=1e-12, atol=1e-12)
+
+
+def test_rank_of_a_call_is_that_given_else_the_sampled_else_the_current() -> None:
+    layer = linear()
+    a, b = layer.factors()
+    expected = lambda k: X @ a[:, :k] @ b[:k] + np.arange(12)
+    layer.rank[...] = 5
+    assert_close(layer(X), expected(5))
+    maestro.set_ranks(layer, {"": 3})
+    assert_close(layer(X), expected(3))
+    for rank in (2, jnp.array(2)):
+        assert_close(layer(X, rank=rank), expected(2))
+    assert int(layer.rank[...]) == 5
+    assert_close(maestro.set_ranks(layer, None)(X), expected(5))
+    for rank in (0, jnp.array(0), jnp.array(-3)):
+        assert_close(layer(X[None], rank=rank), np.broadcast_to(np.arange(12.0), (1, 3, 12)))
+    assert_close(layer(X, rank=jnp.array(99)), expected(8))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"strides": 2, "padding": "VALID"},
+        pytest.param({"kernel_dilation": 2}, marks=pytest.mark.full),
+        pytest.param({"padding": "CIRCULAR", "input_dilation": 2}, marks=pytest.mark.full),
+    ],
+    ids=str,
+)
+def test_convolution_is_the_plain_one_of_the_product(options: dict[str, Any]) -> None:
+    plain = nnx.Conv(2, 7, (3, 2), rngs=nnx.Rngs(0), **options)
+    plain.bias[...] = jnp.arange(7.0)
+    layer = MaestroConv.from_conv(plain)
+    assert layer.width() == 7
+    expected = plain(IMAGES)
+    assert_close(layer(IMAGES), expected, 100)
+    a, b = layer.factors()
+    assert a.shape == (12, 7)
+    plain.kernel[...] = (a[:, :2] @ b[:2]).reshape(3, 2, 2, 7)
+    for rank in (2, jnp.array(2)):
+        assert_close(layer(IMAGES, rank=rank), plain(IMAGES), 100)
+    layer.rank[...] = 0
+    assert_close(layer(IMAGES), np.broadcast_to(np.arange(7.0), expected.shape))
+    layer.rank[...] = 2
+    merged = maestro.merge(layer)
+    assert type(merged) is nnx.Conv
+    assert_close(merged(IMAGES), plain(IMAGES), 100)
+
+
+def test_a_model_is_converted_and_merged_again() -> None:
+    plain, model = Net(), net()
+    rows = maestro.summary(model).rows
+    assert [row.path for row in rows] == ["blocks", "out"]
+    assert rows[0][1:] == ("3 × (8 × 8)", (8, 8, 8), 8, 384, 2.0)
+    assert model.same[0] is model.out  # one object still
+    assert_close(model(X), plain(X), 200)
+    model.blocks.rank[...] = jnp.array([1, 8, 0])
+    a, b = (np.asarray(x) for x in model.blocks.factors())
+    masked = np.stack([a[0][:, :1] @ b[0][:1], a[1] @ b[1], np.zeros((8, 8))])
+    before = model(X)
+    maestro.merge(model, "blocks")
+    assert type(model.blocks) is nnx.Linear
+    assert isinstance(model.out, MaestroLinear)
+    assert_close(model.blocks.kernel[...], masked.astype(np.float32), 100)
+    assert_close(model(X), before, 200)
+
+
+def test_what_cannot_be_converted_is_refused() -> None:
+    model = Net()
+    model.conv = nnx.Conv(2, 4, 3, feature_group_count=2, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="conv has feature_group_count=2, and must have 1"):
+        maestro.convert(model, "conv")
+    with pytest.raises(ValueError, match="feature_group_count=2 must be 1"):
+        MaestroConv.from_conv(model.conv)
+    with pytest.raises(ValueError, match="where='mlp' matches no linear layer or convolution"):
+        maestro.convert(model, "mlp")
+    for rank in (0, 9, 2.0, True):
+        with pytest.raises(ValueError, match=f"out: rank={rank} must be an integer from 1 to 8"):
+            maestro.convert(model, "out", rank=rank)  # type: ignore[bad-argument-type]
+    with pytest.raises(ValueError, match="rank=13 must be an integer from 1 to 12, the smaller"):
+        MaestroConv(3, 12, (2, 2), 13, rngs=nnx.Rngs(0))
+    model.out.preferred_element_type = jnp.float32
+    with pytest.raises(ValueError, match="out is more than a plain layer"):
+        maestro.convert(model, "out")
+    with pytest.raises(ValueError, match="linear layer or convolution"):
+        maestro.convert(net())  # not the factors of Maestro layers
+    for call in (maestro.current_ranks, maestro.penalty, maestro.merge, maestro.compact):
+        with pytest.raises(ValueError, match="the Net has no MaestroLinear or MaestroConv"):
+            call(model)
+
+
+def test_ranks_and_calls_that_cannot_be_are_refused() -> None:
+    model = net()
+    with pytest.raises(ValueError, match="ranks has 'block', which is no Maestro layer; near it"):
+        maestro.set_ranks(model, {"block": 1})
+    with pytest.raises(ValueError, match=r"the rank of blocks has shape \(\); .* \(3,\)"):
+        maestro.set_ranks(model, {"blocks": 1})
+    for wrong in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"threshold={wrong} must be finite and not negative"):
+            maestro.shrink(model, wrong)
+    for rank in (-1, 1.5):
+        with pytest.raises(ValueError, match=f"rank={rank} must be an integer of at least 0"):
+            maestro.truncate(model, rank)  # type: ignore[bad-argument-type]
+    with pytest.raises(ValueError, match="method must be 'prefix' or 'svd', got 'qr'"):
+        maestro.truncate(model, 1, "qr")  # type: ignore[bad-argument-type]
+    with pytest.raises(ValueError, match=r"x has shape \(2, 7\); .* in_features=8"):
+        linear()(jnp.ones((2, 7)))
+    with pytest.raises(ValueError, match="rank=9 must be from 0 to 8"):
+        linear()(X, rank=9)
+    with pytest.warns(
+        UserWarning,
+        match="threshold=1e9 leaves a rank of 0 in every layer".replace("1e9", r"1000000000\.0"),
+    ):
+        maestro.shrink(model, 1e9)
+
+
+def test_at_full_rank_training_is_that_of_plain_factors_and_sampled_ranks_cut_gradients() -> None:
+    model = net()
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    key = jax.random.key(3)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def gradient(params: Any, sampled: bool) -> Any:
+        def loss(params: Any) -> jax.Array:
+            model = nnx.merge(graph, params, rest)
+            if sampled:
+                ranks = maestro.sample_ranks(key, maestro.current_ranks(model), "independent")
+                maestro.set_ranks(model, ranks)
+            return jnp.sum(model(X) ** 2)
+
+        return jax.grad(loss)(params)
+
+    @jax.jit
+    def plain(a: jax.Array, b: jax.Array) -> Any:
+        def loss(a: jax.Array, b: jax.Array) -> jax.Array:
+            x = X
+            for i in range(3):
+                x = x @ a[i] @ b[i] + model.blocks.bias[i]
+            return jnp.sum((x @ model.out.factors().first @ model.out.factors().second) ** 2)
+
+        return jax.grad(loss, (0, 1))(a, b)
+
+    full = gradient(params, False)["blocks"]
+    expected = plain(*model.blocks.factors())
+    assert_close(full["ordered_in"]["kernel"][...], expected[0], 200)
+    assert_close(full["ordered_out"]["kernel"][...], expected[1], 200)
+    ranks = maestro.sample_ranks(key, maestro.current_ranks(model), "independent")["blocks"]
+    found = gradient(params, True)["blocks"]
+    for i, k in enumerate(np.asarray(ranks)):
+        a, b = (found[name]["kernel"][i] for name in ("ordered_in", "ordered_out"))
+        assert not np.any(a[:, k:])
+        assert not np.any(b[k:])
+        assert np.all(np.any(b[:k] != 0, axis=1))
+    assert min(ranks) < 8
+
+
+def test_shrinking_counts_important_directions_and_lets_them_return() -> None:
+    model = net()
+    a = model.blocks.ordered_in.kernel[...]
+    model.blocks.ordered_in.kernel[...] = a.at[0, :, 3:].multiply(1e-6).at[1].set(0.0)
+    found = jax.tree.map(np.asarray, maestro.shrink(model, 1e-3))
+    np.testing.assert_array_equal(found["blocks"], [3, 0, 8])
+    assert int(found["out"]) == 8
+    kept = jax.tree.map(lambda x: np.sum(x >= 1e-3, axis=-1), maestro.importance(model))
+    assert all(np.array_equal(found[name], kept[name]) for name in found)
+    model.blocks.ordered_in.kernel[...] = a
+    np.testing.assert_array_equal(maestro.shrink(model, 1e-3)["blocks"], [8, 8, 8])
+    model.blocks.ordered_in.kernel[...] = a.at[2, 0, 0].set(jnp.nan)
+    assert int(maestro.shrink(model, 1e-3)["blocks"][2]) >= 1  # nan is not hidden
+
+
+def test_truncation_by_prefix_and_by_svd() -> None:
+    model = net()
+    a, b = (np.array(x) for x in model.blocks.factors())
+    rng = np.random.default_rng(2)
+    a, b = a @ (mix := rng.standard_normal((8, 8)).astype(np.float32)), np.linalg.inv(mix) @ b
+    model.blocks.set_factors(Factors(jnp.asarray(a), jnp.asarray(b)), jnp.array([8, 5, 2]))
+    best = nnx.clone(model)
+    maestro.truncate(model, 3)
+    np.testing.assert_array_equal(model.blocks.rank[...], [3, 3, 2])
+    assert_close(model.blocks.kernel()[0], a[0][:, :3] @ b[0][:3], 200)
+    maestro.truncate(best, 3, "svd")
+    np.testing.assert_array_equal(best.blocks.rank[...], [3, 3, 2])
+    for i, k in enumerate((8, 5, 2)):
+        u, s, vt = np.linalg.svd(np.float64(a[i][:, :k] @ b[i][:k]))
+        nearest = (u[:, :3] * s[:3]) @ vt[:3]
+        np.testing.assert_allclose(best.blocks.kernel()[i], nearest, atol=1e-4 * s[0])
+
+
+def transformations() -> dict[str, optax.GradientTransformation]:
+    is_kernel = lambda tree: jax.tree.map_with_path(lambda p, _: "kernel" in str(p), tree)
+    return {
+        "adam": optax.adam(0.1),
+        "momentum": optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1, momentum=0.9)),
+        "masked": optax.masked(optax.adamw(0.1), is_kernel),
+        "accumulated": optax.MultiSteps(optax.inject_hyperparams(optax.adam)(0.1), 2),
+    }
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "accumulated",
+        *(pytest.param(x, marks=pytest.mark.full) for x in ("adam", "momentum", "masked")),
+    ],
+)
+def test_compact_keeps_the_outputs_and_cuts_the_moments(name: str) -> None:
+    model, tx = net(), transformations()[name]
+    rng = np.random.default_rng(3)
+    draw = lambda x: jnp.asarray(rng.standard_normal(x.shape), x.dtype)
+    is_float = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
+    state = tx.init(nnx.state(model, nnx.Param))
+    state = jax.tree.map(lambda x: draw(x) if is_float(x) else x + 3, state)
+    model.blocks.rank[...] = jnp.array([2, 3, 0])
+    before = model(X)
+    new = maestro.compact(model, state, tx.init)
+    assert_close(model(X), before, 200)
+    assert model.blocks.ordered_in.kernel.shape == (3, 8, 3)
+    assert type(model.out) is nnx.Linear  # 8 (8 + 12) > 8 · 12
+    fresh = tx.init(nnx.state(model, nnx.Param))
+    assert jax.tree.structure(new) == jax.tree.structure(fresh)
+    old = {jax.tree_util.keystr(p): x for p, x in jax.tree.leaves_with_path(state)}
+    kinds = set()
+    for (path, x), start in zip(
+        jax.tree.leaves_with_path(new), jax.tree.leaves(fresh), strict=True
+    ):
+        key = jax.tree_util.keystr(path)
+        if "out" in key and "ordered" not in key:
+            np.testing.assert_array_equal(x, start)
+            kinds.add("dense")
+        else:
+            part = old[key]
+            part = part[..., :3] if "ordered_in" in key else part
+            part = part[:, :3] if "ordered_out" in key else part
+            np.testing.assert_array_equal(x, part)
+            kinds.add("cut" if part.shape != old[key].shape else "same")
+    assert {"dense", "cut"} <= kinds
+    updates, _ = tx.update(nnx.state(model, nnx.Param), new, nnx.state(model, nnx.Param))
+    assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, nnx.state(model, nnx.Param))
+
+
+def test_layers_become_dense_only_where_factors_have_more_parameters() -> None:
+    """At 3 (12 + 4) = 12 · 4 the factors stay, and one direction more makes the layer dense."""
+    for rank, is_dense in ((3, False), (4, True)):
+        model = nnx.Sequential(MaestroLinear(12, 4, rngs=nnx.Rngs(0)))
+        assert maestro.compact(maestro.truncate(model, rank)) is None
+        assert isinstance(model.layers[0], nnx.Linear) is is_dense
+    model = nnx.Sequential(MaestroConv(2, 9, (3, 3), rngs=nnx.Rngs(0)))
+    maestro.compact(maestro.truncate(model, 6))
+    assert model.layers[0].ordered_in.kernel.shape == (3, 3, 2, 6)  # 6 (18 + 9) = 18 · 9
+    layer = maestro.truncate(nnx.Sequential(MaestroLinear(8, 8, rngs=nnx.Rngs(0))), 0)
+    maestro.compact(layer)
+    np.testing.assert_array_equal(layer(X), np.zeros((3, 8)))
+
+
+def test_compact_refuses_states_that_it_cannot_cut_and_leaves_the_model() -> None:
+    model = maestro.truncate(net(), 2)
+    shapes = jax.tree.map(jnp.shape, nnx.state(model))
+    tx = lro.low_bit(optax.adam(0.1), bits=8, min_size=1)
+    state = jax.jit(tx.init)(nnx.state(model, nnx.Param))
+    with pytest.raises(ValueError, match=r"of opt_state is .* which cannot be cut"):
+        maestro.compact(model, state, tx.init)
+    with pytest.raises(ValueError, match="of opt_state is missing"):
+        maestro.compact(model, optax.EmptyState(), optax.adam(0.1).init)
+    assert jax.tree.map(jnp.shape, nnx.state(model)) == shapes
+    for options, missing in (({"opt_state": state}, "init"), ({"init": tx.init}, "opt_state")):
+        with pytest.raises(ValueError, match=f"without {missing}: give compact both"):
+            maestro.compact(model, **options)
+    with pytest.raises(TypeError, match="call it outside jit"):
+        nnx.jit(maestro.compact)(model)
+
+
+def test_bfloat16_layers_keep_their_dtype_and_measure_in_float32() -> None:
+    layer = MaestroLinear(8, 12, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    a, b = layer.factors()
+    assert a.dtype == b.dtype == jnp.bfloat16
+    x = jnp.asarray(X, jnp.bfloat16)
+    assert layer(x, rank=jnp.array(3)).dtype == jnp.bfloat16
+    assert maestro.penalty(layer).dtype == maestro.importance(layer)[""].dtype == jnp.float32
+    assert maestro.merge(maestro.truncate(layer, 3)).kernel.dtype == jnp.bfloat16
+
+
+def test_on_eight_devices_every_part_of_the_batch_has_the_same_ranks() -> None:
+    graph, state = nnx.split(linear())
+    x = np.random.default_rng(5).standard_normal((16, 8), np.float32)
+
+    @jax.jit
+    def step(state: Any, x: jax.Array, key: jax.Array) -> tuple[jax.Array, Any]:
+        model = nnx.merge(graph, state)
+        ranks = maestro.sample_ranks(key, maestro.current_ranks(model))
+        return maestro.set_ranks(model, ranks)(x), ranks
+
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    of_device = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    y, ranks = step(state, jax.device_put(x, of_device), jax.random.key(1))
+    assert y.sharding.is_equivalent_to(of_device, 2)
+    assert ranks[""].sharding.is_fully_replicated
+    alone, expected = step(state, x, jax.random.key(1))
+    assert ranks == expected
+    assert 0 < ranks[""] < 8
+    assert_close(y, alone)
+
+
+def test_copies_and_pickles_keep_ranks_apart() -> None:
+    layer = linear()
+    layer.rank[...] = 2
+    copy = pickle.loads(pickle.dumps(layer))
+    assert_close(copy(X), layer(X))
+    assert int(_linear().rank[...]) == 8
+
+
+def test_linen_through_the_bridge() -> None:
+    module = nnx.bridge.to_linen(MaestroLinear, 8, 12)
+    variables = module.init(jax.random.key(0), X)
+    params = variables["params"]
+    assert params["ordered_in"]["kernel"].shape == (8, 8)
+    y = module.apply(variables, X)
+    (ranks,) = (variables[name] for name in variables if name not in ("params", "nnx"))
+    cut = jax.tree.map(lambda x: jnp.asarray(2, jnp.int32), ranks)
+    name = next(name for name in variables if variables[name] is ranks)
+    a, b = params["ordered_in"]["kernel"], params["ordered_out"]["kernel"]
+    assert_close(y, X @ a @ b)
+    assert_close(module.apply({**variables, name: cut}, X), X @ a[:, :2] @ b[:2])
+
+
+def test_ranks_are_saved_and_restored(tmp_path: Any) -> None:
+    checkpoint = pytest.importorskip("orbax.checkpoint")
+    model = maestro.truncate(net(), 3)
+    with checkpoint.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "model", nnx.to_pure_dict(nnx.state(model)))
+        checkpointer.wait_until_finished()
+        other = net()
+        target = nnx.to_pure_dict(nnx.state(other))
+        restored = checkpointer.restore(tmp_path / "model", target)
+    nnx.update(other, restored)
+    assert jax.tree.all(
+        jax.tree.map(jnp.array_equal, maestro.current_ranks(other), maestro.current_ranks(model))
+    )
+
+
+class Normed(nnx.Module):
+    def __init__(self) -> None:
+        self.up = MaestroLinear(8, 4, use_bias=False, rngs=nnx.Rngs(0))
+        self.norm = nnx.BatchNorm(4, momentum=0.7, rngs=nnx.Rngs(0))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.norm(self.up(x))
+
+
+def test_batch_norms_get_the_averages_over_batches_and_their_momentum_back() -> None:
+    model = maestro.truncate(Normed(), 2)
+    batches = np.random.default_rng(6).standard_normal((3, 5, 8), np.float32)
+    with pytest.raises(ValueError, match="the call leaves the statistics of norm unchanged"):
+        maestro.recalibrate_batch_norm(
+            model, batches, lambda m, x: nnx.view(m, use_running_average=True)(x)
+        )
+    np.testing.assert_array_equal(model.norm.var[...], np.ones(4))
+    assert maestro.recalibrate_batch_norm(model, batches, nnx.jit(lambda m, x: m(x))) is model
+    hidden = np.stack([model.up(x) for x in batches])
+    assert_close(model.norm.mean[...], hidden.mean((0, 1)), 100, size=1.0)
+    assert_close(model.norm.var[...], hidden.var(1).mean(0), 100)
+    assert model.norm.momentum == 0.7
+    with pytest.raises(ValueError, match="batches has no batch"):
+        maestro.recalibrate_batch_norm(model, [], lambda m, x: m(x))
+    with pytest.raises(ValueError, match=r"the MaestroLinear has no nnx\.BatchNorm"):
+        maestro.recalibrate_batch_norm(model.up, batches, lambda m, x: m(x))
+
+
+@pytest.mark.slow
+def test_galore_with_moments_in_8_bits_trains_stacked_factors() -> None:
+    model = net()
+    options = {"rank": 2, "refresh_every": 2}
+    options |= {"weight_dimension_numbers": lro.weight_dimension_numbers(model)}
+    tx = lro.low_bit(lro.galore(0.05, **options), 8, min_size=1)
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    state = jax.jit(tx.init)(params)
+    bases = [x.shape for x in jax.tree.leaves(state) if x.ndim == 3 and x.dtype == jnp.float32]
+    assert (3, 8, 2) in bases
+    loss = lambda params: jnp.mean(nnx.merge(graph, params, rest)(X) ** 2)
+
+    @jax.jit
+    def step(params: Any, state: Any) -> Any:
+        value, gradient = jax.value_and_grad(loss)(params)
+        updates, state = tx.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    values = []
+    for _ in range(12):
+        params, state, value = step(params, state)
+        values.append(float(value))
+    assert values[-1] < 0.7 * values[0]
+
+
+@pytest.mark.slow
+def test_lora_attaches_to_the_factors_and_merges() -> None:
+    model = maestro.truncate(nnx.Sequential(linear()), 3)
+    before = model(X)
+    lro.adapters.attach(model, lro.adapters.LoRA(rank=1), where="ordered", rngs=1)
+    assert_close(model(X), before)
+    adapters = nnx.state(model, lro.adapters.trainable)
+    nnx.update(model, jax.tree.map(jnp.ones_like, adapters))
+    adapted = model(X)
+    assert float(jnp.max(jnp.abs(adapted - before))) > 1
+    assert_close(model.layers[0](X, rank=3), adapted)  # masked, as adapters are not cut
+    for call in (maestro.merge, maestro.compact, lambda m: maestro.truncate(m, 1, "svd")):
+        with pytest.raises(ValueError, match="the factors of layers/0 have adapters"):
+            call(model)
+    lro.adapters.merge(model)
+    lro.adapters.detach(model)
+    assert_close(model(X), adapted, 100)
+    assert_close(maestro.merge(model)(X), adapted, 100)
+
+
+@pytest.mark.full
+def test_few_bit_activations_after_it_give_nearly_the_gradient() -> None:
+    layer = linear()
+    activation = functools.partial(lro.activations.gelu, bits=3)
+    total = lambda layer, function: jnp.sum(function(layer(X, rank=jnp.array(5))) ** 2)
+    few, plain = (nnx.grad(total)(layer, f) for f in (activation, nnx.gelu))
+    few, plain = (np.ravel(g["ordered_in"]["kernel"][...]) for g in (few, plain))
+    cosine = np.dot(few, plain) / np.linalg.norm(few) / np.linalg.norm(plain)
+    assert 0.95 < cosine < 1 - 1e-6
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("true_rank", [2, 5])
+def test_rank_falls_to_that_of_the_regression(true_rank: int) -> None:
+    """Sampled prefixes order the directions, and the prox makes zeros of those not needed."""
+    rng = np.random.default_rng(true_rank)
+    inputs = rng.standard_normal((256, 16)).astype(np.float32)
+    target = rng.standard_normal((16, true_rank)) @ rng.standard_normal((true_rank, 12)) / 4
+    outputs = jnp.float32(inputs @ target)
+    model = nnx.Sequential(MaestroLinear(16, 12, use_bias=False, rngs=nnx.Rngs(0)))
+    tx = optax.chain(optax.sgd(0.02, momentum=0.9), maestro.prox(0.02, 0.02))
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def step(carry: Any, key: jax.Array) -> tuple[Any, jax.Array]:
+        params, state = carry
+
+        def loss(params: Any) -> jax.Array:
+            model = nnx.merge(graph, params, rest)
+            ranks = maestro.sample_ranks(key, maestro.current_ranks(model))
+            return jnp.mean((maestro.set_ranks(model, ranks)(inputs) - outputs) ** 2)
+
+        value, gradient = jax.value_and_grad(loss)(params)
+        updates, state = tx.update(gradient, state, params)
+        return (optax.apply_updates(params, updates), state), value
+
+    keys = jax.random.split(jax.random.key(0), 3000)
+    (params, _), _ = jax.jit(lambda carry: jax.lax.scan(step, carry, keys))(
+        (params, tx.init(params))
+    )
+    model = nnx.merge(graph, params, rest)
+    assert int(maestro.shrink(model, 1e-5)["layers/0"]) == true_rank
+    maestro.compact(model)
+    error = jnp.mean((model(inputs) - outputs) ** 2) / jnp.mean(outputs**2)
+    assert float(error) < 0.05

@@ -25,6 +25,10 @@ SELECTIONS: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda params: lro.layers.powerprop_updates(optax.sgd(1.0), 2.0).init(params),
         "where=None selects none of the 2 leaves",
     ),
+    "maestro.prox": (
+        lambda params: lro.layers.maestro.prox(0.1, 1.0).init(params),
+        "prox finds no factor of a Maestro layer",
+    ),
     "magnitude_masks": (
         lambda params: lro.layers.magnitude_masks(params, 0.5),
         "where=None selects none of the 2 leaves",

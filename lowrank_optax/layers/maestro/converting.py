@@ -17,7 +17,7 @@ from lowrank_optax.layers.maestro.nnx_layers import (
 )
 from lowrank_optax.layers.maestro.ordered import is_static, keep_prefix
 from lowrank_optax.layers.maestro.ranks import maestro_modules
-from lowrank_optax.layers.structured.factors import low_rank_factors, product
+from lowrank_optax.layers.structured.factors import Factors, low_rank_factors, product
 from lowrank_optax.layers.structured.feed_forward_layers import StructuredLinear
 from lowrank_optax.matrices.selection import Path, Where, path_string
 from lowrank_optax.modules.report import Report, Table, matrices_string
@@ -156,12 +156,14 @@ def truncate(model: nnx.Module, rank: int, method: TruncationMethod = "prefix") 
         left = jnp.minimum(layer.rank[...], rank)
         if method == "prefix":
             layer.rank[...] = left
-        elif bool(jnp.any(left < layer.rank[...])):
-            a, b = layer.factors()
-            whole = product("...nr,...rm->...nm", keep_prefix(a, layer.rank[..., None, None]), b)
-            split = low_rank_factors(whole, layer.width())
-            kept = keep_prefix(split.first, left[..., None, None])
-            layer.set_factors(split._replace(first=kept), left)
+        else:
+            old, rank_before = layer.factors(), layer.rank[..., None, None]
+            whole = product("...nr,...rm->...nm", keep_prefix(old.first, rank_before), old.second)
+            v, u = low_rank_factors(whole, layer.width())
+            cut = left[..., None, None]
+            split = Factors(keep_prefix(v, cut), keep_prefix(u.mT, cut).mT)
+            chosen = (jnp.where(cut < rank_before, x, y) for x, y in zip(split, old, strict=True))
+            layer.set_factors(Factors(*chosen), left)
     return model
 
 

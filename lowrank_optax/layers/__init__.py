@@ -68,7 +68,7 @@ if TYPE_CHECKING:
         FrozenBinaryPoint,
         LayerFormats,
     )
-    from lowrank_optax.layers.maestro.nnx_layers import MaestroConv, MaestroLinear
+    from lowrank_optax.layers.maestro.maestro_layers import MaestroConv, MaestroLinear
     from lowrank_optax.layers.powerpropagation.nnx_layers import PowerpropLinear, PowerpropModule
     from lowrank_optax.layers.randomized.noise import SketchNoise, choose_sketches, sketch_noise
     from lowrank_optax.layers.randomized.randomize import (
@@ -110,7 +110,7 @@ _FLAX = {
         "FrozenBinaryPoint",
         "LayerFormats",
     ],
-    "maestro.nnx_layers": ["MaestroConv", "MaestroLinear"],
+    "maestro.maestro_layers": ["MaestroConv", "MaestroLinear"],
     "powerpropagation.nnx_layers": ["PowerpropLinear", "PowerpropModule"],
     "randomized.noise": ["SketchNoise", "choose_sketches", "sketch_noise"],
     "randomized.randomize": [

@@ -612,14 +612,14 @@ LAYERS = (
     ),
     Fault(
         "rank of the drawn layer one too small",
-        "lowrank_optax/layers/maestro/sampling.py",
+        "lowrank_optax/layers/maestro/rank_sampling.py",
         "jnp.where(is_drawn, pair - starts + 1, flat)",
         "jnp.where(is_drawn, pair - starts, flat)",
         ("tests/layers/test_maestro.py",),
     ),
     Fault(
         "moments of a factor cut along another axis",
-        "lowrank_optax/layers/maestro/compacting.py",
+        "lowrank_optax/layers/maestro/rank_compaction.py",
         "cuts[*names, *OUTWARD] = _Cut(before[1], stack, rank, stack)",
         "cuts[*names, *OUTWARD] = _Cut(before[1], stack + 1, rank, stack)",
         ("tests/layers/test_maestro_nnx.py",),

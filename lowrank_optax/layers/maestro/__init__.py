@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from lowrank_optax.layers.maestro.ordered import group_norms, prefix_product, prox_tails
 from lowrank_optax.layers.maestro.proximal import ProxState, prox
-from lowrank_optax.layers.maestro.sampling import SamplingMode, sample_ranks, shuffled_ranks
+from lowrank_optax.layers.maestro.rank_sampling import SamplingMode, sample_ranks, shuffled_ranks
 
 if TYPE_CHECKING:
-    from lowrank_optax.layers.maestro.compacting import compact
-    from lowrank_optax.layers.maestro.converting import (
+    from lowrank_optax.layers.maestro.maestro_conversion import (
         MaestroRow,
         MaestroSummary,
         TruncationMethod,
@@ -22,7 +21,8 @@ if TYPE_CHECKING:
         summary,
         truncate,
     )
-    from lowrank_optax.layers.maestro.nnx_layers import Rank, SampledRank
+    from lowrank_optax.layers.maestro.maestro_layers import Rank, SampledRank
+    from lowrank_optax.layers.maestro.rank_compaction import compact
     from lowrank_optax.layers.maestro.ranks import (
         current_ranks,
         importance,
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 # These need Flax, which is imported when one of them is first used.
 _FLAX = {
-    "compacting": ["compact"],
-    "converting": [
+    "rank_compaction": ["compact"],
+    "maestro_conversion": [
         "MaestroRow",
         "MaestroSummary",
         "TruncationMethod",
@@ -44,7 +44,7 @@ _FLAX = {
         "summary",
         "truncate",
     ],
-    "nnx_layers": ["Rank", "SampledRank"],
+    "maestro_layers": ["Rank", "SampledRank"],
     "ranks": ["current_ranks", "importance", "penalty", "set_ranks", "shrink"],
     "recalibration": ["recalibrate_batch_norm"],
 }

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_optax.layers.maestro.nnx_layers import (
+from lowrank_optax.layers.maestro.maestro_layers import (
     MaestroConv,
     MaestroLayer,
     MaestroLinear,

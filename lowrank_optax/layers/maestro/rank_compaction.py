@@ -8,8 +8,8 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.layers.maestro.converting import check_unadapted
-from lowrank_optax.layers.maestro.nnx_layers import MaestroLayer
+from lowrank_optax.layers.maestro.maestro_conversion import check_unadapted
+from lowrank_optax.layers.maestro.maestro_layers import MaestroLayer
 from lowrank_optax.layers.maestro.proximal import INWARD, OUTWARD
 from lowrank_optax.layers.maestro.ranks import maestro_modules
 from lowrank_optax.layers.structured.factors import Factors

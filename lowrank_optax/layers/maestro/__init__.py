@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         summary,
         truncate,
     )
-    from lowrank_optax.layers.maestro.maestro_layers import Rank, SampledRank
+    from lowrank_optax.layers.maestro.ordered_layer import Rank, SampledRank
     from lowrank_optax.layers.maestro.rank_compaction import compact
     from lowrank_optax.layers.maestro.ranks import (
         current_ranks,
@@ -44,7 +44,7 @@ _FLAX = {
         "summary",
         "truncate",
     ],
-    "maestro_layers": ["Rank", "SampledRank"],
+    "ordered_layer": ["Rank", "SampledRank"],
     "ranks": ["current_ranks", "importance", "penalty", "set_ranks", "shrink"],
     "recalibration": ["recalibrate_batch_norm"],
 }

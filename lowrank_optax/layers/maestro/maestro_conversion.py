@@ -9,15 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_optax.layers.maestro.maestro_layers import (
-    MaestroConv,
-    MaestroLayer,
-    MaestroLinear,
-    checked_rank,
-)
+from lowrank_optax.layers.maestro.maestro_layers import MaestroConv, MaestroLinear, checked_rank
 from lowrank_optax.layers.maestro.ordered import is_static, keep_prefix
+from lowrank_optax.layers.maestro.ordered_layer import MaestroLayer
 from lowrank_optax.layers.maestro.ranks import maestro_modules
-from lowrank_optax.layers.structured.factors import Factors, low_rank_factors, product
+from lowrank_optax.layers.structured.factors import Factors, low_rank_factors
 from lowrank_optax.layers.structured.feed_forward_layers import StructuredLinear
 from lowrank_optax.matrices.selection import Path, Where, path_string
 from lowrank_optax.modules.report import Report, Table, matrices_string
@@ -157,12 +153,12 @@ def truncate(model: nnx.Module, rank: int, method: TruncationMethod = "prefix") 
         if method == "prefix":
             layer.rank[...] = left
         else:
-            old, rank_before = layer.factors(), layer.rank[..., None, None]
-            whole = product("...nr,...rm->...nm", keep_prefix(old.first, rank_before), old.second)
-            v, u = low_rank_factors(whole, layer.width())
+            v, u = low_rank_factors(layer.matrix(), layer.width())
             cut = left[..., None, None]
             split = Factors(keep_prefix(v, cut), keep_prefix(u.mT, cut).mT)
-            chosen = (jnp.where(cut < rank_before, x, y) for x, y in zip(split, old, strict=True))
+            falls = cut < layer.rank[..., None, None]
+            both = zip(split, layer.factors(), strict=True)
+            chosen = (jnp.where(falls, new, old) for new, old in both)
             layer.set_factors(Factors(*chosen), left)
     return model
 

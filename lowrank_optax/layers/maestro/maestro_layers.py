@@ -1,138 +1,17 @@
 """Maestro's layers in Flax NNX: linear layers and convolutions made of ordered directions."""
 
 from collections.abc import Sequence
-import copy
 import math
 from typing import Any
 
 from flax import nnx
-import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 
-from lowrank_optax.layers.maestro.ordered import check_prefix, is_static, keep_prefix
-from lowrank_optax.layers.structured.factors import Factors, low_rank_factors, product
+from lowrank_optax.layers.maestro.ordered import is_static
+from lowrank_optax.layers.maestro.ordered_layer import MaestroLayer, from_dense, shared_options
 
 _DEFAULT_INIT = nnx.initializers.lecun_normal()  # that of nnx.Linear and nnx.Conv
-
-
-class Rank(nnx.Variable):
-    """The current rank of a layer, int32."""
-
-
-class SampledRank(nnx.Variable):
-    """The rank that a layer uses in this step, int32."""
-
-
-class MaestroLayer(nnx.Module):
-    """A layer whose weight is the product of two factors with ordered directions.
-
-    A call uses the first directions only: as many as `set_ranks` has given the layer for this step,
-    else its current rank.
-
-    Attributes:
-      ordered_in: The factor ``A``, a layer from the inputs to ``R`` directions.
-      ordered_out: The factor ``B``, an ``nnx.Linear`` from these to the outputs.
-      bias: The bias ``[M]``, or None.
-      rank: Current rank, an int32 variable of at most ``R``; stacked layers have one each.
-      sampled_rank: Rank in this step, or None.
-    """
-
-    in_features: int
-    out_features: int
-    dtype: DTypeLike | None
-    param_dtype: DTypeLike
-    precision: Any
-    ordered_in: nnx.Linear | nnx.Conv
-    ordered_out: nnx.Linear
-    bias: nnx.Param | None
-    rank: Rank
-    sampled_rank: SampledRank | None
-
-    def __call__(self, x: jax.Array, rank: ArrayLike | None = None) -> jax.Array:
-        """Compute the outputs ``[..., M]`` from inputs ``[..., N]``.
-
-        Args:
-          x: Inputs.
-          rank: Number of directions to use instead of the current rank: an int32 scalar that may be
-            traced and is clipped to 0 and ``R``, or a Python integer, with which the others cost
-            nothing.
-        """
-        if x.shape[-1] != self.in_features:
-            raise ValueError(
-                f"x has shape {x.shape}; its last axis must have in_features={self.in_features}."
-            )
-        if rank is None:
-            rank = (self.rank if self.sampled_rank is None else self.sampled_rank)[...]
-        inward, outward = self.ordered_in, self.ordered_out
-        if is_static(rank):
-            check_prefix(rank, self.width())
-            if rank and self.is_plain():
-                inward, outward = (_part(layer, rank, i) for i, layer in enumerate(self._layers()))
-        y = outward(keep_prefix(inward(x), rank))
-        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
-
-    def factors(self) -> Factors:
-        """The factors ``A [..., N, R]`` and ``B [..., R, M]``, as matrices; stacked if it is."""
-        a, b = self.ordered_in.kernel[...], self.ordered_out.kernel[...]
-        stack = b.shape[:-2]
-        inputs = math.prod(a.shape[len(stack) : -1])
-        return Factors(a.reshape(*stack, inputs, a.shape[-1]), b)
-
-    def width(self) -> int:
-        """The number ``R`` of directions that the arrays have."""
-        return self.ordered_out.kernel.shape[-2]
-
-    def kernel(self) -> jax.Array:
-        """The weight at the current rank, in the shape of the dense layer's kernel."""
-        a, b = self.factors()
-        weight = product("...nr,...rm->...nm", keep_prefix(a, self.rank[..., None, None]), b)
-        return weight.reshape(*b.shape[:-2], *self.kernel_shape()).astype(self.param_dtype)
-
-    def kernel_shape(self) -> tuple[int, ...]:
-        """Shape of the kernel of the dense layer, not stacked."""
-        raise NotImplementedError
-
-    def dense(self) -> nnx.Linear | nnx.Conv:
-        """The dense layer with the same weight and bias."""
-        new = nnx.eval_shape(lambda: self._dense(self.out_features, use_bias=self.bias is not None))
-        new.kernel = nnx.Param(self.kernel())
-        if self.bias is not None:
-            new.bias = nnx.Param(self.bias[...])
-        return new
-
-    def set_factors(self, factors: Factors, rank: jax.Array) -> None:
-        """Replaces the factors, given as matrices, and the current rank."""
-        a, b = (x.astype(self.param_dtype) for x in factors)
-        stack, width = b.shape[:-2], b.shape[-2]
-        outward = lambda: nnx.Linear(width, self.out_features, **self._options(use_bias=False))
-        self.ordered_in = nnx.eval_shape(lambda: self._dense(width, use_bias=False))
-        self.ordered_in.kernel = nnx.Param(a.reshape(*stack, *self.kernel_shape()[:-1], width))
-        self.ordered_out = nnx.eval_shape(outward)
-        self.ordered_out.kernel = nnx.Param(b)
-        self.rank, self.sampled_rank = Rank(rank.astype(jnp.int32)), nnx.data(None)
-
-    def is_plain(self) -> bool:
-        """Whether the factors are all that the layer computes: they have no adapters."""
-        return all(type(layer) in (nnx.Linear, nnx.Conv) for layer in self._layers())
-
-    def _layers(self) -> tuple[nnx.Linear | nnx.Conv, nnx.Linear]:
-        return self.ordered_in, self.ordered_out
-
-    def _dense(self, features: int, *, use_bias: bool) -> nnx.Linear | nnx.Conv:
-        """A dense layer of this kind, from the inputs to a number of features."""
-        raise NotImplementedError
-
-    def _options(self, *, use_bias: bool) -> Any:
-        """Arguments of the layers inside, whose arrays are put in afterwards."""
-        return _shared_options(self) | {"use_bias": use_bias, "rngs": nnx.Rngs(0)}
-
-    def _start(self, kernel: jax.Array, use_bias: bool, rank: int) -> None:
-        """The initial arrays: a spectral split, and a bias of zeros."""
-        matrix = kernel.reshape(-1, self.out_features)
-        self.set_factors(low_rank_factors(matrix, rank), jnp.asarray(rank))
-        zeros = jnp.zeros(self.out_features, self.param_dtype)
-        self.bias = nnx.Param(zeros) if use_bias else nnx.data(None)
 
 
 class MaestroLinear(MaestroLayer):
@@ -140,6 +19,9 @@ class MaestroLinear(MaestroLayer):
 
     Factors start as the spectral split of a dense kernel ``U S Vᵀ``: ``A = U √S`` and
     ``B = √S Vᵀ``. Each is a layer of its own, ``ordered_in`` and ``ordered_out``.
+
+    In Linen, ``nnx.bridge.to_linen(MaestroLinear, 8, 16)`` has the current rank in the collection
+    ``Rank``; a step passes sampled ranks in its place.
 
     Args:
       in_features: Number of inputs ``N``.
@@ -203,9 +85,9 @@ class MaestroLinear(MaestroLayer):
         Raises:
           ValueError: If ``rank`` is not from 1 to the smaller side.
         """
-        sides, options = (linear.in_features, linear.out_features), _shared_options(linear)
+        sides, options = (linear.in_features, linear.out_features), shared_options(linear)
         new = nnx.eval_shape(lambda: cls(*sides, rank, **options, rngs=nnx.Rngs(0)))
-        return _from_dense(new, linear)
+        return from_dense(new, linear)
 
     def kernel_shape(self) -> tuple[int, ...]:
         """``(N, M)``."""
@@ -299,10 +181,10 @@ class MaestroConv(MaestroLayer):
                 f"feature_group_count={conv.feature_group_count} must be 1: the kernel of a "
                 "grouped convolution is not one matrix."
             )
-        options = _shared_options(conv) | {name: getattr(conv, name) for name in _CONV_OPTIONS}
+        options = shared_options(conv) | {name: getattr(conv, name) for name in _CONV_OPTIONS}
         sizes = conv.in_features, conv.out_features, conv.kernel_size
         new = nnx.eval_shape(lambda: cls(*sizes, rank, **options, rngs=nnx.Rngs(0)))
-        return _from_dense(new, conv)
+        return from_dense(new, conv)
 
     def kernel_shape(self) -> tuple[int, ...]:
         """``(*kernel_size, in, out)``."""
@@ -328,31 +210,3 @@ def checked_rank(rank: int | None, inputs: int, outputs: int) -> int:
             f"{inputs} × {outputs}."
         )
     return rank
-
-
-def _shared_options(layer: Any) -> dict[str, Any]:
-    """Arguments of a layer that all kinds of layers share, but for random keys."""
-    names = ("dtype", "param_dtype", "precision")
-    has_bias = getattr(layer, "bias", None) is not None
-    return {"use_bias": has_bias, **{name: getattr(layer, name) for name in names}}
-
-
-def _from_dense(new: Any, layer: nnx.Linear | nnx.Conv) -> Any:
-    """A layer without arrays, with the spectral split of the kernel of a dense one and its bias."""
-    kernel, width = layer.kernel[...], new.width()
-    stack = kernel.shape[: kernel.ndim - len(new.kernel_shape())]
-    inputs = math.prod(new.kernel_shape()[:-1])
-    matrix = kernel.reshape(*stack, inputs, new.out_features)
-    new.set_factors(low_rank_factors(matrix, width), jnp.full(stack, width))
-    if layer.bias is not None:
-        new.bias = nnx.Param(layer.bias[...])
-    return new
-
-
-def _part(layer: Any, rank: int, index: int) -> Any:
-    """A factor's layer with the first directions of its kernel alone."""
-    part, kernel = copy.copy(layer), layer.kernel[...]
-    kernel = kernel[:rank] if index else kernel[..., :rank]
-    # Not setattr: NNX would refuse it if the layer belongs to an enclosing trace.
-    vars(part)["kernel"] = layer.kernel.replace(kernel)
-    return part

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax.layers.maestro.maestro_conversion import check_unadapted
-from lowrank_optax.layers.maestro.maestro_layers import MaestroLayer
+from lowrank_optax.layers.maestro.ordered_layer import MaestroLayer
 from lowrank_optax.layers.maestro.proximal import INWARD, OUTWARD
 from lowrank_optax.layers.maestro.ranks import maestro_modules
 from lowrank_optax.layers.structured.factors import Factors
@@ -36,7 +36,9 @@ def compact(
       model: A model with Maestro layers.
       opt_state: State of any optax transformation for the model's parameters; None without one.
       init: Function that makes such a state for the smaller parameters, called with
-        ``nnx.state(model, nnx.Param)``: ``tx.init`` of the transformation.
+        ``nnx.state(model, nnx.Param)``: ``tx.init`` of the transformation. With
+        ``opt_state=nnx.state(optimizer)`` of an ``nnx.Optimizer`` it is
+        ``lambda _: nnx.state(nnx.Optimizer(model, tx, wrt=nnx.Param))``.
 
     Returns:
       The state for the smaller model; None without one.

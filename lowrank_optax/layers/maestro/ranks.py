@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from lowrank_optax.layers.maestro.maestro_layers import MaestroLayer, SampledRank
 from lowrank_optax.layers.maestro.ordered import group_norms
+from lowrank_optax.layers.maestro.ordered_layer import MaestroLayer, SampledRank
 from lowrank_optax.matrices.selection import path_string
 from lowrank_optax.modules.select import modules_by_path
 

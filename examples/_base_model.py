@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from _corpus import Corpus, load_corpus, make_corpus, standard_library
 from _finetune_settings import FinetuneSettings
 from _options import one_line
+from _ranks import make_dense
 from _settings import InputError, Settings, remat_choice
 from _texts import Documents, code_and_prose
 from flax import nnx
@@ -130,7 +131,7 @@ def _of_main_job(settings: FinetuneSettings, folder: Path) -> Base:
         except InputError:  # the text has gone: nothing else needs it
             before = None
     make = functools.partial(_make, _with_arithmetic(job, settings), text.vocab_size)
-    load = functools.partial(load_checkpoint, part / "checkpoints", make)
+    load = lambda: make_dense(load_checkpoint(part / "checkpoints", make), job)
     return Base(str(part), text, before, make, load, _file(job.tokenizer))
 
 

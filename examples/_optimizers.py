@@ -116,7 +116,11 @@ def _is_optimizer(name: str, function: Any) -> bool:
 
 
 def make_optimizer(
-    chosen: Chosen, model: Any, params: Any, schedule: optax.Schedule
+    chosen: Chosen,
+    model: Any,
+    params: Any,
+    schedule: optax.Schedule,
+    rank_penalty: float | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Builds the transformation, telling it which leaves of the model are matrices.
 
@@ -125,9 +129,10 @@ def make_optimizer(
       model: the Flax module, whose layer types say which leaves are matrices.
       params: its parameters.
       schedule: learning rate by step, as a multiple of the peak.
+      rank_penalty: weight of the penalty on directions of Maestro layers, if any.
 
     Raises:
-      InputError: if the factory refuses its options.
+      InputError: if the factory refuses its options, or has no learning rate for the penalty.
     """
     peak, options = chosen.learning_rate, dict(chosen.options)
     parameters = inspect.signature(chosen.factory).parameters
@@ -138,7 +143,12 @@ def make_optimizer(
         if option in parameters and option not in options:
             options[option] = convert(lro.weight_dimension_numbers(model), params)
     try:
-        return optax.with_extra_args_support(chosen.factory(**options))
+        tx = optax.with_extra_args_support(chosen.factory(**options))
+        if rank_penalty is None:
+            return tx
+        if peak is None:
+            raise ValueError("--rank-penalty needs --learning-rate")
+        return optax.chain(tx, lro.layers.maestro.prox(options["learning_rate"], rank_penalty))
     except (TypeError, ValueError) as error:
         raise InputError(f"{chosen.name}: {one_line(error)}") from None
 

@@ -13,6 +13,8 @@ DTYPES = ("float32", "bfloat16")
 LOSSES = ("plain", "chunked")
 LOSS_HELP = "of all logits at once, or in chunks that are never all in memory"
 FEED_FORWARDS = ("lowrank", "blockdense", "blockshuffle")
+LINEARS = ("maestro",)
+RANK_THRESHOLD = 1e-5
 ROUNDINGS = ("nearest", "stochastic", "compensated")
 
 
@@ -55,6 +57,9 @@ class Settings:
     sketch_kind: SketchKind | None = None
     feed_forward: Literal["lowrank", "blockdense", "blockshuffle"] | None = None
     self_guided: float | None = None
+    linear: Literal["maestro"] | None = None
+    rank_penalty: float | None = None
+    rank_threshold: float | None = None
     initializer_range: float | None = None
     devices: int | None = None
     seed: int = 0
@@ -96,6 +101,7 @@ class Settings:
             raise InputError("--sketch-kind needs --sketch FRACTION")
         if self.self_guided is not None:
             self._check_self_guided(self.self_guided)
+        self._check_linear()
         if self.update_in_backward:
             self._check_update_in_backward()
         if not 0 <= self.seed < 2**32:  # what both grain and jax.random.key take
@@ -128,6 +134,26 @@ class Settings:
                 raise InputError(f"{flag(name)} {why}: leave it or --self-guided out")
         if self.batch_size == "adaptive":
             raise InputError("--self-guided counts steps of one size: give --batch-size a number")
+
+    def _check_linear(self) -> None:
+        if self.linear is None:
+            for name in ("rank_penalty", "rank_threshold"):
+                if getattr(self, name) is not None:
+                    raise InputError(f"{flag(name)} needs --linear maestro")
+            return
+        if self.rank_threshold is None:
+            object.__setattr__(self, "rank_threshold", RANK_THRESHOLD)
+        for name in ("rank_penalty", "rank_threshold"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise InputError(f"{flag(name)} must be finite and not negative, not {value}")
+        for name, why in (
+            ("update_in_backward", "computes blocks without drawing ranks"),
+            ("sketch", "is for dense layers"),
+            ("fixed_point", "replaces dense layers"),
+        ):
+            if getattr(self, name):
+                raise InputError(f"{flag(name)} {why}: leave it or --linear out")
 
     def _check_update_in_backward(self) -> None:
         for name, why in (
@@ -364,6 +390,25 @@ def _add_training_flags(group: argparse._ArgumentGroup) -> None:
         type=float,
         help="train structured MLPs with a dense guide in this part of the steps (0.5 if no RATIO "
         "is given)",
+    )
+    add_flag(
+        group,
+        "linear",
+        str,
+        "linear layers of the blocks that find their own ranks (default: dense)",
+        choices=LINEARS,
+    )
+    add_flag(
+        group,
+        "rank_penalty",
+        float,
+        "weight of the penalty that lowers ranks, for --linear (default: none)",
+    )
+    add_flag(
+        group,
+        "rank_threshold",
+        float,
+        f"smallest importance of a direction that counts, for --linear (default: {RANK_THRESHOLD})",
     )
     add_flag(
         group,

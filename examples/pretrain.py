@@ -7,7 +7,7 @@
 Plain Flax NNX, optax, grain and Orbax: the functions down to `train` are meant to be copied.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 import dataclasses
 import functools
@@ -36,6 +36,7 @@ try:
         make_schedule,
     )
     from _options import one_line
+    from _ranks import make_smaller, model_ranks, without_ranks
     from _report import Meter, report, summarize
     from _run_folder import (
         StepLog,
@@ -94,13 +95,17 @@ def mean_loss(
     key: jax.Array | None = None,
     loss_fn: Loss = plain_loss,
     weight_of_guides: jax.Array | None = None,
+    ranks: Mapping[str, jax.Array] | None = None,
 ) -> jax.Array:
     """The loss of tokens [batch, length + 1].
 
     With a sketch, the linear layers of the blocks keep that of their input, drawn with the key.
-    Guides have the given weight; with a key they are skipped at random.
+    Guides have the given weight; with a key they are skipped at random. Layers with ranks use these
+    many directions.
     """
     model = nnx.merge(graphdef, params)
+    if ranks is not None:
+        lro.layers.maestro.set_ranks(model, ranks)
     if weight_of_guides is not None:
         lro.layers.set_guide_weight(model, weight_of_guides, key)
     if sketch is not None and key is not None:
@@ -116,6 +121,7 @@ def loss_and_gradient(
     key: jax.Array | None = None,
     loss_fn: Loss = plain_loss,
     weight_of_guides: jax.Array | None = None,
+    ranks: Mapping[str, jax.Array] | None = None,
 ) -> tuple[jax.Array, optax.Updates, GradientNoise | None]:
     """Averages over the micro-batches of tokens [accumulate, batch, length + 1].
 
@@ -127,7 +133,7 @@ def loss_and_gradient(
     def loss(params: optax.Params, part: tuple[jax.Array, jax.Array | None]) -> jax.Array:
         tokens, keys = part
         first = None if keys is None else keys[0]
-        return mean_loss(params, graphdef, tokens, sketch, first, loss_fn, weight_of_guides)
+        return mean_loss(params, graphdef, tokens, sketch, first, loss_fn, weight_of_guides, ranks)
 
     batch = tokens, keys
     if len(tokens) == 1:
@@ -146,12 +152,15 @@ def train_step(
     tx: optax.GradientTransformationExtraArgs,
     sketch: lro.layers.Sketch | None = None,
     loss_fn: Loss = plain_loss,
+    rank_threshold: float | None = None,
 ) -> tuple[optax.Params, optax.OptState, jax.Array, GradientNoise | None]:
     """One step of the optimizer on tokens [accumulate, batch, length + 1].
 
-    The key is for the sketch, or for skipping guides, and another at every step.
+    The key is for the sketch, for skipping guides, or for the ranks of layers whose directions
+    count from the threshold on; it is another at every step.
     """
-    options = graphdef, tokens, sketch, key, loss_fn, weight_of_guides
+    ranks = model_ranks(nnx.merge(graphdef, params), rank_threshold, key)
+    options = graphdef, tokens, sketch, key, loss_fn, weight_of_guides, ranks
     loss, gradient, noise = loss_and_gradient(params, *options)
     updates, opt_state = tx.update(
         gradient,
@@ -194,9 +203,11 @@ def held_out_loss(
     *,
     graphdef: nnx.GraphDef,
     loss_fn: Loss = plain_loss,
+    rank_threshold: float | None = None,
 ) -> jax.Array:
-    """Mean loss over windows [batches, batch, length + 1]; guides are never skipped."""
-    options = {"loss_fn": loss_fn, "weight_of_guides": weight_of_guides}
+    """Mean loss over windows [batches, batch, length + 1]; nothing is skipped or drawn."""
+    ranks = model_ranks(nnx.merge(graphdef, params), rank_threshold)
+    options = {"loss_fn": loss_fn, "weight_of_guides": weight_of_guides, "ranks": ranks}
     loss = lambda tokens: mean_loss(params, graphdef, tokens, **options)
     return jax.lax.map(loss, windows).mean()
 
@@ -275,9 +286,8 @@ def train(job: Job, folder: Path, console: Console, stop: threading.Event) -> di
     first_bytes, shrinks = state_bytes(opt_state), has_adaptive_rank(opt_state)
     feed = Feed(corpus, settings)
     windows = jax.device_put(held_out_windows(corpus, settings), shared_out)
-    evaluate = jax.jit(
-        functools.partial(held_out_loss, loss_fn=LOSSES[settings.loss]), static_argnames="graphdef"
-    )
+    options = {"loss_fn": LOSSES[settings.loss], "rank_threshold": settings.rank_threshold}
+    evaluate = jax.jit(functools.partial(held_out_loss, **options), static_argnames="graphdef")
 
     checkpoints = (folder / "checkpoints").resolve()
     keep = ocp.CheckpointManagerOptions(max_to_keep=2)
@@ -331,12 +341,15 @@ def train(job: Job, folder: Path, console: Console, stop: threading.Event) -> di
                 if stopped and not last:
                     return None
 
+    model = nnx.merge(graphdef, params)
+    if (cut := make_smaller(model, settings)) is not None:
+        console.print(cut)
     return summarize(folder / "log.jsonl", settings, job.optimizer.refresh_every) | {
         "optimizer_state_bytes": state_bytes(opt_state),
         "first_optimizer_state_bytes": first_bytes if shrinks else None,
         "compiled_peak_bytes": max(filter(None, map(peak_bytes, compiled.values())), default=None),
         "compile_seconds": compile_seconds,
-        "sample": sample(nnx.merge(graphdef, params), corpus, settings.seed),
+        "sample": sample(model, corpus, settings.seed),
     }
 
 
@@ -378,12 +391,14 @@ def chosen_step(settings: Settings) -> Callable[..., Any]:
     loss_fn = LOSSES[settings.loss]
     if settings.update_in_backward:
         return functools.partial(train_step_in_backward, loss_fn=loss_fn)
-    return functools.partial(train_step, sketch=make_sketch(settings), loss_fn=loss_fn)
+    options = {"sketch": make_sketch(settings), "rank_threshold": settings.rank_threshold}
+    return functools.partial(train_step, loss_fn=loss_fn, **options)
 
 
 def step_key(settings: Settings, step: int) -> jax.Array | None:
-    """The key of a step's sketches or guides, also in a run that is resumed; None without them."""
-    if settings.sketch is None and guide_weight(settings, step) is None:
+    """The key of all that a step draws, also in a run that is resumed; None if that is nothing."""
+    has_guides = guide_weight(settings, step) is not None
+    if settings.sketch is None and settings.linear is None and not has_guides:
         return None
     return jax.random.fold_in(jax.random.key(settings.seed), step)
 
@@ -418,7 +433,10 @@ def make_model(settings: Settings, vocab_size: int, *, guide: bool = False) -> D
         activation_bits=settings.activation_bits,
         feed_forward=settings.feed_forward,
         guide=guide,
+        linear=settings.linear,
     )
+    if settings.linear is not None:
+        without_ranks(model)
     if settings.fixed_point is not None:
         lro.layers.convert_to_fixed_point(model, settings.fixed_point)
         # At the start, the ranges of any tokens are those of all.
@@ -447,7 +465,8 @@ def prepare(chosen: Chosen, corpus: Corpus, settings: Settings, mesh: jax.shardi
         schedule: optax.Schedule, graphdef: nnx.GraphDef, params: optax.Params
     ) -> optax.GradientTransformationExtraArgs:
         model = nnx.merge(graphdef, params)
-        return in_few_bits(make_optimizer(chosen, model, params, schedule), settings)
+        tx = make_optimizer(chosen, model, params, schedule, settings.rank_penalty)
+        return in_few_bits(tx, settings)
 
     tx = make_tx(schedule, graphdef, params)
     step = functools.partial(chosen_step(settings), graphdef=graphdef, tx=tx)

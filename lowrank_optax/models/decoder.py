@@ -6,13 +6,14 @@ which compiles once for all layers, or a list run one after the other.
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from lowrank_optax.layers import maestro
 from lowrank_optax.layers.attention.implementations import AttentionImplementation
 from lowrank_optax.layers.structured.base import Structure
 from lowrank_optax.models.attention import Attention, KeyValueCache, RMSNorm
@@ -97,6 +98,8 @@ class Decoder(nnx.Module):
             `down`. With `scan_layers` the dense block is `first_block`, and `blocks` the others.
         guide: whether each structured matrix has a dense guide, see
             `lowrank_optax.layers.set_guide_weight`.
+        linear: `"maestro"` makes all dense linear layers of the blocks
+            `lowrank_optax.layers.MaestroLinear`, which find their own ranks; None leaves them.
 
     Raises:
         ValueError: `remat` is not the name of a policy, or a table names what a block does not
@@ -104,7 +107,7 @@ class Decoder(nnx.Module):
             an entry of mlp_hidden, or beside `activation_bits`; or one of these is out of
             range; or `attention_implementation` is not the name of an implementation; or
             `feed_forward` is no name, does not fit the sizes or one block, or `guide` is given
-            without it.
+            without it; or `linear` is no name.
 
     Example:
         >>> from flax import nnx
@@ -132,8 +135,11 @@ class Decoder(nnx.Module):
         attention_implementation: AttentionImplementation | None = None,
         feed_forward: str | Structure | None = None,
         guide: bool = False,
+        linear: Literal["maestro"] | None = None,
     ) -> None:
         self.config = config
+        if linear not in (None, "maestro"):
+            raise ValueError(f"linear must be 'maestro' or None, got {linear!r}")
         structure = structure_of(feed_forward, config)
         if structure is None and guide:
             raise ValueError("guide=True is for structured matrices: give feed_forward, too")
@@ -162,6 +168,9 @@ class Decoder(nnx.Module):
                 count, self.first_block = count - 1, Block(config, rngs=rngs, **options)
             make = nnx.vmap(lambda rngs: Block(config, rngs=rngs, **structured))
             self.blocks = nnx.split_rngs(splits=count)(make)(rngs)
+        if linear is not None:
+            # The spectral split of dense layers is how Maestro's layers start.
+            maestro.convert(self, where=r"^(first_block|blocks)/")
         self.norm = RMSNorm(
             config.hidden_size, epsilon=config.rms_norm_eps, param_dtype=param_dtype, rngs=rngs
         )

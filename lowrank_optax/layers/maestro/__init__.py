@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lowrank_optax.layers.maestro.ranks import (
         current_ranks,
         importance,
+        important_ranks,
         penalty,
         set_ranks,
         shrink,
@@ -45,7 +46,7 @@ _FLAX = {
         "truncate",
     ],
     "ordered_layer": ["Rank", "SampledRank"],
-    "ranks": ["current_ranks", "importance", "penalty", "set_ranks", "shrink"],
+    "ranks": ["current_ranks", "importance", "important_ranks", "penalty", "set_ranks", "shrink"],
     "recalibration": ["recalibrate_batch_norm"],
 }
 
@@ -62,6 +63,7 @@ __all__ = [
     "current_ranks",
     "group_norms",
     "importance",
+    "important_ranks",
     "merge",
     "penalty",
     "prefix_product",

@@ -169,7 +169,8 @@ class MaestroRow(NamedTuple):
     Attributes:
       path: Path of the layer, such as ``blocks/mlp/up``.
       weight: Weights as a batch of matrices, inputs × outputs: ``4 × (512 × 1376)``.
-      ranks: Current ranks, one for each layer of the stack.
+      ranks: Current ranks, one for each layer of the stack; None where they have no values, as in
+        ``nnx.eval_shape`` or inside ``jit``.
       directions: Number of directions that the arrays have.
       parameters: Number of elements of the factors.
       share: The same, divided by the number of elements of the dense weights.
@@ -177,7 +178,7 @@ class MaestroRow(NamedTuple):
 
     path: str
     weight: str
-    ranks: tuple[int, ...]
+    ranks: tuple[int, ...] | None
     directions: int
     parameters: int
     share: float
@@ -198,8 +199,8 @@ class MaestroSummary(Report):
         columns = ("path", "weight", ">ranks", ">parameters", ">of dense")
         cells = []
         for row in self.rows:
-            few, many = min(row.ranks), max(row.ranks)
-            ranks = f"{few}–{many}" if few < many else f"{few}"
+            few, many = (min(row.ranks), max(row.ranks)) if row.ranks else ("?", "?")
+            ranks = f"{few}" if few == many else f"{few}–{many}"
             own = (f"{ranks} / {row.directions}", row.parameters, f"{row.share:.1%}")
             cells.append((row.path, row.weight, *own))
         return Table(columns, cells)
@@ -215,7 +216,9 @@ def summary(model: nnx.Module) -> MaestroSummary:
     for path, layer in maestro_modules(model).items():
         a, b = layer.factors()
         shape = (*b.shape[:-2], a.shape[-2], b.shape[-1])
-        ranks = tuple(np.ravel(layer.rank[...]).tolist())
+        rank = layer.rank[...]
+        has_values = isinstance(rank, jax.Array) and not isinstance(rank, jax.core.Tracer)
+        ranks = tuple(np.ravel(rank).tolist()) if has_values else None
         count = a.size + b.size
         sizes = (layer.width(), count, count / math.prod(shape))
         rows.append(MaestroRow(path, matrices_string(shape), ranks, *sizes))

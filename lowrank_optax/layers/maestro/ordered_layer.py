@@ -81,6 +81,10 @@ class MaestroLayer(nnx.Module):
         inputs = math.prod(a.shape[len(stack) : -1])
         return Factors(a.reshape(*stack, inputs, a.shape[-1]), b)
 
+    def stack(self) -> tuple[int, ...]:
+        """Sizes of the stack axes, in front."""
+        return self.ordered_out.kernel.shape[:-2]
+
     def width(self) -> int:
         """The number ``R`` of directions that the arrays have."""
         return self.ordered_out.kernel.shape[-2]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from lowrank_optax.layers.maestro.ordered import group_norms
-from lowrank_optax.layers.maestro.ordered_layer import MaestroLayer, SampledRank
+from lowrank_optax.layers.maestro.ordered_layer import MaestroLayer, Rank, SampledRank
 from lowrank_optax.matrices.selection import path_string
 from lowrank_optax.modules.select import modules_by_path
 
@@ -82,10 +82,11 @@ def set_ranks(model: nnx.Module, ranks: Mapping[str, ArrayLike] | None) -> nnx.M
         if path not in layers:
             near = ", ".join(difflib.get_close_matches(path, layers, n=5, cutoff=0.0))
             raise ValueError(f"ranks has {path!r}, which is no Maestro layer; near it are: {near}.")
-        if jnp.shape(ranks[path]) != layers[path].rank.shape:
+        stack = layers[path].stack()
+        if jnp.shape(ranks[path]) != stack:
             raise ValueError(
                 f"the rank of {path} has shape {jnp.shape(ranks[path])}; it must have that of the "
-                f"layer's current rank, {layers[path].rank.shape}."
+                f"layer's stack, {stack}."
             )
     for path, layer in layers.items():
         layer.sampled_rank = nnx.data(None)
@@ -168,12 +169,47 @@ def importance(model: nnx.Module, *, hierarchical: bool = True) -> dict[str, jax
     return found
 
 
-def shrink(model: nnx.Module, threshold: float = 1e-5) -> dict[str, jax.Array]:
-    """Set current ranks to the number of directions that are important, in place.
+def important_ranks(model: nnx.Module, threshold: float = 1e-5) -> dict[str, jax.Array]:
+    """Return the number of important directions of each Maestro layer by its path, for `set_ranks`.
 
-    These are directions with an `importance` of at least the threshold, a prefix. The others are
-    masked, not removed: where they grow again, the next call counts them. Call it after every
-    epoch, and `compact` after training.
+    These are directions with an `importance` of at least the threshold, a prefix. The model does
+    not change, and needs no current ranks: a step that draws from these has no other state than the
+    weights.
+
+    Args:
+      model: A model with Maestro layers.
+      threshold: Smallest importance of a direction that counts, a product of two norms.
+
+    Returns:
+      int32 arrays ``[]``, or ``[layers]`` for a stack.
+
+    Raises:
+      ValueError: If the model has no Maestro layer, or ``threshold`` is negative or not finite.
+
+    Example:
+      >>> from flax import nnx
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> layer = lro.layers.MaestroLinear(2, 2, rngs=nnx.Rngs(0))
+      >>> layer.ordered_in.kernel[...] = jnp.array([[3.0, 0], [4, 1]])
+      >>> layer.ordered_out.kernel[...] = jnp.array([[1.0, 2], [2, 0]])
+      >>> print(lro.layers.maestro.important_ranks(layer, threshold=3.0))
+      {'': Array(1, dtype=int32)}
+
+    Reference:
+      Horváth et al., 2024, https://arxiv.org/abs/2308.14929.
+    """
+    if not 0 <= threshold < float("inf"):
+        raise ValueError(f"threshold={threshold!r} must be finite and not negative.")
+    # A direction that is nan stays, as masked it would be hidden.
+    count = lambda values: jnp.sum(~(values < threshold), axis=-1, dtype=jnp.int32)
+    return {path: count(values) for path, values in importance(model).items()}
+
+
+def shrink(model: nnx.Module, threshold: float = 1e-5) -> dict[str, jax.Array]:
+    """Set current ranks to `important_ranks`, in place.
+
+    The other directions are masked, not removed: where they grow again, the next call counts them.
+    Call it after every epoch, and `compact` after training.
 
     Args:
       model: A model with Maestro layers.
@@ -201,13 +237,9 @@ def shrink(model: nnx.Module, threshold: float = 1e-5) -> dict[str, jax.Array]:
     Reference:
       Horváth et al., 2024, https://arxiv.org/abs/2308.14929.
     """
-    if not 0 <= threshold < float("inf"):
-        raise ValueError(f"threshold={threshold!r} must be finite and not negative.")
-    found = importance(model)
+    ranks = important_ranks(model, threshold)
     for path, layer in maestro_modules(model).items():
-        # A direction that is nan stays, as masked it would be hidden.
-        layer.rank[...] = jnp.sum(~(found[path] < threshold), axis=-1, dtype=jnp.int32)
-    ranks = current_ranks(model)
+        layer.rank = Rank(ranks[path])
     traced = any(isinstance(x, jax.core.Tracer) for x in ranks.values())
     if not traced and not any(map(jnp.any, ranks.values())):
         warnings.warn(

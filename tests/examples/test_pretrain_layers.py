@@ -1,7 +1,8 @@
-"""The main job in fixed point trains, goes on where it was stopped to the last bit, and writes."""
+"""Other layers in the main job: it trains, goes on where it was stopped to the last bit, writes."""
 
 import json
 from pathlib import Path
+import re
 import shutil
 
 import pretrain
@@ -12,14 +13,26 @@ from tests.examples.logs import read_losses
 pytestmark = pytest.mark.slow
 
 
+MAESTRO = ["--linear", "maestro", "--rank-penalty", "4"]
+
+
 @pytest.mark.bitwise  # the same program, which is lowered once more
-def test_fixed_point_trains_and_goes_on_to_the_last_bit(flags: list[str], tmp_path: Path) -> None:
-    arguments = [*flags, "--fixed-point", "8", "--optimizer", "adamw"]
+@pytest.mark.parametrize("layers", [["--fixed-point", "8"], MAESTRO], ids=lambda x: x[0])
+def test_run_trains_and_goes_on_to_the_last_bit(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture, layers: list[str]
+) -> None:
+    arguments = [*flags, *layers, "--optimizer", "adamw"]
     folder = tmp_path / "run"
     assert pretrain.main([*arguments, "--output", str(folder)]) == 0
     whole = json.loads((folder / "adamw" / "result.json").read_text())
     losses = read_losses(folder / "adamw" / "log.jsonl")
     assert losses[-2]["loss"] < losses[0]["loss"]
+    said = re.findall(
+        r"cut to these ranks: ([\d,]+) -> ([\d,]+) parameters", capsys.readouterr().out
+    )
+    assert len(said) == (layers is MAESTRO)
+    for before, after in said:
+        assert int(after.replace(",", "")) < 0.7 * int(before.replace(",", ""))
     # As if it had been killed after the checkpoint of step 4.
     (folder / "adamw" / "result.json").unlink()
     shutil.rmtree(folder / "adamw" / "checkpoints" / "6")
@@ -40,6 +53,14 @@ def test_fixed_point_trains_and_goes_on_to_the_last_bit(flags: list[str], tmp_pa
         ),
         (["--fixed-point", "8", "--sketch", "0.5"], "--sketch: leave one out"),
         (["--fixed-point", "8", "--feed-forward", "lowrank"], "--feed-forward out"),
+        (["--rank-threshold", "1e-3"], "--rank-threshold needs --linear maestro"),
+        ([*MAESTRO, "--rank-threshold", "-1"], "--rank-threshold must be finite"),
+        ([*MAESTRO, "--update-in-backward"], "--update-in-backward computes blocks without"),
+        ([*MAESTRO, "--fixed-point", "8"], "leave it or --linear out"),
+        (
+            [*MAESTRO, "--optimizer", "adafactor", "--set", "learning_rate=None"],
+            "--rank-penalty needs --learning-rate",
+        ),
     ],
 )
 def test_flags_that_are_refused(

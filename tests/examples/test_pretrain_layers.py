@@ -13,7 +13,7 @@ from tests.examples.logs import read_losses
 pytestmark = pytest.mark.slow
 
 
-MAESTRO = ["--linear", "maestro", "--rank-penalty", "4"]
+MAESTRO = ["--linear", "maestro", "--rank-penalty", "20"]
 
 
 @pytest.mark.bitwise  # the same program, which is lowered once more
@@ -32,7 +32,7 @@ def test_run_trains_and_goes_on_to_the_last_bit(
     )
     assert len(said) == (layers is MAESTRO)
     for before, after in said:
-        assert int(after.replace(",", "")) < 0.7 * int(before.replace(",", ""))
+        assert int(after.replace(",", "")) < 0.75 * int(before.replace(",", ""))
     # As if it had been killed after the checkpoint of step 4.
     (folder / "adamw" / "result.json").unlink()
     shutil.rmtree(folder / "adamw" / "checkpoints" / "6")

@@ -27,6 +27,7 @@ from figure_lamda import lamda
 from figure_lora import lora
 from figure_lora_fa import lora_fa
 from figure_lotr import lotr
+from figure_maestro import maestro
 from figure_mirror_sinkhorn import mirror_sinkhorn
 from figure_nag_gs import nag_gs
 from figure_one_cycle import one_cycle
@@ -325,6 +326,7 @@ FIGURES = {
         lora,
         lora_fa,
         lotr,
+        maestro,
         aflora,
         lamda,
         pissa,

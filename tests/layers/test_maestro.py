@@ -296,6 +296,7 @@ def test_samples_that_cannot_be_are_refused() -> None:
         ({"a": 0, "b": np.zeros(3, int)}, "all ranks are 0, so there is nothing to sample"),
         ({"a": 1, "b": -1}, "ranks must not be negative, and those of b are"),
         ({}, "has no layer to sample"),
+        ({"a": 1.5}, "the rank of a must be an integer, got 1.5"),
     ):
         with pytest.raises(ValueError, match=message):
             sample_ranks(key, ranks)

@@ -608,7 +608,7 @@ LAYERS = (
         "lowrank_optax/layers/maestro/ordered.py",
         "_, factors = jax.lax.scan(step, nothing, squares, reverse=True)",
         "_, factors = jax.lax.scan(step, nothing, squares)",
-        ("tests/layers/test_maestro.py",),
+        ("tests/layers/test_maestro_prox.py",),
     ),
     Fault(
         "rank of the drawn layer one too small",
@@ -622,7 +622,7 @@ LAYERS = (
         "lowrank_optax/layers/maestro/rank_compaction.py",
         "cuts[*names, *OUTWARD] = _Cut(before[1], stack, rank, stack)",
         "cuts[*names, *OUTWARD] = _Cut(before[1], stack + 1, rank, stack)",
-        ("tests/layers/test_maestro_nnx.py",),
+        ("tests/layers/test_maestro_compaction.py",),
     ),
     Fault(
         "slope of a power without the exponent",

@@ -5,7 +5,6 @@ import math
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from flax import nnx
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -16,6 +15,7 @@ from lowrank_optax.layers.maestro.ranks import maestro_modules
 from lowrank_optax.layers.structured.factors import Factors, low_rank_factors
 from lowrank_optax.layers.structured.feed_forward_layers import StructuredLinear
 from lowrank_optax.matrices.selection import Path, Where, path_string
+from lowrank_optax.modules.plain_layers import check_plain_layer
 from lowrank_optax.modules.report import Report, Table, matrices_string
 from lowrank_optax.modules.select import modules_by_path, select
 from lowrank_optax.modules.wrap import become
@@ -236,31 +236,14 @@ def check_unadapted(path: str, layer: MaestroLayer) -> None:
 
 def _check_layer(path: str, layer: Any, rank: int | None) -> None:
     """Raises ValueError if a layer is more than a plain one, or the rank does not fit."""
-    plain: dict[str, Any] = {
-        "dot_general": jax.lax.dot_general,
-        "conv_general_dilated": jax.lax.conv_general_dilated,
-        "mask": None,
-        "preferred_element_type": None,
-    }
-    own = [name for name, value in plain.items() if getattr(layer, name, value) is not value]
-    if type(layer) not in (nnx.Linear, nnx.Conv) or own:
-        raise ValueError(
-            f"{path} is more than a plain layer (a {type(layer).__name__} with adapters, or a "
-            "mask, call, product or preferred_element_type of its own): leave it out by where."
-        )
+    check_plain_layer(path, layer)
     if getattr(layer, "feature_group_count", 1) != 1:
         raise ValueError(
             f"{path} has feature_group_count={layer.feature_group_count}, and must have 1: the "
             "kernel of a grouped convolution is not one matrix. Leave it out by where."
         )
-    inner = getattr(layer, "kernel_size", ())
-    shape = (*inner, layer.in_features, layer.out_features)
-    if layer.kernel.shape[-len(shape) :] != shape:
-        raise ValueError(
-            f"the kernel of {path} has shape {layer.kernel.shape}, and one layer has {shape}: "
-            "stack layers along the first axis."
-        )
     try:
-        checked_rank(rank, math.prod(shape[:-1]), shape[-1])
+        window = math.prod(getattr(layer, "kernel_size", ()))
+        checked_rank(rank, window * layer.in_features, layer.out_features)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None

@@ -41,7 +41,8 @@ def prox(learning_rate: optax.ScalarOrSchedule, penalty: ArrayLike) -> optax.Gra
 
     Returns:
       A transformation with the state `ProxState`. It computes in float32 for narrower dtypes, and
-      leaves other parameters alone. Nothing that changes an update may follow it.
+      leaves other parameters alone. Nothing that changes an update may follow it. A step of it is
+      a loop over the directions of a layer, on one number each.
 
     Raises:
       ValueError: If a number is negative or not finite; in ``init``, if no parameter is a factor of

@@ -34,8 +34,8 @@ def sample_ranks(
       Ranks like ``ranks``, int32, for `set_ranks`.
 
     Raises:
-      ValueError: If there is no layer or no such mode, or ranks that are not traced are negative or
-        all 0.
+      ValueError: If there is no layer or no such mode, a rank is not an integer, or ranks that are
+        not traced are negative or all 0.
 
     Example:
       >>> import jax, lowrank_optax as lro
@@ -93,9 +93,12 @@ def shuffled_ranks(
 
 def _checked(ranks: Mapping[str, ArrayLike]) -> jax.Array:
     """The ranks of all layers, one after another."""
-    arrays = [jnp.asarray(rank, jnp.int32) for rank in ranks.values()]
-    if not arrays:
+    if not ranks:
         raise ValueError("ranks={} has no layer to sample: give current_ranks(model).")
+    for name, rank in ranks.items():
+        if not jnp.issubdtype(jnp.result_type(rank), jnp.integer):
+            raise ValueError(f"the rank of {name} must be an integer, got {rank!r}.")
+    arrays = [jnp.asarray(rank, jnp.int32) for rank in ranks.values()]
     flat = jnp.concatenate([x.ravel() for x in arrays])
     if not isinstance(flat, jax.core.Tracer):
         if jnp.any(flat < 0):

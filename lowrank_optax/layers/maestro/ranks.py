@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from lowrank_optax.layers.maestro.ordered import group_norms
+from lowrank_optax.layers.maestro.ordered import check_prefix, group_norms, is_static
 from lowrank_optax.layers.maestro.ordered_layer import MaestroLayer, Rank, SampledRank
 from lowrank_optax.matrices.selection import path_string
 from lowrank_optax.modules.select import modules_by_path
@@ -61,8 +61,9 @@ def set_ranks(model: nnx.Module, ranks: Mapping[str, ArrayLike] | None) -> nnx.M
       The model itself.
 
     Raises:
-      ValueError: If the model has no Maestro layer, a path is not that of one, or ranks have
-        another shape than the layer's current rank.
+      ValueError: If the model has no Maestro layer, a path is not that of one, a rank is not an
+        integer of the shape of the layer's current rank, or a Python integer is not from 0 to the
+        number of its directions; others are clipped to this range.
 
     Example:
       >>> from flax import nnx
@@ -82,12 +83,14 @@ def set_ranks(model: nnx.Module, ranks: Mapping[str, ArrayLike] | None) -> nnx.M
         if path not in layers:
             near = ", ".join(difflib.get_close_matches(path, layers, n=5, cutoff=0.0))
             raise ValueError(f"ranks has {path!r}, which is no Maestro layer; near it are: {near}.")
-        stack = layers[path].stack()
-        if jnp.shape(ranks[path]) != stack:
+        rank, shape = ranks[path], layers[path].stack()
+        if jnp.shape(rank) != shape or not jnp.issubdtype(jnp.result_type(rank), jnp.integer):
             raise ValueError(
-                f"the rank of {path} has shape {jnp.shape(ranks[path])}; it must have that of the "
-                f"layer's stack, {stack}."
+                f"the rank of {path} is {jnp.result_type(rank)}{list(jnp.shape(rank))}; it must be "
+                f"int32{list(shape)}, one number for each layer of a stack."
             )
+        if is_static(rank):
+            check_prefix(rank, layers[path].width())
     for path, layer in layers.items():
         layer.sampled_rank = nnx.data(None)
         if path in ranks:

@@ -6,7 +6,6 @@ import math
 from typing import Any, NamedTuple
 
 from flax import nnx
-import jax
 
 from lowrank_optax.layers.structured.base import Structure
 from lowrank_optax.layers.structured.feed_forward_layers import (
@@ -15,6 +14,7 @@ from lowrank_optax.layers.structured.feed_forward_layers import (
     check_structure,
 )
 from lowrank_optax.matrices.selection import Path, Where, path_string
+from lowrank_optax.modules.plain_layers import check_plain_layer
 from lowrank_optax.modules.report import Report, Table, matrices_string
 from lowrank_optax.modules.select import modules_by_path, options_by_path, select
 from lowrank_optax.modules.wrap import become
@@ -259,21 +259,9 @@ def _set_bias(new: Any, layer: Any) -> None:
 
 def _check_layer(path: str, layer: Any, structure: Structure) -> None:
     """Raises ValueError if a layer is more than an ``nnx.Linear``, or the structure misfits."""
-    sides = _sides(layer)
-    own_product = layer.dot_general is not jax.lax.dot_general or layer.preferred_element_type
-    if type(layer) is not nnx.Linear or own_product:
-        raise ValueError(
-            f"{path} is more than an nnx.Linear (a {type(layer).__name__} with adapters, or a "
-            "call, dot_general or preferred_element_type of its own): convert plain layers, or "
-            "leave it out by where."
-        )
-    if layer.kernel.shape[-2:] != sides:
-        raise ValueError(
-            f"the kernel of {path} has shape {layer.kernel.shape}, and one layer has {sides}: "
-            "stack layers along the first axis."
-        )
+    check_plain_layer(path, layer)
     try:
-        structure.shapes(*sides)
+        structure.shapes(*_sides(layer))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

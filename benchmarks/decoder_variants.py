@@ -5,8 +5,8 @@
 
 Each run is the main job's, by AdamW at its own learning rate, which is the same for all. A variant
 whose step has fewer operations makes more steps, its schedule stretched alike. Beside structured
-feed-forwards stands a dense one so narrow that the decoder has as many parameters. Three seeds; some
-thirty minutes of a core; a stopped run goes on after the last result.
+feed-forwards stands a dense one so narrow that the decoder has as many parameters. Three seeds;
+some thirty minutes of a core; a stopped run goes on after the last result.
 """
 
 import argparse

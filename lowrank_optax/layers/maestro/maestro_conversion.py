@@ -5,6 +5,7 @@ import math
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from flax import nnx
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -214,12 +215,12 @@ def summary(model: nnx.Module) -> MaestroSummary:
     """
     rows = []
     for path, layer in maestro_modules(model).items():
-        a, b = layer.factors()
-        shape = (*b.shape[:-2], a.shape[-2], b.shape[-1])
-        rank = layer.rank[...]
+        *inputs, outputs = layer.kernel_shape()
+        shape = (*layer.stack(), math.prod(inputs), outputs)
+        rank = layer.rank.get_raw_value()
         has_values = isinstance(rank, jax.Array) and not isinstance(rank, jax.core.Tracer)
         ranks = tuple(np.ravel(rank).tolist()) if has_values else None
-        count = a.size + b.size
+        count = layer.ordered_in.kernel.size + layer.ordered_out.kernel.size
         sizes = (layer.width(), count, count / math.prod(shape))
         rows.append(MaestroRow(path, matrices_string(shape), ranks, *sizes))
     return MaestroSummary(rows)

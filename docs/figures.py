@@ -20,6 +20,7 @@ from figure_aflora import aflora
 from figure_codes import low_bit
 from figure_extrapolation import extrapolation
 from figure_few_bit import few_bit
+from figure_fixed_point import fixed_point
 from figure_flylora import flylora
 from figure_gated import gated_activations
 from figure_grams import grams
@@ -327,6 +328,7 @@ FIGURES = {
         lora_fa,
         lotr,
         maestro,
+        fixed_point,
         aflora,
         lamda,
         pissa,

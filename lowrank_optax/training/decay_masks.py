@@ -25,7 +25,8 @@ def parameter_kinds(params: Any) -> Any:
     """The kind of each parameter: a tree like ``params`` with a name for each leaf.
 
     - ``"biases"``: leaves called ``bias`` (or ``b``, ``beta``), also those of norms;
-    - ``"norms"``: leaves called ``scale`` (or ``gamma``), and other vectors of a norm;
+    - ``"norms"``: leaves called ``scale`` (or ``gamma``), other vectors of a norm, and the binary
+      points of fixed-point layers;
     - ``"embeddings"``: embeddings by name (``embed``, ``wte``, ``wpe``);
     - ``"head"``: an output head by name (``lm_head``, ``logits``, ``classifier``, ...);
     - ``"adapters"``: the arrays of adapters, including ``nnx.LoRA``;

@@ -296,9 +296,7 @@ def test_composed_with_wrappers_of_optax() -> None:
             lambda p: jax.tree.map(lambda x: "stacked" if x.ndim > 2 else "rest", p),
         ),
         "multi": optax.MultiSteps(tx, 2).gradient_transformation(),
-        "injected": optax.inject_hyperparams(
-            lro.cautious_adamw, static_args="weight_dimension_numbers"
-        )(1e-2, weight_dimension_numbers=STACKED),
+        "injected": optax.inject_hyperparams(lro.galore, static_args=list(RANK))(1e-2, **RANK),
     }
     for outer in wrapped.values():
         whole = trained(updating(lro.in_slices(outer, slices="off")), outer)

@@ -15,7 +15,7 @@ from _settings import (
     Parser,
     Settings,
     add_flag,
-    add_update_in_backward,
+    add_memory_flags,
     names_in,
 )
 
@@ -205,16 +205,7 @@ def _add_training_flags(group: argparse._ArgumentGroup) -> None:
     text = "arithmetic of the model (default: the model's)"
     add_flag(group, "dtype", str, text, choices=DTYPES, **of)
     add_flag(group, "loss", str, LOSS_HELP, choices=LOSSES, **of)
-    add_update_in_backward(group)
-    group.add_argument(
-        "--remat",
-        metavar="POLICY",
-        nargs="?",
-        const="full",
-        help="recompute activations in the backward pass: all, or what a policy of "
-        "jax.checkpoint_policies does not save, or, with NAME=save,NAME=offload,NAME=4, a table of "
-        "lro.activations.policy",
-    )
+    add_memory_flags(group)
     add_flag(group, "devices", int, "devices to share each batch (default: all)", **of)
     add_flag(group, "seed", int, "fixes adapters at the start and the order of batches", **of)
 

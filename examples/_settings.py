@@ -294,12 +294,21 @@ def add_flag(
     group.add_argument(flag(name, of), type=kind, help=text + suffix, **options)
 
 
-def add_update_in_backward(group: argparse._ArgumentGroup) -> None:
-    """Adds the flag of the update inside the backward pass."""
+def add_memory_flags(group: argparse._ArgumentGroup) -> None:
+    """Adds the flags of the update inside the backward pass and of rematerialization."""
     group.add_argument(
         "--update-in-backward",
         action="store_true",
         help="update each block as soon as its gradients exist, and recompute its activations",
+    )
+    group.add_argument(
+        "--remat",
+        metavar="POLICY",
+        nargs="?",
+        const="full",
+        help="recompute activations in the backward pass: all, or what a policy of "
+        "jax.checkpoint_policies does not save, or, with NAME=save,NAME=offload,NAME=4, a table of "
+        "lro.activations.policy",
     )
 
 
@@ -334,16 +343,7 @@ def _add_training_flags(group: argparse._ArgumentGroup) -> None:
         choices=ROUNDINGS,
     )
     add_flag(group, "loss", str, LOSS_HELP, choices=LOSSES)
-    add_update_in_backward(group)
-    group.add_argument(
-        "--remat",
-        metavar="POLICY",
-        nargs="?",
-        const="full",
-        help="recompute activations in the backward pass: all, or what a policy of "
-        "jax.checkpoint_policies does not save, or, with NAME=save,NAME=offload,NAME=4, a table of "
-        "lro.activations.policy",
-    )
+    add_memory_flags(group)
     add_flag(
         group,
         "activation_bits",

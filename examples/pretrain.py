@@ -81,7 +81,9 @@ def plain_loss(model: Decoder, hidden: jax.Array, labels: jax.Array) -> jax.Arra
 def chunked_loss(model: Decoder, hidden: jax.Array, labels: jax.Array) -> jax.Array:
     """The same, but never with all logits in memory."""
     head, axis = model.head()
-    return lro.losses.linear_cross_entropy(hidden, head, labels, head_axis=axis)
+    # Where devices share the tokens, the other design gathers the hidden states.
+    design = "auto" if jax.device_count() == 1 else "recompute"
+    return lro.losses.linear_cross_entropy(hidden, head, labels, head_axis=axis, design=design)
 
 
 LOSSES = {"plain": plain_loss, "chunked": chunked_loss}

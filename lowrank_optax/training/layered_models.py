@@ -90,7 +90,8 @@ def joined(trained: Any, frozen: Any) -> Any:
     """One tree of both: dictionaries are joined by their names; None stands for what is missing.
 
     Raises:
-      ValueError: If both have something at one place that is not a dictionary.
+      ValueError: If both have something at one place that is not a dictionary, or lists of
+        different lengths.
     """
     if _is_empty(frozen):
         return frozen if trained is None else trained
@@ -101,8 +102,20 @@ def joined(trained: Any, frozen: Any) -> Any:
         return {name: joined(trained.get(name), frozen.get(name)) for name in names}
     if jax.tree_util.all_leaves([trained]) or jax.tree_util.all_leaves([frozen]):
         raise ValueError("params has an array where frozen has a dictionary, or the reverse.")
+    check_same_length(trained, frozen)
     is_child = lambda x: x is not trained  # one level: either may have None for a whole tree
     return jax.tree.map(joined, trained, frozen, is_leaf=is_child)
+
+
+def check_same_length(trained: Any, frozen: Any) -> None:
+    """Raises ValueError for two lists of which one goes on where the other ends."""
+    if not (isinstance(trained, list | tuple) and isinstance(frozen, list | tuple)):
+        return
+    if len(trained) != len(frozen):
+        raise ValueError(
+            f"params has a list of {len(trained)} where frozen has one of {len(frozen)}: give both "
+            "the same length, with None for an entry that the other has."
+        )
 
 
 def _is_empty(tree: Any) -> bool:

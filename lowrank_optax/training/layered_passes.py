@@ -9,7 +9,12 @@ import jax.numpy as jnp
 
 from lowrank_optax.matrices.paths import normalised_path, path_string
 from lowrank_optax.slices.independence import sources
-from lowrank_optax.training.layered_models import LayeredModel, joined, listed_blocks
+from lowrank_optax.training.layered_models import (
+    LayeredModel,
+    check_same_length,
+    joined,
+    listed_blocks,
+)
 
 # What a step's key is folded with, for each part of the model.
 EMBED, BLOCKS, HEAD = range(3)
@@ -61,6 +66,7 @@ class Passes:
         if listed or frozen_listed:
             if listed is None or frozen_listed is None:
                 raise ValueError("blocks are a list in one of params and frozen, and not in both.")
+            check_same_length(trees, frozen)
             self.layers = 1 + max({*listed, *frozen_listed})
             parts = [listed.get(i) for i in range(self.layers)]
             rest = iter(blocks)
@@ -101,7 +107,9 @@ class Passes:
     def mean_gradients(
         self, function: Callable[..., Any], params: Any, keys: Any, *arrays: Any
     ) -> tuple[Any, Any]:
-        """The mean of the micro-batches' gradients, summed in float32, and what else each gives.
+        """The mean of the micro-batches' gradients, and what else each gives.
+
+        With several micro-batches the mean is float32, however the parameters are stored.
 
         Args:
           function: ``function(params, *arrays, batch, key) -> (gradients, others)``.
@@ -120,7 +128,7 @@ class Passes:
 
         zeros = jax.tree.map(lambda x: jnp.zeros_like(to_float32(x)), params)
         total, others = jax.lax.scan(add, zeros, arguments)
-        return jax.tree.map(lambda t, x: (t / self.count).astype(x.dtype), total, params), others
+        return jax.tree.map(lambda x: x / self.count, total), others
 
     def forward(self) -> tuple[jax.Array, Any]:
         """The last block's output, and the inputs of all blocks, stacked or in a list."""
@@ -186,7 +194,8 @@ class Passes:
         trained = [list(own), {i: self.leaves[i] for i in total}]
         keys = self.keys(BLOCKS, layer)
         (gradients, shared), dx = self.mean_gradients(one, trained, keys, x, dx)
-        return gradients, (dx, jax.tree.map(jnp.add, total, shared))
+        # What all blocks share is rounded only once all of them are added.
+        return _in_dtypes_of(own, gradients), (dx, jax.tree.map(jnp.add, total, shared))
 
     def backward_from(self, dx: jax.Array) -> Through:
         """What goes backwards through the blocks, from the gradient of the last one's output."""
@@ -219,7 +228,7 @@ class Passes:
         keys = self.keys(HEAD)
         used = self._used(HEAD, lambda leaves, *of: self.head(self.outer(leaves), *of)[0], x)
         gradients, (dx, results) = self.mean_gradients(one, used, keys, x)
-        return gradients, dx, _mean(results)
+        return _in_dtypes_of(used, gradients), dx, _mean(results)
 
     def embed_gradients(self, dx: jax.Array) -> Gradients:
         """The gradients of what the embedding uses, from that of its output."""
@@ -290,6 +299,10 @@ def _in_parts(x: jax.Array, count: int) -> jax.Array:
 def to_float32(x: jax.Array) -> jax.Array:
     """``x`` in float32, or float64 if it is."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _in_dtypes_of(like: Any, tree: Any) -> Any:
+    return jax.tree.map(lambda x, y: y.astype(x.dtype), like, tree)
 
 
 def first_of(tree: Any) -> Any:

@@ -93,10 +93,10 @@ class Row:
         compare(actual, expected)
 
     def types(self, dtype: Any) -> tuple[Tree, Tree, Tree]:
-        """Parameters, state and, as shapes, the results of a step in one dtype."""
+        """Parameters and, as shapes, the state and the results of a step in one dtype."""
         if dtype not in self.types_by_dtype:
             params, gradients = cast(PARAMS, dtype), cast(at(GRADIENTS, 0), dtype)
-            state = self.tx.init(params)
+            state = jax.eval_shape(self.tx.init, params)
             after = jax.eval_shape(make_step(self.tx), params, state, gradients)
             self.types_by_dtype[dtype] = params, state, after
         return self.types_by_dtype[dtype]

@@ -267,6 +267,37 @@ def test_listed_blocks_may_differ() -> None:
     assert_close(new, jax.tree.map(lambda x, g: x - g, params, gradients), 100)
 
 
+class Added(nnx.Module):
+    """A block that adds a multiple of one of its input's numbers, times what all blocks share."""
+
+    def __init__(self, factors: Any) -> None:
+        self.factors = nnx.Param(jnp.asarray(factors, jnp.bfloat16))
+
+
+class Shared(Blocks):
+    """Its first number is what the blocks add up; the others are the input."""
+
+    def __init__(self) -> None:
+        super().__init__(nnx.List([Added([1, 0]), Added([0, -1])]))
+        self.shared = nnx.Param(jnp.zeros((), jnp.bfloat16))
+
+    def through_block(self, block: nnx.Module, x: jax.Array) -> jax.Array:
+        change = self.shared[...] * jnp.sum(block.factors[...] * x[:, 1:], axis=1)
+        return x.at[:, 0].add(change)
+
+
+def test_what_blocks_share_is_rounded_once_over_micro_batches() -> None:
+    """A mean gradient of 1 + ε/2 from one block and of -1 from the other, which cancel to ε/2."""
+    eps = float(jnp.finfo(jnp.bfloat16).eps)
+    inputs = jnp.array([[0, 1, 1], [0, 1 + eps, 1]], jnp.bfloat16)
+    model = Shared()
+    params = nnx.as_pure(nnx.state(model, nnx.Param))
+    loss = lambda model, hidden, targets: jnp.sum(hidden[:, 0])
+    update = lro.update_in_backward(model, optax.sgd(1.0), loss=loss, micro_batches=2)
+    new = jax.jit(update.step)(params, update.init(params), (inputs, inputs))[0]
+    assert float(new["shared"]) == -eps / 2
+
+
 def stepped(model: Any, frozen: Any = None, **options: Any) -> Any:
     update = lro.update_in_backward(model, optax.sgd(0.1), loss=squares, **options)
     params = nnx.as_pure(nnx.state(model, options.get("wrt", nnx.Param)))
@@ -317,6 +348,8 @@ def test_what_a_module_cannot_be_is_refused() -> None:
         (HEAD, {"head": jnp.ones(3), "blocks": ALL}, "params has .* where frozen has"),
         (HEAD | {"blocks": [ADAPTER]}, {"blocks": BASE}, "a list in one of params and frozen"),
         (HEAD | {"blocks": ADAPTER}, {"blocks": [BASE]}, "a list in one of params and frozen"),
+        ({"blocks": [ADAPTER]}, {"blocks": [BASE, BASE]}, "list of 1 where frozen has one of 2"),
+        ({"x": [HEAD, None]}, {"blocks": ALL, "x": [None]}, "list of 2 where frozen has one of 1"),
     ],
 )
 def test_trees_that_do_not_fit_together_are_refused(

@@ -49,6 +49,7 @@ class Settings:
     loss: Literal["plain", "chunked"] = "plain"
     update_in_backward: bool = False
     remat: str | None = None
+    remat_every: int = 1
     activation_bits: int | None = None
     fixed_point: int | None = None
     sketch: float | None = None
@@ -98,6 +99,7 @@ class Settings:
             self._check_self_guided(self.self_guided)
         if self.update_in_backward:
             self._check_update_in_backward()
+        check_remat_every(self)
         if not 0 <= self.seed < 2**32:  # what both grain and jax.random.key take
             raise InputError(f"--seed must be between 0 and 2**32 - 1, not {self.seed}")
         if len(set(self.optimizers)) < len(self.optimizers):
@@ -243,6 +245,12 @@ def remat_choice(text: str | None) -> str | dict[str, Any] | None:
     return {name: int(place) if place.isdigit() else place for name, _, place in entries}
 
 
+def check_remat_every(settings: Any) -> None:
+    """Refuses `--remat-every` without `--remat`, or with another policy than its own."""
+    if settings.remat_every != 1 and settings.remat != "full":
+        raise InputError("--remat-every needs --remat, without a policy")
+
+
 def _batch_size(text: str) -> int | str:
     """What `--batch-size` takes; an error names this function, so its name says what is right."""
     return text if text == "adaptive" else int(text)
@@ -274,6 +282,26 @@ def add_update_in_backward(group: argparse._ArgumentGroup) -> None:
         "--update-in-backward",
         action="store_true",
         help="update each block as soon as its gradients exist, and recompute its activations",
+    )
+
+
+def add_remat(group: argparse._ArgumentGroup, of: Any) -> None:
+    """Adds the flags of rematerialization."""
+    group.add_argument(
+        "--remat",
+        metavar="POLICY",
+        nargs="?",
+        const="full",
+        help="recompute activations in the backward pass: all, or what a policy of "
+        "jax.checkpoint_policies does not save, or, with NAME=save,NAME=offload,NAME=4, a table of "
+        "lro.activations.policy",
+    )
+    add_flag(
+        group,
+        "remat_every",
+        int,
+        "with --remat: save the input of every N-th block alone",
+        of=of,
     )
 
 
@@ -309,15 +337,7 @@ def _add_training_flags(group: argparse._ArgumentGroup) -> None:
     )
     add_flag(group, "loss", str, LOSS_HELP, choices=LOSSES)
     add_update_in_backward(group)
-    group.add_argument(
-        "--remat",
-        metavar="POLICY",
-        nargs="?",
-        const="full",
-        help="recompute activations in the backward pass: all, or what a policy of "
-        "jax.checkpoint_policies does not save, or, with NAME=save,NAME=offload,NAME=4, a table of "
-        "lro.activations.policy",
-    )
+    add_remat(group, Settings)
     add_flag(
         group,
         "activation_bits",

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable
+import dataclasses
 from typing import Any, NamedTuple
 
 from close import assert_close
@@ -607,3 +608,11 @@ def test_modules_without_blocks_are_refused() -> None:
         lro.update_in_backward(head, optax.sgd(0.1))
     with pytest.raises(TypeError, match="loss=None must be a function"):
         lro.update_in_backward(Decoder(CONFIG, rngs=nnx.Rngs(0)), optax.sgd(0.1))
+    every_second = Decoder(
+        dataclasses.replace(CONFIG, num_hidden_layers=2),
+        rngs=nnx.Rngs(0),
+        remat="full",
+        remat_every=2,
+    )
+    with pytest.raises(ValueError, match="remat_every=2, and update_in_backward saves the input"):
+        lro.update_in_backward(every_second, optax.sgd(0.1), loss=decoder_loss)

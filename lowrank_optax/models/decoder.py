@@ -102,11 +102,11 @@ class Decoder(nnx.Module):
             `lowrank_optax.layers.set_guide_weight`.
 
     Raises:
-        ValueError: `remat` is not the name of a policy, or `remat_every` does not divide the number
-            of blocks or comes with another `remat` than `"full"`; or a table names what a block does not
+        ValueError: `remat` is not the name of a policy, or a table names what a block does not
             have, or gives bits to one of the other intermediates, to mlp_gate and mlp_up without
-            an entry of mlp_hidden, or beside `activation_bits`; or one of these is out of
-            range; or `attention_implementation` is not the name of an implementation; or
+            an entry of mlp_hidden, or beside `activation_bits`; or `remat_every` does not divide
+            the number of blocks, or comes with another `remat` than `"full"`; or one of these is
+            out of range; or `attention_implementation` is not the name of an implementation; or
             `feed_forward` is no name, does not fit the sizes or one block, or `guide` is given
             without it.
 

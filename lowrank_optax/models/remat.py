@@ -1,7 +1,6 @@
 """What of a decoder's block is saved for the backward pass: the choices, and the names."""
 
 from collections.abc import Callable, Mapping
-import functools
 from typing import Any, TypeAlias
 
 import jax
@@ -85,9 +84,18 @@ def rematerialised(call: Callable[..., Any], remat: Any, in_scan: bool) -> Calla
     return jax.checkpoint(call, static_argnums=0, policy=remat, prevent_cse=not in_scan)
 
 
-def in_turn(call: Callable[..., Any], remat: Any, every: int) -> Callable[..., Any]:
-    """Runs listed blocks, `every` at a time: `(graphdefs, x, layers) -> (x, what each gives)`."""
-    call = rematerialised(call, remat, in_scan=False)
+def in_turn(
+    call: Callable[..., Any], remat: Any, every: int, in_scan: bool = False
+) -> Callable[..., Any]:
+    """Runs `every` blocks, of which the input of the first one is saved.
+
+    Backward, they are run once more, but for the last, to have the inputs of each, and then each
+    again for its gradients.
+
+    Returns:
+        `(graphdefs, x, layers) -> (x, what each call gives)`, with a layer for each block.
+    """
+    call = rematerialised(call, remat, in_scan and every == 1)
 
     def run(graphdefs: tuple[Any, ...], x: jax.Array, layers: list[Any]) -> tuple[jax.Array, Any]:
         outputs = []
@@ -96,16 +104,13 @@ def in_turn(call: Callable[..., Any], remat: Any, every: int) -> Callable[..., A
             outputs.append(output)
         return x, outputs
 
-    return run if every == 1 else rematerialised(run, remat, in_scan=False)
+    return run if every == 1 else rematerialised(run, remat, in_scan)
 
 
 def scanned(
     call: Callable[..., Any], graphdef: Any, x: jax.Array, layers: Any, remat: Any, every: int
 ) -> tuple[jax.Array, Any]:
-    """As `jax.lax.scan` over stacked blocks, with the input of every `every`-th block saved.
-
-    Backward, the `every` blocks are run again with the input of each saved, and then each again.
-    """
+    """As `jax.lax.scan` over stacked blocks, of which `every` are run by `in_turn`."""
     if every == 1:
         call = rematerialised(call, remat, in_scan=True)
         return jax.lax.scan(lambda x, layer: call(graphdef, x, *layer), x, layers)
@@ -113,22 +118,22 @@ def scanned(
     # whole stacks, and does so again where it is run again, or that would be saved.
     whole = jax.lax.stop_gradient(layers)
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def one(x: jax.Array, given: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
-        number, layer = given
+    def one(graphdef: Any, x: jax.Array, number: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
         read = lambda stack, own: _with_gradient_of(
             own, jax.lax.dynamic_index_in_dim(stack, number, keepdims=False)
         )
         return call(graphdef, x, *jax.tree.map(read, whole, layer))
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def some(x: jax.Array, given: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
-        return jax.lax.scan(one, x, given)
+    run = in_turn(one, remat, every, in_scan=True)
+
+    def some(x: jax.Array, given: Any) -> tuple[jax.Array, Any]:
+        each = [jax.tree.map(lambda stack: stack[i], given) for i in range(every)]  # noqa: B023
+        x, outputs = run((graphdef,) * every, x, each)
+        return x, jax.tree.map(lambda *outputs: jnp.stack(outputs), *outputs)
 
     count = len(jax.tree.leaves(layers)[0])
     in_groups = lambda stack: stack.reshape(-1, every, *stack.shape[1:])
-    given = jax.tree.map(in_groups, (jnp.arange(count), layers))
-    x, outputs = jax.lax.scan(some, x, given)
+    x, outputs = jax.lax.scan(some, x, jax.tree.map(in_groups, (jnp.arange(count), layers)))
     return x, jax.tree.map(lambda stack: stack.reshape(count, *stack.shape[2:]), outputs)
 
 

@@ -1,6 +1,7 @@
 """An NNX model with blocks, as the functions that `update_in_backward` runs."""
 
 from collections.abc import Callable, Mapping
+import functools
 from typing import Any
 
 from flax import nnx
@@ -62,8 +63,8 @@ def model_of_module(model: Any, loss: Callable[..., Any] | None, wrt: Any) -> La
         return _checked(lambda module, around: around.through_block(module, x), key, module, around)
 
     def head(params: Any, x: jax.Array, batch: Any, key: Any) -> Any:
-        call = lambda module: loss(module, module.after_blocks(x), batch[1])
-        return _checked(call, key, outside(params, key))
+        call = lambda module, loss: loss(module, module.after_blocks(x), batch[1])
+        return _checked(functools.partial(call, loss=loss), key, outside(params, key))
 
     empty = {"blocks": {i: {} for i in parts}} if is_list else {}
     find_frozen = _frozen_of(model, wrt)

@@ -156,7 +156,7 @@ REFUSED = {
 
 
 def side_by_side(tx: Any, steps: int) -> Any:
-    """The parameters and the losses of steps of both kinds, and whether their codes are the same."""
+    """Parameters and losses of steps of both kinds, and whether their codes are the same."""
     update, other = lro.update_in_backward(FUNCTIONS, tx), ordinary(tx)
     start = PARAMS, tx.init(PARAMS)
     codes = lambda state: [x for x in jax.tree.leaves(state) if x.dtype == jnp.uint8]

@@ -5,9 +5,9 @@
     python benchmarks/attention.py --markdown   # prints the tables of results/attention.json
 
 Memory: one block of `llama-1b` in bfloat16, its output and all gradients, compiled for a v5e
-without one; the largest array is that of the compiled program with the sequence as one of its
-axes. Rows that are in the results are left as they are. Times: output and gradients of causal
-attention, both implementations in turn in one run, lower quartiles.
+without one, beside arguments and results; the largest array is one of the compiled program with the
+sequence as one of its axes. Rows that are in the results are left as they are. Times: output and
+gradients of causal attention, both implementations in turn in one run, lower quartiles.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from timing import print_table
-from tpu_compiler import device_of, lowered_for
+from tpu_compiler import allocated_bytes, device_of, lowered_for
 
 from lowrank_optax.layers import dot_product_attention
 from lowrank_optax.models import decoder_config
@@ -71,8 +71,8 @@ def largest_array(text: str, length: int) -> tuple[int, str]:
     return found[name], name
 
 
-def compiled_block(batch: int, length: int, implementation: str) -> dict[str, Any]:
-    """Temporaries and largest array of one block."""
+def block_program(batch: int, length: int, implementation: str) -> tuple[Callable[..., Any], Any]:
+    """Output and gradients of one block, and the shapes of the arguments."""
     config = decoder_config("llama-1b")
     types = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
     options = {"attention_implementation": implementation, **types}
@@ -85,15 +85,30 @@ def compiled_block(batch: int, length: int, implementation: str) -> dict[str, An
         return nnx.merge(graphdef, params)(x, rotary, None, 0)[0]
 
     x = jax.ShapeDtypeStruct((batch, length, config.hidden_size), jnp.bfloat16)
-    lowered = lowered_for(device_of("v5e"), with_gradients(run), x, nnx.as_pure(params), x)
+    return with_gradients(run), (x, nnx.as_pure(params), x)
+
+
+def lowered_block(batch: int, length: int, implementation: str) -> jax.stages.Lowered:
+    """The program of one block for a v5e."""
+    jax.default_backend = lambda: "tpu"  # what is traced below is compiled for one
+    step, arguments = block_program(batch, length, implementation)
+    return lowered_for(device_of("v5e"), step, *arguments)
+
+
+def compiled_block(batch: int, length: int, implementation: str) -> dict[str, Any]:
+    """Temporaries and largest array of one block."""
     try:
-        program = lowered.compile()
+        program = lowered_block(batch, length, implementation).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return {"refused": str(error)}
     largest, name = largest_array(program.as_text(), length)
-    temporaries = program.memory_analysis().temp_size_in_bytes
+    size = allocated_bytes(lowered_block, batch, length, implementation)
+    assert size is not None
+    step, arguments = block_program(batch, length, implementation)
+    given = jax.tree.leaves((arguments, jax.eval_shape(step, *arguments)))
+    temporaries = size - sum(x.size * x.dtype.itemsize for x in given)
     return {"temporary_bytes": temporaries, "largest_bytes": largest, "largest": name}
 
 
@@ -125,7 +140,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         for shape in CALLS:
             rows["rows"].append({"shape": shape, "milliseconds": timed(shape, args.rounds)})
     if "memory" in args.only:
-        jax.default_backend = lambda: "tpu"  # what is traced below is compiled for one
         rows = results.setdefault("memory", [])
         cases = [(*tokens, name) for tokens, names in BLOCKS.items() for name in names]
         for case in cases:

@@ -52,6 +52,7 @@ class Rung(NamedTuple):
     loss: str = "plain"
     attention: str = "xla"
     remat: str | None = None
+    remat_every: int = 1
     in_backward: bool = False
     each: Literal["slice"] | None = None
     param_dtype: Any = jnp.float32
@@ -83,6 +84,7 @@ IN_BACKWARD = REMAT._replace(in_backward=True)
 BFLOAT16 = IN_BACKWARD._replace(
     param_dtype=jnp.bfloat16, optimizer=lambda *_: rounded(optax.adamw(1e-4))
 )
+LORA = REMAT._replace(param_dtype=jnp.bfloat16, adapter=lro.adapters.LoRA(rank=16, alpha=16))
 EIGHT_BITS = BFLOAT16._replace(optimizer=lambda *_: rounded(lro.low_bit(optax.adamw(1e-4))))
 LADDER = {
     "AdamW in float32": PLAIN,
@@ -96,9 +98,8 @@ LADDER = {
         optimizer=lambda *_: rounded(optax.adafactor(1e-4)), each="slice"
     ),
     "projected moments": BFLOAT16._replace(optimizer=galore),
-    "LoRA, rank 16": REMAT._replace(
-        param_dtype=jnp.bfloat16, adapter=lro.adapters.LoRA(rank=16, alpha=16)
-    ),
+    "LoRA, rank 16": LORA,
+    "LoRA, input of every second block": LORA._replace(remat_every=2),
 }
 
 
@@ -112,6 +113,7 @@ def make_model(name: str, rung: Rung) -> Decoder:
             dtype=jnp.bfloat16,
             param_dtype=rung.param_dtype,
             remat=rung.remat,
+            remat_every=rung.remat_every,
             attention_implementation=rung.attention,
         )
         if rung.adapter is None:

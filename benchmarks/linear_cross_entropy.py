@@ -5,7 +5,7 @@
     python benchmarks/linear_cross_entropy.py --markdown  # both tables, from the results file
 
 Value and gradients by hidden states and head, or by hidden states alone where the head is frozen.
-Memory is temporaries of the compiled program: neither arguments nor gradients count. Times are
+Memory is what the compiler assigns to the program, without arguments and gradients. Times are
 lower quartiles over rounds in which all take their turn, as ratios to the plain loss.
 """
 
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from timing import Stepper
-from tpu_compiler import device_of, lowered_for
+from tpu_compiler import allocated_bytes, device_of, lowered_for
 
 import lowrank_optax as lro
 
@@ -76,10 +76,23 @@ def plan(name: str, arguments: Any) -> str:
     return f"{plan.design}, {plan.tokens} × {plan.words}"
 
 
-def compiled_mib(step: Callable[..., Any], arguments: Any, chip: str) -> float:
-    """Temporaries of the program for a chip that need not be there."""
-    compiled = lowered_for(device_of(chip), step, *arguments).compile()
-    return compiled.memory_analysis().temp_size_in_bytes / 2**20
+def lowered_step(name: str, words: int, chip: str) -> jax.stages.Lowered:
+    """The program for a chip that need not be there."""
+    return lowered_for(device_of(chip), steps()[name], *compiled_shapes(words))
+
+
+def compiled_shapes(words: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Of the arguments of a program that is compiled."""
+    return shapes(TOKENS, WIDTH, words, jnp.bfloat16)
+
+
+def temporary_mib(name: str, words: int, chip: str) -> float:
+    """What the compiler assigns to a program beside its arguments and results."""
+    size = allocated_bytes(lowered_step, name, words, chip)
+    assert size is not None
+    arguments = compiled_shapes(words)
+    given = jax.tree.leaves((arguments, jax.eval_shape(steps()[name], *arguments)))
+    return (size - sum(x.size * x.dtype.itemsize for x in given)) / 2**20
 
 
 def timed(rounds: int) -> dict[str, float]:
@@ -114,11 +127,10 @@ def main() -> None:
     content = json.loads(args.output.read_text()) if args.output.exists() else {}
     if args.memory:
         for words in VOCABULARIES:
-            arguments = shapes(TOKENS, WIDTH, words, jnp.bfloat16)
             figures = content.setdefault("memory", {}).setdefault(f"{args.chip}, {words}", {})
-            for name, step in steps().items():
+            for name in steps():
                 if args.only in name:
-                    figures[name] = round(compiled_mib(step, arguments, args.chip), 1)
+                    figures[name] = round(temporary_mib(name, words, args.chip), 1)
                     print(words, name, figures[name], flush=True)
     if args.time:
         device = jax.devices()[0].device_kind
@@ -127,7 +139,7 @@ def main() -> None:
 
     names = list(steps())
     for key, figures in content.get("memory", {}).items():
-        arguments = shapes(TOKENS, WIDTH, int(key.split(", ")[1]), jnp.bfloat16)
+        arguments = compiled_shapes(int(key.split(", ")[1]))
         columns = [
             Column("loss", str),
             Column("design, tokens × words", lambda name: plan(name, arguments)),  # noqa: B023

@@ -101,7 +101,8 @@ def _with_arithmetic(job: Settings, settings: FinetuneSettings) -> Settings:
     """The main job's settings, with this run's choices for a step, and none of its own."""
     dtype = job.dtype if settings.dtype is None else settings.dtype
     own: dict[str, Any] = {"update_in_backward": False, "activation_bits": None}
-    return dataclasses.replace(job, dtype=dtype, remat=settings.remat, **own)
+    own |= {"remat": settings.remat, "remat_every": settings.remat_every}
+    return dataclasses.replace(job, dtype=dtype, **own)
 
 
 def _make(job: Settings, vocab_size: int) -> Decoder:
@@ -175,6 +176,7 @@ def load_checkpoint(checkpoints: Path, make: Callable[[], Decoder]) -> Decoder:
 
 def _of_huggingface(settings: FinetuneSettings, folder: Path) -> Base:
     types: dict[str, Any] = {"dtype": settings.dtype, "remat": remat_choice(settings.remat)}
+    types["remat_every"] = settings.remat_every
 
     def checked(load: Callable[[], Any]) -> Any:
         try:

@@ -16,6 +16,7 @@ from _settings import (
     Settings,
     add_flag,
     add_memory_flags,
+    check_remat_every,
     names_in,
 )
 
@@ -50,6 +51,7 @@ class FinetuneSettings:
     loss: Literal["plain", "chunked"] = "plain"
     update_in_backward: bool = False
     remat: str | None = None
+    remat_every: int = 1
     devices: int | None = None
     seed: int = 0
     eval_every: int = 50
@@ -71,6 +73,7 @@ class FinetuneSettings:
             raise InputError("--tokenizer: the run of --from has a tokenizer of its own")
         if self.update_in_backward and self.remat is not None:
             raise InputError("--update-in-backward recomputes every block: leave --remat out")
+        check_remat_every(self)
         if len(set(self.adapters)) < len(self.adapters):
             raise InputError("--compare needs different adapters, not one of them twice")
 
@@ -205,7 +208,7 @@ def _add_training_flags(group: argparse._ArgumentGroup) -> None:
     text = "arithmetic of the model (default: the model's)"
     add_flag(group, "dtype", str, text, choices=DTYPES, **of)
     add_flag(group, "loss", str, LOSS_HELP, choices=LOSSES, **of)
-    add_memory_flags(group)
+    add_memory_flags(group, FinetuneSettings)
     add_flag(group, "devices", int, "devices to share each batch (default: all)", **of)
     add_flag(group, "seed", int, "fixes adapters at the start and the order of batches", **of)
 

@@ -51,6 +51,7 @@ class Settings:
     loss: Literal["plain", "chunked"] = "plain"
     update_in_backward: bool = False
     remat: str | None = None
+    remat_every: int = 1
     activation_bits: int | None = None
     fixed_point: int | None = None
     sketch: float | None = None
@@ -104,6 +105,7 @@ class Settings:
         self._check_linear()
         if self.update_in_backward:
             self._check_update_in_backward()
+        check_remat_every(self)
         if not 0 <= self.seed < 2**32:  # what both grain and jax.random.key take
             raise InputError(f"--seed must be between 0 and 2**32 - 1, not {self.seed}")
         if len(set(self.optimizers)) < len(self.optimizers):
@@ -269,6 +271,12 @@ def remat_choice(text: str | None) -> str | dict[str, Any] | None:
     return {name: int(place) if place.isdigit() else place for name, _, place in entries}
 
 
+def check_remat_every(settings: Any) -> None:
+    """Refuses `--remat-every` without `--remat`, or with another policy than its own."""
+    if settings.remat_every != 1 and settings.remat != "full":
+        raise InputError("--remat-every needs --remat, without a policy")
+
+
 def _batch_size(text: str) -> int | str:
     """What `--batch-size` takes; an error names this function, so its name says what is right."""
     return text if text == "adaptive" else int(text)
@@ -294,7 +302,7 @@ def add_flag(
     group.add_argument(flag(name, of), type=kind, help=text + suffix, **options)
 
 
-def add_memory_flags(group: argparse._ArgumentGroup) -> None:
+def add_memory_flags(group: argparse._ArgumentGroup, of: Any) -> None:
     """Adds the flags of the update inside the backward pass and of rematerialization."""
     group.add_argument(
         "--update-in-backward",
@@ -310,6 +318,8 @@ def add_memory_flags(group: argparse._ArgumentGroup) -> None:
         "jax.checkpoint_policies does not save, or, with NAME=save,NAME=offload,NAME=4, a table of "
         "lro.activations.policy",
     )
+    text = "with --remat: save the input of every N-th block alone"
+    add_flag(group, "remat_every", int, text, of=of)
 
 
 def _add_training_flags(group: argparse._ArgumentGroup) -> None:
@@ -343,7 +353,7 @@ def _add_training_flags(group: argparse._ArgumentGroup) -> None:
         choices=ROUNDINGS,
     )
     add_flag(group, "loss", str, LOSS_HELP, choices=LOSSES)
-    add_memory_flags(group)
+    add_memory_flags(group, Settings)
     add_flag(
         group,
         "activation_bits",

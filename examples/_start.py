@@ -88,7 +88,8 @@ def make_base(
 ) -> bool:
     """Trains the model by the main job; whether it came to the end."""
     assert base.made_of is not None
-    job_settings = dataclasses.replace(settings.base(), remat=settings.remat, loss=settings.loss)
+    own = {name: getattr(settings, name) for name in ("remat", "remat_every", "loss")}
+    job_settings = dataclasses.replace(settings.base(), **own)
     folder.mkdir(exist_ok=True)
     if read_json(folder / "result.json") is not None:
         return True

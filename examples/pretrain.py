@@ -432,6 +432,7 @@ def make_model(settings: Settings, vocab_size: int, *, guide: bool = False) -> D
         dtype=settings.dtype,
         param_dtype=settings.stored_dtype,
         remat=remat_choice(settings.remat),
+        remat_every=settings.remat_every,
         activation_bits=settings.activation_bits,
         feed_forward=settings.feed_forward,
         guide=guide,

@@ -83,7 +83,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_collection_finish() -> None:
     """Spares the garbage collector the half million objects that exist before the first test."""
     gc.freeze()
-    gc.set_threshold(100_000)
+    gc.set_threshold(10_000)
     gc.enable()
 
 

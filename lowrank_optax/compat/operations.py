@@ -45,7 +45,8 @@ sharding_constraint slice squeeze sub transpose
 # The same numbers in another shape, or the same array.
 VIEWS = frozenset(
     """
-copy device_put expand_dims optimization_barrier reduce_precision reshape squeeze transpose
+copy device_put expand_dims optimization_barrier reduce_precision reshape squeeze stop_gradient
+transpose
     """.split()  # noqa: SIM905
 )
 PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general", "ragged_dot")

@@ -20,7 +20,7 @@ from lowrank_optax.models.attention import Attention, KeyValueCache, RMSNorm
 from lowrank_optax.models.decoder_config import DecoderConfig
 from lowrank_optax.models.feed_forward import MLP, StructuredMLP, structure_of
 from lowrank_optax.models.huggingface_config import MODULE_NAMES
-from lowrank_optax.models.remat import Remat, check_remat, rematerialised
+from lowrank_optax.models.remat import Remat, check_remat, check_remat_every, in_turn, scanned
 from lowrank_optax.models.rotary import inverse_frequencies, rotary_angles
 
 
@@ -86,6 +86,9 @@ class Decoder(nnx.Module):
             intermediates (`attention_query`, `_key`, `_value`, `_context` and `_output`,
             `mlp_gate`, `mlp_up`, `mlp_hidden`) to what becomes of them; see
             `lowrank_optax.activations.policy`. A number of bits is for `mlp_gate` and `mlp_up`.
+        remat_every: with `remat="full"`, save the input of every `remat_every`-th block alone. That
+            many blocks are run again to have the inputs of each, which is nearly one more forward
+            pass. It divides the number of blocks (with a `first_block`, of the others).
         activation_bits: bits per element, 1 to 8, that are saved of an MLP's gate and of its up
             (see `lowrank_optax.activations.swiglu`); None saves them as they are.
         attention_implementation: name of the implementation of attention, see
@@ -104,8 +107,9 @@ class Decoder(nnx.Module):
     Raises:
         ValueError: `remat` is not the name of a policy, or a table names what a block does not
             have, or gives bits to one of the other intermediates, to mlp_gate and mlp_up without
-            an entry of mlp_hidden, or beside `activation_bits`; or one of these is out of
-            range; or `attention_implementation` is not the name of an implementation; or
+            an entry of mlp_hidden, or beside `activation_bits`; or `remat_every` does not divide
+            the number of blocks, or comes with another `remat` than `"full"`; or one of these is
+            out of range; or `attention_implementation` is not the name of an implementation; or
             `feed_forward` is no name, does not fit the sizes or one block, or `guide` is given
             without it; or `linear` is no name.
 
@@ -131,6 +135,7 @@ class Decoder(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         scan_layers: bool = True,
         remat: Remat = None,
+        remat_every: int = 1,
         activation_bits: int | None = None,
         attention_implementation: AttentionImplementation | None = None,
         feed_forward: str | Structure | None = None,
@@ -148,6 +153,7 @@ class Decoder(nnx.Module):
         self.dtype = jnp.dtype(dtype)
         self.scan_layers = scan_layers
         self.remat, activation_bits = check_remat(remat, activation_bits)
+        self.remat_every = remat_every
         types = {"dtype": dtype, "param_dtype": param_dtype}
         init = nnx.initializers.normal(config.initializer_range)
         self.embed = nnx.Embed(
@@ -160,11 +166,13 @@ class Decoder(nnx.Module):
         }
         structured: dict[str, Any] = {"structure": structure, "guide": guide, **options}
         count, self.first_block = config.num_hidden_layers, nnx.data(None)
+        with_first_block = scan_layers and structure is not None
+        check_remat_every(remat_every, remat, count - with_first_block)
         if not scan_layers:
             each = [options, *[structured] * (count - 1)]
             self.blocks = nnx.List([Block(config, rngs=rngs, **own) for own in each])
         else:
-            if structure is not None:
+            if with_first_block:
                 count, self.first_block = count - 1, Block(config, rngs=rngs, **options)
             make = nnx.vmap(lambda rngs: Block(config, rngs=rngs, **structured))
             self.blocks = nnx.split_rngs(splits=count)(make)(rngs)
@@ -311,18 +319,19 @@ class Decoder(nnx.Module):
             # All that a call may change; the weights are only read.
             return x, (cache, nnx.state(block, nnx.RngCount))
 
-        outside = rematerialised(call, self.remat, in_scan=False)
         if isinstance(self.blocks, nnx.List):
-            apart = list(self.blocks)
+            apart, every = list(self.blocks), self.remat_every
         else:
-            apart = [] if self.first_block is None else [self.first_block]
-        caches = []
-        for index, block in enumerate(apart):
-            graphdef, state = nnx.split(block)
-            layer_cache = jax.tree.map(lambda c: c[index], cache)  # noqa: B023
-            x, (layer_cache, counts) = outside(graphdef, x, state, layer_cache)
-            nnx.update(block, counts)
-            caches.append(layer_cache)
+            apart, every = [] if self.first_block is None else [self.first_block], 1
+        run, caches = in_turn(call, self.remat, every), []
+        for start in range(0, len(apart), every):
+            blocks = apart[start : start + every]
+            graphdefs, states = zip(*map(nnx.split, blocks), strict=True)
+            own = [jax.tree.map(lambda c: c[start + i], cache) for i in range(len(blocks))]  # noqa: B023
+            x, outputs = run(graphdefs, x, list(zip(states, own, strict=True)))
+            for block, (layer_cache, counts) in zip(blocks, outputs, strict=True):
+                nnx.update(block, counts)
+                caches.append(layer_cache)
         done = jax.tree.map(lambda *layers: jnp.stack(layers), *caches) if caches else None
         if isinstance(self.blocks, nnx.List):
             return x, done
@@ -330,10 +339,7 @@ class Decoder(nnx.Module):
         # an enclosing jit or grad.
         graphdef, state = nnx.split(self.blocks)
         rest = jax.tree.map(lambda c: c[len(apart) :], cache)
-        call = rematerialised(call, self.remat, in_scan=True)
-        x, (rest, counts) = jax.lax.scan(
-            lambda x, layer: call(graphdef, x, *layer), x, (state, rest)
-        )
+        x, (rest, counts) = scanned(call, graphdef, x, (state, rest), self.remat, self.remat_every)
         nnx.update(self.blocks, counts)
         if apart:
             rest = jax.tree.map(lambda *parts: jnp.concatenate(parts), done, rest)

@@ -46,6 +46,7 @@ def load_huggingface(
     param_dtype: DTypeLike | None = None,
     scan_layers: bool = True,
     remat: Remat = None,
+    remat_every: int = 1,
     activation_bits: int | None = None,
 ) -> Decoder:
     """Loads a Llama, Mistral, Qwen2 or Qwen3 checkpoint.
@@ -59,6 +60,7 @@ def load_huggingface(
         param_dtype: dtype of the weights; None means that of the file's embedding.
         scan_layers: as in `Decoder`.
         remat: as in `Decoder`.
+        remat_every: as in `Decoder`.
         activation_bits: as in `Decoder`.
 
     Returns:
@@ -113,6 +115,7 @@ def load_huggingface(
             "param_dtype": param_dtype,
             "scan_layers": scan_layers,
             "remat": remat,
+            "remat_every": remat_every,
             "activation_bits": activation_bits,
         }
         graphdef, state = nnx.split(_abstract_decoder(config, **options))

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 
 from lowrank_optax.activations.block_codes import check_bits
 from lowrank_optax.activations.policies import Policy, PolicyTable, policy
@@ -34,6 +35,26 @@ GATED = ("mlp_gate", "mlp_up")
 Remat: TypeAlias = str | PolicyTable | Callable[..., Any] | None
 
 
+def check_remat_every(every: int, remat: Remat, blocks: int) -> None:
+    """Checks a decoder's `remat_every`, for this number of blocks that follow one another.
+
+    Raises:
+        ValueError: as `Decoder`.
+    """
+    if not isinstance(every, int) or every < 1:
+        raise ValueError(f"remat_every must be an int of at least 1, got {every!r}")
+    if every > 1 and remat != "full":
+        raise ValueError(
+            f"remat_every={every} saves the input of every {every}th block alone: set "
+            f"remat='full', not {remat!r}"
+        )
+    if blocks % every:
+        raise ValueError(
+            f"remat_every={every} must divide the number of blocks, which is {blocks} (without "
+            "first_block)"
+        )
+
+
 def check_remat(remat: Remat, bits: int | None) -> tuple[Any, int | None]:
     """Checks a decoder's `remat` and `activation_bits`; tables become policies, and say the bits.
 
@@ -54,13 +75,80 @@ def check_remat(remat: Remat, bits: int | None) -> tuple[Any, int | None]:
 
 
 def rematerialised(call: Callable[..., Any], remat: Any, in_scan: bool) -> Callable[..., Any]:
-    """A block's call, whose first argument is static, under `jax.checkpoint`."""
+    """A call, whose first argument is static, under `jax.checkpoint`."""
     if remat is None:
         return call
     if isinstance(remat, str):
         remat = None if remat == "full" else getattr(jax.checkpoint_policies, remat)
     # A scan already keeps XLA from merging the recomputation with the first pass.
     return jax.checkpoint(call, static_argnums=0, policy=remat, prevent_cse=not in_scan)
+
+
+def in_turn(
+    call: Callable[..., Any], remat: Any, every: int, in_scan: bool = False
+) -> Callable[..., Any]:
+    """Runs `every` blocks, of which the input of the first one is saved.
+
+    Backward, they are run once more, but for the last, to have the inputs of each, and then each
+    again for its gradients.
+
+    Returns:
+        `(graphdefs, x, layers) -> (x, what each call gives)`, with a layer for each block.
+    """
+    call = rematerialised(call, remat, in_scan and every == 1)
+
+    def run(graphdefs: tuple[Any, ...], x: jax.Array, layers: list[Any]) -> tuple[jax.Array, Any]:
+        outputs = []
+        for graphdef, layer in zip(graphdefs, layers, strict=True):
+            x, output = call(graphdef, x, *layer)
+            outputs.append(output)
+        return x, outputs
+
+    return run if every == 1 else rematerialised(run, remat, in_scan)
+
+
+def scanned(
+    call: Callable[..., Any], graphdef: Any, x: jax.Array, layers: Any, remat: Any, every: int
+) -> tuple[jax.Array, Any]:
+    """As `jax.lax.scan` over stacked blocks, of which `every` are run by `in_turn`."""
+    if every == 1:
+        call = rematerialised(call, remat, in_scan=True)
+        return jax.lax.scan(lambda x, layer: call(graphdef, x, *layer), x, layers)
+    # A slice for all of these blocks would be a copy of their weights: each reads its own from the
+    # whole stacks, and does so again where it is run again, or that would be saved.
+    whole = jax.lax.stop_gradient(layers)
+
+    def one(graphdef: Any, x: jax.Array, number: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
+        read = lambda stack, own: _with_gradient_of(
+            own, jax.lax.dynamic_index_in_dim(stack, number, keepdims=False)
+        )
+        return call(graphdef, x, *jax.tree.map(read, whole, layer))
+
+    run = in_turn(one, remat, every, in_scan=True)
+
+    def some(x: jax.Array, given: Any) -> tuple[jax.Array, Any]:
+        each = [jax.tree.map(lambda stack: stack[i], given) for i in range(every)]  # noqa: B023
+        x, outputs = run((graphdef,) * every, x, each)
+        return x, jax.tree.map(lambda *outputs: jnp.stack(outputs), *outputs)
+
+    count = len(jax.tree.leaves(layers)[0])
+    in_groups = lambda stack: stack.reshape(-1, every, *stack.shape[1:])
+    x, outputs = jax.lax.scan(some, x, jax.tree.map(in_groups, (jnp.arange(count), layers)))
+    return x, jax.tree.map(lambda stack: stack.reshape(count, *stack.shape[2:]), outputs)
+
+
+def _with_gradient_of(x: jax.Array, value: jax.Array) -> jax.Array:
+    """The value, which is that of `x`, whose gradient it has; so `x` is never read."""
+    return _value(x, value) if jnp.issubdtype(value.dtype, jnp.inexact) else value
+
+
+@jax.custom_jvp
+def _value(x: jax.Array, value: jax.Array) -> jax.Array:
+    del x
+    return value
+
+
+_value.defjvp(lambda given, tangents: (given[1], tangents[0]))
 
 
 def _bits_of(remat: Policy, activation_bits: int | None) -> int | None:

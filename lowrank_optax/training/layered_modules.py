@@ -1,7 +1,7 @@
 """An NNX model with blocks, as the functions that `update_in_backward` runs."""
 
-from collections.abc import Callable, Generator, Mapping
-import contextlib
+from collections.abc import Callable, Mapping
+import functools
 from typing import Any
 
 from flax import nnx
@@ -9,6 +9,7 @@ from flax.traverse_util import unflatten_dict
 import jax
 import jax.numpy as jnp
 
+from lowrank_optax.compat.jax import interpret
 from lowrank_optax.matrices.paths import normalised_path
 from lowrank_optax.training.layered_models import METHODS, LayeredModel, joined
 
@@ -22,6 +23,11 @@ def model_of_module(model: Any, loss: Callable[..., Any] | None, wrt: Any) -> La
         raise TypeError(
             f"{type(model).__name__} has no {missing[0]!r}: an nnx.Module for update_in_backward "
             f"has an attribute blocks and the methods {', '.join(METHODS)}."
+        )
+    if getattr(model, "remat_every", 1) > 1:
+        raise ValueError(
+            f"the model has remat_every={model.remat_every}, and update_in_backward saves the "
+            "input of every block: leave remat_every out."
         )
     if not callable(loss):
         raise TypeError(f"loss={loss!r} must be a function loss(model, hidden, targets).")
@@ -46,22 +52,19 @@ def model_of_module(model: Any, loss: Callable[..., Any] | None, wrt: Any) -> La
         return nnx.merge(graph, {**params, "blocks": shapes}, _drawn(streams, key, first=first))
 
     def embed(params: Any, batch: Any, key: Any) -> jax.Array:
-        module = outside(params, key)
-        with _unchanged(module, key):
-            return module.before_blocks(batch[0])
+        call = lambda module: module.before_blocks(batch[0])
+        return _checked(call, key, outside(params, key))
 
     def block(number: int, layer: Any, params: Any, x: Any, batch: Any, key: Any) -> jax.Array:
         del batch
         block_graph, own_streams, _ = parts[number]
         module = nnx.merge(block_graph, layer, _drawn(own_streams, key, stacked=not is_list))
         around = outside(params, key, len(jax.tree.leaves(own_streams)))
-        with _unchanged(module, key), _unchanged(around, key):
-            return around.through_block(module, x)
+        return _checked(lambda module, around: around.through_block(module, x), key, module, around)
 
     def head(params: Any, x: jax.Array, batch: Any, key: Any) -> Any:
-        module = outside(params, key)
-        with _unchanged(module, key):
-            return loss(module, module.after_blocks(x), batch[1])
+        call = lambda module, loss: loss(module, module.after_blocks(x), batch[1])
+        return _checked(functools.partial(call, loss=loss), key, outside(params, key))
 
     empty = {"blocks": {i: {} for i in parts}} if is_list else {}
     find_frozen = _frozen_of(model, wrt)
@@ -97,28 +100,54 @@ def _frozen_of(model: Any, wrt: Any) -> Callable[[Any], Mapping[str, Any]]:
     return frozen
 
 
-@contextlib.contextmanager
-def _unchanged(module: Any, key: Any) -> Generator[None]:
-    """Raises ValueError if a call changes what is not kept, or draws numbers without a key."""
-    # Calls do not write weights, but Flax's transformations, such as nnx.remat, put them back.
-    state = lambda: nnx.to_flat_state(nnx.state(module, nnx.Not(nnx.Param)))
-    values = lambda: {path: (x, x.get_raw_value()) for path, x in state()}
-    before = values()
-    yield
-    for path, (x, value) in values().items():
-        if path not in before or value is before[path][1]:
-            continue
-        name = "/".join(map(str, path))
-        if not isinstance(x, nnx.RngState):
-            raise ValueError(
-                f"{name!r} changes in a call, as statistics do, which update_in_backward does not "
-                "keep: set the model to use them as they are, as model.eval() does."
-            )
-        if key is None:
-            raise ValueError(
-                f"the model draws random numbers from {name!r}, as dropout does, and key is None: "
-                "give the step a key, or set the model to draw none, as model.eval() does."
-            )
+def _checked(call: Callable[..., Any], key: Any, *modules: Any) -> Any:
+    """What a call gives; ValueError if it changes what is not kept, or draws without a key."""
+    kept = lambda: dict(nnx.to_flat_state(nnx.state(modules, nnx.Not(nnx.Param))))
+    before = {path: x.get_raw_value() for path, x in kept().items()}
+    graph, state = nnx.split(modules)
+    state = {path: x.get_raw_value() for path, x in nnx.to_flat_state(state)}
+    result = call(*modules)
+    after = kept()
+    if any(x.get_raw_value() is not before.get(path) for path, x in after.items()):
+        for path in _changed(call, graph, state):
+            name = "/".join(map(str, path[1:]))
+            if not isinstance(after[path], nnx.RngState):
+                raise ValueError(
+                    f"{name!r} changes in a call, as statistics do, which update_in_backward does "
+                    "not keep: set the model to use them as they are, as model.eval() does."
+                )
+            if key is None:
+                raise ValueError(
+                    f"the model draws random numbers from {name!r}, as dropout does, and key is "
+                    "None: give the step a key, or set the model to draw none, as model.eval() "
+                    "does."
+                )
+    return result
+
+
+def _changed(call: Callable[..., Any], graph: Any, state: Mapping[Any, Any]) -> list[Any]:
+    """The paths of what a call changes, but for parameters.
+
+    Flax's transformations, such as nnx.remat, also put back in new arrays what they do not change.
+    """
+    kept: list[Any] = []
+
+    def run(values: list[Any]) -> list[Any]:
+        modules = nnx.merge(graph, unflatten_dict(dict(zip(state, values, strict=True))))
+        call(*modules)
+        after = dict(nnx.to_flat_state(nnx.state(modules, nnx.Not(nnx.Param))))
+        kept.extend(path for path in after if path in state)
+        return [after[path].get_raw_value() for path in kept]
+
+    program = jax.make_jaxpr(run)(list(state.values()))
+    passed_on = interpret(
+        program,
+        list(state),
+        rule=lambda equation, operands: [None] * len(equation.outvars),
+        constant=lambda x: None,
+        join=lambda index, results: results[0] if len({*results}) == 1 else None,
+    )
+    return [path for path, origin in zip(kept, passed_on, strict=True) if origin != path]
 
 
 def _drawn(streams: Any, key: Any, *, first: int = 0, stacked: bool = False) -> Any:

@@ -155,7 +155,7 @@ def test_what_is_linear_saves_no_operand_for_the_backward_pass() -> None:
 def test_views_and_conversions() -> None:
     first = lambda fn, x: jax.make_jaxpr(fn)(x).jaxpr.eqns[0]
     x = jnp.ones((4, 3))
-    for fn in (jnp.transpose, jnp.ravel, lambda x: x.reshape(2, 6)):
+    for fn in (jnp.transpose, jnp.ravel, lambda x: x.reshape(2, 6), jax.lax.stop_gradient):
         assert compat.is_view(first(fn, x))
     assert compat.is_view(first(lambda x: jax.device_put(x, jax.memory.Space.Host), x))
     assert compat.is_view(first(lambda x: jnp.broadcast_to(x, (1, 4, 3)), x))

@@ -138,6 +138,8 @@ def test_a_run_s_own_way_of_a_backward_pass_is_not_the_adapted_model_s(
     model = nnx.eval_shape(base.make)
     assert model.remat.table == {"mlp_up": "save"}
     assert model.blocks.mlp.activation_bits is None
+    every = _settings([*source, *numbers, "--remat", "--remat-every", "2"])
+    assert nnx.eval_shape(finetune.find_base(every).make).remat_every == 2
 
 
 def test_saved_model_that_differs_beyond_rounding_is_an_error(

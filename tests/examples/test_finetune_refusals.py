@@ -36,6 +36,7 @@ REFUSED = {
         ["--adapter", "full", "--update-in-backward", "--remat"],
         "leave --remat out",
     ),
+    "every second without remat": (["--remat-every", "2"], "--remat-every needs --remat"),
     "rank that is none": (["--rank", "0"], "--rank must be at least 1"),
     "negative alpha": (["--alpha", "-1"], "--alpha must be positive"),
     "zero base steps": (["--base-steps", "0"], "--base-steps"),

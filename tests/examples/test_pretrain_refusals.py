@@ -30,6 +30,8 @@ REFUSED = {
     "unknown remat policy": (["--remat", "some"], "remat"),
     "unknown intermediate": (["--remat", "mlp=save"], "remat names 'mlp'"),
     "intermediate named twice": (["--remat", "mlp_up=save,mlp_up=offload"], "mlp_up=offload names"),
+    "every second without remat": (["--remat-every", "2"], "--remat-every needs --remat"),
+    "every third of too few": (["--remat", "--remat-every", "9"], "remat_every=9 must divide"),
     "no number": (["--steps", "many"], "many"),
     "zero steps": (["--steps", "0"], "--steps must be at least 1"),
     "negative seed": (["--seed", "-1"], "--seed"),

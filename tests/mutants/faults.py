@@ -739,6 +739,27 @@ MODELS = (
         "(self.sliding_window, 0)",
         ("tests/models/test_decoder.py",),
     ),
+    Fault(
+        "gradient of a stack read by index lost",
+        "lowrank_optax/models/remat.py",
+        "_value.defjvp(lambda given, tangents: (given[1], tangents[0]))",
+        "_value.defjvp(lambda given, tangents: (given[1], 0 * tangents[0]))",
+        ("tests/models/test_remat.py",),
+    ),
+    Fault(
+        "every block's input saved where every second was asked for",
+        "lowrank_optax/models/remat.py",
+        "return run if every == 1 else rematerialised(run, remat, in_scan)",
+        "return run",
+        ("tests/models/test_remat.py",),
+    ),
+    Fault(
+        "a variable that a block changes taken for one that it passes on",
+        "lowrank_optax/training/layered_modules.py",
+        "rule=lambda equation, operands: [None] * len(equation.outvars),",
+        "rule=lambda equation, operands: operands[:1] * len(equation.outvars),",
+        ("tests/training/test_update_in_backward_frozen.py",),
+    ),
 )
 
 BELOW = (

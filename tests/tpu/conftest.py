@@ -1,7 +1,10 @@
 """Compile-only TPU devices: the real compiler, no TPU. Needs the extra `tpu-check`."""
 
 from collections.abc import Callable, Iterator
+import itertools
 import os
+from pathlib import Path
+import re
 from typing import Any
 
 import jax
@@ -55,3 +58,24 @@ def compile_for() -> Iterator[Callable[..., Any]]:
     yield compile_for
     jax.config.update("jax_enable_compilation_cache", cached)
     jax.config.update("jax_disable_most_optimizations", hurried)
+
+
+@pytest.fixture
+def allocated_for(compile_for: Callable[..., Any], tmp_path: Path) -> Callable[..., Any]:
+    """As `compile_for`, with the bytes that the program has beside its arguments and results.
+
+    By the compiler's own report: temporaries of `memory_analysis` can be more than that.
+    """
+    folders = (tmp_path / f"program_{i}" for i in itertools.count())
+
+    def allocated_for(*arguments: Any, **options: Any) -> tuple[Any, int]:
+        folder = next(folders)
+        dump = {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
+        program = compile_for(*arguments, compiler_options=dump, **options)
+        (report,) = folder.glob("*after_optimizations-memory-usage-report.txt")
+        total = re.findall(r"^Total bytes: (\d+)", report.read_text(), re.MULTILINE)[0]
+        memory = program.memory_analysis()
+        results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        return program, int(total) - memory.argument_size_in_bytes - results
+
+    return allocated_for

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable
+import dataclasses
 from typing import Any, NamedTuple
 
 from close import assert_close
@@ -155,35 +156,43 @@ REFUSED = {
 
 
 def side_by_side(tx: Any, steps: int) -> Any:
-    """The parameters and the losses of steps of both kinds, ``[steps, ...]``."""
+    """Parameters and losses of steps of both kinds, and whether their codes are the same."""
     update, other = lro.update_in_backward(FUNCTIONS, tx), ordinary(tx)
     start = PARAMS, tx.init(PARAMS)
+    codes = lambda state: [x for x in jax.tree.leaves(state) if x.dtype == jnp.uint8]
 
     def step(carry: Any, key: jax.Array) -> Any:
         (*here, loss, _), (*there, expected) = (
             step(*before, BATCH, key)
             for step, before in zip((update.step, other), carry, strict=True)
         )
-        return (tuple(here), tuple(there)), ((here[0], loss), (there[0], expected))
+        same = jax.tree.map(jnp.array_equal, codes(here[1]), codes(there[1]))
+        outputs = (here[0], loss), (there[0], expected), jnp.all(jnp.asarray(same))
+        return (tuple(here), tuple(there)), outputs
 
     keys = jax.random.split(KEY, steps)
     return jax.jit(lambda start: jax.lax.scan(step, (start, start), keys)[1])(start)
 
 
-LONG = [pytest.param(make, 1e-5, id=name) for name, make in OPTIMIZERS.items()]
-for row in ROWS:
-    if row.name not in REFUSED:
-        # Rounding flips a code of 8 bits at some time; the moment then is off by its quantum.
-        LONG.append(pytest.param(row, 1e-2 if row.quantized else 1e-5, id=row.name))
+LONG = [pytest.param(make, id=name) for name, make in OPTIMIZERS.items()]
+LONG += [pytest.param(row, id=row.name) for row in ROWS if row.name not in REFUSED]
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("row", "bound"), LONG)
-def test_two_hundred_steps_have_the_losses_of_the_ordinary_step(row: Any, bound: float) -> None:
-    (params, losses), (expected_params, expected) = side_by_side(made(row), steps=200)
+@pytest.mark.parametrize("row", LONG)
+def test_two_hundred_steps_have_the_losses_of_the_ordinary_step(row: Any) -> None:
+    """Until rounding flips a code of 8 bits: the moment is off by its quantum from then on.
+
+    So is that of the ordinary step if one weight starts an ulp away: after 37 to 137 steps one code
+    of AdamW's is another, and losses come to differ by up to 2.2e-3.
+    """
+    (params, losses), (expected_params, expected), same = side_by_side(made(row), steps=200)
     first = lambda tree: jax.tree.map(lambda x: x[:5], tree)
     assert_close(first(params), first(expected_params), 800)
-    np.testing.assert_allclose(losses, expected, rtol=bound)
+    same = np.logical_and.accumulate(same)
+    assert same[:30].all()
+    np.testing.assert_allclose(losses[same], expected[same], rtol=1e-5)
+    np.testing.assert_allclose(losses, expected, rtol=5e-3)
     assert losses[-1] < losses[0]
 
 
@@ -607,3 +616,11 @@ def test_modules_without_blocks_are_refused() -> None:
         lro.update_in_backward(head, optax.sgd(0.1))
     with pytest.raises(TypeError, match="loss=None must be a function"):
         lro.update_in_backward(Decoder(CONFIG, rngs=nnx.Rngs(0)), optax.sgd(0.1))
+    every_second = Decoder(
+        dataclasses.replace(CONFIG, num_hidden_layers=2),
+        rngs=nnx.Rngs(0),
+        remat="full",
+        remat_every=2,
+    )
+    with pytest.raises(ValueError, match="remat_every=2, and update_in_backward saves the input"):
+        lro.update_in_backward(every_second, optax.sgd(0.1), loss=decoder_loss)

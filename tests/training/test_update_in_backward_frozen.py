@@ -304,16 +304,25 @@ def stepped(model: Any, frozen: Any = None, **options: Any) -> Any:
     return jax.eval_shape(update.step, params, update.init(params), X, None, frozen)
 
 
-class Recomputed(nnx.Linear):
-    """A layer whose weights `nnx.remat` puts back after the call."""
+class Recomputed(nnx.Module):
+    """A layer in `nnx.remat`, which puts all its variables back in new arrays after the call."""
 
-    def __call__(self, inputs: jax.Array) -> jax.Array:
-        return nnx.remat(lambda layer, x: nnx.Linear.__call__(layer, x))(self, inputs)
+    def __init__(self, rate: float) -> None:
+        self.linear, self.scale = linear(0), nnx.Variable(jnp.float32(2))
+        self.dropout = nnx.Dropout(rate, rngs=nnx.Rngs(0))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        run = lambda layer, x: layer.dropout(layer.linear(x) * layer.scale[...])
+        return nnx.remat(run)(self, x)
 
 
 def test_a_block_may_recompute_a_part_of_itself() -> None:
-    model = Blocks(nnx.List([Recomputed(WIDTH, WIDTH, rngs=nnx.Rngs(0)), linear(1)]))
-    stepped(model)
+    model = Blocks(nnx.List([Recomputed(0.5), linear(1)]))
+    frozen = nnx.as_pure(nnx.state(model, nnx.Not(nnx.Param)))
+    with pytest.raises(ValueError, match="draws random numbers from 'dropout/rngs/count'"):
+        stepped(model, frozen)
+    model.eval()
+    stepped(model, frozen)
 
 
 def test_what_a_module_cannot_be_is_refused() -> None:

@@ -31,7 +31,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 MODEL, WORDS, BATCH, LENGTH = "llama-tiny", 257, 4, 128
 STRUCTURES = {"LowRank": "lowrank", "BlockDense": "blockdense", "BlockShuffle": "blockshuffle"}
 GUIDED = 0.5  # of the steps
-PENALTY = ("--rank-penalty", "0.3", "--rank-threshold", "1e-3")
+PENALTY = ("--rank-penalty", "1", "--rank-threshold", "1e-3")
 
 
 @dataclasses.dataclass(frozen=True)

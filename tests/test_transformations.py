@@ -617,7 +617,6 @@ OF_RECIPES = {
     "stacked_leaves_equal_separate_leaves",
     "non_finite_gradient_stays_in_its_leaf",
     "non_finite_gradient_never_enters_a_basis",
-    "sharded_on_an_explicit_mesh",
     "converges",
 }
 # Rows above with another argument, or one in another: their types here, and what they compute by
@@ -653,7 +652,8 @@ WRAPPERS = {
     "apply_if_finite",
 }
 WRAPPED_ALONE = {"optax_adamw", "galore"}
-# All rows but variants are sharded on explicit axes, which say more; `tests/sharded` has both.
+# Rows of their own are sharded on explicit axes, which say more; `tests/sharded` has both, and
+# projected optimizers.
 ON_AUTO_AXES = {"galore"}
 # The quick part makes these checks of these rows.
 QUICK_ROWS = {"optax_adamw", "galore", "grams"}

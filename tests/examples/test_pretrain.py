@@ -140,6 +140,7 @@ def test_optimizers_of_optax_train(flags: list[str], tmp_path: Path) -> None:
         assert losses[1]["loss"] < 6
 
 
+@pytest.mark.full  # all optimizers; a run refuses what does not fit
 def test_tuned_optimizers_and_those_of_optax_fit_the_model_by_shapes_alone(
     flags: list[str], text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -255,7 +255,7 @@ def test_several_adapters_are_named_either_way() -> None:
         assert _settings(arguments).adapters == ("lora", "dora", "full")
 
 
-@pytest.mark.full  # nineteen recipes; a run refuses what does not fit, and the page has three
+@pytest.mark.full  # all recipes; a run refuses what does not fit
 def test_every_recipe_fits_the_model_by_shapes_alone(adapting: list[str]) -> None:
     jobs = finetune.prepare(_settings([*adapting, "--compare", "all", "--set", "svfit.rank=4"]))
     assert [job.adapter.name for job in jobs] == list(RECIPES)

@@ -93,13 +93,15 @@ def in_turn(
     again for its gradients.
 
     Returns:
-        `(graphdefs, x, layers) -> (x, what each call gives)`, with a layer for each block.
+        `(graphdefs, x, layers) -> (x, what each call gives)`; the layers of these blocks are a
+        list, or stacked in a scan.
     """
     call = rematerialised(call, remat, in_scan and every == 1)
 
-    def run(graphdefs: tuple[Any, ...], x: jax.Array, layers: list[Any]) -> tuple[jax.Array, Any]:
+    def run(graphdefs: tuple[Any, ...], x: jax.Array, layers: Any) -> tuple[jax.Array, Any]:
         outputs = []
-        for graphdef, layer in zip(graphdefs, layers, strict=True):
+        for i, graphdef in enumerate(graphdefs):
+            layer = jax.tree.map(lambda stack: stack[i], layers) if in_scan else layers[i]  # noqa: B023
             x, output = call(graphdef, x, *layer)
             outputs.append(output)
         return x, outputs
@@ -127,8 +129,7 @@ def scanned(
     run = in_turn(one, remat, every, in_scan=True)
 
     def some(x: jax.Array, given: Any) -> tuple[jax.Array, Any]:
-        each = [jax.tree.map(lambda stack: stack[i], given) for i in range(every)]  # noqa: B023
-        x, outputs = run((graphdef,) * every, x, each)
+        x, outputs = run((graphdef,) * every, x, given)
         return x, jax.tree.map(lambda *outputs: jnp.stack(outputs), *outputs)
 
     count = len(jax.tree.leaves(layers)[0])
@@ -148,7 +149,8 @@ def _value(x: jax.Array, value: jax.Array) -> jax.Array:
     return value
 
 
-_value.defjvp(lambda given, tangents: (given[1], tangents[0]))
+# The value again by `_value`: its derivative is that of `x` at the second order, too.
+_value.defjvp(lambda given, tangents: (_value(*given), tangents[0]))
 
 
 def _bits_of(remat: Policy, activation_bits: int | None) -> int | None:

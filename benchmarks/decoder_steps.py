@@ -3,8 +3,8 @@
     python benchmarks/decoder_steps.py
     python benchmarks/decoder_steps.py --width 1024 --rounds 5
 
-All steps are the main job's by AdamW, in float32, and take turns in one run. A peak is the compiler's
-count of arguments and temporaries on this backend.
+All steps are the main job's by AdamW, in float32, and take turns in one run. A peak is the
+compiler's count of arguments and temporaries on this backend.
 """
 
 import argparse

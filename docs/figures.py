@@ -18,6 +18,7 @@ from figure_adapters import adapters
 from figure_adaptive_batch_size import adaptive_batch_size
 from figure_aflora import aflora
 from figure_codes import low_bit
+from figure_decoder_variants import decoder_variants
 from figure_extrapolation import extrapolation
 from figure_few_bit import few_bit
 from figure_fixed_point import fixed_point
@@ -327,6 +328,7 @@ FIGURES = {
         lora,
         lora_fa,
         lotr,
+        decoder_variants,
         maestro,
         fixed_point,
         aflora,

@@ -65,8 +65,9 @@ def test_what_cannot_be_converted_is_refused() -> None:
         ValueError, match=r"the kernel of tied is a Variable, and what .* nnx\.Param"
     ):
         maestro.convert(model, "tied")
-    with pytest.raises(ValueError, match="linear layer or convolution"):
-        maestro.convert(net())  # not the factors of Maestro layers
+    for convert in (maestro.convert, lambda m: lro.layers.structure_linears(m, LowRank(2))):
+        with pytest.raises(ValueError, match="finds no linear layer"):
+            convert(net())  # not the factors of Maestro layers
     for call in (maestro.current_ranks, maestro.penalty, maestro.merge, maestro.compact):
         with pytest.raises(ValueError, match="the Net has no MaestroLinear or MaestroConv"):
             call(model)

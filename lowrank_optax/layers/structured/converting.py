@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 
+from lowrank_optax.layers.maestro.ordered_layer import MaestroLayer
 from lowrank_optax.layers.structured.base import Structure
 from lowrank_optax.layers.structured.feed_forward_layers import (
     MergedKernel,
@@ -75,8 +76,8 @@ def structure_linears(
     for each in structure.values() if by_pattern else [structure]:
         check_structure(each)
     linears = modules_by_path(model, lambda module: isinstance(module, nnx.Linear))
-    # The factors of structured layers are not converted again.
-    inside = set(modules_by_path(model, lambda module: isinstance(module, StructuredLinear)))
+    # Factors are not converted again.
+    inside = set(modules_by_path(model, lambda m: isinstance(m, MaestroLayer | StructuredLinear)))
     layers = linears = {path: x for path, x in linears.items() if path[:-1] not in inside}
     if where is not None or not by_pattern:
         layers = select(linears, where, _KIND)

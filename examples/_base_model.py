@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from _corpus import Corpus, load_corpus, make_corpus, standard_library
 from _finetune_settings import FinetuneSettings
 from _options import one_line
-from _ranks import make_dense
+from _ranks import dense_settings, make_dense
 from _settings import InputError, Settings, remat_choice
 from _texts import Documents, code_and_prose
 from flax import nnx
@@ -131,8 +131,10 @@ def _of_main_job(settings: FinetuneSettings, folder: Path) -> Base:
             before = load_corpus(job.data, job.tokenizer, settings.sequence_length)
         except InputError:  # the text has gone: nothing else needs it
             before = None
-    make = functools.partial(_make, _with_arithmetic(job, settings), text.vocab_size)
-    load = lambda: make_dense(load_checkpoint(part / "checkpoints", make), job)
+    own = _with_arithmetic(job, settings)
+    make = functools.partial(_make, dense_settings(own), text.vocab_size)
+    trained = functools.partial(_make, own, text.vocab_size)
+    load = lambda: make_dense(load_checkpoint(part / "checkpoints", trained), own)
     return Base(str(part), text, before, make, load, _file(job.tokenizer))
 
 

@@ -3,6 +3,8 @@
 Ranks are counted anew in every step, so that the weights are all there is to save.
 """
 
+import dataclasses
+
 from _settings import Settings
 from flax import nnx
 import jax
@@ -37,6 +39,11 @@ def make_smaller(model: Decoder, settings: Settings) -> str | None:
     maestro.compact(model)
     after = parameter_count(nnx.state(model, nnx.Param))
     return f"{table}\ncut to these ranks: {before:,} -> {after:,} parameters"
+
+
+def dense_settings(settings: Settings) -> Settings:
+    """The settings of the model that `make_dense` makes."""
+    return dataclasses.replace(settings, linear=None, rank_penalty=None, rank_threshold=None)
 
 
 def make_dense(model: Decoder, settings: Settings) -> Decoder:

@@ -161,7 +161,10 @@ def train_step(
     The key is for the sketch, for skipping guides, or for the ranks of layers whose directions
     count from the threshold on; it is another at every step.
     """
-    ranks = model_ranks(nnx.merge(graphdef, params), rank_threshold, key)
+    rank_key = None
+    if rank_threshold is not None and key is not None:
+        rank_key, key = jax.random.split(key)
+    ranks = model_ranks(nnx.merge(graphdef, params), rank_threshold, rank_key)
     options = graphdef, tokens, sketch, key, loss_fn, weight_of_guides, ranks
     loss, gradient, noise = loss_and_gradient(params, *options)
     updates, opt_state = tx.update(

@@ -1,31 +1,37 @@
 """Layers that are no more than what Flax makes, so that something else may compute the same."""
 
+from collections import Counter
+from collections.abc import Mapping
+import inspect
 from typing import Any
 
-import jax
+from lowrank_optax.matrices.selection import Path, path_string
+
+_OWN = ("dot_general", "conv_general_dilated", "mask", "preferred_element_type", "promote_dtype")
+"""Arguments that replace a part of what a layer computes."""
 
 
 def check_plain_layer(path: str, layer: Any) -> None:
     """Raises ValueError if a layer is more than an ``nnx.Linear`` or ``nnx.Conv``.
 
-    That is if it has adapters, a mask, or a call or product of its own, or if layers are stacked
-    along other axes than the first ones.
+    That is if it has adapters, a mask, or a call or product of its own, if its kernel is not an
+    ``nnx.Param``, or if layers are stacked along other axes than the first ones.
     """
     from flax import nnx
 
-    kind = "nnx.Conv" if isinstance(layer, nnx.Conv) else "nnx.Linear"
-    plain = {
-        "dot_general": jax.lax.dot_general,
-        "conv_general_dilated": jax.lax.conv_general_dilated,
-        "mask": None,
-        "preferred_element_type": None,
-    }
-    own = [name for name, value in plain.items() if getattr(layer, name, value) is not value]
-    if type(layer) not in (nnx.Linear, nnx.Conv) or own:
+    kind: Any = nnx.Conv if isinstance(layer, nnx.Conv) else nnx.Linear
+    usual = inspect.signature(kind.__init__).parameters
+    own = [n for n in _OWN if n in usual and getattr(layer, n) is not usual[n].default]
+    if type(layer) is not kind or own:
         has = f"its own {own[0]}" if own else f"the type {type(layer).__name__}, or adapters"
         raise ValueError(
-            f"{path} is more than an {kind} (it has {has}): convert plain layers, or leave it out "
-            "by where."
+            f"{path} is more than an nnx.{kind.__name__} (it has {has}): convert plain layers, or "
+            "leave it out by where."
+        )
+    if type(layer.kernel) is not nnx.Param:
+        raise ValueError(
+            f"the kernel of {path} is a {type(layer.kernel).__name__}, and what replaces it would "
+            "be an nnx.Param, which optimizers may train: leave it out by where."
         )
     groups = getattr(layer, "feature_group_count", 1)
     window = getattr(layer, "kernel_size", ())
@@ -35,3 +41,14 @@ def check_plain_layer(path: str, layer: Any) -> None:
             f"the kernel of {path} has shape {layer.kernel.shape}, and one layer has {shape}: "
             "stack layers along the first axis."
         )
+
+
+def check_own_kernels(chosen: Mapping[Path, Any], layers: Mapping[Path, Any]) -> None:
+    """Raises ValueError if a chosen layer shares its kernel with another one of the layers."""
+    users = Counter(id(layer.kernel) for layer in layers.values())
+    for path, layer in chosen.items():
+        if users[id(layer.kernel)] > 1:
+            raise ValueError(
+                f"{path_string(path)} shares its kernel with another layer, and each would have "
+                "factors of its own: share the layer instead, or leave both out by where."
+            )

@@ -1,10 +1,15 @@
 """Other layers in the main job: it trains, goes on where it was stopped to the last bit, writes."""
 
+import functools
 import json
 from pathlib import Path
 import re
 import shutil
 
+from _base_model import find_base
+from _finetune_settings import FinetuneSettings
+from flax import nnx
+import jax
 import pretrain
 import pytest
 
@@ -41,6 +46,20 @@ def test_run_trains_and_goes_on_to_the_last_bit(
     assert read_losses(folder / "adamw" / "log.jsonl") == losses
     assert again["sample"] == whole["sample"]
     assert len(whole["sample"][1]) > 0
+    if layers is MAESTRO:
+        check_that_finetune_finds_it(folder, flags[flags.index("--data") + 1], losses[-1])
+
+
+def check_that_finetune_finds_it(folder: Path, text: str, last: dict) -> None:
+    """The model to adapt has the shapes that flags are checked with, and the run's last loss."""
+    sizes = {"sequence_length": 16, "batch_size": 8, "eval_sequences": 8}
+    settings = FinetuneSettings(source=str(folder), data=text, **sizes)
+    base = find_base(settings)
+    graphdef, params = nnx.split(base.load())
+    assert graphdef == nnx.split(nnx.eval_shape(base.make))[0]
+    windows = pretrain.held_out_windows(base.text, settings.loop())
+    loss = jax.jit(functools.partial(pretrain.held_out_loss, graphdef=graphdef))(params, windows)
+    assert float(loss) == pytest.approx(last["held_out_loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize(

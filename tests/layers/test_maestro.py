@@ -114,8 +114,13 @@ def test_masked_prefixes_equal_sliced_ones() -> None:
             np.testing.assert_allclose(
                 prefix_product(x, factors, k), expected[k + 1], rtol=1e-12, atol=1e-12
             )
-    for wrong in (-1, 5):
-        with pytest.raises(ValueError, match=f"rank={wrong} must be from 0 to 4"):
+    for wrong, message in (
+        (-1, "rank=-1 must be from 0 to 4"),
+        (5, "rank=5 must be from 0 to 4"),
+        (1.5, r"rank=1\.5 must be an integer"),
+        (np.arange(4), r"rank has shape \(4,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
             prefix_product(x, factors, wrong)
 
 

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import lowrank_optax as lro
-from lowrank_optax.layers import Factors, MaestroConv, MaestroLinear, maestro
+from lowrank_optax.layers import Factors, LowRank, MaestroConv, MaestroLinear, maestro
 
 
 def test_a_model_is_converted_and_merged_again() -> None:
@@ -45,11 +45,29 @@ def test_what_cannot_be_converted_is_refused() -> None:
             maestro.convert(model, "out", rank=rank)  # type: ignore[bad-argument-type]
     with pytest.raises(ValueError, match="rank=13 must be an integer from 1 to 12, the smaller"):
         MaestroConv(3, 12, (2, 2), 13, rngs=nnx.Rngs(0))
-    model.out.preferred_element_type = jnp.float32
-    with pytest.raises(ValueError, match="it has its own preferred_element_type"):
-        maestro.convert(model, "out")
-    with pytest.raises(ValueError, match="linear layer or convolution"):
-        maestro.convert(net())  # not the factors of Maestro layers
+    for name, value in (
+        ("preferred_element_type", jnp.float32),
+        ("promote_dtype", lambda inputs, dtype: inputs),
+        ("dot_general", jax.jit(jax.lax.dot_general)),
+    ):
+        usual = getattr(model.out, name)
+        setattr(model.out, name, value)
+        with pytest.raises(ValueError, match=f"it has its own {name}"):
+            maestro.convert(model, "out")
+        setattr(model.out, name, usual)
+    model.tied = nnx.Linear(8, 12, use_bias=False, rngs=nnx.Rngs(0))
+    model.tied.kernel = model.out.kernel
+    for convert in (maestro.convert, lambda m, w: lro.layers.structure_linears(m, LowRank(2), w)):
+        with pytest.raises(ValueError, match="out shares its kernel with another layer"):
+            convert(model, "out")
+    model.tied.kernel = nnx.Variable(model.out.kernel[...])  # frozen, for most optimizers
+    with pytest.raises(
+        ValueError, match=r"the kernel of tied is a Variable, and what .* nnx\.Param"
+    ):
+        maestro.convert(model, "tied")
+    for convert in (maestro.convert, lambda m: lro.layers.structure_linears(m, LowRank(2))):
+        with pytest.raises(ValueError, match="finds no linear layer"):
+            convert(net())  # not the factors of Maestro layers
     for call in (maestro.current_ranks, maestro.penalty, maestro.merge, maestro.compact):
         with pytest.raises(ValueError, match="the Net has no MaestroLinear or MaestroConv"):
             call(model)
@@ -151,6 +169,14 @@ def test_compact_refuses_states_that_it_cannot_cut_and_leaves_the_model() -> Non
     with pytest.raises(ValueError, match="of opt_state is missing"):
         maestro.compact(model, optax.EmptyState(), optax.adam(0.1).init)
     assert jax.tree.map(jnp.shape, nnx.state(model)) == shapes
+    with pytest.raises(TypeError, match="positional argument"):
+        maestro.compact(model, state, lambda: state)
+    assert jax.tree.map(jnp.shape, nnx.state(model)) == shapes
+    # At full rank the basis of a square factor has that factor's shape.
+    square = maestro.truncate(nnx.Sequential(MaestroLinear(8, 8, rngs=nnx.Rngs(0))), 2)
+    tx = lro.galore(0.1, rank=8)
+    with pytest.raises(ValueError, match=r"basis/.* cannot be cut to what init makes"):
+        maestro.compact(square, jax.jit(tx.init)(nnx.state(square, nnx.Param)), tx.init)
     for options, missing in (({"opt_state": state}, "init"), ({"init": tx.init}, "opt_state")):
         with pytest.raises(ValueError, match=f"without {missing}: give compact both"):
             maestro.compact(model, **options)
@@ -175,7 +201,9 @@ def test_batch_norms_get_the_averages_over_batches_and_their_momentum_back() -> 
             model, batches, lambda m, x: nnx.view(m, use_running_average=True)(x)
         )
     np.testing.assert_array_equal(model.norm.var[...], np.ones(4))
+    maestro.set_ranks(model, {"up": 1})
     assert maestro.recalibrate_batch_norm(model, batches, nnx.jit(lambda m, x: m(x))) is model
+    assert model.up.sampled_rank is None
     hidden = np.stack([model.up(x) for x in batches])
     assert_close(model.norm.mean[...], hidden.mean((0, 1)), 100, size=1.0)
     assert_close(model.norm.var[...], hidden.var(1).mean(0), 100)

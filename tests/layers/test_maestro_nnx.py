@@ -95,12 +95,15 @@ def test_ranks_and_calls_that_cannot_be_are_refused() -> None:
     model = net()
     with pytest.raises(ValueError, match="ranks has 'block', which is no Maestro layer; near it"):
         maestro.set_ranks(model, {"block": 1})
-    with pytest.raises(ValueError, match=r"the rank of blocks is int32\[\]; .* int32\[3\]"):
-        maestro.set_ranks(model, {"blocks": 1})
-    with pytest.raises(ValueError, match=r"the rank of out is float32\[\]; .* int32\[\]"):
-        maestro.set_ranks(model, {"out": 1.5})
-    with pytest.raises(ValueError, match="rank=9 must be from 0 to 8"):
-        maestro.set_ranks(model, {"out": 9})
+    for ranks, message in (
+        ({"blocks": 1}, r"ranks\['blocks'\] has shape \(\) and must have \(3,\)"),
+        ({"blocks": np.array([1.0, 2, 3])}, r"ranks\['blocks'\]=.* must be an integer"),
+        ({"out": 0.5}, r"ranks\['out'\]=0.5 must be an integer, a number of directions"),
+        ({"out": 9}, r"ranks\['out'\]=9 must be from 0 to 8, the number of directions"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            maestro.set_ranks(model, ranks)
+    assert model.out.sampled_rank is None
     for wrong in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=f"threshold={wrong} must be finite and not negative"):
             maestro.shrink(model, wrong)
@@ -111,8 +114,14 @@ def test_ranks_and_calls_that_cannot_be_are_refused() -> None:
         maestro.truncate(model, 1, "qr")  # type: ignore[bad-argument-type]
     with pytest.raises(ValueError, match=r"x has shape \(2, 7\); .* in_features=8"):
         linear()(jnp.ones((2, 7)))
-    with pytest.raises(ValueError, match="rank=9 must be from 0 to 8"):
-        linear()(X, rank=9)
+    for rank, message in (
+        (9, "rank=9 must be from 0 to 8"),
+        (2.5, r"rank=2\.5 must be an integer"),
+        (True, "rank=True must be an integer"),
+        (np.arange(8), r"rank has shape \(8,\) and must have \(\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            linear()(X, rank=rank)
     with pytest.warns(UserWarning, match="threshold=1000 leaves a rank of 0 in every layer"):
         maestro.shrink(model, 1000)
 
@@ -170,6 +179,18 @@ def test_shrinking_counts_important_directions_and_lets_them_return() -> None:
     np.testing.assert_array_equal(maestro.shrink(model, 1e-3)["blocks"], [8, 8, 8])
     model.blocks.ordered_in.kernel[...] = a.at[2, 0, 0].set(jnp.nan)
     assert int(maestro.shrink(model, 1e-3)["blocks"][2]) >= 1  # nan is not hidden
+
+
+def test_ranks_that_fall_take_the_place_of_sampled_ones() -> None:
+    """A step in NNX's style leaves its sampled ranks in the model."""
+    layer = linear()
+    expected = layer(X, rank=2)
+    assert_close(maestro.truncate(maestro.set_ranks(layer, {"": 7}), 2)(X), expected)
+    maestro.set_ranks(layer, {"": 7})
+    a = layer.ordered_in.kernel
+    a[...] = a[...].at[:, 2:].set(0.0)
+    assert int(maestro.shrink(layer)[""]) == 2
+    assert layer.sampled_rank is None
 
 
 def test_bfloat16_layers_keep_their_dtype_and_measure_in_float32() -> None:

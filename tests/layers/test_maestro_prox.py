@@ -102,6 +102,7 @@ def test_prox_refuses_what_it_cannot_do() -> None:
     params = kernels()
     for options, message in (
         ((-1.0, 1.0), "learning_rate=-1.0 must be finite and not negative"),
+        ((np.float32(-1), 1.0), "learning_rate=.* must be finite and not negative"),
         ((1.0, -1.0), "penalty=-1.0 must be finite and not negative"),
         ((1.0, float("nan")), "penalty=nan must be finite"),
     ):

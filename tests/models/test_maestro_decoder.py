@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank_optax.layers import MaestroLinear, maestro
+from lowrank_optax.layers import Factors, MaestroLinear, maestro
 from lowrank_optax.models import Decoder, DecoderConfig, generate
 from tests.close import assert_close
 
@@ -32,6 +32,29 @@ def test_it_computes_what_the_dense_one_does(scan_layers: bool) -> None:
     np.testing.assert_array_equal(
         *(generate(m, TOKENS, 3, key=jax.random.key(0), temperature=0.0) for m in (dense, model))
     )
+
+
+@pytest.mark.slow
+def test_scanned_unrolled_cached_and_merged_blocks_use_the_rank_of_each_layer() -> None:
+    make = lambda scan: Decoder(CONFIG, rngs=nnx.Rngs(0), scan_layers=scan, linear="maestro")
+    model, apart = make(True), make(False)
+    key = jax.random.key(1)
+    ranks = maestro.sample_ranks(key, maestro.current_ranks(model), "independent")
+    stacks, layers = dict(nnx.iter_modules(model)), dict(nnx.iter_modules(apart))
+    for path, of_layers in ranks.items():
+        names = tuple(path.split("/"))
+        a, b = stacks[names].factors()
+        for i, rank in enumerate(of_layers):
+            layers["blocks", i, *names[1:]].set_factors(Factors(a[i], b[i]), rank)
+    apart.embed, apart.lm_head = model.embed, model.lm_head
+    maestro.set_ranks(model, ranks)
+    expected = apart(TOKENS)
+    assert_close(model(TOKENS), expected, units=200)
+    cache = model.init_cache(2, 5)
+    first, cache = model.decode(TOKENS[:, :3], cache, 0)
+    rest, _ = model.decode(TOKENS[:, 3:], cache, 3)
+    assert_close(jnp.concatenate([first, rest], 1), expected, units=200)
+    assert_close(maestro.merge(apart)(TOKENS), expected, units=200)
 
 
 def test_its_shapes_are_known_without_its_arrays() -> None:

@@ -632,6 +632,20 @@ LAYERS = (
         ("tests/layers/test_maestro_compaction.py",),
     ),
     Fault(
+        "sampled rank that outlives a fall of the current one",
+        "lowrank_optax/layers/maestro/ordered_layer.py",
+        "self.rank, self.sampled_rank = Rank(rank.astype(jnp.int32)), nnx.data(None)",
+        "self.rank = Rank(rank.astype(jnp.int32))",
+        ("tests/layers/test_maestro_nnx.py",),
+    ),
+    Fault(
+        "basis of a square factor cut like the factor",
+        "lowrank_optax/layers/maestro/rank_compaction.py",
+        "if part.shape == new.shape:",
+        "if part is not None:",
+        ("tests/layers/test_maestro_compaction.py",),
+    ),
+    Fault(
         "slope of a power without the exponent",
         "lowrank_optax/layers/powerpropagation/reparameterisation.py",
         "alpha * _nonzero(theta32) ** (alpha - 1))",

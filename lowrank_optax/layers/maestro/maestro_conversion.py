@@ -16,7 +16,7 @@ from lowrank_optax.layers.maestro.ranks import maestro_modules
 from lowrank_optax.layers.structured.factors import Factors, low_rank_factors
 from lowrank_optax.layers.structured.feed_forward_layers import StructuredLinear
 from lowrank_optax.matrices.selection import Path, Where, path_string
-from lowrank_optax.modules.plain_layers import check_plain_layer
+from lowrank_optax.modules.plain_layers import check_own_kernels, check_plain_layer
 from lowrank_optax.modules.report import Report, Table, matrices_string
 from lowrank_optax.modules.select import modules_by_path, select
 from lowrank_optax.modules.wrap import become
@@ -29,7 +29,8 @@ def convert(model: nnx.Module, where: Where = None, *, rank: int | None = None) 
     """Turn linear layers and convolutions of a model into Maestro layers, in place.
 
     Factors are the spectral split of the layer's kernel, so the model computes what it did, to
-    rounding. Biases stay as they are. Stacked layers are converted one by one.
+    rounding. Biases stay as they are. Stacked layers are converted one by one. Other kinds of
+    layers, such as the ``nnx.LinearGeneral`` of ``nnx.MultiHeadAttention``, stay dense.
 
     Args:
       model: Any NNX model.
@@ -44,9 +45,9 @@ def convert(model: nnx.Module, where: Where = None, *, rank: int | None = None) 
 
     Raises:
       ValueError: If ``where`` matches no layer (the message lists similar paths), ``rank`` is not
-        from 1 to the smaller side of each weight, a convolution is grouped, or a layer is more than
-        a plain one: it has adapters, a mask, a call or a product of its own, or stack axes that are
-        not in front.
+        from 1 to the smaller side of each weight, a convolution is grouped, a layer is more than a
+        plain one (it has adapters, a mask, a call or a product of its own, or stack axes that are
+        not in front), or its kernel is shared with another layer or not an ``nnx.Param``.
 
     Example:
       >>> from flax import nnx
@@ -67,6 +68,7 @@ def convert(model: nnx.Module, where: Where = None, *, rank: int | None = None) 
     inside = set(modules_by_path(model, lambda m: isinstance(m, MaestroLayer | StructuredLinear)))
     dense = {path: layer for path, layer in dense.items() if path[:-1] not in inside}
     chosen = select(dense, where, "linear layer or convolution")
+    check_own_kernels(chosen, dense)
     for path, layer in chosen.items():
         _check_layer(path_string(path), layer, rank)
     for layer in chosen.values():
@@ -114,7 +116,8 @@ def merge(model: nnx.Module, where: Where = None) -> nnx.Module:
 def truncate(model: nnx.Module, rank: int, method: TruncationMethod = "prefix") -> nnx.Module:
     """Lower the current rank of each Maestro layer to at most ``rank``, in place.
 
-    Arrays keep their sizes, and what is cut is masked: `compact` makes them smaller.
+    Arrays keep their sizes, and what is cut is masked: `compact` makes them smaller. Sampled ranks
+    are removed.
 
     Args:
       model: A model with Maestro layers.
@@ -152,7 +155,7 @@ def truncate(model: nnx.Module, rank: int, method: TruncationMethod = "prefix") 
     for layer in layers.values():
         left = jnp.minimum(layer.rank[...], rank)
         if method == "prefix":
-            layer.rank[...] = left
+            layer.set_rank(left)
         else:
             v, u = low_rank_factors(layer.matrix(), layer.width())
             cut = left[..., None, None]
@@ -230,8 +233,8 @@ def check_unadapted(path: str, layer: MaestroLayer) -> None:
     """Raises ValueError if the factors have adapters."""
     if not layer.is_plain():
         raise ValueError(
-            f"the factors of {path} have adapters: merge and detach them first "
-            "(lro.adapters.merge, lro.adapters.detach)."
+            f"the factors of {path} have adapters, or another call than plain layers: merge and "
+            "detach adapters first (lro.adapters.merge, lro.adapters.detach)."
         )
 
 

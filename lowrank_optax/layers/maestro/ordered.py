@@ -58,7 +58,7 @@ def prefix_product(x: jax.Array, factors: Factors, rank: ArrayLike) -> jax.Array
       Outputs ``[..., M]``; zeros if ``rank`` is 0.
 
     Raises:
-      ValueError: If a Python integer is out of range.
+      ValueError: If ``rank`` is no integer or no scalar, or a Python integer is out of range.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
@@ -73,8 +73,8 @@ def prefix_product(x: jax.Array, factors: Factors, rank: ArrayLike) -> jax.Array
       Horváth et al., 2024, https://arxiv.org/abs/2308.14929.
     """
     a, b = factors
+    check_prefix(rank, a.shape[-1])
     if is_static(rank):
-        check_prefix(rank, a.shape[-1])
         return (x @ a[:, :rank]) @ b[:rank]
     return keep_prefix(x @ a, rank) @ b
 
@@ -132,10 +132,21 @@ def is_static(rank: ArrayLike | None) -> TypeGuard[int]:
     return isinstance(rank, numbers.Integral) and not isinstance(rank, bool)
 
 
-def check_prefix(rank: int, width: int) -> None:
-    """Raises ValueError unless a static rank is one of the prefixes of ``width`` directions."""
-    if not 0 <= rank <= width:
-        raise ValueError(f"rank={rank} must be from 0 to {width}, the number of directions.")
+def check_prefix(
+    rank: ArrayLike, width: int, stack: tuple[int, ...] = (), name: str = "rank"
+) -> None:
+    """Raises ValueError unless a rank is a number of directions, or one for each layer of a stack.
+
+    Only an integer of Python must also be one of the prefixes of ``width`` directions.
+    """
+    if not jnp.issubdtype(jnp.result_type(rank), jnp.integer):
+        raise ValueError(f"{name}={rank} must be an integer, a number of directions.")
+    if jnp.shape(rank) != stack:
+        raise ValueError(
+            f"{name} has shape {jnp.shape(rank)} and must have {stack}: one number for each layer."
+        )
+    if is_static(rank) and not 0 <= rank <= width:
+        raise ValueError(f"{name}={rank} must be from 0 to {width}, the number of directions.")
 
 
 def _root(x: jax.Array) -> jax.Array:

@@ -66,11 +66,10 @@ class MaestroLayer(nnx.Module):
             )
         if rank is None:
             rank = (self.rank if self.sampled_rank is None else self.sampled_rank)[...]
+        check_prefix(rank, self.width())
         inward, outward = self.ordered_in, self.ordered_out
-        if is_static(rank):
-            check_prefix(rank, self.width())
-            if rank and self.is_plain():
-                inward, outward = (_part(layer, rank, i) for i, layer in enumerate(self._layers()))
+        if is_static(rank) and rank and self.is_plain():
+            inward, outward = (_part(layer, rank, i) for i, layer in enumerate(self._layers()))
         y = outward(keep_prefix(inward(x), rank))
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
@@ -120,6 +119,10 @@ class MaestroLayer(nnx.Module):
         self.ordered_in.kernel = nnx.Param(a.reshape(*stack, *self.kernel_shape()[:-1], width))
         self.ordered_out = nnx.eval_shape(outward)
         self.ordered_out.kernel = nnx.Param(b)
+        self.set_rank(rank)
+
+    def set_rank(self, rank: jax.Array) -> None:
+        """Replaces the current rank, which the next call then uses: no sampled rank is left."""
         self.rank, self.sampled_rank = Rank(rank.astype(jnp.int32)), nnx.data(None)
 
     def is_plain(self) -> bool:

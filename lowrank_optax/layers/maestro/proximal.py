@@ -1,6 +1,7 @@
 """Maestro's penalty as a proximal step after the update of an optimizer."""
 
 import math
+import numbers
 from typing import Any, NamedTuple
 
 import jax
@@ -60,7 +61,7 @@ def prox(learning_rate: optax.ScalarOrSchedule, penalty: ArrayLike) -> optax.Gra
       https://arxiv.org/abs/1009.2139; the penalty is of https://arxiv.org/abs/2308.14929.
     """
     for name, value in (("learning_rate", learning_rate), ("penalty", penalty)):
-        if isinstance(value, int | float) and not 0 <= value < math.inf:
+        if isinstance(value, numbers.Real) and not 0 <= value < math.inf:
             raise ValueError(f"{name}={value!r} must be finite and not negative.")
 
     def init_fn(params: optax.Params) -> ProxState:

@@ -29,8 +29,10 @@ def compact(
     the same, to rounding; sampled ranks are removed.
 
     The model then has other parameters: compile its step again. Moments of an optimizer are cut
-    like the parameters they belong to; for a layer that becomes dense they start again. Ranks fall
-    seldom enough for that: call it once or twice in a run, and `shrink` in between.
+    like the parameters they belong to; for a layer that becomes dense they start again from zero
+    while the optimizer's count goes on, so that Adam's next steps in it are up to six times the
+    learning rate. Ranks fall seldom enough for that: call it once or twice in a run, and `shrink`
+    in between.
 
     Args:
       model: A model with Maestro layers.
@@ -81,7 +83,7 @@ def compact(
         if opt_state is None or init is None:
             return None
         return _carried(init(nnx.state(model, nnx.Param)), opt_state, cuts, dense)
-    except ValueError:
+    except BaseException:
         for path, layer in layers.items():
             become(layer, before[path])
         raise
@@ -135,7 +137,10 @@ def _carried(new_state: Any, old_state: Any, cuts: dict[Any, _Cut], dense: set[A
         if old is None and owner_of(path, dense) is not None:
             return new
         if old is not None and cut is not None and old.shape == cut.shape:
-            return jax.lax.slice_in_dim(old, 0, cut.rank, axis=cut.axis)
+            part = jax.lax.slice_in_dim(old, 0, cut.rank, axis=cut.axis)
+            # A basis of a square factor has its shape, but is not cut like it.
+            if part.shape == new.shape:
+                return part
         # A number of a whole leaf, or of each layer of a stack, does not depend on the rank.
         is_number = cut is None or old is None or old.ndim <= cut.stack
         if old is not None and is_number and (old.shape, old.dtype) == (new.shape, new.dtype):

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from lowrank_optax.layers.maestro.ordered import check_prefix, group_norms, is_static
-from lowrank_optax.layers.maestro.ordered_layer import MaestroLayer, Rank, SampledRank
+from lowrank_optax.layers.maestro.ordered import check_prefix, group_norms
+from lowrank_optax.layers.maestro.ordered_layer import MaestroLayer, SampledRank
 from lowrank_optax.matrices.selection import path_string
 from lowrank_optax.modules.select import modules_by_path
 
@@ -83,14 +83,8 @@ def set_ranks(model: nnx.Module, ranks: Mapping[str, ArrayLike] | None) -> nnx.M
         if path not in layers:
             near = ", ".join(difflib.get_close_matches(path, layers, n=5, cutoff=0.0))
             raise ValueError(f"ranks has {path!r}, which is no Maestro layer; near it are: {near}.")
-        rank, shape = ranks[path], layers[path].stack()
-        if jnp.shape(rank) != shape or not jnp.issubdtype(jnp.result_type(rank), jnp.integer):
-            raise ValueError(
-                f"the rank of {path} is {jnp.result_type(rank)}{list(jnp.shape(rank))}; it must be "
-                f"int32{list(shape)}, one number for each layer of a stack."
-            )
-        if is_static(rank):
-            check_prefix(rank, layers[path].width())
+        layer = layers[path]
+        check_prefix(ranks[path], layer.width(), layer.stack(), f"ranks[{path!r}]")
     for path, layer in layers.items():
         layer.sampled_rank = nnx.data(None)
         if path in ranks:
@@ -209,7 +203,7 @@ def important_ranks(model: nnx.Module, threshold: float = 1e-5) -> dict[str, jax
 
 
 def shrink(model: nnx.Module, threshold: float = 1e-5) -> dict[str, jax.Array]:
-    """Set current ranks to `important_ranks`, in place.
+    """Set current ranks to `important_ranks`, in place; sampled ranks are removed.
 
     The other directions are masked, not removed: where they grow again, the next call counts them.
     Call it after every epoch, and `compact` after training.
@@ -242,7 +236,7 @@ def shrink(model: nnx.Module, threshold: float = 1e-5) -> dict[str, jax.Array]:
     """
     ranks = important_ranks(model, threshold)
     for path, layer in maestro_modules(model).items():
-        layer.rank = Rank(ranks[path])
+        layer.set_rank(ranks[path])
     traced = any(isinstance(x, jax.core.Tracer) for x in ranks.values())
     if not traced and not any(map(jnp.any, ranks.values())):
         warnings.warn(

@@ -6,6 +6,7 @@ from typing import Any
 from flax import nnx
 import jax.numpy as jnp
 
+from lowrank_optax.layers.maestro.ordered_layer import MaestroLayer
 from lowrank_optax.modules.select import modules_by_path
 
 
@@ -15,6 +16,7 @@ def recalibrate_batch_norm(
     """Replace running statistics of batch norms by their averages over batches, in place.
 
     After a rank has changed, before each evaluation: activations have other means and variances.
+    Sampled ranks are removed first, so that statistics are those at the current ranks.
 
     Args:
       model: A model with ``nnx.BatchNorm`` layers.
@@ -43,6 +45,8 @@ def recalibrate_batch_norm(
     norms = modules_by_path(model, lambda module: isinstance(module, nnx.BatchNorm))
     if not norms:
         raise ValueError(f"the {type(model).__name__} has no nnx.BatchNorm.")
+    for layer in modules_by_path(model, lambda m: isinstance(m, MaestroLayer)).values():
+        layer.sampled_rank = nnx.data(None)
     variables = [x for norm in norms.values() for x in (norm.mean, norm.var)]
     before = [x[...] for x in variables]
     momenta = [norm.momentum for norm in norms.values()]

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 
+from lowrank_optax.layers.maestro.ordered_layer import MaestroLayer
 from lowrank_optax.layers.structured.base import Structure
 from lowrank_optax.layers.structured.feed_forward_layers import (
     MergedKernel,
@@ -14,7 +15,7 @@ from lowrank_optax.layers.structured.feed_forward_layers import (
     check_structure,
 )
 from lowrank_optax.matrices.selection import Path, Where, path_string
-from lowrank_optax.modules.plain_layers import check_plain_layer
+from lowrank_optax.modules.plain_layers import check_own_kernels, check_plain_layer
 from lowrank_optax.modules.report import Report, Table, matrices_string
 from lowrank_optax.modules.select import modules_by_path, options_by_path, select
 from lowrank_optax.modules.wrap import become
@@ -49,9 +50,10 @@ def structure_linears(
 
     Raises:
       ValueError: If ``where`` or a pattern matches no linear layer (the message lists similar
-        paths), ``structure`` has no pattern or does not fit a layer, or a layer is more than an
-        ``nnx.Linear``: it has adapters, a call, a ``dot_general`` or a ``preferred_element_type``
-        of its own, or stack axes that are not in front.
+        paths), ``structure`` has no pattern or does not fit a layer, a layer is more than an
+        ``nnx.Linear`` (it has adapters, a call, a ``dot_general`` or a ``preferred_element_type``
+        of its own, or stack axes that are not in front), or its kernel is shared with another
+        layer or not an ``nnx.Param``.
       TypeError: If a structure is not a structure.
 
     Example:
@@ -73,16 +75,17 @@ def structure_linears(
         raise ValueError("structure={} has no pattern: give at least one, or a single structure.")
     for each in structure.values() if by_pattern else [structure]:
         check_structure(each)
-    layers = modules_by_path(model, lambda module: isinstance(module, nnx.Linear))
-    # The factors of structured layers are not converted again.
-    inside = set(modules_by_path(model, lambda module: isinstance(module, StructuredLinear)))
-    layers = {path: layer for path, layer in layers.items() if path[:-1] not in inside}
+    linears = modules_by_path(model, lambda module: isinstance(module, nnx.Linear))
+    # Factors are not converted again.
+    inside = set(modules_by_path(model, lambda m: isinstance(m, MaestroLayer | StructuredLinear)))
+    layers = linears = {path: x for path, x in linears.items() if path[:-1] not in inside}
     if where is not None or not by_pattern:
-        layers = select(layers, where, _KIND)
+        layers = select(linears, where, _KIND)
     if by_pattern:
         chosen = options_by_path("structure", layers, structure, _KIND)
     else:
         chosen = dict.fromkeys(layers, structure)
+    check_own_kernels({path: layers[path] for path in chosen}, linears)
     for path, own in chosen.items():
         _check_layer(path_string(path), layers[path], own)
     for path, own in chosen.items():

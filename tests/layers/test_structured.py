@@ -163,7 +163,7 @@ def test_gradients_are_those_of_the_composed_weight_in_float64(
     ids=str,
 )
 def test_initial_singular_values(structure: Structure, inputs: int, outputs: int) -> None:
-    factors = structure.init(jax.random.key(0), inputs, outputs, scale=0.5)
+    factors = structure.init(jax.random.key(0), inputs, outputs, initializer_range=0.5)
     values = np.linalg.svd(structure.compose(factors), compute_uv=False)
     if isinstance(structure, LowRank):
         dense = 0.5 * jax.random.normal(jax.random.key(0), (inputs, outputs))
@@ -253,6 +253,24 @@ REFUSALS = [
             jnp.ones(7), Factors(jnp.ones((8, 2)), jnp.ones((2, 9))), LowRank(2)
         ),
         r"x \(7,\)",
+    ),
+    (
+        lambda: structured_linear(
+            jnp.ones(()), Factors(jnp.ones((8, 2)), jnp.ones((2, 9))), LowRank(2)
+        ),
+        r"x \(\)",
+    ),
+    (
+        lambda: structured_linear(
+            jnp.ones(8), Factors(jnp.ones((3, 8, 2)), jnp.ones((3, 2, 9))), LowRank(2)
+        ),
+        "have 2 and 2 axes: call it for stacked factors",
+    ),
+    (
+        lambda: structured_linear(
+            jnp.ones(8), Factors(jnp.ones(8), jnp.ones((4, 9))), BlockDense(4, 2)
+        ),
+        "have 3 and 2 axes",
     ),
 ]
 

@@ -578,8 +578,8 @@ LAYERS = (
     Fault(
         "hidden units of a block shuffle in another order",
         "lowrank_optax/layers/structured/structures.py",
-        "outputs = second(hidden.reshape(len(rows), hidden.shape[-1], self.blocks))",
-        "outputs = second(hidden.mT)",
+        "shuffled = hidden.reshape(count, hidden.shape[-1], self.blocks)",
+        "shuffled = hidden.mT",
         ("tests/layers/test_structured.py",),
     ),
     Fault(

@@ -14,11 +14,13 @@ from lowrank_optax.layers.maestro.ordered import is_static, keep_prefix
 from lowrank_optax.layers.maestro.ordered_layer import MaestroLayer
 from lowrank_optax.layers.maestro.ranks import maestro_modules
 from lowrank_optax.layers.structured.factors import Factors, low_rank_factors
-from lowrank_optax.layers.structured.feed_forward_layers import StructuredLinear
+from lowrank_optax.layers.structured.feed_forward_layers import (
+    layers_outside_factors,
+)
 from lowrank_optax.matrices.selection import Path, Where, path_string
 from lowrank_optax.modules.plain_layers import check_own_kernels, check_plain_layer
 from lowrank_optax.modules.report import Report, Table, matrices_string
-from lowrank_optax.modules.select import modules_by_path, select
+from lowrank_optax.modules.select import select
 from lowrank_optax.modules.wrap import become
 
 TruncationMethod: TypeAlias = Literal["prefix", "svd"]
@@ -63,10 +65,7 @@ def convert(model: nnx.Module, where: Where = None, *, rank: int | None = None) 
     Reference:
       Horváth et al., 2024, https://arxiv.org/abs/2308.14929.
     """
-    dense = modules_by_path(model, lambda module: isinstance(module, nnx.Linear | nnx.Conv))
-    # Factors are not converted again.
-    inside = set(modules_by_path(model, lambda m: isinstance(m, MaestroLayer | StructuredLinear)))
-    dense = {path: layer for path, layer in dense.items() if path[:-1] not in inside}
+    dense = layers_outside_factors(model, nnx.Linear | nnx.Conv)
     chosen = select(dense, where, "linear layer or convolution")
     check_own_kernels(chosen, dense)
     for path, layer in chosen.items():

@@ -16,6 +16,7 @@ from lowrank_optax.layers.structured.factors import (
     low_rank_factors,
     product,
 )
+from lowrank_optax.layers.structured.feed_forward_layers import FactoredLayer
 
 
 class Rank(nnx.Variable):
@@ -26,7 +27,7 @@ class SampledRank(nnx.Variable):
     """The rank that a layer uses in this step, int32."""
 
 
-class MaestroLayer(nnx.Module):
+class MaestroLayer(FactoredLayer):
     """A layer whose weight is the product of two factors with ordered directions.
 
     A call uses the first directions only: as many as `set_ranks` has given the layer for this step,

@@ -1,6 +1,7 @@
 """What structures of a weight have in common, and the product with one."""
 
 from collections.abc import Callable
+import math
 from typing import ClassVar, TypeAlias
 
 import jax
@@ -38,22 +39,22 @@ class Structure:
         in_features: int,
         out_features: int,
         *,
-        scale: float = 0.02,
+        initializer_range: float = 0.02,
         dtype: DTypeLike = jnp.float32,
     ) -> Factors:
-        """Initial factors: random blocks with singular values of 1, whatever the ``scale``.
+        """Initial factors: random blocks with singular values of 1; for `LowRank` see there.
 
         Args:
           key: PRNG key.
           in_features: ``N``.
           out_features: ``M``.
-          scale: Standard deviation of the dense weight that `LowRank` starts from.
+          initializer_range: Standard deviation of the dense weight that `LowRank` starts from.
           dtype: Dtype of the factors.
 
         Raises:
           ValueError: If the structure does not fit a weight of this size.
         """
-        del scale
+        del initializer_range  # scaled to singular values of 1
         keys = jax.random.split(key)
         shapes = self.shapes(in_features, out_features)
         wide = jnp.promote_types(dtype, jnp.float32)
@@ -90,7 +91,8 @@ def structured_linear(x: jax.Array, factors: Factors, structure: Structure) -> j
       Outputs ``[..., M]``, ``x @ structure.compose(factors)``.
 
     Raises:
-      ValueError: If a factor does not have the shape that the structure gives it.
+      ValueError: If a factor does not have the shape that the structure gives it, or ``x`` is not
+        ``[..., N]``.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
@@ -104,10 +106,16 @@ def structured_linear(x: jax.Array, factors: Factors, structure: Structure) -> j
       Wei et al., 2024, https://arxiv.org/abs/2406.16450, section 2.
     """
     v, u = factors
-    inputs = v.shape[0] * v.shape[1] if structure.equations[0] else v.shape[0]
+    axes = tuple(3 if equation else 2 for equation in structure.equations)
+    if (v.ndim, u.ndim) != axes:
+        raise ValueError(
+            f"factors {v.shape} and {u.shape} do not fit {structure}, whose factors have {axes[0]} "
+            f"and {axes[1]} axes: call it for stacked factors through jax.vmap."
+        )
+    inputs = math.prod(v.shape[:-1])
     outputs = u.shape[0] * u.shape[2] if structure.equations[1] else u.shape[1]
     expected = structure.shapes(inputs, outputs)
-    if (v.shape, u.shape) != expected or x.shape[-1] != inputs:
+    if (v.shape, u.shape) != expected or x.shape[-1:] != (inputs,):
         raise ValueError(
             f"x {x.shape} and factors {v.shape} and {u.shape} do not fit {structure}: for these "
             f"sides the factors are {expected[0]} and {expected[1]}, and x is [..., {inputs}]."

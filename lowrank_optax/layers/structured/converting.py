@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 
-from lowrank_optax.layers.maestro.ordered_layer import MaestroLayer
 from lowrank_optax.layers.structured.base import Structure
 from lowrank_optax.layers.structured.feed_forward_layers import (
     MergedKernel,
     StructuredLinear,
     check_structure,
+    layers_outside_factors,
 )
 from lowrank_optax.matrices.selection import Path, Where, path_string
 from lowrank_optax.modules.plain_layers import check_own_kernels, check_plain_layer
@@ -27,8 +27,6 @@ def structure_linears(
     model: nnx.Module,
     structure: Structure | Mapping[str, Structure],
     where: Where = None,
-    *,
-    guide: bool = False,
 ) -> "StructuredSummary":
     """Turn linear layers of a model into `StructuredLinear` layers, in place.
 
@@ -43,7 +41,6 @@ def structure_linears(
         ``blocks/mlp/up``, a filter of ``flax.nnx`` or a function of path and module. None for those
         in which a pattern of ``structure`` is found, or, with a single structure, all except output
         heads.
-      guide: Whether each layer gets a guide, see `set_guide_weight`.
 
     Returns:
       The structured layers of the model; print it.
@@ -75,10 +72,7 @@ def structure_linears(
         raise ValueError("structure={} has no pattern: give at least one, or a single structure.")
     for each in structure.values() if by_pattern else [structure]:
         check_structure(each)
-    linears = modules_by_path(model, lambda module: isinstance(module, nnx.Linear))
-    # Factors are not converted again.
-    inside = set(modules_by_path(model, lambda m: isinstance(m, MaestroLayer | StructuredLinear)))
-    layers = linears = {path: x for path, x in linears.items() if path[:-1] not in inside}
+    layers = linears = layers_outside_factors(model, nnx.Linear)
     if where is not None or not by_pattern:
         layers = select(linears, where, _KIND)
     if by_pattern:
@@ -89,7 +83,7 @@ def structure_linears(
     for path, own in chosen.items():
         _check_layer(path_string(path), layers[path], own)
     for path, own in chosen.items():
-        become(layers[path], _structured(layers[path], own, guide))
+        become(layers[path], _structured(layers[path], own))
     return structured_layers(model)
 
 
@@ -224,7 +218,7 @@ def _chosen(model: nnx.Module, where: Where) -> dict[Path, StructuredLinear]:
     return select(layers, where, "structured layer")
 
 
-def _structured(layer: nnx.Linear, structure: Structure, guide: bool) -> StructuredLinear:
+def _structured(layer: nnx.Linear, structure: Structure) -> StructuredLinear:
     """A structured layer with the factors nearest to the kernel of a layer, and its bias."""
     make = lambda: StructuredLinear(*_sides(layer), structure, **_options(layer))
     new = nnx.eval_shape(make)
@@ -232,8 +226,6 @@ def _structured(layer: nnx.Linear, structure: Structure, guide: bool) -> Structu
     new.first.kernel = nnx.Param(first.astype(layer.kernel.dtype))
     new.second.kernel = nnx.Param(second.astype(layer.kernel.dtype))
     _set_bias(new, layer)
-    if guide:
-        new.add_guide()
     return new
 
 

@@ -11,6 +11,8 @@ from jax.typing import DTypeLike
 from lowrank_optax.layers.structured.base import Structure
 from lowrank_optax.layers.structured.factors import Factors
 from lowrank_optax.matrices.arithmetic import branch
+from lowrank_optax.matrices.selection import Path
+from lowrank_optax.modules.select import modules_by_path
 
 
 class GuideVariable(nnx.Variable):
@@ -21,7 +23,11 @@ class MergedKernel(nnx.Variable):
     """The dense weight of a structured layer, beside its factors."""
 
 
-class StructuredLinear(nnx.Module):
+class FactoredLayer(nnx.Module):
+    """A layer whose weight is the product of layers inside, which are not converted themselves."""
+
+
+class StructuredLinear(FactoredLayer):
     """A linear layer whose weight is the product of two factors.
 
     The factors are layers of their own, ``first`` and ``second`` (``nnx.Linear`` or
@@ -87,7 +93,7 @@ class StructuredLinear(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         check_structure(structure)
-        options = {"scale": initializer_range, "dtype": param_dtype}
+        options = {"initializer_range": initializer_range, "dtype": param_dtype}
         factors = structure.init(rngs.params(), in_features, out_features, **options)
         self.in_features, self.out_features = in_features, out_features
         self.structure, self.dtype, self.param_dtype = structure, dtype, param_dtype
@@ -103,7 +109,7 @@ class StructuredLinear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Outputs ``[..., M]`` of inputs ``[..., N]``."""
-        if x.shape[-1] != self.in_features:
+        if x.shape[-1:] != (self.in_features,):
             raise ValueError(
                 f"x has shape {x.shape}; its last axis must have in_features={self.in_features}."
             )
@@ -251,6 +257,13 @@ def _refuse_gradient(primals: Any, tangents: Any) -> Any:
         "a structured layer with a merged weight cannot be trained, because the weight does not "
         "follow the factors: remove it with keep_merged(model, rows=0) first."
     )
+
+
+def layers_outside_factors(model: nnx.Module, types: Any) -> dict[Path, Any]:
+    """The layers of these types by path, without the factors of other layers."""
+    inside = set(modules_by_path(model, lambda module: isinstance(module, FactoredLayer)))
+    layers = modules_by_path(model, lambda module: isinstance(module, types))
+    return {path: layer for path, layer in layers.items() if path[:-1] not in inside}
 
 
 def check_structure(structure: Structure) -> None:

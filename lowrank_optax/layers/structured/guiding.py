@@ -1,30 +1,28 @@
 """Self-guided training: a dense guide beside structured weights, whose weight falls to zero."""
 
 from collections.abc import Callable
-from typing import Literal
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from lowrank_optax.layers.structured.base import check_count
 from lowrank_optax.layers.structured.feed_forward_layers import GuideVariable, StructuredLinear
 from lowrank_optax.modules.select import modules_by_path
 
 
-def self_guided_schedule(
-    steps: int, kind: Literal["cosine", "linear"] = "cosine"
-) -> Callable[[jax.Array | int], jax.Array]:
-    """Return the schedule of the guide's weight: 1 at step 0, 0 from ``steps`` on.
+def self_guided_schedule(steps: int) -> Callable[[jax.Array | int], jax.Array]:
+    """Return the schedule of the guide's weight, half a cosine from 1 to 0 at ``steps`` and after.
 
     Args:
       steps: Length of the guided phase in steps of the optimizer; the paper takes half of the run.
-      kind: ``"cosine"``, ``(1 + cos(pi t / steps)) / 2``, or ``"linear"``, ``1 - t / steps``.
 
     Returns:
-      A function of the step, which may be traced, to a float32 scalar.
+      A function of the step ``t``, which may be traced, to ``(1 + cos(pi t / steps)) / 2`` in
+      float32.
 
     Raises:
-      ValueError: If ``steps`` is not a positive integer, or there is no such kind.
+      ValueError: If ``steps`` is not a positive integer.
 
     Example:
       >>> schedule = self_guided_schedule(10)
@@ -34,15 +32,11 @@ def self_guided_schedule(
     Reference:
       Wei et al., 2024, https://arxiv.org/abs/2406.16450, section 3.
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps must be a positive integer, got {steps!r}.")
-    if kind not in ("cosine", "linear"):
-        raise ValueError(f"kind must be 'cosine' or 'linear', got {kind!r}.")
+    check_count("steps", steps)
 
     def schedule(step: jax.Array | int) -> jax.Array:
         done = jnp.asarray(step, jnp.float32) / steps
-        weight = 1 - done if kind == "linear" else (1 + jnp.cos(jnp.pi * done)) / 2
-        return jnp.where(done < 1, weight, 0.0)
+        return jnp.where(done < 1, (1 + jnp.cos(jnp.pi * done)) / 2, 0.0)
 
     return schedule
 

@@ -76,13 +76,13 @@ class LowRank(Structure):
         in_features: int,
         out_features: int,
         *,
-        scale: float = 0.02,
+        initializer_range: float = 0.02,
         dtype: DTypeLike = jnp.float32,
     ) -> Factors:
         """The factors nearest to a normal matrix; see `Structure.init`."""
         self.shapes(in_features, out_features)
         wide = jnp.promote_types(dtype, jnp.float32)
-        dense = scale * jax.random.normal(key, (in_features, out_features), wide)
+        dense = initializer_range * jax.random.normal(key, (in_features, out_features), wide)
         return cast(self.project(dense), dtype)
 
     def through(self, rows: jax.Array, first: Product, second: Product) -> jax.Array:
@@ -106,7 +106,8 @@ class BlockDense(Structure):
     ``U [rank, M]`` is dense.
 
     Args:
-      rank: Rows of ``U``, and columns of all blocks of ``V`` together.
+      rank: Rows of ``U``, and columns of all blocks of ``V`` together. It saves parameters below
+        ``N M / (M + N / blocks)``.
       blocks: Number of blocks of ``V``. It divides ``N`` and ``rank``.
 
     Raises:
@@ -193,7 +194,7 @@ class BlockShuffle(Structure):
 
     blocks: int
 
-    equations: ClassVar[tuple[str | None, str | None]] = ("nkp,kpq->nkq", "nrl,lrs->nsl")
+    equations: ClassVar[tuple[str | None, str | None]] = ("knp,kpq->knq", "lnr,lrs->lns")
 
     def __post_init__(self) -> None:
         check_count("blocks", self.blocks)
@@ -214,9 +215,14 @@ class BlockShuffle(Structure):
 
     def through(self, rows: jax.Array, first: Product, second: Product) -> jax.Array:
         """See `Structure.through`."""
-        hidden = first(rows.reshape(len(rows), self.blocks, rows.shape[-1] // self.blocks))
-        outputs = second(hidden.reshape(len(rows), hidden.shape[-1], self.blocks))
-        return outputs.reshape(len(rows), outputs.shape[-2] * self.blocks)
+        # Blocks come first, as in the factors: with them in the middle XLA's CPU backend moves the
+        # gradients of both products once more.
+        count, inputs = rows.shape
+        parts = rows.reshape(count, self.blocks, inputs // self.blocks)
+        hidden = jnp.moveaxis(first(jnp.moveaxis(parts, 1, 0)), 0, 1)
+        shuffled = hidden.reshape(count, hidden.shape[-1], self.blocks)
+        outputs = jnp.moveaxis(second(jnp.moveaxis(shuffled, -1, 0)), 0, -1)
+        return outputs.reshape(count, outputs.shape[1] * self.blocks)
 
     def compose(self, factors: Factors) -> jax.Array:
         """See `Structure.compose`."""

@@ -5,11 +5,16 @@ from typing import Any
 import jax
 
 
-def check_plain_layer(path: str, layer: Any) -> None:
+def check_plain_layer(path: str, layer: Any, also: tuple[type, ...] = ()) -> None:
     """Raises ValueError if a layer is more than an ``nnx.Linear`` or ``nnx.Conv``.
 
     That is if it has adapters, a mask, or a call or product of its own, or if layers are stacked
     along other axes than the first ones.
+
+    Args:
+      path: Path of the layer, for messages.
+      layer: An ``nnx.Linear`` or ``nnx.Conv``.
+      also: Subclasses that count as plain layers.
     """
     from flax import nnx
 
@@ -21,8 +26,9 @@ def check_plain_layer(path: str, layer: Any) -> None:
         "preferred_element_type": None,
     }
     own = [name for name, value in plain.items() if getattr(layer, name, value) is not value]
-    if type(layer) not in (nnx.Linear, nnx.Conv) or own:
-        has = f"its own {own[0]}" if own else f"the type {type(layer).__name__}, or adapters"
+    if type(layer) not in (nnx.Linear, nnx.Conv, *also) or own:
+        has = f"its own {own[0]}" if own else f"a call of its own, of {type(layer).__name__}"
+        has = "adapters" if hasattr(layer, "adapters") else has
         raise ValueError(
             f"{path} is more than an {kind} (it has {has}): convert plain layers, or leave it out "
             "by where."

@@ -2,6 +2,7 @@
 
 from fractions import Fraction
 import math
+import re
 from typing import Any, get_args
 
 from close import assert_close
@@ -13,6 +14,7 @@ import pytest
 
 import lowrank_optax as lro
 from lowrank_optax.layers import FixedPointFormat, Overflow, Rounding, quantize_fixed_point
+from lowrank_optax.layers.fixed_point import quantizer
 
 LOG_2 = math.log(2)
 ROUNDINGS, OVERFLOWS = get_args(Rounding), get_args(Overflow)
@@ -97,6 +99,21 @@ def test_worked_values_of_the_specification() -> None:
     # The examples of Vivado HLS (UG902) for AP_WRAP_SM.
     signs = FixedPointFormat(4, overflow="WRAP_SM")
     assert quantize_fixed_point(jnp.array([19.0, -19.0]), 4, signs).tolist() == [-4, 2]
+
+
+def test_steps_are_exact_powers_of_two_on_every_backend() -> None:
+    """Of these, accelerators round a power, an exponential and a quotient."""
+    exponents = np.arange(-126, 127)
+    steps = quantizer.step_size(jnp.asarray(exponents + 8, jnp.float32), FixedPointFormat(8))
+    np.testing.assert_array_equal(np.asarray(steps, np.float64), np.ldexp(1.0, exponents))
+    x = jnp.asarray(np.ldexp(5.0, exponents - 1), jnp.float32)  # 2.5 steps
+    y = quantize_fixed_point(x, exponents + 8.0, FixedPointFormat(8))
+    np.testing.assert_array_equal(np.asarray(y, np.float64), np.ldexp(3.0, exponents))
+    loss = lambda x, i: quantize_fixed_point(x, i, FixedPointFormat(8)).sum()
+    program = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(x, 2.0).as_text()
+    operations = set(re.findall(r"stablehlo\.(\w+)", program))
+    assert "multiply" in operations
+    assert not operations & {"power", "exponential", "exponential_minus_one", "log", "divide"}
 
 
 def test_a_quantized_number_stays_and_its_integer_and_error_are_bounded(quantized: Any) -> None:
@@ -369,8 +386,8 @@ def test_numbers_and_positions_that_are_refused() -> None:
     refused = [
         (x, jnp.nan, format, ValueError, "integer_bits must be finite, not nan"),
         (x, jnp.inf, format, ValueError, "integer_bits must be finite, not inf"),
-        (x, 200.0, format, ValueError, "normal number of float32"),
-        (x, -119.0, format, ValueError, "normal number of float32"),
+        (x, 135.0, format, ValueError, r"normal numbers of float32, 2\*\*-126 to 2\*\*126"),
+        (x, -119.0, format, ValueError, "normal numbers of float32"),
         (x, jnp.zeros(2), format, ValueError, "does not broadcast"),
         (x, jnp.zeros((4, 2, 3)), format, ValueError, "does not broadcast"),
         (jnp.ones(2, jnp.int32), 1.0, format, TypeError, "x must be floating-point, not int32"),
@@ -385,10 +402,13 @@ def test_numbers_and_positions_that_are_refused() -> None:
     for numbers, rule, message in (
         (jnp.array([1.0, jnp.inf]), "mse", "x has numbers that are not finite"),
         (jnp.array([1.0, jnp.nan]), "max", "x has numbers that are not finite"),
+        (jnp.array([1.0, 1e12]), "max", "x has numbers that 32 integer bits do not hold"),
         (jnp.zeros(0), "mse", "no numbers to choose by"),
         (x, "percentile", "rule='percentile'"),
     ):
         with pytest.raises(ValueError, match=message):
             choose(numbers, format, rule)
+    with pytest.raises(TypeError, match="x must be floating-point, not int32"):
+        choose(jnp.arange(3), format)
     with pytest.raises(ValueError, match="rule='max' needs a largest number above zero"):
         choose(x, FixedPointFormat(1), "max")

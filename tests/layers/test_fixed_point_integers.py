@@ -1,6 +1,7 @@
 """Fixed-point layers agree with their integers bit for bit, and broken files are refused."""
 
 import ast
+import copy
 import json
 from pathlib import Path
 from typing import Any, get_args
@@ -160,6 +161,10 @@ def test_a_sum_that_int64_cannot_hold_is_refused() -> None:
         integers.add(big, small)
     with pytest.raises(ValueError, match="needs 61 bits"):
         IntegerArray([2**60], 0)
+    with pytest.raises(ValueError, match="needs 64 bits"):
+        IntegerArray(np.array([2**64 - 1], np.uint64), 0)
+    with pytest.raises(ValueError, match=r"fraction_bits \(3,\) must be one int, or one for each"):
+        IntegerArray([[1], [2]], [1, 2, 3])
 
 
 def test_stacked_layers_are_exported_one_by_one() -> None:
@@ -242,7 +247,11 @@ def test_a_broken_file_is_refused_and_a_failed_write_leaves_the_old_one(
     assert sorted((p.name, p.read_bytes()) for p in (tmp_path / "again").iterdir()) == before
 
 
-def test_models_that_are_not_exported() -> None:
+def test_models_that_are_not_exported(model: Network) -> None:
+    adapted = copy.deepcopy(model)
+    lro.adapters.attach(adapted, lro.adapters.LoRA(rank=2), where="head", rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="head has adapters, which its integers would not have"):
+        lro.layers.to_integers(adapted)
     layer = nnx.Sequential(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match="Sequential has no fixed-point layer"):
         lro.layers.to_integers(layer)

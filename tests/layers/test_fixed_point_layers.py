@@ -258,7 +258,7 @@ def test_models_pickle_and_take_lora(in_eight_bits: Any) -> None:
     model = copy.deepcopy(in_eight_bits)
     lro.adapters.attach(model, lro.adapters.LoRA(rank=2), where="up", rngs=nnx.Rngs(0))
     np.testing.assert_array_equal(model(X), in_eight_bits(X))  # it starts at zero
-    with pytest.raises(ValueError, match="up has adapters, which convert_to_fixed_point"):
+    with pytest.raises(ValueError, match=r"up is more than .* \(it has adapters\)"):
         lro.layers.convert_to_fixed_point(model, 4, "up")
 
 
@@ -283,9 +283,9 @@ def test_layers_and_options_that_are_refused() -> None:
         (nnx.Linear(2, 2, rngs=rngs), 8.0, {}, TypeError, "formats=8.0 must be a number of bits"),
         (nnx.Linear(2, 2, rngs=rngs), 8, {"where": "conv"}, ValueError, "conv"),
         (nnx.Linear(2, 2, rngs=rngs), 8, {"rule": "best"}, ValueError, "rule='best'"),
-        (Doubled(2, 2, rngs=rngs), 8, {}, ValueError, "layers/0 has a call of its own, of Doubled"),
-        (own, 8, {}, ValueError, "layers/0 has a dot_general of its own"),
-        (masked, 8, {}, ValueError, "layers/0 has a mask of its own"),
+        (Doubled(2, 2, rngs=rngs), 8, {}, ValueError, "it has a call of its own, of Doubled"),
+        (own, 8, {}, ValueError, "layers/0 .* its own dot_general"),
+        (masked, 8, {}, ValueError, "layers/0 .* its own mask"),
         (nnx.BatchNorm(2, axis=1, rngs=rngs), 8, {}, ValueError, "normalizes along axis 1"),
         (infinite, 8, {}, ValueError, "the kernel of layers/0: x has numbers that are not finite"),
     ):

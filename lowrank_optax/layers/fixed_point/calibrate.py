@@ -50,7 +50,8 @@ def calibrate_fixed_point(
 ) -> Calibration:
     """Set the binary points of all quantizers by the numbers that they see, in place.
 
-    The model runs as a float model meanwhile: nothing is quantized. Trained with points that start
+    The model runs as a float model meanwhile: nothing is quantized, and formats that include a ReLU
+    are that alone. Trained with points that start
     here is quantization-aware training; used as it is, the model is a post-training one.
 
     Args:
@@ -84,7 +85,7 @@ def calibrate_fixed_point(
         graphdef, zeros, rest = nnx.split(model, RangeStatistics, ...)
 
         def total(zeros: Any, rest: Any, batch: Any) -> jax.Array:
-            outputs = jax.tree.leaves(run(nnx.merge(graphdef, zeros, rest), batch))
+            outputs = jax.tree.leaves(run(nnx.merge(graphdef, zeros, rest, copy=True), batch))
             return sum((x.astype(jnp.float32).sum() for x in outputs), start=jnp.zeros(()))
 
         statistics_of = jax.jit(jax.grad(total))
@@ -96,15 +97,15 @@ def calibrate_fixed_point(
             quantizer.statistics = nnx.data(None)
     points = {}
     for path, each in statistics.items():
-        _check_seen(path_string(path).removesuffix("_quantizer"), each)
+        _check_seen(path_string(path).removesuffix("_quantizer"), each, rule)
         points[path] = best_position(each, rule)
     for path, point in points.items():
         found[path].integer_bits = BinaryPoint(point)
     return Calibration({path_string(path): point for path, point in points.items()})
 
 
-def _check_seen(name: str, statistics: Any) -> None:
-    check_finite(name, statistics)
+def _check_seen(name: str, statistics: Any, rule: StartRule) -> None:
+    check_finite(name, statistics, rule)
     if not isinstance(statistics, jax.core.Tracer) and (statistics[..., COUNT] == 0).any():
         raise ValueError(
             f"run does not call the quantizer {name}, or its outputs do not depend on it: leave "
@@ -133,27 +134,28 @@ def freeze_binary_points(model: nnx.Module, loss: Callable[[Any], Any]) -> None:
     for path, points in trained.items():
         if not np.isfinite(points).all():
             raise ValueError(f"integer_bits of {path_string(path)} is not finite: calibrate first.")
-    for path, points in trained.items():
-        found[path].integer_bits = FrozenBinaryPoint(jnp.asarray(np.rint(points)))
-    graphdef, frozen, rest = nnx.split(model, FrozenBinaryPoint, ...)
-    loss_of = jax.jit(lambda frozen, rest: loss(nnx.merge(graphdef, frozen, rest)))
-    best = float(loss_of(frozen, rest))
+    graphdef, state = nnx.split(model)
+
+    @jax.jit
+    def loss_at(points: Any, state: Any) -> jax.Array:
+        tried = nnx.merge(graphdef, state, copy=True)
+        for path, quantizer in quantizers(tried).items():
+            quantizer.integer_bits[...] = points[path]
+        return loss(tried)
+
+    best_points = {path: np.asarray(np.rint(points)) for path, points in trained.items()}
+    best = float(loss_at(best_points, state))
     if not np.isfinite(best):
-        for path, points in trained.items():
-            found[path].integer_bits = BinaryPoint(jnp.asarray(points))
         raise ValueError(f"the loss is {best}, to which no other can be compared.")
     for path, points in trained.items():
-        variable = found[path].integer_bits
         for index in np.ndindex(points.shape):
-            kept = variable[...]
-            variable[...] = kept.at[index].set(
-                float(np.floor(points[index]) + np.ceil(points[index])) - kept[index]
-            )
-            value = float(loss_of(nnx.state(model, FrozenBinaryPoint), rest))
+            other = best_points[path].copy()
+            other[index] = np.floor(points[index]) + np.ceil(points[index]) - other[index]
+            value = float(loss_at({**best_points, path: other}, state))
             if value < best:
-                best = value
-            else:
-                variable[...] = kept
+                best, best_points[path] = value, other
+    for path, points in best_points.items():
+        found[path].integer_bits = FrozenBinaryPoint(jnp.asarray(points))
 
 
 def _found(model: Any) -> dict[Any, Any]:

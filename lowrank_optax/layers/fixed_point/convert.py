@@ -18,13 +18,14 @@ from lowrank_optax.layers.fixed_point.quantized_layers import (
 )
 from lowrank_optax.layers.fixed_point.ranges import StartRule, check_rule, choose_integer_bits
 from lowrank_optax.matrices.selection import Path, Where, path_string
+from lowrank_optax.modules.plain_layers import check_plain_layer
 from lowrank_optax.modules.report import Report, Table
 from lowrank_optax.modules.select import modules_by_path, select
 from lowrank_optax.modules.wrap import set_own_class
 
 QUANTIZERS = ("input_quantizer", "weight_quantizer", "bias_quantizer", "output_quantizer")
 _FIXED = {nnx.Linear: FixedPointLinear, nnx.Conv: FixedPointConv, nnx.BatchNorm: FixedPointNorm}
-_OURS = (*_FIXED.values(), FixedPointSum)
+FIXED_POINT_LAYERS = (*_FIXED.values(), FixedPointSum)
 
 
 def convert_to_fixed_point(
@@ -58,7 +59,8 @@ def convert_to_fixed_point(
     Raises:
       ValueError: If ``where`` matches no such layer (the message lists similar paths), a number of
         bits is out of range, weights are not finite, or a layer cannot be converted: it has a call
-        or product of its own, adapters, a mask, or statistics along another axis than the last.
+        or product of its own, adapters, a mask, statistics along another axis than the last, or is
+        a stack along another axis than the first. The model is then as it was.
       TypeError: If ``formats`` has another type.
 
     Example:
@@ -82,12 +84,18 @@ def convert_to_fixed_point(
     chosen = select(layers, where, "linear layer, convolution, batch norm or FixedPointSum")
     for path, layer in chosen.items():
         _check_layer(path_string(path), layer)
-    for path, layer in chosen.items():
-        if isinstance(layer, FixedPointSum):
-            shape = layer.output_quantizer.integer_bits.shape
-            layer.output_quantizer = _unknown(formats.output, shape)
-        else:
-            _convert(path_string(path), layer, formats, rule, per_channel)
+    attributes = [
+        _converted(path_string(path), layer, formats, rule, per_channel)
+        for path, layer in chosen.items()
+    ]
+    # Not before all are made: a layer that is refused leaves the model as it was.
+    for layer, each in zip(chosen.values(), attributes, strict=True):
+        if type(layer) is nnx.BatchNorm:
+            del layer.mean, layer.var
+        if type(layer) in _FIXED:
+            set_own_class(layer, _FIXED[type(layer)])
+        for name, value in each.items():
+            setattr(layer, name, value)
     return fixed_point_layers(model)
 
 
@@ -102,32 +110,33 @@ def _layer_formats(formats: Any) -> LayerFormats:
 
 def _check_layer(name: str, layer: Any) -> None:
     """Raise ValueError if a layer cannot be converted."""
-    cls = type(layer)
-    if cls not in _FIXED and cls not in _OURS:
-        has = "adapters" if hasattr(layer, "adapters") else f"a call of its own, of {cls.__name__}"
+    if isinstance(layer, nnx.Linear | nnx.Conv):
+        check_plain_layer(name, layer, FIXED_POINT_LAYERS)
+    elif type(layer) not in (nnx.BatchNorm, *FIXED_POINT_LAYERS):
         raise ValueError(
-            f"{name} has {has}, which convert_to_fixed_point would replace: convert plain layers, "
-            "or leave it out by where."
+            f"{name} has adapters, or a call of its own, of {type(layer).__name__}: convert plain "
+            "layers, or leave it out by where."
         )
-    for option, plain in (
-        ("dot_general", jax.lax.dot_general),
-        ("conv_general_dilated", jax.lax.conv_general_dilated),
-        ("mask", None),
-    ):
-        if getattr(layer, option, plain) not in (plain, None):
-            raise ValueError(f"{name} has a {option} of its own: leave it out by where.")
-    if isinstance(layer, nnx.BatchNorm) and layer.axis not in (-1, (-1,)):
+    elif type(layer) is nnx.BatchNorm and layer.axis not in (-1, (-1,)):
         raise ValueError(
             f"{name} normalizes along axis {layer.axis}, and a fixed-point layer along the last: "
             "set axis=-1, or leave it out by where."
         )
 
 
-def _convert(name: str, layer: Any, formats: LayerFormats, rule: Any, per_channel: bool) -> None:
+def _converted(
+    name: str, layer: Any, formats: LayerFormats, rule: Any, per_channel: bool
+) -> dict[str, Any]:
+    """The attributes that a layer gets; it is not changed yet."""
+    if isinstance(layer, FixedPointSum):
+        shape = layer.output_quantizer.integer_bits.shape
+        return {"output_quantizer": _unknown(formats.output, shape)}
     is_norm = isinstance(layer, nnx.BatchNorm)
-    if type(layer) is nnx.BatchNorm:
-        _fold_statistics(layer)
-    weight: Any = layer.scale if is_norm else layer.kernel
+    if is_norm:
+        parts = _folded(layer) if type(layer) is nnx.BatchNorm else {}
+        weight, bias = parts.get("scale", layer.scale), parts.get("bias", layer.bias)
+    else:
+        parts, weight, bias = {}, layer.kernel, layer.bias
     ndim = 1 if is_norm else 2 + len(getattr(layer, "kernel_size", ()))
     stack = weight.shape[: weight.ndim - ndim]
 
@@ -139,13 +148,13 @@ def _convert(name: str, layer: Any, formats: LayerFormats, rule: Any, per_channe
         except ValueError as error:
             raise ValueError(f"the {which} of {name}: {error}") from None
 
-    if type(layer) in _FIXED:
-        set_own_class(layer, _FIXED[type(layer)])
-    layer.weight_quantizer = start("scale" if is_norm else "kernel", weight[...], formats.weight)
-    bias = None if layer.bias is None else start("bias", layer.bias[...], formats.bias)
-    layer.bias_quantizer = nnx.data(bias)
-    layer.input_quantizer = _unknown(formats.input, stack)
-    layer.output_quantizer = _unknown(formats.output, stack)
+    kernel = start("scale" if is_norm else "kernel", weight[...], formats.weight)
+    return parts | {
+        "weight_quantizer": kernel,
+        "bias_quantizer": nnx.data(bias and start("bias", bias[...], formats.bias)),
+        "input_quantizer": _unknown(formats.input, stack),
+        "output_quantizer": _unknown(formats.output, stack),
+    }
 
 
 def _start(x: jax.Array, stack: int, format: FixedPointFormat, rule: Any, several: bool) -> Any:
@@ -159,8 +168,8 @@ def _unknown(format: FixedPointFormat | None, shape: tuple[int, ...]) -> FixedPo
     return FixedPointQuantizer(format, jnp.full(shape, jnp.nan))
 
 
-def _fold_statistics(layer: Any) -> None:
-    """Scale and bias with the running statistics in them, which are removed."""
+def _folded(layer: Any) -> dict[str, Any]:
+    """Scale and bias with the running statistics in them."""
     mean, variance = layer.mean[...], layer.var[...]
     scale = jax.lax.rsqrt(variance + layer.epsilon)
     if layer.scale is not None:
@@ -168,13 +177,14 @@ def _fold_statistics(layer: Any) -> None:
     bias = -mean * scale
     if layer.bias is not None:
         bias = bias + layer.bias[...]
-    layer.scale, layer.bias = nnx.Param(scale), nnx.Param(bias)
-    del layer.mean, layer.var
+    return {"scale": nnx.Param(scale), "bias": nnx.Param(bias)}
 
 
 def fixed_point_modules(model: Any) -> dict[Path, Any]:
     """The fixed-point layers and single quantizers of a model, by path; shared ones once."""
-    found = modules_by_path(model, lambda m: isinstance(m, (*_OURS, FixedPointQuantizer)))
+    found = modules_by_path(
+        model, lambda m: isinstance(m, (*FIXED_POINT_LAYERS, FixedPointQuantizer))
+    )
     of_layers = {id(getattr(m, name, None)) for m in found.values() for name in QUANTIZERS}
     return {path: module for path, module in found.items() if id(module) not in of_layers}
 
@@ -230,7 +240,9 @@ def fixed_point_layers(model: nnx.Module) -> FixedPointSummary:
         formats = {name.removesuffix("_quantizer"): f for name, f in found.items() if f}
         rows.append(FixedPointLayer(path_string(path), kind.removeprefix("FixedPoint"), formats))
     has_weights = lambda m: any(isinstance(x, nnx.Param) for x in vars(m).values())
-    others = lambda m: has_weights(m) and not isinstance(m, (*_OURS, FixedPointQuantizer))
+    others = lambda m: (
+        has_weights(m) and not isinstance(m, (*FIXED_POINT_LAYERS, FixedPointQuantizer))
+    )
     in_float = [path_string(path) for path in modules_by_path(model, others)]
     return FixedPointSummary(rows, in_float)
 

@@ -7,7 +7,7 @@ from flax import nnx
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_optax.layers.fixed_point.convert import fixed_point_modules
+from lowrank_optax.layers.fixed_point.convert import FIXED_POINT_LAYERS, fixed_point_modules
 from lowrank_optax.layers.fixed_point.integer_files import write_layers
 from lowrank_optax.layers.fixed_point.integers import (
     Cast,
@@ -19,6 +19,7 @@ from lowrank_optax.layers.fixed_point.quantized_layers import (
     FixedPointConv,
     FixedPointLinear,
     FixedPointNorm,
+    FixedPointQuantizer,
     FixedPointSum,
 )
 from lowrank_optax.layers.fixed_point.quantizer import check_integer_bits, quantize_fixed_point
@@ -39,8 +40,9 @@ def to_integers(model: nnx.Module) -> IntegerLayers:
       The layers by their path.
 
     Raises:
-      ValueError: If there is no fixed-point layer, one is not calibrated, or a convolution pads in
-        a way that is not exported (anything but zeros) or dilates its input.
+      ValueError: If there is no fixed-point layer; one is not calibrated, or has adapters or a call
+        of its own; or a convolution pads in a way that is not exported (anything but zeros) or
+        dilates its input.
 
     Example:
       >>> from flax import nnx
@@ -86,6 +88,10 @@ def save_integers(model: nnx.Module, folder: str | Path) -> None:
 
 
 def _layers(path: str, module: Any) -> dict[str, IntegerLayer]:
+    if type(module) not in (*FIXED_POINT_LAYERS, FixedPointQuantizer):
+        own = f"a call of its own, of {type(module).__name__}"
+        has = "adapters" if hasattr(module, "adapters") else own
+        raise ValueError(f"{path} has {has}, which its integers would not have.")
     if isinstance(module, FixedPointLinear | FixedPointConv | FixedPointNorm):
         is_norm = isinstance(module, FixedPointNorm)
         weight = getattr(module, "scale" if is_norm else "kernel")[...]

@@ -27,7 +27,7 @@ class IntegerArray:
 
     Raises:
       TypeError: If one of them is not an integer.
-      ValueError: If an integer has more than 60 bits.
+      ValueError: If an integer has more than 60 bits, or ``fraction_bits`` another shape.
 
     Example:
       >>> import lowrank_optax as lro, numpy as np
@@ -45,8 +45,13 @@ class IntegerArray:
             value = np.asarray(getattr(self, name))
             if value.dtype.kind not in "iu":
                 raise TypeError(f"{name} must be integers, not {value.dtype}.")
+            _check_bits(value)
             object.__setattr__(self, name, value.astype(np.int64))
-        _check_bits(self.integers)
+        if self.fraction_bits.shape not in ((), self.shape[-1:]):
+            raise ValueError(
+                f"fraction_bits {self.fraction_bits.shape} must be one int, or one for each index "
+                f"of the last axis of integers {self.shape}."
+            )
 
     @property
     def shape(self) -> tuple[int, ...]:

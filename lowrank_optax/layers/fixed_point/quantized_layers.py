@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from lowrank_optax.layers.fixed_point.formats import FixedPointFormat
 from lowrank_optax.layers.fixed_point.quantizer import check_dtype, quantize_fixed_point
-from lowrank_optax.layers.fixed_point.ranges import range_statistics
+from lowrank_optax.layers.fixed_point.ranges import includes_relu, range_statistics
 
 
 class BinaryPoint(nnx.Param):
@@ -76,6 +76,7 @@ class FixedPointQuantizer(nnx.Module):
       integer_bits: The `BinaryPoint`, or a `FrozenBinaryPoint`.
 
     Raises:
+      TypeError: If ``format`` is not a `FixedPointFormat`.
       ValueError: When called, as `quantize_fixed_point`.
 
     Example:
@@ -86,6 +87,8 @@ class FixedPointQuantizer(nnx.Module):
     """
 
     def __init__(self, format: FixedPointFormat | None = None, integer_bits: Any = jnp.nan) -> None:
+        if format is not None and not isinstance(format, FixedPointFormat):
+            raise TypeError(f"format={format!r} must be a FixedPointFormat.")
         self.format = format
         self.integer_bits: Any = BinaryPoint(jnp.asarray(integer_bits, jnp.float32))
         self.statistics: Any = nnx.data(None)
@@ -103,12 +106,12 @@ class FixedPointQuantizer(nnx.Module):
 # rematerialized blocks, and add up over calls.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _observe(x: jax.Array, statistics: jax.Array, format: FixedPointFormat) -> jax.Array:
-    del statistics, format
-    return x
+    del statistics
+    return jnp.maximum(x, 0) if includes_relu(format) else x  # later layers see it, too
 
 
 def _observe_forward(x: jax.Array, statistics: jax.Array, format: FixedPointFormat) -> Any:
-    return x, range_statistics(x, statistics.shape[:-2], format)
+    return _observe(x, statistics, format), range_statistics(x, statistics.shape[:-2], format)
 
 
 def _observe_backward(format: FixedPointFormat, found: jax.Array, cotangent: jax.Array) -> Any:
@@ -208,12 +211,11 @@ def _call(plain: type, layer: Any, inputs: jax.Array, out_sharding: Any) -> jax.
         bias = layer.bias_quantizer(layer.bias[...].astype(jnp.float32))
         vars(quantized)["bias"] = layer.bias.replace(bias)
     exact = {"dtype": jnp.float32, "precision": jax.lax.Precision.HIGHEST}
-    vars(quantized).update(exact, preferred_element_type=None)
+    vars(quantized).update(exact)
     x = layer.input_quantizer(inputs.astype(jnp.float32))
     options = () if out_sharding is None else (out_sharding,)
     y = plain.__call__(quantized, x, *options)
-    dtype = getattr(layer, "preferred_element_type", None) or layer.dtype
-    return _in_dtype(layer.output_quantizer, y, dtype or jnp.result_type(*arrays))
+    return _in_dtype(layer.output_quantizer, y, layer.dtype or jnp.result_type(*arrays))
 
 
 def _in_dtype(quantizer: Any, y: jax.Array, dtype: Any) -> jax.Array:

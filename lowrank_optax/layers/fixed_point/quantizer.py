@@ -12,6 +12,7 @@ import numpy as np
 from lowrank_optax.layers.fixed_point.formats import FixedPointFormat
 
 LOG_2 = math.log(2)
+MOST_EXPONENT = 126  # of a step: its inverse is a normal number, too
 
 
 def quantize_fixed_point(
@@ -48,8 +49,8 @@ def quantize_fixed_point(
 
     Raises:
       TypeError: If ``x`` is not floating-point, or ``format`` not a `FixedPointFormat`.
-      ValueError: If ``integer_bits`` is not finite, puts the step outside of the normal float32
-        numbers or does not broadcast to ``x``; or the dtype of ``x`` holds too few bits.
+      ValueError: If ``integer_bits`` is not finite, puts the step outside of ``2**-126`` to
+        ``2**126`` or does not broadcast to ``x``; or the dtype of ``x`` holds too few bits.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
@@ -102,10 +103,10 @@ def check_integer_bits(name: str, integer_bits: Any, format: FixedPointFormat) -
             "calibrate the model."
         )
     exponents = np.rint(values) - format.bits
-    if ((exponents < -126) | (exponents > 127)).any():
+    if (abs(exponents) > MOST_EXPONENT).any():
         raise ValueError(
-            f"{name}={_short(values)} with {format.bits} bits: the step 2**(I - bits) must be a "
-            "normal number of float32, 2**-126 to 2**127."
+            f"{name}={_short(values)} with {format.bits} bits: the step 2**(I - bits) and its "
+            "inverse must be normal numbers of float32, 2**-126 to 2**126."
         )
 
 
@@ -119,11 +120,17 @@ def _work_dtype(dtype: Any) -> Any:
 
 def step_size(integer_bits: jax.Array, format: FixedPointFormat) -> jax.Array:
     """The exact power of two ``2**(round(I) - bits)``, NaN where ``I`` is not finite."""
+    return _steps(integer_bits, format, 1)
+
+
+def _steps(integer_bits: jax.Array, format: FixedPointFormat, sign: int) -> jax.Array:
+    """The step, or its inverse if the sign of the exponent is -1."""
     finite = jnp.isfinite(integer_bits)
     exponent = jnp.round(jnp.where(finite, integer_bits, 0)) - format.bits
-    exponent = jnp.clip(exponent, -126, 127).astype(jnp.int32)
-    # Not exp2, which is not exact on every backend.
-    return jnp.where(finite, jnp.ldexp(jnp.ones_like(integer_bits), exponent), jnp.nan)
+    exponent = jnp.clip(exponent, -MOST_EXPONENT, MOST_EXPONENT).astype(jnp.int32)
+    # By the bits of float32: exp2, pow and ldexp, which calls it, are not exact on accelerators.
+    power = jax.lax.bitcast_convert_type((127 + sign * exponent) << 23, jnp.float32)
+    return jnp.where(finite, power, jnp.nan).astype(integer_bits.dtype)
 
 
 class _Parts(NamedTuple):
@@ -137,7 +144,7 @@ class _Parts(NamedTuple):
 
 def _parts(x: jax.Array, integer_bits: jax.Array, format: FixedPointFormat) -> _Parts:
     step = step_size(integer_bits, format)
-    t = x / step
+    t = x * _steps(integer_bits, format, -1)  # a division is not exact on accelerators
     if format.ones is not None:
         rounded = integer = _nearest(t, format)
     else:

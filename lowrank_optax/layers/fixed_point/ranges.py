@@ -43,9 +43,9 @@ def choose_integer_bits(
 
     Raises:
       TypeError: If ``x`` is not floating-point.
-      ValueError: If ``x`` is empty or has numbers that are not finite (unless traced), ``rule`` is
-        unknown, or the rule is ``"max"`` and the format has one signed bit, whose largest number is
-        zero.
+      ValueError: If ``x`` is empty or has numbers that are not finite or too large (unless
+        traced), ``rule`` is unknown, or the rule is ``"max"`` and the format has one signed bit,
+        whose largest number is zero.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
@@ -54,12 +54,14 @@ def choose_integer_bits(
       2.0
     """
     x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"x must be floating-point, not {x.dtype}.")
     check_rule(rule, format)
     if x.size == 0:
         raise ValueError(f"x has shape {x.shape} and no numbers to choose by.")
     shape = x.shape[-1:] if per_channel else ()
     found = range_statistics(x, shape, format)
-    check_finite("x", found)
+    check_finite("x", found, rule)
     return best_position(found, rule)
 
 
@@ -88,7 +90,7 @@ def range_statistics(x: jax.Array, shape: tuple[int, ...], format: FixedPointFor
     axes = tuple(range(x.ndim - len(shape)))
     # The magnitude decides, also for the side of the negative numbers that reaches further.
     size = jnp.abs(x) if format.signed else x
-    if not format.signed and format.overflow.startswith("SAT"):
+    if includes_relu(format):
         x = jnp.maximum(x, 0)  # zero at any position: the others decide
 
     def of(position: jax.Array) -> jax.Array:
@@ -101,20 +103,26 @@ def range_statistics(x: jax.Array, shape: tuple[int, ...], format: FixedPointFor
     return jnp.moveaxis(found, 0, -2)
 
 
-def check_finite(name: str, statistics: Any) -> None:
-    """Raise ValueError if some of the numbers were not finite; traced statistics pass."""
+def includes_relu(format: FixedPointFormat) -> bool:
+    """Whether a format makes all negative numbers zero."""
+    return not format.signed and format.overflow.startswith("SAT")
+
+
+def check_finite(name: str, statistics: Any, rule: StartRule) -> None:
+    """Raise ValueError if numbers were not finite or too large; traced statistics pass."""
     if isinstance(statistics, jax.core.Tracer):
         return
     if not np.isfinite(statistics).all():
-        raise ValueError(f"{name} has numbers that are not finite: their range has no end.")
+        raise ValueError(f"{name} has numbers that are not finite, or whose squares are not.")
+    if rule == "max" and np.asarray(statistics)[..., -1, OUTSIDE].any():
+        raise ValueError(f"{name} has numbers that {CANDIDATES[-1]} integer bits do not hold.")
 
 
 def best_position(statistics: jax.Array, rule: StartRule) -> jax.Array:
     """The positions, float32, of statistics ``[..., candidates, 3]``."""
     squares, outside = statistics[..., SQUARES], statistics[..., OUTSIDE]
     if rule == "max":
-        holds_all = outside == 0
-        index = jnp.where(holds_all.any(-1), holds_all.argmax(-1), len(CANDIDATES) - 1)
+        index = jnp.where(outside[..., -1] > 0, len(CANDIDATES) - 1, (outside == 0).argmax(-1))
     else:
         index = squares.argmin(-1)
     found = jnp.asarray(CANDIDATES, jnp.float32)[index]

@@ -730,6 +730,27 @@ LAYERS = (
         ("tests/layers/test_fixed_point_layers.py",),
     ),
     Fault(
+        "ReLU of a fixed-point format left out of calibration",
+        "lowrank_optax/layers/fixed_point/quantized_layers.py",
+        "jnp.maximum(x, 0) if includes_relu(format) else x",
+        "x",
+        ("tests/layers/test_fixed_point_calibration.py",),
+    ),
+    Fault(
+        "inverse of a fixed-point step by a division",
+        "lowrank_optax/layers/fixed_point/quantizer.py",
+        "t = x * _steps(integer_bits, format, -1)",
+        "t = x / step",
+        ("tests/layers/test_fixed_point.py",),
+    ),
+    Fault(
+        "integers of a fixed-point layer without its adapters",
+        "lowrank_optax/layers/fixed_point/export.py",
+        "if type(module) not in (",
+        "if not isinstance(module, nnx.Module) and type(module) not in (",
+        ("tests/layers/test_fixed_point_integers.py",),
+    ),
+    Fault(
         "integers of a tie rounded as if the integer below were even",
         "lowrank_optax/layers/fixed_point/integers.py",
         "down % 2 == 1,",

@@ -164,7 +164,7 @@ def init_random_feature_state(
 
     Example:
       >>> import lowrank_optax as lro
-      >>> lro.layers.init_state(lro.layers.RandomFeatures(), 2, 4, 64).sums.shape
+      >>> lro.layers.init_random_feature_state(lro.layers.RandomFeatures(), 2, 4, 64).sums.shape
       (2, 4, 128, 65)
     """
     return empty_state(batch, num_heads, features.width(), width + 1)

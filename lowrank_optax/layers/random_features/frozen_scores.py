@@ -286,6 +286,7 @@ def fit_ridge(features: jax.Array, targets: jax.Array, penalty: float) -> jax.Ar
 
 def padded(x: jax.Array) -> jax.Array:
     """Tokens ``[..., d + 1]``, in float32 at least, with a 1 behind."""
+    x = jnp.asarray(x)
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return jnp.concatenate([x, jnp.ones((*x.shape[:-1], 1), x.dtype)], axis=-1)
 

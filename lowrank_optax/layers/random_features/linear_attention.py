@@ -139,8 +139,11 @@ def with_ones(value: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 def quotient(sums: jax.Array) -> jax.Array:
     """Sums of values divided by the sums of weights in the last column; 0 where these are 0."""
-    total = sums[..., -1:]
-    return jnp.where(total == 0, 0, sums[..., :-1] / jnp.where(total == 0, 1, total))
+    total = jax.lax.stop_gradient(sums[..., -1:])
+    is_zero = jnp.abs(total) < jnp.finfo(total.dtype).tiny
+    # Scaled to a total of 1, whose square in the derivative does not underflow.
+    scaled = sums / jnp.where(is_zero, 1, total)
+    return jnp.where(is_zero, 0, scaled[..., :-1] / jnp.where(is_zero, 1, scaled[..., -1:]))
 
 
 def _log_gates(gate: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -246,7 +246,7 @@ class RandomFeatureAttention(nnx.Module):
 
     def init_state(self, batch: int) -> LinearAttentionState:
         """The state of `decode` before the first position."""
-        return init_state(self.features, batch, self.heads, self.head_dim)
+        return init_random_feature_state(self.features, batch, self.heads, self.head_dim)
 
     def decode(
         self, x: jax.Array, state: LinearAttentionState

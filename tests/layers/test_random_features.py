@@ -243,7 +243,7 @@ def test_masked_keys_count_for_nothing() -> None:
     for causal in (False, True):
         run = functools.partial(random_feature_attention, features=FEATURES, is_causal=causal)
         out = jax.jit(run)(q, k, v, mask[:, None, None])
-        short = run(q[:1, :11], k[:1, :11], v[:1, :11])
+        short = jax.jit(run)(q[:1, :11], k[:1, :11], v[:1, :11])
         assert_close(out[:1, :11], short)
         assert not np.any(out[1])
 

@@ -82,7 +82,8 @@ def random_feature_attention(
     feature_map = _feature_map(features, query.shape[3], scale)
     heads = lambda q, k, v, m: full_linear_attention(q, k, v, feature_map, visible=m)
     per_head = jax.vmap(heads, in_axes=(0, 0, 0, None))
-    out = jax.vmap(per_head)(*_by_head(query, key, value), visible)
+    q, k, v = _by_head(query, key, value)
+    out = jax.vmap(per_head)(q, k, v, visible)
     return _to_layout(out, query)
 
 
@@ -188,12 +189,13 @@ def _causal(
         return causal_linear_attention(q, k, v, feature_map, state, **options)
 
     per_head = jax.vmap(head, in_axes=(0, 0, 0, 0, 0, None))
-    out, state = jax.vmap(per_head)(*_by_head(query, key, value), state, gate, visible)
+    q, k, v = _by_head(query, key, value)
+    out, state = jax.vmap(per_head)(q, k, v, state, gate, visible)
     return _to_layout(out, query), state
 
 
 def _feature_map(features: RandomFeatures, width: int, scale: float | None) -> Any:
-    projection = features.projection(width)
+    projection = jnp.asarray(features.projection(width))
     root = (width**-0.5 if scale is None else float(scale)) ** 0.5
 
     def feature_map(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -203,7 +205,9 @@ def _feature_map(features: RandomFeatures, width: int, scale: float | None) -> A
     return feature_map
 
 
-def _by_head(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, ...]:
+def _by_head(
+    query: jax.Array, key: jax.Array, value: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries ``[B, K, G, T, H]``, keys and values ``[B, K, S, H]``."""
     batch, length, _, width = query.shape
     grouped = query.reshape(batch, length, key.shape[2], -1, width)

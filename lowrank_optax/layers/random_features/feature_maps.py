@@ -147,7 +147,7 @@ def scaled_features(
             f"{projection.shape[-1]}."
         )
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    projected = x @ jnp.asarray(projection).astype(x.dtype).T
+    projected = x @ projection.astype(x.dtype).T
     half = jnp.sum(jnp.square(x), axis=-1) / 2
     count = projection.shape[0]
     if kind == "trig":

@@ -1,6 +1,7 @@
 """Attention with frozen random scores, which is linear in what is trained, and its kernel."""
 
 from collections.abc import Sequence
+import functools
 from typing import Literal, get_args
 
 import jax
@@ -95,7 +96,9 @@ def frozen_score_features(
             f"the matrices {matrices.shape}."
         )
     query, keys = padded(query), padded(keys)
-    shape = jnp.broadcast_shapes((*query.shape[:-1], keys.shape[-2]), np.shape(mask))
+    shape = jnp.broadcast_shapes(
+        (*query.shape[:-1], keys.shape[-2]), () if mask is None else mask.shape
+    )
     mask = jnp.ones(shape, bool) if mask is None else jnp.broadcast_to(mask, shape)
     mask = mask[..., None, :]
     projected = jnp.einsum("...td,mde->...tme", query, matrices)
@@ -280,7 +283,8 @@ def fit_ridge(features: jax.Array, targets: jax.Array, penalty: float) -> jax.Ar
     dual = examples < count
     gram = features @ features.T if dual else features.T @ features
     root = in_turn(jnp.linalg.cholesky, gram + penalty * jnp.eye(len(gram), dtype=dtype))
-    solve = lambda y: jax.scipy.linalg.cho_solve((root, True), y)
+    through_root = functools.partial(jax.scipy.linalg.solve_triangular, root, lower=True)
+    solve = lambda y: through_root(through_root(y), trans=1)
     return features.T @ solve(targets) if dual else solve(features.T @ targets)
 
 

@@ -32,6 +32,32 @@ from lowrank_optax.layers.powerpropagation.reparameterisation import (
     powerprop,
     powerprop_inverse,
 )
+from lowrank_optax.layers.random_features.feature_attention import (
+    decode_random_features,
+    init_random_feature_state,
+    random_feature_attention,
+)
+from lowrank_optax.layers.random_features.feature_maps import (
+    FeatureKind,
+    RandomFeatures,
+    random_projection,
+    scaled_features,
+)
+from lowrank_optax.layers.random_features.frozen_scores import (
+    ScoreMean,
+    ScoreWeights,
+    fit_ridge,
+    frozen_score_attention,
+    frozen_score_features,
+    infinite_head_kernel,
+    score_matrices,
+)
+from lowrank_optax.layers.random_features.linear_attention import (
+    FeatureMap,
+    LinearAttentionState,
+    causal_linear_attention,
+    full_linear_attention,
+)
 from lowrank_optax.layers.randomized.linear import randomized_linear
 from lowrank_optax.layers.randomized.sketch import Sketch
 from lowrank_optax.layers.randomized.variances import (
@@ -70,6 +96,10 @@ if TYPE_CHECKING:
     )
     from lowrank_optax.layers.maestro.maestro_layers import MaestroConv, MaestroLinear
     from lowrank_optax.layers.powerpropagation.nnx_layers import PowerpropLinear, PowerpropModule
+    from lowrank_optax.layers.random_features.random_feature_layers import (
+        FrozenScoreAttention,
+        RandomFeatureAttention,
+    )
     from lowrank_optax.layers.randomized.noise import SketchNoise, choose_sketches, sketch_noise
     from lowrank_optax.layers.randomized.randomize import (
         RandomizedLinear,
@@ -112,6 +142,7 @@ _FLAX = {
     ],
     "maestro.maestro_layers": ["MaestroConv", "MaestroLinear"],
     "powerpropagation.nnx_layers": ["PowerpropLinear", "PowerpropModule"],
+    "random_features.random_feature_layers": ["FrozenScoreAttention", "RandomFeatureAttention"],
     "randomized.noise": ["SketchNoise", "choose_sketches", "sketch_noise"],
     "randomized.randomize": [
         "RandomizedLinear",
@@ -179,6 +210,27 @@ __all__ = [
     "powerprop",
     "powerprop_inverse",
     "powerprop_updates",
+    # Random-feature attention
+    "FeatureKind",
+    "FeatureMap",
+    "FrozenScoreAttention",
+    "LinearAttentionState",
+    "RandomFeatureAttention",
+    "RandomFeatures",
+    "ScoreMean",
+    "ScoreWeights",
+    "causal_linear_attention",
+    "decode_random_features",
+    "fit_ridge",
+    "frozen_score_attention",
+    "frozen_score_features",
+    "full_linear_attention",
+    "infinite_head_kernel",
+    "init_random_feature_state",
+    "random_feature_attention",
+    "random_projection",
+    "scaled_features",
+    "score_matrices",
     # Randomized linears
     "RandomizedLinear",
     "Sketch",

@@ -604,6 +604,27 @@ LAYERS = (
         ("tests/layers/test_structured_nnx.py",),
     ),
     Fault(
+        "orthogonal directions with the signs of LAPACK's QR",
+        "lowrank_optax/layers/random_features/feature_maps.py",
+        "(q * signs[:, None, :], 1, 2)",
+        "(q, 1, 2)",
+        ("tests/layers/test_random_features.py",),
+    ),
+    Fault(
+        "one scale for all keys of a chunk, with which later keys drown earlier ones",
+        "lowrank_optax/layers/random_features/linear_attention.py",
+        "jax.lax.cummax(jax.lax.stop_gradient(level))",
+        "jnp.max(jax.lax.stop_gradient(level))",
+        ("tests/layers/test_random_features.py",),
+    ),
+    Fault(
+        "kernel of infinitely many heads without the correlation of means",
+        "lowrank_optax/layers/random_features/frozen_scores.py",
+        "rho * ndtr(a) * ndtr(b) + integral",
+        "rho / 4 + integral",
+        ("tests/layers/test_frozen_scores.py",),
+    ),
+    Fault(
         "tails of directions summed from the first one on",
         "lowrank_optax/layers/maestro/ordered.py",
         "jax.lax.cumsum(x, axis=x.ndim - 1, reverse=True)",

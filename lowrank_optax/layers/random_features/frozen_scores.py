@@ -1,7 +1,6 @@
 """Attention with frozen random scores, which is linear in what is trained, and its kernel."""
 
 from collections.abc import Sequence
-import functools
 from typing import Literal, get_args
 
 import jax
@@ -282,10 +281,13 @@ def fit_ridge(features: jax.Array, targets: jax.Array, penalty: float) -> jax.Ar
     examples, count = features.shape
     dual = examples < count
     gram = features @ features.T if dual else features.T @ features
-    root = in_turn(jnp.linalg.cholesky, gram + penalty * jnp.eye(len(gram), dtype=dtype))
-    through_root = functools.partial(jax.scipy.linalg.solve_triangular, root, lower=True)
-    solve = lambda y: through_root(through_root(y), trans=1)
-    return features.T @ solve(targets) if dual else solve(features.T @ targets)
+    right = targets if dual else features.T @ targets
+    size = len(gram)
+    system = jnp.concatenate([gram + penalty * jnp.eye(size, dtype=dtype), right], axis=1)
+    found = in_turn(
+        lambda x: jax.scipy.linalg.solve(x[:, :size], x[:, size:], assume_a="pos"), system
+    )
+    return features.T @ found if dual else found
 
 
 def padded(x: jax.Array) -> jax.Array:

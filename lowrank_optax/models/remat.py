@@ -41,7 +41,7 @@ def check_remat_every(every: int, remat: Remat, blocks: int) -> None:
     Raises:
         ValueError: as `Decoder`.
     """
-    if not isinstance(every, int) or every < 1:
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise ValueError(f"remat_every must be an int of at least 1, got {every!r}")
     if every > 1 and remat != "full":
         raise ValueError(

@@ -104,6 +104,7 @@ def test_a_cache_and_a_first_block_are_as_without() -> None:
     [
         ({"remat_every": 0}, "remat_every must be an int of at least 1, got 0"),
         ({"remat_every": 2.0}, "an int of at least 1"),
+        ({"remat_every": True}, "an int of at least 1, got True"),
         ({"remat_every": 2, "remat": None}, "set remat='full', not None"),
         ({"remat_every": 2, "remat": {"mlp_up": "save"}}, "set remat='full', not {'mlp_up'"),
         ({"remat_every": 3}, "must divide the number of blocks, which is 4"),

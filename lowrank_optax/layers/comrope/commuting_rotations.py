@@ -83,7 +83,7 @@ def rotate_heads(x: jax.Array, rotations: jax.Array) -> jax.Array:
     """
     heads, count, size = rotations.shape[-4:-1]
     fits = x.ndim >= 3 and x.shape[-1] == count * size and x.shape[-2] % heads == 0
-    if not fits or x.shape[-3] not in (rotations.shape[-5], 1) and rotations.shape[-5] != 1:
+    if not fits or (x.shape[-3] not in (rotations.shape[-5], 1) and rotations.shape[-5] != 1):
         raise ValueError(
             f"x has shape {x.shape}; for rotations {rotations.shape} it must be "
             f"[..., {rotations.shape[-5]}, a multiple of {heads} heads, {count * size}]."

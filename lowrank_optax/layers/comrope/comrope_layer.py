@@ -41,8 +41,8 @@ class ComRoPE(nnx.Module):
 
     Attributes:
       angle_matrices: Parameter ``[num_heads, head_dim / block_size, block_size, block_size]``.
-      axis_scale: Parameter ``[num_axes, head_dim / block_size]``, standard normal at first; None for
-        ``"ap"``.
+      axis_scale: Parameter ``[num_axes, head_dim / block_size]``, standard normal at first; None
+        for ``"ap"``.
 
     Raises:
       ValueError: If ``block_size`` does not divide ``head_dim``, ``variant`` is not a name,

@@ -22,8 +22,8 @@ def grid_positions(
     Args:
       shape: Number of cells on each axis; ``(rows, columns)`` of patches for an image.
       class_token: Whether a token at 0.5 on each axis comes first.
-      key: PRNG key; the cells' positions, but not the class token's, are then moved at random within
-        their cell, as the paper does in training. For a batch use ``jax.vmap`` over keys.
+      key: PRNG key; the cells' positions, but not the class token's, are then moved at random
+        within their cell, as the paper does in training. For a batch use ``jax.vmap`` over keys.
       perturbation: Twice the standard deviation of these moves, in cells, before they are clipped
         to half a cell; one number, or one per axis, such as 0 for the frames of a video. Not used
         without a key.

@@ -1,4 +1,4 @@
-"""ComRoPE after training as plain RoPE: a basis that is folded into the weights, and frequencies."""
+"""ComRoPE as plain RoPE, after training: a basis to fold into the weights, and frequencies."""
 
 from typing import NamedTuple
 
@@ -86,7 +86,8 @@ def fold(kernel: jax.Array, basis: jax.Array) -> jax.Array:
     Args:
       kernel: Kernel ``[..., d_in, heads * head_dim]`` of an ``nnx.Linear``, or its bias
         ``[heads * head_dim]``, with no norm between it and the rotation.
-      basis: Basis ``[h, head_dim, head_dim]``; ``heads`` is a multiple of ``h``, see `rotate_heads`.
+      basis: Basis ``[h, head_dim, head_dim]``; ``heads`` is a multiple of ``h``, as for
+        `rotate_heads`.
 
     Returns:
       The new kernel or bias, of the same shape and dtype.

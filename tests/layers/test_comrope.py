@@ -27,8 +27,15 @@ EXP_K4 = [
     [0.164232, -0.573500, 0.675920, 0.432733],
     [-0.517117, 0.128673, -0.277057, 0.799545],
 ]
+CASES = [(2, False), (2, True), (4, True), (8, False)]
 by_size = pytest.mark.parametrize("size", [2, 3, 4, pytest.param(5, marks=pytest.mark.full), 8])
-exponentials = jax.jit(block_exponentials)
+few_sizes = pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.full), 4, 8])
+size_and_axial = pytest.mark.parametrize(
+    ("size", "axial"),
+    [(4, False), (8, True), *(pytest.param(*x, marks=pytest.mark.full) for x in CASES)],
+)
+exponentials, rotate_jit = jax.jit(block_exponentials), jax.jit(rotate_heads)
+rotations_jit = jax.jit(position_rotations)
 
 
 def expm(x: np.ndarray) -> np.ndarray:
@@ -73,7 +80,7 @@ def test_worked_numbers_of_a_block_of_4() -> None:
     k = jnp.asarray(K4 - K4.T, jnp.float32)[None, None]
     found = exponentials(jnp.ones((1, 1)), k)[0, 0]
     np.testing.assert_allclose(found, EXP_K4, atol=1e-6)
-    frequencies = to_rope(-jnp.asarray(K4.T, jnp.float32)[None, None] * -1).frequencies
+    frequencies = to_rope(jnp.asarray(K4, jnp.float32)[None, None]).frequencies
     np.testing.assert_allclose(frequencies[0, 0], [0.883502, 0.509337], atol=1e-6)
 
 
@@ -82,19 +89,18 @@ def test_worked_scores_of_two_axes_and_after_a_shift() -> None:
     x = jnp.asarray([[0.25, 0.5], [0.75, 0.125]])
     q, k = jnp.asarray([1.0, 2, 3, 4]), jnp.asarray([0.5, -1, 0.25, 2])
     for shift in (0.0, 3.7):
-        rotations = position_rotations(x + shift, p, scale)
-        rotated = rotate_heads(jnp.stack([q, k])[:, None], rotations)[:, 0]
+        rotations = rotations_jit(x + shift, p, scale)
+        rotated = rotate_jit(jnp.stack([q, k])[:, None], rotations)[:, 0]
         np.testing.assert_allclose(rotated[0] @ rotated[1], 9.147713, rtol=2e-6)
 
 
-@pytest.mark.parametrize("axial", [False, True])
-@pytest.mark.parametrize("size", [3, 4, 8])
+@size_and_axial
 def test_rotations_depend_on_relative_positions_exactly(size: int, axial: bool) -> None:
     rng = np.random.default_rng(size)
     with jax.enable_x64(True):
         p, scale = jnp.asarray(draw(size, 2, 6)), jnp.asarray(rng.standard_normal((3, 6)))
         x, y = jnp.asarray(rng.uniform(-1, 1, (2, 4, 3)))
-        rotations = lambda x: position_rotations(x, p, None if axial else scale)
+        rotations = lambda x: rotations_jit(x, p, None if axial else scale)
         relative = jnp.einsum("...ji,...jk->...ik", rotations(x), rotations(y))
         assert relative.dtype == jnp.float64
         assert np.abs(relative - rotations(y - x)).max() < 1e-13
@@ -118,12 +124,10 @@ def test_gradients_are_finite_differences_of_the_series(size: int) -> None:
 
     with jax.enable_x64(True):
         gradient = jax.jit(jax.grad(ours, argnums=(0, 1)))
-        equal = np.broadcast_to(
-            np.kron(np.eye(size // 2), [[0, -1], [0, 0]]), (1, 2, *2 * (size // 2 * 2,))
-        )
-        degenerate = np.zeros_like(p)
-        degenerate[..., : equal.shape[-1], : equal.shape[-1]] = equal
-        for at in (p, np.zeros_like(p), degenerate):
+        even = size // 2 * 2
+        equal = np.zeros_like(p)  # all frequencies are 1
+        equal[..., :even, :even] = np.kron(np.eye(size // 2), [[0, -1], [0, 0]])
+        for at in (p, np.zeros_like(p), equal):
             of_times, of_p = gradient(times, at)
             np.testing.assert_allclose(of_p, -np.swapaxes(of_p, -1, -2), atol=1e-12)
             for i, direction in enumerate((draw(size, 1, 2, seed=3), np.eye(size) + 0 * p)):
@@ -135,33 +139,30 @@ def test_gradients_are_finite_differences_of_the_series(size: int) -> None:
             np.testing.assert_allclose(np.sum(of_times), expected, atol=2e-7)
 
 
-@by_size
+@few_sizes
 def test_symmetric_angle_matrices_rotate_nothing_bit_for_bit(size: int) -> None:
     p = draw(size, 1, 2).astype(np.float32)
     positions = jnp.linspace(-3, 1e4, 5)[:, None]
     for dtype in (jnp.float32, jnp.bfloat16):
         x = jax.random.normal(jax.random.key(0), (5, 1, 2 * size), dtype)
-        rotated = rotate_heads(
-            x, position_rotations(positions, jnp.asarray(p + p.swapaxes(-1, -2)))
-        )
+        rotated = rotate_jit(x, rotations_jit(positions, jnp.asarray(p + p.swapaxes(-1, -2))))
         assert rotated.dtype == dtype
         np.testing.assert_array_equal(rotated, x)
 
 
-@pytest.mark.parametrize("size", [2, 4, 8])
+@few_sizes
 def test_rope_is_the_special_case_and_folds_back(size: int) -> None:
     angles = rope_angles(16, size, num_heads=2)
     positions = jnp.arange(6.0)
     rotary = rotary_angles(positions, inverse_frequencies(16, 10_000.0))
     x = jax.random.normal(jax.random.key(0), (1, 6, 2, 16))
-    neighbours = rotate_heads(x, position_rotations(positions[:, None], angles))
+    neighbours = rotate_jit(x, rotations_jit(positions[:, None], angles))
     halves = np.r_[0:16:2, 1:16:2]  # neighbours to Hugging Face's halves
     assert_close(neighbours[..., halves], rotate(x[..., halves], rotary))
     assert_close(to_rope(angles).frequencies[:, 0], np.stack([inverse_frequencies(16, 1e4)] * 2))
 
 
-@pytest.mark.parametrize("size", [2, 4, 8])
-@pytest.mark.parametrize("axial", [False, True])
+@size_and_axial
 def test_folded_weights_have_the_same_scores_as_plain_rope(size: int, axial: bool) -> None:
     rng, width = np.random.default_rng(size), 4 * size
     p = draw(size, 2, 4).astype(np.float32)
@@ -178,7 +179,7 @@ def test_folded_weights_have_the_same_scores_as_plain_rope(size: int, axial: boo
         )
         return jnp.einsum("qhgd,khd->hgqk", q.reshape(5, 2, 2, width), k)
 
-    rotations = position_rotations(positions, jnp.asarray(p), scale)
+    rotations = rotations_jit(positions, jnp.asarray(p), scale)
     form = to_rope(jnp.asarray(p), scale, num_axes=2)
     assert_close(form.basis @ form.basis.mT, np.stack([np.eye(width)] * 2))
     angles = jnp.einsum("na,had->nhd", positions, form.frequencies, precision="highest")
@@ -188,14 +189,14 @@ def test_folded_weights_have_the_same_scores_as_plain_rope(size: int, axial: boo
         return rotate(x[None], (jnp.cos(each), jnp.sin(each)))[0]
 
     folded = [fold(jnp.asarray(kernel, jnp.float32), form.basis) for kernel in kernels]
-    expected = scores(kernels, lambda x: rotate_heads(x, rotations))
+    expected = scores(kernels, lambda x: rotate_jit(x, rotations))
     assert_close(scores(folded, plain), expected, units=100)
 
 
 def test_an_axis_turns_its_own_blocks_alone() -> None:
     p = jnp.asarray(draw(4, 1, 6), jnp.float32)
     x = jnp.asarray([[0.1, 0.2, 0.3], [0.1, 0.9, 0.3]])
-    first, second = position_rotations(x, p)
+    first, second = rotations_jit(x, p)
     moved = np.any(np.asarray(first != second), axis=(0, 2, 3))
     np.testing.assert_array_equal(moved, [False, True, False] * 2)
 
@@ -203,20 +204,20 @@ def test_an_axis_turns_its_own_blocks_alone() -> None:
 def test_vmap_scan_and_batches_of_positions_are_calls_one_by_one() -> None:
     p, scale = jnp.asarray(draw(8, 2, 2), jnp.float32), jnp.ones((2, 2))
     x = jax.random.normal(jax.random.key(0), (3, 5, 2))
-    one_by_one = jnp.stack([position_rotations(each, p, scale) for each in x])
-    call = lambda x: position_rotations(x, p, scale)
+    one_by_one = jnp.stack([rotations_jit(each, p, scale) for each in x])
+    call = lambda x: rotations_jit(x, p, scale)
     scanned = jax.jit(lambda x: jax.lax.scan(lambda _, x: (None, call(x)), None, x)[1])
     for found in (call(x), jax.vmap(call)(x), scanned(x)):
         assert_close(found, one_by_one)
-    stacked = jax.vmap(lambda p: position_rotations(x[0], p, scale))(jnp.stack([p, 2 * p]))
-    assert_close(stacked[1], position_rotations(x[0], 2 * p, scale), units=64)
+    stacked = jax.vmap(lambda p: rotations_jit(x[0], p, scale))(jnp.stack([p, 2 * p]))
+    assert_close(stacked[1], rotations_jit(x[0], 2 * p, scale), units=64)
 
 
 def test_angles_of_late_positions_are_float32() -> None:
     p = rope_angles(8, 8).astype(jnp.bfloat16)
     frequencies = to_rope(p).frequencies[0, 0]
     x = jnp.asarray([[9999.0]])
-    found = position_rotations(x, p)[0, 0, 0]
+    found = rotations_jit(x, p)[0, 0, 0]
     exact = expm(9999 * skew(np.asarray(p[0, 0], np.float64)))
     assert found.dtype == jnp.float32
     assert float(frequencies[0]) == 1

@@ -15,6 +15,8 @@ import lowrank_optax as lro
 from lowrank_optax.layers import ComRoPE
 from lowrank_optax.layers.comrope import grid_positions, position_rotations, rotate_heads
 
+call = nnx.jit(lambda rope, q, k: rope(q, k, GRID))
+run_model = nnx.jit(lambda model, x: model(x))
 GRID = grid_positions((2, 3), class_token=True)
 
 
@@ -62,9 +64,9 @@ def test_initial_values_and_zero_std() -> None:
     assert ComRoPE(2, 16, variant="ap", rngs=nnx.Rngs(0)).axis_scale is None
     still = ComRoPE(2, 16, num_axes=2, init_std=0, rngs=nnx.Rngs(0))
     q = jax.random.normal(jax.random.key(1), (7, 2, 16))
-    np.testing.assert_array_equal(still(q, q, GRID)[0], q)
+    np.testing.assert_array_equal(call(still, q, q)[0], q)
     loss = lambda rope: jnp.sum(rope(q, q, GRID)[0] * jnp.arange(16))
-    gradient = nnx.grad(loss)(still)
+    gradient = nnx.jit(nnx.grad(loss))(still)
     assert np.isfinite(gradient["angle_matrices"][...]).all()
     assert np.any(gradient["angle_matrices"][...])  # it can leave the old network
 
@@ -72,10 +74,10 @@ def test_initial_values_and_zero_std() -> None:
 def test_grouped_queries_turn_with_their_key() -> None:
     rope = ComRoPE(2, 8, num_axes=2, rngs=nnx.Rngs(0))
     q = jax.random.normal(jax.random.key(1), (7, 4, 8))
-    found, _ = rope(q, q[:, :2], GRID)
+    found, _ = call(rope, q, q[:, :2])
     for head in range(4):
         angles = rope.angle_matrices[head // 2 : head // 2 + 1]
-        rotations = position_rotations(GRID, angles, rope.axis_scale[...])
+        rotations = jax.jit(position_rotations)(GRID, angles, rope.axis_scale[...])
         assert_close(found[:, head : head + 1], rotate_heads(q[:, head : head + 1], rotations))
 
 
@@ -113,19 +115,19 @@ def test_optimizers_see_vectors_and_decay_leaves_them(x: jax.Array) -> None:
 
 def test_adapters_attach_to_the_projections_beside_it(x: jax.Array) -> None:
     model = Mixer(nnx.Rngs(0))
-    before = model(x)
+    before = run_model(model, x)
     lro.adapters.attach(model, lro.adapters.LoRA(rank=2), where="query", rngs=nnx.Rngs(1))
-    assert_close(model(x), before)
+    assert_close(run_model(model, x), before)
 
 
 def test_bfloat16_parameters_and_activations_have_float32_rotations() -> None:
     rope = ComRoPE(2, 16, num_axes=2, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     q = jax.random.normal(jax.random.key(1), (7, 2, 16), jnp.bfloat16)
-    found, _ = rope(q, q, GRID)
+    found, _ = call(rope, q, q)
     wide = ComRoPE(2, 16, num_axes=2, rngs=nnx.Rngs(0))
     wide.angle_matrices[...] = rope.angle_matrices[...].astype(jnp.float32)
     wide.axis_scale[...] = rope.axis_scale[...].astype(jnp.float32)
-    expected, _ = wide(q.astype(jnp.float32), q.astype(jnp.float32), GRID)
+    expected, _ = call(wide, q.astype(jnp.float32), q.astype(jnp.float32))
     assert found.dtype == jnp.bfloat16
     assert_close(found, expected.astype(jnp.bfloat16), units=1, dtype=jnp.bfloat16)
 

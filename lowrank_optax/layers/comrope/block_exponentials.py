@@ -16,13 +16,12 @@ def block_exponentials(times: jax.Array, blocks: jax.Array) -> jax.Array:
     frequencies, where those of eigenvectors do not exist.
 
     Args:
-      times: Times ``[..., m]``, or ``[..., h, m]``, in a floating dtype.
+      times: Times ``[..., h, m]``, or ``[..., 1, m]`` for the same in all ``h``.
       blocks: Skew-symmetric matrices ``[h, m, b, b]``, which is not checked.
 
     Returns:
       Rotations ``[..., h, m, b, b]``, in float32 at least. Exactly the identity where the time or
-      the block is zero. ``[..., m]`` is the same time for all ``h`` only if given as
-      ``[..., 1, m]``.
+      the block is zero.
 
     Example:
       >>> import jax.numpy as jnp

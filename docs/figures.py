@@ -18,6 +18,7 @@ from figure_adapters import adapters
 from figure_adaptive_batch_size import adaptive_batch_size
 from figure_aflora import aflora
 from figure_codes import low_bit
+from figure_comrope import comrope
 from figure_decoder_variants import decoder_variants
 from figure_extrapolation import extrapolation
 from figure_few_bit import few_bit
@@ -330,6 +331,7 @@ FIGURES = {
         lotr,
         decoder_variants,
         maestro,
+        comrope,
         fixed_point,
         aflora,
         lamda,

@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lowrank_optax.layers import maestro
+from lowrank_optax.layers import comrope, maestro
 from lowrank_optax.layers.attention.chunked import chunked_attention
 from lowrank_optax.layers.attention.implementations import (
     AttentionImplementation,
@@ -72,6 +72,7 @@ from lowrank_optax.layers.structured.structures import BlockDense, BlockShuffle,
 
 if TYPE_CHECKING:
     from lowrank_optax.layers import linen
+    from lowrank_optax.layers.comrope.comrope_layer import ComRoPE
     from lowrank_optax.layers.fixed_point.calibrate import (
         Calibration,
         calibrate_fixed_point,
@@ -122,6 +123,7 @@ if TYPE_CHECKING:
 
 # These need Flax, which is imported when one of them is first used.
 _FLAX = {
+    "comrope.comrope_layer": ["ComRoPE"],
     "fixed_point.calibrate": ["Calibration", "calibrate_fixed_point", "freeze_binary_points"],
     "fixed_point.convert": [
         "FixedPointLayer",
@@ -165,6 +167,9 @@ __all__ = [
     "AttentionImplementation",
     "chunked_attention",
     "dot_product_attention",
+    # ComRoPE
+    "ComRoPE",
+    "comrope",
     # Fixed point
     "BinaryPoint",
     "Calibration",

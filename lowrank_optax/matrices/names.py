@@ -8,7 +8,7 @@ NamedKind: TypeAlias = Literal["adapters", "biases", "scales", "norms", "embeddi
 _ADAPTER = re.compile(r"lora_|(^|/)adapter(s|_groups)/", re.IGNORECASE)
 _WORDS = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 _BIAS = re.compile(r"(^|_)(bias|beta)$")
-_SCALE = re.compile(r"(^|_)(scale|gamma)$|^integer_bits$")
+_SCALE = re.compile(r"(^|_)(scale|gamma)$|^integer_bits$|^angle_matrices$")
 _NORM = re.compile(r"norm|(^|_)(ln|rms)(_|\d|$)")
 _EMBEDDING = re.compile(r"(?<!time_)(?<!timestep_)(?<!patch_)embed|(^|_)(wte|wpe)(_|\d|$)|^shared$")
 _OUTPUT_HEAD = re.compile(
@@ -47,7 +47,8 @@ def named_kind(path: str) -> NamedKind | None:
       - ``"adapters"``: an array of an adapter of this library, or a factor of ``nnx.LoRA``;
       - ``"biases"``: a leaf called ``bias`` or ``beta``, of norms too;
       - ``"scales"``: a leaf called ``scale`` or ``gamma``, and the binary points of fixed-point
-        layers, ``integer_bits``, which are the logarithms of scales;
+        layers, ``integer_bits``, which are the logarithms of scales, and the ``angle_matrices`` of
+        ComRoPE, which are frequencies;
       - ``"norms"``: any other leaf of a norm;
       - ``"embeddings"``: an embedding;
       - ``"head"``: an output head (``lm_head``, ``logits``, ``classifier``, ``unembed``).

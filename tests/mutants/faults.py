@@ -778,6 +778,34 @@ LAYERS = (
         "down % 2 == 0,",
         ("tests/layers/test_fixed_point_integers.py",),
     ),
+    Fault(
+        "angle matrices that do not commute: the dual of a block with one sign wrong",
+        "lowrank_optax/layers/comrope/block_exponentials.py",
+        "[zero, k(2, 3), -k(1, 3), k(1, 2)],",
+        "[zero, k(2, 3), k(1, 3), k(1, 2)],",
+        ("tests/layers/test_comrope.py",),
+    ),
+    Fault(
+        "derivative of rotations by differences of eigenvalues twice too large",
+        "lowrank_optax/layers/comrope/block_exponentials.py",
+        "(values[..., :, None] - values[..., None, :]) / 2",
+        "(values[..., :, None] - values[..., None, :])",
+        ("tests/layers/test_comrope.py",),
+    ),
+    Fault(
+        "planes turned the other way in the basis of RoPE",
+        "lowrank_optax/layers/comrope/rope_form.py",
+        "-vectors[:, chosen].imag",
+        "vectors[:, chosen].imag",
+        ("tests/layers/test_comrope.py",),
+    ),
+    Fault(
+        "query heads rotated as the key of another group",
+        "lowrank_optax/layers/comrope/commuting_rotations.py",
+        ".reshape(*x.shape[:-2], heads, -1, count, size)",
+        ".reshape(*x.shape[:-2], -1, heads, count, size).swapaxes(-4, -3)",
+        ("tests/layers/test_comrope_nnx.py",),
+    ),
 )
 
 MODELS = (

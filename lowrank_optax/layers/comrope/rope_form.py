@@ -98,7 +98,8 @@ def fold(kernel: jax.Array, basis: jax.Array) -> jax.Array:
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
       >>> form = lro.layers.comrope.to_rope(lro.layers.comrope.rope_angles(4, 4))
-      >>> print(lro.layers.comrope.fold(jnp.asarray([[1.0, 2, 3, 4]]), form.basis))
+      >>> folded = lro.layers.comrope.fold(jnp.asarray([[1.0, 2, 3, 4]]), form.basis)
+      >>> print(abs(folded))  # a plane's basis is unique to its signs
       [[1. 3. 2. 4.]]
     """
     heads, width = basis.shape[-3:-1]

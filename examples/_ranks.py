@@ -4,6 +4,7 @@ Ranks are counted anew in every step, so that the weights are all there is to sa
 """
 
 import dataclasses
+from typing import Any
 
 from _settings import Settings
 from flax import nnx
@@ -21,12 +22,12 @@ def without_ranks(model: Decoder) -> Decoder:
 
 
 def model_ranks(
-    model: Decoder, threshold: float | None, key: jax.Array | None = None
+    graphdef: nnx.GraphDef, params: Any, threshold: float | None, key: jax.Array | None = None
 ) -> dict[str, jax.Array] | None:
     """The ranks of a model's layers, with a key as drawn for a step; None without a threshold."""
     if threshold is None:
         return None
-    ranks = maestro.important_ranks(model, threshold)
+    ranks = maestro.important_ranks(nnx.merge(graphdef, params), threshold)
     return ranks if key is None else maestro.sample_ranks(key, ranks)
 
 

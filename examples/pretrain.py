@@ -164,7 +164,7 @@ def train_step(
     rank_key = None
     if rank_threshold is not None and key is not None:
         rank_key, key = jax.random.split(key)
-    ranks = model_ranks(nnx.merge(graphdef, params), rank_threshold, rank_key)
+    ranks = model_ranks(graphdef, params, rank_threshold, rank_key)
     options = graphdef, tokens, sketch, key, loss_fn, weight_of_guides, ranks
     loss, gradient, noise = loss_and_gradient(params, *options)
     updates, opt_state = tx.update(
@@ -211,7 +211,7 @@ def held_out_loss(
     rank_threshold: float | None = None,
 ) -> jax.Array:
     """Mean loss over windows [batches, batch, length + 1]; nothing is skipped or drawn."""
-    ranks = model_ranks(nnx.merge(graphdef, params), rank_threshold)
+    ranks = model_ranks(graphdef, params, rank_threshold)
     options = {"loss_fn": loss_fn, "weight_of_guides": weight_of_guides, "ranks": ranks}
     loss = lambda tokens: mean_loss(params, graphdef, tokens, **options)
     return jax.lax.map(loss, windows).mean()

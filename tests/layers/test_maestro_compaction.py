@@ -4,7 +4,8 @@ from close import assert_close
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from layers.maestro_net import Net, X, net
+from layers.maestro_net import X, net
+from layers.stacked_net import Net
 import numpy as np
 import optax
 import pytest

@@ -8,6 +8,7 @@ from close import assert_close
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from layers.stacked_net import Net
 import numpy as np
 import optax
 import pytest
@@ -179,22 +180,6 @@ def test_guides_that_cannot_be_are_refused() -> None:
             linear()(jnp.ones(shape))
     with pytest.raises(TypeError, match="structure='lowrank' must be a LowRank"):
         linear("lowrank")  # type: ignore[bad-argument-type]
-
-
-class Net(nnx.Module):
-    """A stack of three layers, one of them alone and one twice."""
-
-    def __init__(self) -> None:
-        rngs = nnx.Rngs(1)
-        make = nnx.vmap(lambda rngs: nnx.Linear(8, 8, rngs=rngs))
-        self.blocks = nnx.split_rngs(splits=3)(make)(rngs)
-        self.out = nnx.Linear(8, 12, use_bias=False, rngs=rngs)
-        self.same = nnx.List([self.out])
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        graph, state = nnx.split(self.blocks)
-        step = lambda x, state: (nnx.merge(graph, state)(x), None)
-        return self.same[0](jax.lax.scan(step, x, state)[0])
 
 
 @by_structure

@@ -14,6 +14,7 @@ from lowrank_optax.layers.comrope.commuting_rotations import (
     rotate_heads,
 )
 from lowrank_optax.layers.comrope.rope_form import RopeForm, to_rope
+from lowrank_optax.layers.structured.base import check_count
 
 ComRoPEVariant: TypeAlias = Literal["ld", "ap"]
 """Linearly dependent angle matrices, or an axial partition."""
@@ -77,9 +78,8 @@ class ComRoPE(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         check_blocks(head_dim, block_size)
-        for name, value in (("num_heads", num_heads), ("num_axes", num_axes)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+        check_count("num_heads", num_heads)
+        check_count("num_axes", num_axes)
         if variant not in get_args(ComRoPEVariant):
             raise ValueError(f"variant must be 'ld' or 'ap', got {variant!r}.")
         if not 0 <= init_std < float("inf"):

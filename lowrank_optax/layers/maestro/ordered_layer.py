@@ -41,7 +41,6 @@ class MaestroLayer(FactoredLayer):
       sampled_rank: Rank in this step, or None.
     """
 
-    in_features: int
     out_features: int
     dtype: DTypeLike | None
     param_dtype: DTypeLike
@@ -61,10 +60,7 @@ class MaestroLayer(FactoredLayer):
             traced and is clipped to 0 and ``R``, or a Python integer, with which the others cost
             nothing.
         """
-        if x.shape[-1] != self.in_features:
-            raise ValueError(
-                f"x has shape {x.shape}; its last axis must have in_features={self.in_features}."
-            )
+        self.check_inputs(x)
         if rank is None:
             rank = (self.rank if self.sampled_rank is None else self.sampled_rank)[...]
         check_prefix(rank, self.width())

@@ -26,6 +26,15 @@ class MergedKernel(nnx.Variable):
 class FactoredLayer(nnx.Module):
     """A layer whose weight is the product of layers inside, which are not converted themselves."""
 
+    in_features: int
+
+    def check_inputs(self, x: jax.Array) -> None:
+        """Raises ValueError if inputs have another width."""
+        if x.shape[-1:] != (self.in_features,):
+            raise ValueError(
+                f"x has shape {x.shape}; its last axis must have in_features={self.in_features}."
+            )
+
 
 class StructuredLinear(FactoredLayer):
     """A linear layer whose weight is the product of two factors.
@@ -109,10 +118,7 @@ class StructuredLinear(FactoredLayer):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Outputs ``[..., M]`` of inputs ``[..., N]``."""
-        if x.shape[-1:] != (self.in_features,):
-            raise ValueError(
-                f"x has shape {x.shape}; its last axis must have in_features={self.in_features}."
-            )
+        self.check_inputs(x)
         rows = x.reshape(-1, self.in_features)
         if self.merged is not None and len(rows) <= self.merged_rows:
             y = self._dense(rows, self.merged[...])

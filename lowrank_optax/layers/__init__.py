@@ -69,6 +69,19 @@ from lowrank_optax.layers.randomized.variances import (
 from lowrank_optax.layers.structured.base import Structure, structured_linear
 from lowrank_optax.layers.structured.factors import Factors
 from lowrank_optax.layers.structured.structures import BlockDense, BlockShuffle, LowRank
+from lowrank_optax.layers.widenet.expert_routing import (
+    Experts,
+    Routing,
+    expert_capacity,
+    route_to_experts,
+)
+from lowrank_optax.layers.widenet.mixture import (
+    Dispatch,
+    ExpertFunction,
+    RoutingStatistics,
+    grouped_linear,
+    mixture_of_experts,
+)
 
 if TYPE_CHECKING:
     from lowrank_optax.layers import linen
@@ -120,6 +133,13 @@ if TYPE_CHECKING:
         self_guided_schedule,
         set_guide_weight,
     )
+    from lowrank_optax.layers.widenet.expert_layers import (
+        ExpertFFN,
+        MixtureOfExperts,
+        call_expert_linear,
+        expert_linear,
+    )
+    from lowrank_optax.layers.widenet.widenet_block import WideNetBlock
 
 # These need Flax, which is imported when one of them is first used.
 _FLAX = {
@@ -160,6 +180,13 @@ _FLAX = {
     ],
     "structured.guiding": ["drop_guides", "self_guided_schedule", "set_guide_weight"],
     "structured.feed_forward_layers": ["StructuredFFN", "StructuredLinear"],
+    "widenet.expert_layers": [
+        "ExpertFFN",
+        "MixtureOfExperts",
+        "call_expert_linear",
+        "expert_linear",
+    ],
+    "widenet.widenet_block": ["WideNetBlock"],
 }
 
 __all__ = [
@@ -266,6 +293,21 @@ __all__ = [
     "structure_linears",
     "structured_layers",
     "structured_linear",
+    # WideNet and mixtures of experts
+    "Dispatch",
+    "ExpertFFN",
+    "ExpertFunction",
+    "Experts",
+    "MixtureOfExperts",
+    "Routing",
+    "RoutingStatistics",
+    "WideNetBlock",
+    "call_expert_linear",
+    "expert_capacity",
+    "expert_linear",
+    "grouped_linear",
+    "mixture_of_experts",
+    "route_to_experts",
     # The layers in Linen
     "linen",
 ]

@@ -16,12 +16,20 @@ from jax.typing import DTypeLike
 from lowrank_optax.layers import maestro
 from lowrank_optax.layers.attention.implementations import AttentionImplementation
 from lowrank_optax.layers.structured.base import Structure
+from lowrank_optax.layers.widenet.expert_layers import MixtureOfExperts
+from lowrank_optax.layers.widenet.expert_routing import Experts
+from lowrank_optax.layers.widenet.mixture import RoutingStatistics
+from lowrank_optax.layers.widenet.widenet_block import experts_of
 from lowrank_optax.models.attention import Attention, KeyValueCache, RMSNorm
 from lowrank_optax.models.decoder_config import DecoderConfig
-from lowrank_optax.models.feed_forward import MLP, StructuredMLP, structure_of
+from lowrank_optax.models.feed_forward import MLP, ExpertMLPs, StructuredMLP, structure_of
 from lowrank_optax.models.huggingface_config import MODULE_NAMES
 from lowrank_optax.models.remat import Remat, check_remat, check_remat_every, in_turn, scanned
 from lowrank_optax.models.rotary import inverse_frequencies, rotary_angles
+
+
+NORMS = ("attention_norm", "mlp_norm")
+"""What a block has of its own where all blocks are one."""
 
 
 class Block(nnx.Module):
@@ -38,15 +46,25 @@ class Block(nnx.Module):
         attention_implementation: AttentionImplementation | None = None,
         structure: Structure | None = None,
         guide: bool = False,
+        experts: Experts | None = None,
+        shared: "Block | None" = None,
     ) -> None:
         types = {"param_dtype": param_dtype, "rngs": rngs}
         self.attention_norm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, **types)
+        self.mlp_norm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, **types)
+        if shared is not None:
+            self.attention, self.mlp = shared.attention, shared.mlp
+            return
         self.attention = Attention(
             config, dtype=dtype, attention_implementation=attention_implementation, **types
         )
-        self.mlp_norm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, **types)
         options = {"dtype": dtype, "activation_bits": activation_bits, **types}
-        if structure is None:
+        if experts is not None:
+            init = nnx.initializers.normal(config.initializer_range)
+            mlps = ExpertMLPs(config, experts.num_experts, **options)
+            width = config.hidden_size
+            self.mlp = MixtureOfExperts(mlps, width, experts, router_init=init, **types)
+        elif structure is None:
             self.mlp = MLP(config, **options)
         else:
             self.mlp = StructuredMLP(config, structure, guide=guide, **options)
@@ -57,11 +75,17 @@ class Block(nnx.Module):
         rotary: tuple[jax.Array, jax.Array],
         cache: KeyValueCache | None,
         position: jax.Array | int,
-    ) -> tuple[jax.Array, KeyValueCache | None]:
-        """As `Attention.__call__`, for the whole layer."""
+        training: bool = False,
+        key: jax.Array | None = None,
+    ) -> tuple[jax.Array, KeyValueCache | None, RoutingStatistics | None]:
+        """As `Attention.__call__`, for the whole layer; and what its experts say of the tokens."""
         mixed, cache = self.attention(self.attention_norm(x), rotary, cache, position)
         x = x + mixed
-        return x + self.mlp(self.mlp_norm(x)), cache
+        normed, mlp = self.mlp_norm(x), self.mlp
+        if not isinstance(mlp, MixtureOfExperts):
+            return x + mlp(normed), cache, None
+        y, routing = mlp(normed, training=training, key=key)
+        return x + y, cache, routing
 
 
 class Decoder(nnx.Module):
@@ -101,6 +125,13 @@ class Decoder(nnx.Module):
             `down`. With `scan_layers` the dense block is `first_block`, and `blocks` the others.
         guide: whether each structured matrix has a dense guide, see
             `lowrank_optax.layers.set_guide_weight`.
+        share_blocks: whether all blocks are one, which exists once in the parameters, but for the
+            norms: in `blocks` they alone are stacked (WideNet).
+        experts: number of experts in place of each MLP, of which every token takes two, or all
+            options of the mixture; None for one dense MLP. The kernels of `mlp.experts.gate`,
+            `.up` and `.down` are then [experts, d_in, d_out], and `mlp.router` [hidden, experts].
+            Train with `hidden_and_routing`: other calls drop no token, and have no load-balance
+            loss.
         linear: `"maestro"` makes all dense linear layers of the blocks
             `lowrank_optax.layers.MaestroLinear`, which find their own ranks; None leaves them.
 
@@ -111,7 +142,8 @@ class Decoder(nnx.Module):
             the number of blocks, or comes with another `remat` than `"full"`; or one of these is
             out of range; or `attention_implementation` is not the name of an implementation; or
             `feed_forward` is no name, does not fit the sizes or one block, or `guide` is given
-            without it; or `linear` is no name.
+            without it; or `linear` is no name; or `feed_forward` comes with `share_blocks` or
+            `experts`, or `linear` with `experts`; or the options of experts are out of range.
 
     Example:
         >>> from flax import nnx
@@ -140,6 +172,8 @@ class Decoder(nnx.Module):
         attention_implementation: AttentionImplementation | None = None,
         feed_forward: str | Structure | None = None,
         guide: bool = False,
+        share_blocks: bool = False,
+        experts: int | Experts | None = None,
         linear: Literal["maestro"] | None = None,
     ) -> None:
         self.config = config
@@ -150,6 +184,15 @@ class Decoder(nnx.Module):
             raise ValueError("guide=True is for structured matrices: give feed_forward, too")
         if structure is not None and config.num_hidden_layers < 2:
             raise ValueError("feed_forward leaves the first block dense: have 2 blocks or more")
+        if structure is not None and (share_blocks or experts is not None):
+            raise ValueError(
+                "feed_forward has a first block of its own, with a dense MLP: leave it, or "
+                "share_blocks and experts, out"
+            )
+        if linear is not None and experts is not None:
+            raise ValueError(f"linear={linear!r} does not convert experts: leave one out")
+        self.share_blocks = share_blocks
+        self.experts = None if experts is None else experts_of(experts)
         self.dtype = jnp.dtype(dtype)
         self.scan_layers = scan_layers
         self.remat, activation_bits = check_remat(remat, activation_bits)
@@ -164,18 +207,27 @@ class Decoder(nnx.Module):
             "attention_implementation": attention_implementation,
             **types,
         }
-        structured: dict[str, Any] = {"structure": structure, "guide": guide, **options}
+        mlps = {"structure": structure, "guide": guide, "experts": self.experts}
+        own: dict[str, Any] = {**mlps, **options}
         count, self.first_block = config.num_hidden_layers, nnx.data(None)
         with_first_block = scan_layers and structure is not None
         check_remat_every(remat_every, remat, count - with_first_block)
+        stacked = lambda make: nnx.split_rngs(splits=count)(nnx.vmap(make))(rngs)
         if not scan_layers:
-            each = [options, *[structured] * (count - 1)]
-            self.blocks = nnx.List([Block(config, rngs=rngs, **own) for own in each])
+            first = Block(config, rngs=rngs, **(own if structure is None else options))
+            shared = first if share_blocks else None
+            rest = [Block(config, rngs=rngs, shared=shared, **own) for _ in range(count - 1)]
+            self.blocks = nnx.List([first, *rest])
+        elif share_blocks:
+            self.blocks = Block(config, rngs=rngs, **own)
+            norm = {"epsilon": config.rms_norm_eps, "param_dtype": param_dtype}
+            for name in NORMS:
+                norms = stacked(lambda rngs: RMSNorm(config.hidden_size, rngs=rngs, **norm))
+                setattr(self.blocks, name, norms)
         else:
             if with_first_block:
                 count, self.first_block = count - 1, Block(config, rngs=rngs, **options)
-            make = nnx.vmap(lambda rngs: Block(config, rngs=rngs, **structured))
-            self.blocks = nnx.split_rngs(splits=count)(make)(rngs)
+            self.blocks = stacked(lambda rngs: Block(config, rngs=rngs, **own))
         if linear is not None:
             # The spectral split of dense layers is how Maestro's layers start.
             maestro.convert(self, where=r"^(first_block|blocks)/")
@@ -206,7 +258,7 @@ class Decoder(nnx.Module):
         Raises:
             ValueError: `tokens` is not a two-dimensional array of integers.
         """
-        return self.decode(tokens, None, 0)[0]
+        return self.logits(self.hidden(tokens))
 
     def decode(
         self, tokens: jax.Array, cache: KeyValueCache | None, position: jax.Array | int
@@ -221,7 +273,7 @@ class Decoder(nnx.Module):
         Returns:
             The logits, float32 [batch, length, vocab_size], and the cache with these tokens in.
         """
-        x, cache = self._hidden(tokens, cache, position)
+        x, cache, _ = self._hidden(tokens, cache, position)
         return self.logits(x), cache
 
     def hidden(self, tokens: jax.Array) -> jax.Array:
@@ -230,6 +282,27 @@ class Decoder(nnx.Module):
         Takes the tokens of `__call__`, which gives the product of these states and `head`.
         """
         return self._hidden(tokens, None, 0)[0]
+
+    def hidden_and_routing(
+        self, tokens: jax.Array, key: jax.Array | None = None
+    ) -> tuple[jax.Array, RoutingStatistics]:
+        """As `hidden` in training of a model with experts: these have a limited capacity.
+
+        Args:
+            tokens: as for `__call__`.
+            key: PRNG key of the noise on the routers' logits; None for no noise.
+
+        Returns:
+            The hidden states, and how each layer distributed the tokens: a multiple of
+            `balance_loss.sum()`, usually 0.01, is to be added to the loss.
+
+        Raises:
+            ValueError: the model has no experts, or one has no room for any of these tokens.
+        """
+        if self.experts is None:
+            raise ValueError("the model has no experts: call hidden, or give Decoder experts=...")
+        x, _, routing = self._hidden(tokens, None, 0, training=True, key=key)
+        return x, routing
 
     def head(self) -> tuple[jax.Array, int]:
         """The weight of the output layer, and which of its axes is the hidden states' (0 or 1).
@@ -252,17 +325,33 @@ class Decoder(nnx.Module):
         return (layer.embedding[...], 1) if self.lm_head is None else (layer.kernel[...], 0)
 
     def _hidden(
-        self, tokens: jax.Array, cache: KeyValueCache | None, position: jax.Array | int
-    ) -> tuple[jax.Array, KeyValueCache | None]:
+        self,
+        tokens: jax.Array,
+        cache: KeyValueCache | None,
+        position: jax.Array | int,
+        training: bool = False,
+        key: jax.Array | None = None,
+    ) -> tuple[jax.Array, KeyValueCache | None, Any]:
         x, rotary = self._embedded(tokens), self._rotary(tokens.shape[1], position)
-        x, cache = self._run_blocks(x, rotary, cache, position)
-        return self.after_blocks(x), cache
+        keys = None if key is None else jax.random.split(key, self.config.num_hidden_layers)
+        x, cache, routing = self._run_blocks(x, rotary, cache, position, training, keys)
+        return self.after_blocks(x), cache, routing
 
     def before_blocks(self, tokens: jax.Array) -> jax.Array:
         """The input of `blocks` [batch, length, hidden_size]: the tokens' embeddings.
 
         With a `first_block` it is that block's output.
+
+        Raises:
+            ValueError: the blocks have no weights or no loss of their own, so that they cannot be
+                trained one by one.
         """
+        if self.share_blocks or self.experts is not None:
+            name = "share_blocks" if self.share_blocks else "experts"
+            raise ValueError(
+                f"a decoder with {name} is not trained block by block: its blocks share their "
+                "weights, or add to the loss. Compute the gradient of all weights."
+            )
         x = self._embedded(tokens)
         return x if self.first_block is None else self.through_block(self.first_block, x)
 
@@ -310,37 +399,57 @@ class Decoder(nnx.Module):
         rotary: tuple[jax.Array, jax.Array],
         cache: KeyValueCache | None,
         position: jax.Array | int,
-    ) -> tuple[jax.Array, KeyValueCache | None]:
+        training: bool,
+        keys: jax.Array | None,
+    ) -> tuple[jax.Array, KeyValueCache | None, Any]:
+        shared: tuple[nnx.State, ...] = ()
+
         def call(
-            graphdef: nnx.GraphDef, x: jax.Array, state: nnx.State, cache: KeyValueCache | None
-        ) -> tuple[jax.Array, tuple[KeyValueCache | None, nnx.State]]:
-            block = nnx.merge(graphdef, state)
-            x, cache = block(x, rotary, cache, position)
+            graphdef: nnx.GraphDef, carry: Any, state: nnx.State, cache: Any, key: Any
+        ) -> tuple[Any, tuple[KeyValueCache | None, nnx.State, Any]]:
+            x, counts = carry
+            block = nnx.merge(graphdef, state, *counts, *shared)
+            x, cache, routing = block(x, rotary, cache, position, training, key)
             # All that a call may change; the weights are only read.
-            return x, (cache, nnx.state(block, nnx.RngCount))
+            changed = nnx.state(block, nnx.RngCount)
+            if counts:  # of layers that all blocks share
+                return (x, (changed,)), (cache, nnx.State({}), routing)
+            return (x, ()), (cache, changed, routing)
 
         if isinstance(self.blocks, nnx.List):
             apart, every = list(self.blocks), self.remat_every
         else:
             apart, every = [] if self.first_block is None else [self.first_block], 1
-        run, caches = in_turn(call, self.remat, every), []
+        run, done = in_turn(call, self.remat, every), []
         for start in range(0, len(apart), every):
             blocks = apart[start : start + every]
             graphdefs, states = zip(*map(nnx.split, blocks), strict=True)
-            own = [jax.tree.map(lambda c: c[start + i], cache) for i in range(len(blocks))]  # noqa: B023
-            x, outputs = run(graphdefs, x, list(zip(states, own, strict=True)))
-            for block, (layer_cache, counts) in zip(blocks, outputs, strict=True):
+            number = range(start, start + len(blocks))
+            own = [jax.tree.map(lambda c: c[i], (cache, keys)) for i in number]  # noqa: B023
+            layers = [(state, *given) for state, given in zip(states, own, strict=True)]
+            (x, _), outputs = run(graphdefs, (x, ()), layers)
+            for block, (layer_cache, counts, routing) in zip(blocks, outputs, strict=True):
                 nnx.update(block, counts)
-                caches.append(layer_cache)
-        done = jax.tree.map(lambda *layers: jnp.stack(layers), *caches) if caches else None
+                done.append((layer_cache, routing))
+        stacked = jax.tree.map(lambda *layers: jnp.stack(layers), *done) if done else None
         if isinstance(self.blocks, nnx.List):
-            return x, done
+            return x, *stacked
         # Not nnx.scan: it writes the weights back, which fails where the model is a constant of
         # an enclosing jit or grad.
-        graphdef, state = nnx.split(self.blocks)
-        rest = jax.tree.map(lambda c: c[len(apart) :], cache)
-        x, (rest, counts) = scanned(call, graphdef, x, (state, rest), self.remat, self.remat_every)
-        nnx.update(self.blocks, counts)
+        counts: tuple[nnx.State, ...] = ()
+        if self.share_blocks:
+            is_norm = lambda path, _: path[0] in NORMS
+            graphdef, state, count, weights = nnx.split(self.blocks, is_norm, nnx.RngCount, ...)
+            counts, shared = (count,), (weights,)
+        else:
+            graphdef, state = nnx.split(self.blocks)
+        rest = jax.tree.map(lambda x: x[len(apart) :], (cache, keys))
+        layers = state, *rest
+        run = scanned(call, graphdef, (x, counts), layers, self.remat, self.remat_every)
+        (x, counts), (cache, changed, routing) = run
+        for after in (*counts, changed):
+            nnx.update(self.blocks, after)
         if apart:
-            rest = jax.tree.map(lambda *parts: jnp.concatenate(parts), done, rest)
-        return x, rest
+            join = lambda *parts: jnp.concatenate(parts)
+            cache, routing = jax.tree.map(join, stacked, (cache, routing))
+        return x, cache, routing

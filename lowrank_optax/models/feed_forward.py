@@ -1,4 +1,4 @@
-"""The feed-forward of a decoder's block: a gated MLP of dense or of structured matrices."""
+"""The feed-forward of a decoder's block: a gated MLP, structured ones, one for each expert."""
 
 from collections.abc import Callable
 
@@ -12,6 +12,7 @@ from lowrank_optax.activations.gating import swiglu
 from lowrank_optax.layers.structured.base import Structure
 from lowrank_optax.layers.structured.feed_forward_layers import StructuredLinear, check_structure
 from lowrank_optax.layers.structured.structures import BlockDense, BlockShuffle, LowRank
+from lowrank_optax.layers.widenet.expert_layers import call_expert_linear, expert_linear
 from lowrank_optax.models.decoder_config import DecoderConfig
 from lowrank_optax.models.remat import GATED
 
@@ -53,6 +54,13 @@ def structure_of(feed_forward: str | Structure | None, config: DecoderConfig) ->
     return feed_forward
 
 
+def gated(gate: jax.Array, up: jax.Array, bits: int | None) -> jax.Array:
+    """The gated activation, which saves its inputs in bits if these are given; all are named."""
+    gate, up = checkpoint_name(gate, "mlp_gate"), checkpoint_name(up, "mlp_up")
+    hidden = nnx.silu(gate) * up if bits is None else swiglu(gate, up, bits, names=GATED)
+    return checkpoint_name(hidden, "mlp_hidden")
+
+
 class MLP(nnx.Module):
     """The gated MLP: `down(silu(gate(x)) * up(x))`."""
 
@@ -80,11 +88,8 @@ class MLP(nnx.Module):
         # Flat, because the gradient of a kernel is then one plain matrix product; with a batch
         # and a length axis XLA's CPU backend transposes the activations first.
         rows = x.reshape(-1, x.shape[-1])
-        gate, up = self.gate_and_up(rows)
-        gate, up = checkpoint_name(gate, "mlp_gate"), checkpoint_name(up, "mlp_up")
-        bits = self.activation_bits
-        hidden = nnx.silu(gate) * up if bits is None else swiglu(gate, up, bits, names=GATED)
-        return self.down(checkpoint_name(hidden, "mlp_hidden")).reshape(x.shape)
+        hidden = gated(*self.gate_and_up(rows), self.activation_bits)
+        return self.down(hidden).reshape(x.shape)
 
     def gate_and_up(self, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Both inputs of the gated activation, [n, intermediate_size]."""
@@ -117,3 +122,34 @@ class StructuredMLP(MLP):
         """Both inputs of the gated activation, [n, intermediate_size]."""
         gate, up = jnp.split(self.gate_up(rows), 2, axis=-1)
         return gate, up
+
+
+class ExpertMLPs(nnx.Module):
+    """One gated MLP for each expert: kernels [experts, d_in, d_out]."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        num_experts: int,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        activation_bits: int | None = None,
+    ) -> None:
+        self.activation_bits = activation_bits
+        init = nnx.initializers.normal(config.initializer_range)
+        types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        options = {"use_bias": config.mlp_bias, "kernel_init": init, **types}
+        hidden, width = config.hidden_size, config.intermediate_size
+        self.gate = expert_linear(num_experts, hidden, width, **options)
+        self.up = expert_linear(num_experts, hidden, width, **options)
+        self.down = expert_linear(num_experts, width, hidden, **options)
+
+    def __call__(
+        self, rows: jax.Array, sizes: jax.Array | None = None, *, key: jax.Array | None = None
+    ) -> jax.Array:
+        """As `lowrank_optax.layers.ExpertFFN`, without dropout."""
+        del key
+        gate, up = (call_expert_linear(layer, rows, sizes) for layer in (self.gate, self.up))
+        return call_expert_linear(self.down, gated(gate, up, self.activation_bits), sizes)

@@ -98,7 +98,7 @@ def in_turn(
     """
     call = rematerialised(call, remat, in_scan and every == 1)
 
-    def run(graphdefs: tuple[Any, ...], x: jax.Array, layers: Any) -> tuple[jax.Array, Any]:
+    def run(graphdefs: tuple[Any, ...], x: Any, layers: Any) -> tuple[Any, Any]:
         outputs = []
         for i, graphdef in enumerate(graphdefs):
             layer = jax.tree.map(lambda stack: stack[i], layers) if in_scan else layers[i]  # noqa: B023
@@ -110,8 +110,8 @@ def in_turn(
 
 
 def scanned(
-    call: Callable[..., Any], graphdef: Any, x: jax.Array, layers: Any, remat: Any, every: int
-) -> tuple[jax.Array, Any]:
+    call: Callable[..., Any], graphdef: Any, x: Any, layers: Any, remat: Any, every: int
+) -> tuple[Any, Any]:
     """As `jax.lax.scan` over stacked blocks, of which `every` are run by `in_turn`."""
     if every == 1:
         call = rematerialised(call, remat, in_scan=True)
@@ -120,7 +120,7 @@ def scanned(
     # whole stacks, and does so again where it is run again, or that would be saved.
     whole = jax.lax.stop_gradient(layers)
 
-    def one(graphdef: Any, x: jax.Array, number: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
+    def one(graphdef: Any, x: Any, number: jax.Array, layer: Any) -> tuple[Any, Any]:
         read = lambda stack, own: _with_gradient_of(
             own, jax.lax.dynamic_index_in_dim(stack, number, keepdims=False)
         )
@@ -128,7 +128,7 @@ def scanned(
 
     run = in_turn(one, remat, every, in_scan=True)
 
-    def some(x: jax.Array, given: Any) -> tuple[jax.Array, Any]:
+    def some(x: Any, given: Any) -> tuple[Any, Any]:
         x, outputs = run((graphdef,) * every, x, given)
         return x, jax.tree.map(lambda *outputs: jnp.stack(outputs), *outputs)
 

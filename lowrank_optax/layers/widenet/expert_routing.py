@@ -114,6 +114,8 @@ def route_to_experts(
     """
     check_router(x, router, top_k, mask)
     count = router.shape[1]
+    if mask is not None:  # what padding holds, NaN perhaps, is not to reach a gradient
+        x = jnp.where(mask[:, None], x, 0)
     precise = lambda a: a.astype(jnp.promote_types(a.dtype, jnp.float32))
     logits = jnp.matmul(precise(x), precise(router), precision=jax.lax.Precision.HIGHEST)
     if key is not None:
@@ -125,10 +127,8 @@ def route_to_experts(
     chosen, weight = chosen & visible[:, None], visible.astype(logits.dtype)
     tokens = jnp.maximum(weight.sum(), 1)
     load = chosen.sum(axis=0) / (tokens * top_k)
-    # A masked token may be NaN, so it is left out by choice and not by a factor.
-    seen = jnp.where(visible[:, None], probabilities, 0)
-    balance = count * jnp.sum(load * (seen.sum(axis=0) / tokens))
-    gates = jnp.where(visible[:, None], gates, 0)
+    balance = count * jnp.sum(load * (weight @ probabilities / tokens))
+    gates *= weight[:, None]
     return Routing(experts.astype(jnp.int32), gates, balance, load)
 
 

@@ -85,7 +85,7 @@ def mixture_of_experts(
       Xue et al., 2021, https://arxiv.org/abs/2107.11817, section 3.1; Shazeer et al., 2017,
       https://arxiv.org/abs/1701.06538.
     """
-    count = options.num_experts
+    x, router, count = jnp.asarray(x), jnp.asarray(router), options.num_experts
     if router.shape[-1] != count:
         raise ValueError(f"router has shape {router.shape}, and num_experts={count}.")
     if dispatch not in ("slots", "ragged"):
@@ -98,7 +98,9 @@ def mixture_of_experts(
     routing = route_to_experts(x, router, options.top_k, key=key, mask=mask)
     visible = jnp.ones(len(x), bool) if mask is None else mask
     if dispatch == "ragged":
-        y, dropped = _ragged(x, routing.experts, routing.gates, visible, experts, count), 0.0
+        if mask is not None:  # padding is computed, too, with gates of 0
+            x = jnp.where(mask[:, None], x, 0)
+        y, dropped = _ragged(x, routing.experts, routing.gates, experts, count), 0.0
     else:
         path = transport(options.expert_axis, count, len(x))
         capacity = expert_capacity(len(x) // path.groups, options)
@@ -114,14 +116,12 @@ def _ragged(
     x: jax.Array,
     chosen: jax.Array,
     gates: jax.Array,
-    visible: jax.Array,
     experts: ExpertFunction,
     count: int,
 ) -> jax.Array:
     top_k = chosen.shape[1]
     order = jnp.argsort(chosen.reshape(-1), stable=True)
     sizes = jnp.bincount(chosen.reshape(-1), length=count).astype(jnp.int32)
-    x = jnp.where(visible[:, None], x, 0)  # padding is computed, too, with gates of 0
     out = experts(x[order // top_k], sizes)
     place = jnp.argsort(order).reshape(chosen.shape)
     parts = [gates[:, k, None] * out[place[:, k]] for k in range(top_k)]

@@ -127,7 +127,8 @@ def route_to_experts(
     chosen, weight = chosen & visible[:, None], visible.astype(logits.dtype)
     tokens = jnp.maximum(weight.sum(), 1)
     load = chosen.sum(axis=0) / (tokens * top_k)
-    balance = count * jnp.sum(load * (weight @ probabilities / tokens))
+    mean = jnp.sum(weight[:, None] * probabilities, axis=0) / tokens
+    balance = count * jnp.sum(load * mean)
     gates *= weight[:, None]
     return Routing(experts.astype(jnp.int32), gates, balance, load)
 

@@ -8,9 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, PartitionSpec
 
 
-def slots_of(
-    experts: jax.Array, visible: jax.Array, num_experts: int, capacity: int
-) -> jax.Array:
+def slots_of(experts: jax.Array, visible: jax.Array, num_experts: int, capacity: int) -> jax.Array:
     """The slot of each choice, int32 ``[T, K]``: ``e * capacity + rank``, or ``E * capacity``.
 
     The rank is that of the token among those that choose the expert, in their order; choices

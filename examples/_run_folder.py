@@ -10,6 +10,7 @@ DIR/results.json, DIR/curves.png
 """
 
 from collections import deque
+from collections.abc import Mapping
 import dataclasses
 import json
 import math
@@ -160,10 +161,13 @@ class StepLog:
         self._write({"step": step, **figures, "seconds": now - self._clock})
         self._clock = now
 
-    def add_held_out(self, step: int, loss: jax.Array) -> None:
-        """Writes a look at the held-out text."""
+    def add_held_out(
+        self, step: int, loss: jax.Array, figures: Mapping[str, jax.Array] | None = None
+    ) -> None:
+        """Writes a look at the held-out text, with more figures of it."""
         self.flush()
-        self._write({"step": step, "held_out_loss": float(loss)})
+        more = {name: float(x) for name, x in (figures or {}).items()}
+        self._write({"step": step, "held_out_loss": float(loss), **more})
         self.restart_clock()
 
     def restart_clock(self) -> None:

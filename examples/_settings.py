@@ -58,6 +58,8 @@ class Settings:
     sketch_kind: SketchKind | None = None
     feed_forward: Literal["lowrank", "blockdense", "blockshuffle"] | None = None
     self_guided: float | None = None
+    share_blocks: bool = False
+    experts: int | None = None
     linear: Literal["maestro"] | None = None
     rank_penalty: float | None = None
     rank_threshold: float | None = None
@@ -103,6 +105,7 @@ class Settings:
         if self.self_guided is not None:
             self._check_self_guided(self.self_guided)
         self._check_linear()
+        self._check_shared_and_experts()
         if self.update_in_backward:
             self._check_update_in_backward()
         check_remat_every(self)
@@ -156,6 +159,20 @@ class Settings:
         ):
             if getattr(self, name):
                 raise InputError(f"{flag(name)} {why}: leave it or --linear out")
+
+    def _check_shared_and_experts(self) -> None:
+        if self.experts is not None and self.experts < 1:
+            raise InputError(f"--experts must be at least 1, not {self.experts}")
+        without = {"feed_forward": "has a dense first block", "fixed_point": "is for plain blocks"}
+        without |= {"update_in_backward": "trains blocks one by one"}
+        experts = {"linear": "is for dense MLPs", "sketch": "is for dense MLPs"}
+        for given, refused in (
+            ("share_blocks", without if self.share_blocks else {}),
+            ("experts", {} if self.experts is None else without | experts),
+        ):
+            for name, why in refused.items():
+                if getattr(self, name):
+                    raise InputError(f"{flag(name)} {why}: leave it or {flag(given)} out")
 
     def _check_update_in_backward(self) -> None:
         for name, why in (
@@ -400,6 +417,17 @@ def _add_training_flags(group: argparse._ArgumentGroup) -> None:
         type=float,
         help="train structured MLPs with a dense guide in this part of the steps (0.5 if no RATIO "
         "is given)",
+    )
+    group.add_argument(
+        "--share-blocks",
+        action="store_true",
+        help="make all blocks one, with norms for each layer",
+    )
+    add_flag(
+        group,
+        "experts",
+        int,
+        "experts in place of each MLP, of which every token takes two (default: one dense MLP)",
     )
     add_flag(
         group,

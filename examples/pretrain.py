@@ -87,6 +87,7 @@ def chunked_loss(model: Decoder, hidden: jax.Array, labels: jax.Array) -> jax.Ar
 
 
 LOSSES = {"plain": plain_loss, "chunked": chunked_loss}
+BALANCE_WEIGHT = 0.01  # of the sum of the layers' load-balance losses, as in WideNet's paper
 
 
 def mean_loss(
@@ -98,12 +99,15 @@ def mean_loss(
     loss_fn: Loss = plain_loss,
     weight_of_guides: jax.Array | None = None,
     ranks: Mapping[str, jax.Array] | None = None,
+    *,
+    training: bool = False,
 ) -> jax.Array:
     """The loss of tokens [batch, length + 1].
 
     With a sketch, the linear layers of the blocks keep that of their input, drawn with the key.
     Guides have the given weight; with a key they are skipped at random. Layers with ranks use these
-    many directions.
+    many directions. In training, experts have a limited capacity, routers add noise drawn with the
+    key, and load-balance losses are added.
     """
     model = nnx.merge(graphdef, params)
     if ranks is not None:
@@ -112,7 +116,11 @@ def mean_loss(
         lro.layers.set_guide_weight(model, weight_of_guides, key)
     if sketch is not None and key is not None:
         lro.layers.randomize(model, sketch, rngs=nnx.Rngs(sketch=key))
-    return loss_fn(model, model.hidden(tokens[:, :-1]), tokens[:, 1:])
+    if not training or model.experts is None:
+        return loss_fn(model, model.hidden(tokens[:, :-1]), tokens[:, 1:])
+    hidden, routing = model.hidden_and_routing(tokens[:, :-1], key)
+    loss = loss_fn(model, hidden, tokens[:, 1:])
+    return loss + BALANCE_WEIGHT * routing.balance_loss.sum()
 
 
 def loss_and_gradient(
@@ -135,7 +143,8 @@ def loss_and_gradient(
     def loss(params: optax.Params, part: tuple[jax.Array, jax.Array | None]) -> jax.Array:
         tokens, keys = part
         first = None if keys is None else keys[0]
-        return mean_loss(params, graphdef, tokens, sketch, first, loss_fn, weight_of_guides, ranks)
+        options = sketch, first, loss_fn, weight_of_guides, ranks
+        return mean_loss(params, graphdef, tokens, *options, training=True)
 
     batch = tokens, keys
     if len(tokens) == 1:
@@ -158,8 +167,8 @@ def train_step(
 ) -> tuple[optax.Params, optax.OptState, jax.Array, GradientNoise | None]:
     """One step of the optimizer on tokens [accumulate, batch, length + 1].
 
-    The key is for the sketch, for skipping guides, or for the ranks of layers whose directions
-    count from the threshold on; it is another at every step.
+    The key is for the sketch, for skipping guides, for the noise of routers, or for the ranks of
+    layers whose directions count from the threshold on; it is another at every step.
     """
     rank_key = None
     if rank_threshold is not None and key is not None:
@@ -215,6 +224,19 @@ def held_out_loss(
     options = {"loss_fn": loss_fn, "weight_of_guides": weight_of_guides, "ranks": ranks}
     loss = lambda tokens: mean_loss(params, graphdef, tokens, **options)
     return jax.lax.map(loss, windows).mean()
+
+
+def held_out_routing(
+    params: optax.Params, tokens: jax.Array, *, graphdef: nnx.GraphDef
+) -> dict[str, jax.Array]:
+    """How experts in training share tokens [batch, length + 1], over all layers."""
+    _, routing = nnx.merge(graphdef, params).hidden_and_routing(tokens[:, :-1])
+    return {
+        "balance_loss": routing.balance_loss.mean(),
+        "smallest_load": routing.load.min(),
+        "largest_load": routing.load.max(),
+        "dropped_choices": routing.dropped.mean(),
+    }
 
 
 def save(
@@ -293,6 +315,8 @@ def train(job: Job, folder: Path, console: Console, stop: threading.Event) -> di
     windows = jax.device_put(held_out_windows(corpus, settings), shared_out)
     options = {"loss_fn": LOSSES[settings.loss], "rank_threshold": settings.rank_threshold}
     evaluate = jax.jit(functools.partial(held_out_loss, **options), static_argnames="graphdef")
+    route = jax.jit(held_out_routing, static_argnames="graphdef")
+    routing: dict[str, jax.Array] = {}
 
     checkpoints = (folder / "checkpoints").resolve()
     keep = ocp.CheckpointManagerOptions(max_to_keep=2)
@@ -328,7 +352,10 @@ def train(job: Job, folder: Path, console: Console, stop: threading.Event) -> di
                 last, stopped = feed.finished, stop.is_set()
                 if last or feed.passed(settings.eval_every):
                     weight = guide_weight(settings, step)
-                    log.add_held_out(step, evaluate(params, windows, weight, graphdef=graphdef))
+                    if settings.experts is not None:
+                        routing = route(params, windows[0], graphdef=graphdef)
+                    loss = evaluate(params, windows, weight, graphdef=graphdef)
+                    log.add_held_out(step, loss, routing)
                     meter.line(feed.done, log)
                 # After the guides are dropped: that matches the state's arrays by their shapes.
                 unguided = step >= settings.guided_steps
@@ -349,11 +376,18 @@ def train(job: Job, folder: Path, console: Console, stop: threading.Event) -> di
     model = nnx.merge(graphdef, params)
     if (cut := make_smaller(model, settings)) is not None:
         console.print(cut)
+    shares = {name: float(x) for name, x in routing.items()}
+    if shares:
+        console.print(
+            "an expert has {smallest_load:.1%} to {largest_load:.1%} of a layer's choices; "
+            "{dropped_choices:.1%} of all are dropped in training".format(**shares)
+        )
     return summarize(folder / "log.jsonl", settings, job.optimizer.refresh_every) | {
         "optimizer_state_bytes": state_bytes(opt_state),
         "first_optimizer_state_bytes": first_bytes if shrinks else None,
         "compiled_peak_bytes": max(filter(None, map(peak_bytes, compiled.values())), default=None),
         "compile_seconds": compile_seconds,
+        "routing": shares or None,
         "sample": sample(model, corpus, settings.seed),
     }
 
@@ -403,7 +437,8 @@ def chosen_step(settings: Settings) -> Callable[..., Any]:
 def step_key(settings: Settings, step: int) -> jax.Array | None:
     """The key of all that a step draws, also in a run that is resumed; None if that is nothing."""
     has_guides = guide_weight(settings, step) is not None
-    if settings.sketch is None and settings.linear is None and not has_guides:
+    drawn = settings.sketch, settings.linear, settings.experts
+    if all(each is None for each in drawn) and not has_guides:
         return None
     return jax.random.fold_in(jax.random.key(settings.seed), step)
 
@@ -439,6 +474,8 @@ def make_model(settings: Settings, vocab_size: int, *, guide: bool = False) -> D
         activation_bits=settings.activation_bits,
         feed_forward=settings.feed_forward,
         guide=guide,
+        share_blocks=settings.share_blocks,
+        experts=settings.experts,
         linear=settings.linear,
     )
     if settings.linear is not None:

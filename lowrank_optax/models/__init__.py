@@ -1,5 +1,6 @@
 """A decoder of the Llama family, for the examples and the planner; a vision transformer."""
 
+from lowrank_optax.models.block_sharing import share_blocks, unshare_blocks
 from lowrank_optax.models.decoder import Decoder
 from lowrank_optax.models.decoder_config import PRESETS, DecoderConfig, decoder_config
 from lowrank_optax.models.generation import generate
@@ -19,4 +20,6 @@ __all__ = [
     "generate",
     "load_huggingface",
     "save_huggingface",
+    "share_blocks",
+    "unshare_blocks",
 ]

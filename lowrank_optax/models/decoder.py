@@ -27,7 +27,6 @@ from lowrank_optax.models.huggingface_config import MODULE_NAMES
 from lowrank_optax.models.remat import Remat, check_remat, check_remat_every, in_turn, scanned
 from lowrank_optax.models.rotary import inverse_frequencies, rotary_angles
 
-
 NORMS = ("attention_norm", "mlp_norm")
 """What a block has of its own where all blocks are one."""
 

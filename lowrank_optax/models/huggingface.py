@@ -142,14 +142,19 @@ def save_huggingface(
     Raises:
         ImportError: safetensors is not installed.
         FileExistsError: `folder` is a file, or a folder with other things than a model.
-        ValueError: the model has parameters that such a checkpoint has no name for, or
-            `max_shard_bytes` is not positive.
+        ValueError: the model has parameters that such a checkpoint has no name for, or shared
+            blocks, or `max_shard_bytes` is not positive.
 
     Example:
         See `load_huggingface`.
     """
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes must be positive, got {max_shard_bytes}")
+    if model.share_blocks or model.experts is not None:
+        raise ValueError(
+            "such a checkpoint has dense MLPs and blocks of their own: it cannot hold experts, and "
+            "shared blocks only after unshare_blocks(model)"
+        )
     parameters = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     shapes = _expected_shapes(model.config)
     foreign = [path for path in parameters if not _names(path, model.config)]

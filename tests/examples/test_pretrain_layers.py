@@ -19,10 +19,11 @@ pytestmark = pytest.mark.slow
 
 
 MAESTRO = ["--linear", "maestro", "--rank-penalty", "20"]
+WIDENET = ["--share-blocks", "--experts", "4"]
 
 
 @pytest.mark.bitwise  # the same program, which is lowered once more
-@pytest.mark.parametrize("layers", [["--fixed-point", "8"], MAESTRO], ids=lambda x: x[0])
+@pytest.mark.parametrize("layers", [["--fixed-point", "8"], MAESTRO, WIDENET], ids=lambda x: x[0])
 def test_run_trains_and_goes_on_to_the_last_bit(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture, layers: list[str]
 ) -> None:
@@ -46,7 +47,11 @@ def test_run_trains_and_goes_on_to_the_last_bit(
     assert read_losses(folder / "adamw" / "log.jsonl") == losses
     assert again["sample"] == whole["sample"]
     assert len(whole["sample"][1]) > 0
-    if layers is MAESTRO:
+    if layers is WIDENET:
+        looks = [record for record in losses if "held_out_loss" in record]
+        assert all(0 < record["largest_load"] <= 0.5 for record in looks)
+        assert whole["routing"]["dropped_choices"] == looks[-1]["dropped_choices"] < 0.5
+    if layers in (MAESTRO, WIDENET):
         check_that_finetune_finds_it(folder, flags[flags.index("--data") + 1], losses[-1])
 
 
@@ -76,6 +81,9 @@ def check_that_finetune_finds_it(folder: Path, text: str, last: dict) -> None:
         ([*MAESTRO, "--rank-threshold", "-1"], "--rank-threshold must be finite"),
         ([*MAESTRO, "--update-in-backward"], "--update-in-backward computes blocks without"),
         ([*MAESTRO, "--fixed-point", "8"], "leave it or --linear out"),
+        (["--experts", "0"], "--experts must be at least 1, not 0"),
+        ([*WIDENET, "--feed-forward", "lowrank"], "leave it or --share-blocks out"),
+        (["--experts", "4", "--sketch", "0.5"], "leave it or --experts out"),
         (
             [*MAESTRO, "--optimizer", "adafactor", "--set", "learning_rate=None"],
             "--rank-penalty needs --learning-rate",

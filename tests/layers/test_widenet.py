@@ -1,4 +1,4 @@
-"""Mixtures of experts and the block of WideNet: routing, slots, grouped products, one set of weights."""
+"""Mixtures of experts and WideNet: routing, slots, grouped products, one block for all layers."""
 
 import functools
 

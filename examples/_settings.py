@@ -14,6 +14,8 @@ LOSSES = ("plain", "chunked")
 LOSS_HELP = "of all logits at once, or in chunks that are never all in memory"
 FEED_FORWARDS = ("lowrank", "blockdense", "blockshuffle")
 LINEARS = ("maestro",)
+ATTENTIONS = ("softmax", "random-features")
+POSITIONS = ("rope", "comrope")
 RANK_THRESHOLD = 1e-5
 ROUNDINGS = ("nearest", "stochastic", "compensated")
 
@@ -58,6 +60,8 @@ class Settings:
     sketch_kind: SketchKind | None = None
     feed_forward: Literal["lowrank", "blockdense", "blockshuffle"] | None = None
     self_guided: float | None = None
+    attention: Literal["softmax", "random-features"] = "softmax"
+    position: Literal["rope", "comrope"] = "rope"
     share_blocks: bool = False
     experts: int | None = None
     linear: Literal["maestro"] | None = None
@@ -417,6 +421,20 @@ def _add_training_flags(group: argparse._ArgumentGroup) -> None:
         type=float,
         help="train structured MLPs with a dense guide in this part of the steps (0.5 if no RATIO "
         "is given)",
+    )
+    add_flag(
+        group,
+        "attention",
+        str,
+        "softmax, or by random features in linear time and with a cache of constant size",
+        choices=ATTENTIONS,
+    )
+    add_flag(
+        group,
+        "position",
+        str,
+        "rotary positions, fixed or trained in each block",
+        choices=POSITIONS,
     )
     group.add_argument(
         "--share-blocks",

@@ -1,6 +1,6 @@
-"""Causal self-attention: rotary positions, grouped query heads, an optional sliding window."""
+"""Causal self-attention: rotary positions, grouped heads, sliding windows, random features."""
 
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from flax import nnx
 import jax
@@ -13,6 +13,14 @@ from lowrank_optax.layers.attention.implementations import (
     check_implementation,
     dot_product_attention,
 )
+from lowrank_optax.layers.comrope.commuting_rotations import rope_angles
+from lowrank_optax.layers.comrope.comrope_layer import ComRoPE
+from lowrank_optax.layers.random_features.feature_attention import (
+    decode_random_features,
+    random_feature_attention,
+)
+from lowrank_optax.layers.random_features.feature_maps import RandomFeatures
+from lowrank_optax.layers.random_features.linear_attention import LinearAttentionState
 from lowrank_optax.models.decoder_config import DecoderConfig
 from lowrank_optax.models.rotary import rotate
 
@@ -55,6 +63,22 @@ class KeyValueCache(NamedTuple):
         )
 
 
+Positions = Literal["rope", "comrope"]
+
+Cache: TypeAlias = KeyValueCache | LinearAttentionState
+"""What is kept of earlier positions: all keys and values, or the sums of random features."""
+
+
+def comrope_like_rope(config: DecoderConfig, rngs: nnx.Rngs) -> ComRoPE:
+    """Trainable rotary positions, which start as RoPE on pairs of neighbouring channels."""
+    size, heads = 2 if config.head_dim % 4 else 4, config.num_key_value_heads
+    options = {"block_size": size, "init_std": 0.0, "variant": "ap", "rngs": rngs}
+    layer = ComRoPE(heads, config.head_dim, **options)
+    angles = rope_angles(config.head_dim, size, base=config.rope_theta, num_heads=heads)
+    layer.angle_matrices.set_value(angles)
+    return layer
+
+
 class Attention(nnx.Module):
     """Grouped-query causal self-attention; every projection is an `nnx.Linear`."""
 
@@ -66,8 +90,14 @@ class Attention(nnx.Module):
         dtype: DTypeLike,
         param_dtype: DTypeLike,
         attention_implementation: AttentionImplementation | None = None,
+        features: RandomFeatures | None = None,
+        position: Positions = "rope",
     ) -> None:
         check_implementation(attention_implementation, "attention_implementation")
+        self.features = features
+        self.comrope = nnx.data(None)
+        if position == "comrope":
+            self.comrope = comrope_like_rope(config, rngs)
         self.attention_implementation = attention_implementation
         self.head_dim = config.head_dim
         self.sliding_window = config.sliding_window
@@ -98,16 +128,17 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
-        rotary: tuple[jax.Array, jax.Array],
-        cache: KeyValueCache | None = None,
+        rotary: Any,
+        cache: Cache | None = None,
         position: jax.Array | int = 0,
-    ) -> tuple[jax.Array, KeyValueCache | None]:
+    ) -> tuple[jax.Array, Any]:
         """Mixes the positions of each sequence.
 
         Args:
             x: [batch, length, hidden_size].
-            rotary: cosine and sine of the positions of `x`.
-            cache: keys and values of earlier positions, to be read and extended; without it,
+            rotary: cosine and sine of the positions of `x`, or the positions [length, 1] for
+                ComRoPE.
+            cache: what is kept of earlier positions, to be read and extended; without it,
                 `x` starts at position 0 and attends to itself alone.
             position: where in the cache `x` starts.
 
@@ -122,10 +153,22 @@ class Attention(nnx.Module):
         )
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
-        query = checkpoint_name(rotate(query, rotary), "attention_query")
-        key = checkpoint_name(rotate(key, rotary), "attention_key")
+        if self.comrope is None:
+            query, key = rotate(query, rotary), rotate(key, rotary)
+        else:
+            query, key = self.comrope(query, key, rotary)
+        query = checkpoint_name(query, "attention_query")
+        key = checkpoint_name(key, "attention_key")
         value = checkpoint_name(value, "attention_value")
-        if cache is None:
+        if self.features is not None:
+            operands = query, key, value
+            if cache is None:
+                mixed = random_feature_attention(*operands, features=self.features, is_causal=True)
+            else:
+                assert isinstance(cache, LinearAttentionState)
+                mixed, cache = decode_random_features(*operands, cache, features=self.features)
+            mixed = checkpoint_name(mixed, "attention_context")
+        elif cache is None:
             # The result is named attention_context inside. Hugging Face counts the position itself
             # into the window, JAX does not.
             window = None if self.sliding_window is None else (self.sliding_window - 1, 0)
@@ -138,6 +181,7 @@ class Attention(nnx.Module):
                 implementation=self.attention_implementation,
             )
         else:
+            assert isinstance(cache, KeyValueCache)
             cache = cache.write(key, value, position)
             mask = _visible(length, cache.keys.shape[1], position, self.sliding_window)
             mixed = jax.nn.dot_product_attention(query, *cache, mask=mask)

@@ -6,7 +6,7 @@ which compiles once for all layers, or a list run one after the other.
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from flax import nnx
 import jax
@@ -15,12 +15,20 @@ from jax.typing import DTypeLike
 
 from lowrank_optax.layers import maestro
 from lowrank_optax.layers.attention.implementations import AttentionImplementation
+from lowrank_optax.layers.random_features.feature_attention import init_random_feature_state
+from lowrank_optax.layers.random_features.feature_maps import RandomFeatures
 from lowrank_optax.layers.structured.base import Structure
 from lowrank_optax.layers.widenet.expert_layers import MixtureOfExperts
 from lowrank_optax.layers.widenet.expert_routing import Experts
 from lowrank_optax.layers.widenet.mixture import RoutingStatistics
 from lowrank_optax.layers.widenet.widenet_block import experts_of
-from lowrank_optax.models.attention import Attention, KeyValueCache, RMSNorm
+from lowrank_optax.models.attention import (
+    Attention,
+    Cache,
+    KeyValueCache,
+    Positions,
+    RMSNorm,
+)
 from lowrank_optax.models.decoder_config import DecoderConfig
 from lowrank_optax.models.feed_forward import MLP, ExpertMLPs, StructuredMLP, structure_of
 from lowrank_optax.models.huggingface_config import MODULE_NAMES
@@ -43,6 +51,8 @@ class Block(nnx.Module):
         param_dtype: DTypeLike,
         activation_bits: int | None = None,
         attention_implementation: AttentionImplementation | None = None,
+        features: RandomFeatures | None = None,
+        position: Positions = "rope",
         structure: Structure | None = None,
         guide: bool = False,
         experts: Experts | None = None,
@@ -55,7 +65,12 @@ class Block(nnx.Module):
             self.attention, self.mlp = shared.attention, shared.mlp
             return
         self.attention = Attention(
-            config, dtype=dtype, attention_implementation=attention_implementation, **types
+            config,
+            dtype=dtype,
+            attention_implementation=attention_implementation,
+            features=features,
+            position=position,
+            **types,
         )
         options = {"dtype": dtype, "activation_bits": activation_bits, **types}
         if experts is not None:
@@ -71,12 +86,12 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
-        rotary: tuple[jax.Array, jax.Array],
-        cache: KeyValueCache | None,
+        rotary: Any,
+        cache: Cache | None,
         position: jax.Array | int,
         training: bool = False,
         key: jax.Array | None = None,
-    ) -> tuple[jax.Array, KeyValueCache | None, RoutingStatistics | None]:
+    ) -> tuple[jax.Array, Any, RoutingStatistics | None]:
         """As `Attention.__call__`, for the whole layer; and what its experts say of the tokens."""
         mixed, cache = self.attention(self.attention_norm(x), rotary, cache, position)
         x = x + mixed
@@ -85,6 +100,32 @@ class Block(nnx.Module):
             return x + mlp(normed), cache, None
         y, routing = mlp(normed, training=training, key=key)
         return x + y, cache, routing
+
+
+def features_of(
+    attention: str | RandomFeatures, config: DecoderConfig, implementation: Any
+) -> RandomFeatures | None:
+    """The random features that a decoder's `attention` means; None for softmax.
+
+    Raises:
+        ValueError: there is no such attention, or it has no windows or implementations.
+    """
+    if attention == "softmax":
+        return None
+    features = RandomFeatures() if attention == "random-features" else attention
+    if not isinstance(features, RandomFeatures):
+        raise ValueError(
+            f"attention must be 'softmax', 'random-features' or a RandomFeatures, got {attention!r}"
+        )
+    for name, value in (
+        ("sliding_window", config.sliding_window),
+        ("attention_implementation", implementation),
+    ):
+        if value is not None:
+            raise ValueError(
+                f"{name}={value!r} is for softmax attention: leave it or attention out"
+            )
+    return features
 
 
 class Decoder(nnx.Module):
@@ -117,6 +158,12 @@ class Decoder(nnx.Module):
         attention_implementation: name of the implementation of attention, see
             `lowrank_optax.layers.dot_product_attention`; None chooses by length and backend. With
             a cache it is always the plain one.
+        attention: `"softmax"`; or `"random-features"`, which approximates it in linear time and
+            with a cache of constant size, by 128 positive features or those of a
+            `lowrank_optax.layers.RandomFeatures` given instead.
+        position: `"rope"`; or `"comrope"`, trainable rotary positions in each block,
+            `attention.comrope.angle_matrices`. They start as RoPE that rotates neighbouring
+            channels, which are not those of Hugging Face's weights, and are always float32.
         feed_forward: structure of the MLPs' matrices in all blocks but the first, which stays
             dense: `"lowrank"`, `"blockdense"` or `"blockshuffle"`, of which each has about a third
             of the parameters, or a structure such as `lowrank_optax.layers.BlockShuffle(4)`; None
@@ -169,6 +216,8 @@ class Decoder(nnx.Module):
         remat_every: int = 1,
         activation_bits: int | None = None,
         attention_implementation: AttentionImplementation | None = None,
+        attention: Literal["softmax", "random-features"] | RandomFeatures = "softmax",
+        position: Positions = "rope",
         feed_forward: str | Structure | None = None,
         guide: bool = False,
         share_blocks: bool = False,
@@ -178,6 +227,14 @@ class Decoder(nnx.Module):
         self.config = config
         if linear not in (None, "maestro"):
             raise ValueError(f"linear must be 'maestro' or None, got {linear!r}")
+        features = features_of(attention, config, attention_implementation)
+        if position not in get_args(Positions):
+            raise ValueError(f"position must be 'rope' or 'comrope', got {position!r}")
+        if position == "comrope" and config.rope_scaling is not None:
+            raise ValueError(
+                "position='comrope' trains its frequencies: leave rope_scaling out of the config"
+            )
+        self.position, self.features = position, features
         structure = structure_of(feed_forward, config)
         if structure is None and guide:
             raise ValueError("guide=True is for structured matrices: give feed_forward, too")
@@ -204,6 +261,8 @@ class Decoder(nnx.Module):
         options: dict[str, Any] = {
             "activation_bits": activation_bits,
             "attention_implementation": attention_implementation,
+            "features": features,
+            "position": position,
             **types,
         }
         mlps = {"structure": structure, "guide": guide, "experts": self.experts}
@@ -260,9 +319,9 @@ class Decoder(nnx.Module):
         return self.logits(self.hidden(tokens))
 
     def decode(
-        self, tokens: jax.Array, cache: KeyValueCache | None, position: jax.Array | int
-    ) -> tuple[jax.Array, KeyValueCache | None]:
-        """As `__call__` for tokens that continue a text whose keys and values are cached.
+        self, tokens: jax.Array, cache: Cache | None, position: jax.Array | int
+    ) -> tuple[jax.Array, Any]:
+        """As `__call__` for tokens that continue a text that is cached.
 
         Args:
             tokens: integers [batch, length], the positions `position` to `position + length - 1`.
@@ -326,11 +385,11 @@ class Decoder(nnx.Module):
     def _hidden(
         self,
         tokens: jax.Array,
-        cache: KeyValueCache | None,
+        cache: Cache | None,
         position: jax.Array | int,
         training: bool = False,
         key: jax.Array | None = None,
-    ) -> tuple[jax.Array, KeyValueCache | None, Any]:
+    ) -> tuple[jax.Array, Any, Any]:
         x, rotary = self._embedded(tokens), self._rotary(tokens.shape[1], position)
         keys = None if key is None else jax.random.split(key, self.config.num_hidden_layers)
         x, cache, routing = self._run_blocks(x, rotary, cache, position, training, keys)
@@ -370,8 +429,10 @@ class Decoder(nnx.Module):
         """The hidden states: the final norm of the last block's output."""
         return self.norm(x)
 
-    def _rotary(self, length: int, position: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+    def _rotary(self, length: int, position: jax.Array | int) -> Any:
         config = self.config
+        if self.position == "comrope":
+            return (position + jnp.arange(length)).astype(jnp.float32)[:, None]
         frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         return rotary_angles(position + jnp.arange(length), frequencies)
 
@@ -385,9 +446,17 @@ class Decoder(nnx.Module):
             logits = jnp.matmul(rows, embedding.T, preferred_element_type=jnp.float32)
         return logits.reshape(*x.shape[:-1], logits.shape[-1])
 
-    def init_cache(self, batch: int, length: int) -> KeyValueCache:
-        """An empty cache for texts of `length` tokens, the layers stacked in front."""
+    def init_cache(self, batch: int, length: int) -> Cache:
+        """An empty cache for texts of `length` tokens, the layers stacked in front.
+
+        That of random features has the same size for all lengths.
+        """
         config = self.config
+        if self.features is not None:
+            sizes = batch, config.num_key_value_heads, config.head_dim
+            state = init_random_feature_state(self.features, *sizes)
+            layers = config.num_hidden_layers
+            return jax.tree.map(lambda x: jnp.broadcast_to(x, (layers, *x.shape)), state)
         heads = (config.num_key_value_heads, config.head_dim)
         empty = jnp.zeros((config.num_hidden_layers, batch, length, *heads), self.dtype)
         return KeyValueCache(empty, empty)
@@ -395,17 +464,17 @@ class Decoder(nnx.Module):
     def _run_blocks(
         self,
         x: jax.Array,
-        rotary: tuple[jax.Array, jax.Array],
-        cache: KeyValueCache | None,
+        rotary: Any,
+        cache: Cache | None,
         position: jax.Array | int,
         training: bool,
         keys: jax.Array | None,
-    ) -> tuple[jax.Array, KeyValueCache | None, Any]:
+    ) -> tuple[jax.Array, Any, Any]:
         shared: tuple[nnx.State, ...] = ()
 
         def call(
             graphdef: nnx.GraphDef, carry: Any, state: nnx.State, cache: Any, key: Any
-        ) -> tuple[Any, tuple[KeyValueCache | None, nnx.State, Any]]:
+        ) -> tuple[Any, tuple[Any, nnx.State, Any]]:
             x, counts = carry
             block = nnx.merge(graphdef, state, *counts, *shared)
             x, cache, routing = block(x, rotary, cache, position, training, key)

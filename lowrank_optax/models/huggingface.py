@@ -155,6 +155,11 @@ def save_huggingface(
             "such a checkpoint has dense MLPs and blocks of their own: it cannot hold experts, and "
             "shared blocks only after unshare_blocks(model)"
         )
+    if model.position == "comrope" or model.features is not None:
+        raise ValueError(
+            "such a checkpoint has rotary positions with fixed frequencies and softmax attention: "
+            f"it cannot hold position={model.position!r} or random features"
+        )
     parameters = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     shapes = _expected_shapes(model.config)
     foreign = [path for path in parameters if not _names(path, model.config)]

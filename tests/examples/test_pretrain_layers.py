@@ -20,10 +20,12 @@ pytestmark = pytest.mark.slow
 
 MAESTRO = ["--linear", "maestro", "--rank-penalty", "20"]
 WIDENET = ["--share-blocks", "--experts", "4"]
+LINEAR_TIME = ["--attention", "random-features", "--position", "comrope"]
+LAYERS = [["--fixed-point", "8"], MAESTRO, WIDENET, LINEAR_TIME]
 
 
 @pytest.mark.bitwise  # the same program, which is lowered once more
-@pytest.mark.parametrize("layers", [["--fixed-point", "8"], MAESTRO, WIDENET], ids=lambda x: x[0])
+@pytest.mark.parametrize("layers", LAYERS, ids=lambda x: x[0])
 def test_run_trains_and_goes_on_to_the_last_bit(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture, layers: list[str]
 ) -> None:
@@ -51,7 +53,7 @@ def test_run_trains_and_goes_on_to_the_last_bit(
         looks = [record for record in losses if "held_out_loss" in record]
         assert all(0 < record["largest_load"] <= 0.5 for record in looks)
         assert whole["routing"]["dropped_choices"] == looks[-1]["dropped_choices"] < 0.5
-    if layers in (MAESTRO, WIDENET):
+    if layers in (MAESTRO, WIDENET, LINEAR_TIME):
         check_that_finetune_finds_it(folder, flags[flags.index("--data") + 1], losses[-1])
 
 

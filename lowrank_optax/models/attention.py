@@ -72,8 +72,8 @@ Cache: TypeAlias = KeyValueCache | LinearAttentionState
 def comrope_like_rope(config: DecoderConfig, rngs: nnx.Rngs) -> ComRoPE:
     """Trainable rotary positions, which start as RoPE on pairs of neighbouring channels."""
     size, heads = 2 if config.head_dim % 4 else 4, config.num_key_value_heads
-    options = {"block_size": size, "init_std": 0.0, "variant": "ap", "rngs": rngs}
-    layer = ComRoPE(heads, config.head_dim, **options)
+    options = {"block_size": size, "init_std": 0.0}
+    layer = ComRoPE(heads, config.head_dim, variant="ap", rngs=rngs, **options)
     angles = rope_angles(config.head_dim, size, base=config.rope_theta, num_heads=heads)
     layer.angle_matrices.set_value(angles)
     return layer

@@ -499,9 +499,9 @@ class Decoder(nnx.Module):
             for block, (layer_cache, counts, routing) in zip(blocks, outputs, strict=True):
                 nnx.update(block, counts)
                 done.append((layer_cache, routing))
-        stacked = jax.tree.map(lambda *layers: jnp.stack(layers), *done) if done else None
+        first = jax.tree.map(lambda *layers: jnp.stack(layers), *done) if done else (None, None)
         if isinstance(self.blocks, nnx.List):
-            return x, *stacked
+            return x, first[0], first[1]
         # Not nnx.scan: it writes the weights back, which fails where the model is a constant of
         # an enclosing jit or grad.
         counts: tuple[nnx.State, ...] = ()
@@ -519,5 +519,5 @@ class Decoder(nnx.Module):
             nnx.update(self.blocks, after)
         if apart:
             join = lambda *parts: jnp.concatenate(parts)
-            cache, routing = jax.tree.map(join, stacked, (cache, routing))
+            cache, routing = jax.tree.map(join, first, (cache, routing))
         return x, cache, routing

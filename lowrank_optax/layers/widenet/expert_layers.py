@@ -117,7 +117,7 @@ class ExpertFFN(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         options["bias_init"] = nnx.initializers.normal(1e-6)
         self.up = expert_linear(num_experts, features, hidden_features, **options)
         self.down = expert_linear(num_experts, hidden_features, features, **options)

@@ -155,7 +155,7 @@ def expert_capacity(tokens: int, options: Experts) -> int:
         return tokens
     # The number as it is written: 1.4 in binary is below 1.4, and would lose a token here.
     room = tokens * Fraction(str(options.capacity_factor)) * options.top_k
-    capacity = min(int(room // options.num_experts), tokens)
+    capacity = min(room // options.num_experts, tokens)
     if tokens and not capacity:
         raise ValueError(
             f"capacity_factor={options.capacity_factor} leaves no room: floor({tokens} tokens × "

@@ -5,8 +5,9 @@
 
 Each run is the main job's, by AdamW at its own learning rate, which is the same for all. A variant
 whose step has fewer operations makes more steps, its schedule stretched alike. Beside structured
-feed-forwards stands a dense one so narrow that the decoder has as many parameters. Three seeds;
-some thirty minutes of a core; a stopped run goes on after the last result.
+feed-forwards stands a dense one so narrow that the decoder has as many parameters, beside shared
+blocks with experts such ones so wide that it has as many as the dense decoder. Three seeds; an hour
+of a core; a stopped run goes on after the last result.
 """
 
 import argparse
@@ -56,9 +57,11 @@ class Variant:
 
     def parameters(self) -> int:
         """Number of weights, without guides."""
+        return parameter_count(nnx.state(self._model(), nnx.Param))
+
+    def _model(self) -> Decoder:
         options = dict(self.options)
-        make = lambda: Decoder(self.config, rngs=nnx.Rngs(0), **options)
-        return parameter_count(nnx.state(nnx.eval_shape(make), nnx.Param))
+        return nnx.eval_shape(lambda: Decoder(self.config, rngs=nnx.Rngs(0), **options))
 
     def operations(self) -> float:
         """Multiplications per token and step, forward and twice as many backward.
@@ -66,9 +69,23 @@ class Variant:
         Of matrices, of attention's scores and values, and, in the guided part of the steps, of half
         of the guides: that many are not skipped, on average over the schedule.
         """
-        config = self.config
+        config, model = self.config, self._model()
         forward = self.parameters() - config.vocab_size * config.hidden_size  # an embedding is read
-        forward += 2 * LENGTH * config.hidden_size * config.num_hidden_layers
+        if model.experts is not None:
+            experts = parameter_count(nnx.state(model.blocks.mlp.experts, nnx.Param))
+            forward -= experts * (1 - model.experts.top_k / model.experts.num_experts)
+        layers = config.num_hidden_layers
+        if model.share_blocks:
+            outside = parameter_count(
+                nnx.state([model.embed, model.norm, model.lm_head], nnx.Param)
+            )
+            outside -= config.vocab_size * config.hidden_size
+            forward = outside + layers * (forward - outside)
+        scores = 2 * LENGTH * config.hidden_size
+        if model.features is not None:
+            count, chunk, width = model.features.width(), model.features.chunk_size, config.head_dim
+            scores = config.num_attention_heads * (4 * count * width + chunk * (count + width))
+        forward += layers * scores
         if "--self-guided" in self.flags:
             blocks = config.num_hidden_layers - 1
             dense = 3 * config.hidden_size * config.intermediate_size
@@ -87,15 +104,26 @@ def variants() -> dict[str, Variant]:
             (*structured.flags, "--self-guided", f"{GUIDED}"), options
         )
     found["dense, narrow"] = Variant(width=_width_for(found["LowRank"].parameters()))
+    found["ComRoPE"] = Variant(("--position", "comrope"), (("position", "comrope"),))
+    features = (("attention", "random-features"),)
+    found["random features"] = Variant(("--attention", "random-features"), features)
+    shared = ("--share-blocks",), (("share_blocks", True),)
+    found["shared blocks"] = Variant(*shared)
+    with_experts = (*shared[0], "--experts", "4"), (*shared[1], ("experts", 4))
+    found["WideNet"] = Variant(*with_experts)
+    width = _width_for(found["dense"].parameters(), *with_experts)
+    found["WideNet, wide"] = Variant(*with_experts, width)
     found["Maestro"] = Variant(("--linear", "maestro"), (("linear", "maestro"),))
     found["Maestro, penalty"] = Variant(("--linear", "maestro", *PENALTY), (("linear", "maestro"),))
     found["fixed point, 8 bits"] = Variant(("--fixed-point", "8"))
     return found
 
 
-def _width_for(parameters: int) -> int:
-    """The intermediate size with which a dense decoder has nearest as many parameters."""
-    narrow, wide = Variant(width=8).parameters(), Variant(width=16).parameters()
+def _width_for(
+    parameters: int, flags: tuple[str, ...] = (), options: tuple[tuple[str, Any], ...] = ()
+) -> int:
+    """The intermediate size with which a decoder has nearest as many parameters."""
+    narrow, wide = (Variant(flags, options, width).parameters() for width in (8, 16))
     return round(8 + 8 * (parameters - narrow) / (wide - narrow))
 
 

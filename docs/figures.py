@@ -36,6 +36,7 @@ from figure_nag_gs import nag_gs
 from figure_one_cycle import one_cycle
 from figure_pissa import pissa
 from figure_powerpropagation import powerpropagation
+from figure_random_feature_attention import random_feature_attention
 from figure_randomized_linear import randomized_linear
 from figure_runs import (
     CONFIG,
@@ -332,6 +333,7 @@ FIGURES = {
         decoder_variants,
         maestro,
         comrope,
+        random_feature_attention,
         fixed_point,
         aflora,
         lamda,

@@ -247,6 +247,9 @@ def test_experts_on_eight_devices_exchange_tokens_by_all_to_alls() -> None:
             )
         with pytest.raises(ValueError, match="47 tokens do not divide over the 8 devices"):
             mixture(Experts(COUNT, expert_axis="expert"), x[:-1], router, up, down)
+    explicit = jax.make_mesh((8,), ("expert",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(explicit), pytest.raises(ValueError, match="needs a mesh of automatic axes"):
+        mixture(Experts(COUNT, expert_axis="expert"), x, router, up, down)
     (_, (whole, same)), expected = jax.jit(functools.partial(step, None, None))(x, router, up, down)
     for a, b in zip((y, *statistics, *gradients), (whole, *same, *expected), strict=True):
         assert_close(a, np.asarray(b, np.float64))

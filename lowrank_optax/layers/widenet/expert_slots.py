@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 
 def slots_of(experts: jax.Array, visible: jax.Array, num_experts: int, capacity: int) -> jax.Array:
@@ -101,8 +101,8 @@ def transport(axis: str | None, count: int, tokens: int) -> OneDevice | Exchange
     """How tokens come to experts that are distributed over a mesh axis, or to those of one device.
 
     Raises:
-      ValueError: If there is no such axis in the current mesh, or the experts or the tokens do not
-        divide over it.
+      ValueError: If there is no such axis in the current mesh, its axes are not automatic, or the
+        experts or the tokens do not divide over it.
     """
     if axis is None:
         return OneDevice()
@@ -112,6 +112,11 @@ def transport(axis: str | None, count: int, tokens: int) -> OneDevice | Exchange
         raise ValueError(
             f"expert_axis={axis!r} is not an axis of the current mesh ({names}): run under "
             "jax.set_mesh(mesh), with a mesh that has this axis."
+        )
+    if any(kind != AxisType.Auto for kind in mesh.axis_types):
+        raise ValueError(
+            f"expert_axis={axis!r} needs a mesh of automatic axes, not {mesh.axis_types}: give "
+            "jax.make_mesh axis_types of AxisType.Auto."
         )
     if count % mesh.shape[axis]:
         raise ValueError(

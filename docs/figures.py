@@ -54,6 +54,7 @@ from figure_runs import (
 )
 from figure_svfit import svfit
 from figure_weight_decay import weight_decay
+from figure_widenet import widenet
 import jax
 import jax.numpy as jnp
 import matplotlib
@@ -332,6 +333,7 @@ FIGURES = {
         decoder_variants,
         maestro,
         comrope,
+        widenet,
         fixed_point,
         aflora,
         lamda,

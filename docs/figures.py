@@ -55,6 +55,7 @@ from figure_runs import (
 )
 from figure_svfit import svfit
 from figure_weight_decay import weight_decay
+from figure_widenet import widenet
 import jax
 import jax.numpy as jnp
 import matplotlib
@@ -334,6 +335,7 @@ FIGURES = {
         maestro,
         comrope,
         random_feature_attention,
+        widenet,
         fixed_point,
         aflora,
         lamda,

@@ -43,11 +43,13 @@ class Variant:
       flags: Those of the main job.
       options: The same for `Decoder`.
       width: Intermediate size, where it is not the model's.
+      equal_steps: Whether it makes the dense decoder's steps, whatever they cost.
     """
 
     flags: tuple[str, ...] = ()
     options: tuple[tuple[str, Any], ...] = ()
     width: int | None = None
+    equal_steps: bool = False
 
     @property
     def config(self) -> DecoderConfig:
@@ -113,6 +115,7 @@ def variants() -> dict[str, Variant]:
     found["WideNet"] = Variant(*with_experts)
     width = _width_for(found["dense"].parameters(), *with_experts)
     found["WideNet, wide"] = Variant(*with_experts, width)
+    found["WideNet, wide, equal steps"] = Variant(*with_experts, width, equal_steps=True)
     found["Maestro"] = Variant(("--linear", "maestro"), (("linear", "maestro"),))
     found["Maestro, penalty"] = Variant(("--linear", "maestro", *PENALTY), (("linear", "maestro"),))
     found["fixed point, 8 bits"] = Variant(("--fixed-point", "8"))
@@ -199,6 +202,7 @@ def main() -> None:
         for seed in range(args.seeds):
             for name, variant in every.items():
                 steps = round(budget / variant.operations())
+                steps = args.steps if variant.equal_steps else steps
                 results.once(("steps", name), lambda steps=steps: steps)
                 measure = lambda v=variant, steps=steps, seed=seed: run(v, steps, seed, cache)
                 results.once(("runs", name, f"seed {seed}"), measure)

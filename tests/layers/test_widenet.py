@@ -1,5 +1,6 @@
 """Mixtures of experts and WideNet: routing, slots, grouped products, one block for all layers."""
 
+from collections.abc import Callable
 import functools
 
 from close import assert_close
@@ -179,8 +180,10 @@ def test_noise_is_that_of_the_key() -> None:
         ({"num_experts": 0}, "num_experts must be a positive integer, got 0"),
         ({"top_k": 5}, "top_k=5 is above num_experts=4"),
         ({"top_k": True}, "top_k must be a positive integer"),
-        ({"capacity_factor": 0.0}, "capacity_factor must be positive"),
-        ({"capacity_factor": float("nan")}, "capacity_factor must be positive"),
+        ({"capacity_factor": 0.0}, "capacity_factor must be a positive"),
+        ({"capacity_factor": float("nan")}, "capacity_factor must be a positive"),
+        ({"capacity_factor": True}, "capacity_factor must be a positive"),
+        ({"capacity_factor": "1.2"}, "capacity_factor must be a positive"),
     ],
 )
 def test_bad_options_are_refused(options: dict, message: str) -> None:
@@ -209,8 +212,78 @@ def test_bad_calls_are_refused() -> None:
     block = lro.layers.WideNetBlock(8, 2, 8, 2, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="give training=True"):
         block(jnp.ones((1, 2, 8)), key=jax.random.key(0))
-    with pytest.raises(ValueError, match="x must be"):
-        block(jnp.ones((2, 8)))
+    for shape in [(2, 8), (1, 2, 4)]:
+        with pytest.raises(ValueError, match=r"x must be \[B, N, 8\]"):
+            block(jnp.ones(shape))
+    with pytest.raises(ValueError, match=r"booleans of shape \(1, 2\), got float32"):
+        block(jnp.ones((1, 2, 8)), mask=jnp.ones((1, 2)))
+    with pytest.raises(ValueError, match=r"dropout_rate must be from 0 to 1, got 1\.5"):
+        lro.layers.ExpertFFN(2, 8, 8, dropout_rate=1.5, rngs=nnx.Rngs(0))
+
+
+def test_numbers_of_experts_that_differ_are_refused() -> None:
+    """A product of one matrix with the rows of several experts would be one of all of them."""
+    x, router, up, _ = map(jnp.asarray, arrays())
+    experts = lro.layers.ExpertFFN(1, WIDTH, HIDDEN, rngs=nnx.Rngs(0))
+    mixture = lro.layers.MixtureOfExperts(experts, WIDTH, Experts(COUNT), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="rows of 4 experts, for a layer of 1"):
+        mixture(x)
+    rows = jnp.ones((COUNT, 3, WIDTH))
+    with pytest.raises(ValueError, match="one matrix, bias and size for each expert"):
+        lro.layers.grouped_linear(rows, up[:1])
+    with pytest.raises(ValueError, match="one matrix, bias and size for each expert"):
+        lro.layers.grouped_linear(rows, up, jnp.ones((1, HIDDEN)))
+    summed = lambda rows, sizes: rows.sum(0)
+    with pytest.raises(ValueError, match=r"one row for each of theirs, \[4, 28\]"):
+        lro.layers.mixture_of_experts(x, router, summed, Experts(COUNT))
+
+
+def test_padding_may_hold_nan_and_tokens_be_narrower_than_weights() -> None:
+    block = lro.layers.WideNetBlock(8, 2, 12, 2, rngs=nnx.Rngs(0))
+    graphdef, state = nnx.split(block)
+    mask = jnp.arange(5) < jnp.array([[5], [3]])
+    x = jax.random.normal(jax.random.key(1), (2, 5, 8))
+
+    @jax.jit
+    def run(state, padding):
+        def loss(state):
+            tokens = jnp.where(mask[..., None], x, padding).astype(jnp.bfloat16)
+            y, routing = nnx.merge(graphdef, state)(tokens, mask=mask, training=True)
+            assert y.dtype == jnp.float32
+            return jnp.sum(jnp.where(mask[..., None], y, 0) ** 2) + routing.balance_loss.sum()
+
+        return jax.value_and_grad(loss)(state)
+
+    (loss, gradient), (expected, others) = run(state, jnp.nan), run(state, 7.0)
+    assert float(loss) == float(expected)
+    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(others), strict=True):
+        np.testing.assert_array_equal(a, b)  # the same program on the same numbers
+
+
+def test_tpus_get_grouped_products_where_these_can_do_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    experts = lro.layers.ExpertFFN(COUNT, WIDTH, HIDDEN, rngs=nnx.Rngs(0))
+    layer = lro.layers.MixtureOfExperts(experts, WIDTH, Experts(COUNT), rngs=nnx.Rngs(0))
+    x = jnp.ones((TOKENS, WIDTH), jnp.bfloat16)
+
+    def lowered(training: bool = False, of: Callable = lambda loss: loss) -> str:
+        graphdef, state = nnx.split(layer)
+        loss = lambda state: nnx.merge(graphdef, state)(x, training=training)[0].sum()
+        return jax.jit(of(loss)).trace(state).lower(lowering_platforms=("tpu",)).as_text()
+
+    assert "ragged_dot" in lowered()
+    assert "ragged_dot" in lowered(of=jax.grad)
+    assert "ragged_dot" not in lowered(training=True)  # a limited capacity
+    explicit = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(explicit):
+        assert "ragged_dot" not in lowered()
+    experts.up.precision = "highest"
+    assert "ragged_dot" not in lowered()
+    with pytest.raises(ValueError, match="a precision or another call of its own"):
+        lro.layers.call_expert_linear(experts.up, x, jnp.full(COUNT, TOKENS // COUNT))
+    experts.up.precision = None
+    lro.adapters.attach(layer, lro.adapters.LoRA(rank=2), "experts", rngs=1)
+    assert "ragged_dot" not in lowered()
 
 
 def test_experts_on_eight_devices_exchange_tokens_by_all_to_alls() -> None:
@@ -247,14 +320,45 @@ def test_experts_on_eight_devices_exchange_tokens_by_all_to_alls() -> None:
             )
         with pytest.raises(ValueError, match="47 tokens do not divide over the 8 devices"):
             mixture(Experts(COUNT, expert_axis="expert"), x[:-1], router, up, down)
-    explicit = jax.make_mesh((8,), ("expert",), axis_types=(AxisType.Explicit,))
-    with jax.set_mesh(explicit), pytest.raises(ValueError, match="needs a mesh of automatic axes"):
-        mixture(Experts(COUNT, expert_axis="expert"), x, router, up, down)
     (_, (whole, same)), expected = jax.jit(functools.partial(step, None, None))(x, router, up, down)
     for a, b in zip((y, *statistics, *gradients), (whole, *same, *expected), strict=True):
         assert_close(a, np.asarray(b, np.float64))
     # Six tokens on each device choose twelve of four experts, each of which has one slot there.
     assert 0.5 < dropping.dropped < 0.9
+
+
+def test_copies_of_experts_each_compute_the_tokens_of_their_device() -> None:
+    mesh = jax.make_mesh((8, 1), ("data", "expert"), axis_types=(AxisType.Auto,) * 2)
+    x, router, up, down = map(jnp.asarray, arrays())
+    x = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
+
+    def compiled(axis):
+        run = functools.partial(mixture, Experts(COUNT, 2, None, axis))
+        return jax.jit(run).lower(x, router, up, down).compile()
+
+    with jax.set_mesh(mesh):
+        apart, together = compiled("expert"), compiled(None)
+        operations = [each.cost_analysis()["flops"] for each in (apart, together)]
+        # Eight times as many where every device has the slots of all tokens.
+        assert operations[0] < operations[1] / 4
+        found, expected = (each(x, router, up, down)[0] for each in (apart, together))
+    assert_close(found, np.asarray(expected, np.float64))
+
+
+def test_explicit_axes_are_refused_or_made_automatic() -> None:
+    mesh = jax.make_mesh((2, 4), ("data", "expert"), axis_types=(AxisType.Explicit,) * 2)
+    given = tuple(map(jnp.asarray, arrays()))
+    run = functools.partial(mixture, Experts(COUNT, 2, None, "expert"))
+    spec = PartitionSpec("data")
+    with jax.set_mesh(mesh):
+        x = jax.device_put(given[0], spec)
+        for options in (Experts(COUNT), Experts(COUNT, expert_axis="expert")):
+            with pytest.raises(ValueError, match="over automatic axes alone, not over"):
+                mixture(options, x, *given[1:])
+        automatic = jax.sharding.auto_axes(lambda *given: run(*given)[0], out_sharding=spec)
+        y = jax.jit(automatic)(x, *given[1:])
+        assert jax.typeof(y).sharding.spec[0] == "data"
+    assert_close(y, by_loops(*arrays(), 2, TOKENS)[0])
 
 
 SIZES = {  # https://arxiv.org/abs/2107.11817, table of ImageNet, exactly
@@ -298,8 +402,8 @@ def test_gradient_of_a_shared_block_is_the_sum_over_its_applications() -> None:
     block = lro.layers.WideNetBlock(8, 2, 12, 3, is_causal=True, remat=True, rngs=nnx.Rngs(0))
     move = lambda a: a + 0.3 * jax.random.normal(jax.random.key(a.size), a.shape)
     nnx.update(block, jax.tree.map(move, nnx.state(block, nnx.Param)))
-    x = jax.random.normal(jax.random.key(1), (2, 5, 8))
     mask = jnp.arange(5) < jnp.array([[5], [3]])
+    x = jax.random.normal(jax.random.key(1), (2, 5, 8)) * mask[..., None]
     run, norms, shared = applied_one_by_one(block, x, mask)
     weight = jnp.cos(jnp.arange(x.size)).reshape(x.shape)
     graphdef, state = nnx.split(block)

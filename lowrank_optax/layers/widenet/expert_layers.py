@@ -6,6 +6,7 @@ from typing import Any
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 from jax.typing import DTypeLike
 
 from lowrank_optax.layers.widenet.expert_routing import Experts, dropless
@@ -66,7 +67,8 @@ def call_expert_linear(
       ``[E, n, f]``, or ``[n, f]``, as `grouped_linear`.
 
     Raises:
-      ValueError: If rows are grouped, and the layer has an adapter or another call of its own.
+      ValueError: If the rows are of another number of experts; or if they are grouped, and the
+        layer has an adapter, a precision or another call of its own.
 
     Example:
       >>> from flax import nnx
@@ -75,17 +77,26 @@ def call_expert_linear(
       >>> lro.layers.call_expert_linear(layer, jnp.ones((5, 8)), sizes).shape
       (5, 16)
     """
+    given, own = len(rows if sizes is None else sizes), layer.kernel_shape[0]
+    if given != own:  # an einsum would repeat a single expert
+        raise ValueError(f"rows of {given} experts, for a layer of {own}: give it those of {own}.")
     if sizes is None:
         return layer(rows)
-    if type(layer) is not nnx.Einsum:
+    if not _takes_groups(layer):
         raise ValueError(
-            f"{type(layer).__name__} has an adapter or another call of its own, which takes rows "
-            "in slots: use dispatch='slots'."
+            f"{type(layer).__name__} has an adapter, a precision or another call of its own, which "
+            "takes rows in slots: use dispatch='slots'."
         )
     kernel, bias = layer.kernel[...], None if layer.bias is None else layer.bias[...]
     dtype = layer.dtype or jnp.result_type(rows, kernel)
     rows, kernel, bias = jax.tree.map(lambda x: x.astype(dtype), (rows, kernel, bias))
     return grouped_linear(rows, kernel, bias, sizes=sizes)
+
+
+def _takes_groups(layer: nnx.Einsum) -> bool:
+    """Whether a layer is no more than its kernel and bias, which grouped products take."""
+    own = layer.precision is not None or layer.preferred_element_type is not None
+    return type(layer) is nnx.Einsum and layer.einsum_op is jnp.einsum and not own
 
 
 class ExpertFFN(nnx.Module):
@@ -100,6 +111,9 @@ class ExpertFFN(nnx.Module):
       dtype: Dtype of the computation; None for that of inputs and weights.
       param_dtype: Dtype of the weights.
       rngs: Random keys for the weights.
+
+    Raises:
+      ValueError: If ``dropout_rate`` is not a probability.
 
     Example:
       See `MixtureOfExperts`.
@@ -117,6 +131,8 @@ class ExpertFFN(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
+        if not 0 <= dropout_rate <= 1:
+            raise ValueError(f"dropout_rate must be from 0 to 1, got {dropout_rate!r}.")
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         options["bias_init"] = nnx.initializers.normal(1e-6)
         self.up = expert_linear(num_experts, features, hidden_features, **options)
@@ -218,8 +234,9 @@ class MixtureOfExperts(nnx.Module):
     def _grouped(self) -> bool:
         """Whether grouped products are faster: on other backends they compute all by all.
 
-        Layers with adapters have a product of their own for slots alone.
+        Layers with adapters have a product of their own for slots alone, and JAX has no grouped
+        products on explicit axes.
         """
         layers = [x for _, x in nnx.iter_modules(self.experts) if isinstance(x, nnx.Einsum)]
-        plain = all(type(layer) is nnx.Einsum for layer in layers)
-        return plain and jax.default_backend() == "tpu"
+        explicit = AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
+        return all(map(_takes_groups, layers)) and not explicit and jax.default_backend() == "tpu"

@@ -3,6 +3,7 @@
 import dataclasses
 from fractions import Fraction
 import math
+import numbers
 from typing import NamedTuple
 
 import jax
@@ -18,8 +19,9 @@ class Experts:
       top_k: Number ``K`` of experts that compute each token.
       capacity_factor: Room of an expert in training, as a multiple of its share ``T K / E`` of the
         tokens' choices; None for room for all.
-      expert_axis: Name of a mesh axis over which the experts are distributed; None for one device,
-        or for copies on each.
+      expert_axis: Name of a mesh axis over which the experts are distributed; None for one device.
+        On several, each would then compute the experts of all tokens: for copies of the experts,
+        each with its own device's tokens, add an axis of size 1.
 
     Raises:
       ValueError: If a number is not a positive integer, ``top_k`` is above ``num_experts``, or the
@@ -50,9 +52,10 @@ class Experts:
                 "an expert twice."
             )
         factor = self.capacity_factor
-        if factor is not None and not 0 < factor < math.inf:
+        is_number = isinstance(factor, numbers.Real) and not isinstance(factor, bool)
+        if factor is not None and not (is_number and 0 < factor < math.inf):
             raise ValueError(
-                f"capacity_factor must be positive and finite, or None, got {factor!r}."
+                f"capacity_factor must be a positive, finite number, or None, got {factor!r}."
             )
 
 

@@ -97,31 +97,33 @@ class Exchange:
         return jax.shard_map(local, mesh=self._mesh, in_specs=in_specs, out_specs=out_specs)
 
 
-def transport(axis: str | None, count: int, tokens: int) -> OneDevice | Exchange:
+def transport(axis: str | None, count: int, x: jax.Array) -> OneDevice | Exchange:
     """How tokens come to experts that are distributed over a mesh axis, or to those of one device.
 
     Raises:
       ValueError: If there is no such axis in the current mesh, its axes are not automatic, or the
-        experts or the tokens do not divide over it.
+        experts or the tokens do not divide over it; or if the tokens are sharded over explicit axes.
     """
-    if axis is None:
-        return OneDevice()
-    mesh = jax.sharding.get_abstract_mesh()
-    if axis not in mesh.axis_names:
+    mesh, tokens = jax.sharding.get_abstract_mesh(), len(x)
+    if axis is not None and axis not in mesh.axis_names:
         names = ", ".join(mesh.axis_names) or "none: there is no mesh"
         raise ValueError(
             f"expert_axis={axis!r} is not an axis of the current mesh ({names}): run under "
             "jax.set_mesh(mesh), with a mesh that has this axis."
         )
-    if any(kind != AxisType.Auto for kind in mesh.axis_types):
+    automatic = all(kind == AxisType.Auto for kind in mesh.axis_types)
+    if not automatic and (axis is not None or any(jax.typeof(x).sharding.spec)):
         raise ValueError(
-            f"expert_axis={axis!r} needs a mesh of automatic axes, not {mesh.axis_types}: give "
-            "jax.make_mesh axis_types of AxisType.Auto."
+            f"tokens are exchanged over automatic axes alone, not over {mesh.axis_types}: give "
+            "jax.make_mesh axis_types of AxisType.Auto, or call the mixture in "
+            "jax.sharding.auto_axes."
         )
+    if axis is None:
+        return OneDevice()
     if count % mesh.shape[axis]:
         raise ValueError(
             f"num_experts={count} does not divide over the {mesh.shape[axis]} devices of the mesh "
-            f"axis {axis!r}: give a multiple of them, or expert_axis=None for copies."
+            f"axis {axis!r}: give a multiple of them, or an axis that divides them."
         )
     if tokens % mesh.size:
         raise ValueError(

@@ -52,7 +52,8 @@ def mixture_of_experts(
 
     With ``expert_axis``, each device routes its own tokens, with a capacity of its own, and two
     all-to-alls bring them to the devices of their experts and back. Call it under ``jax.set_mesh``
-    with a mesh of automatic axes; the load-balance loss is that of all tokens together.
+    with a mesh of automatic axes, or, if its axes are explicit, in ``jax.sharding.auto_axes``; the
+    load-balance loss is that of all tokens together.
 
     Args:
       x: Tokens ``[T, d]``.
@@ -60,7 +61,8 @@ def mixture_of_experts(
       experts: Function that computes all experts, each its own rows.
       options: Numbers of experts and of choices, and the capacity.
       dispatch: ``"slots"``, a batched product for all experts; or ``"ragged"``, grouped products
-        by ``jax.lax.ragged_dot`` of exactly the tokens of each, for no capacity factor.
+        by ``jax.lax.ragged_dot`` of exactly the tokens of each, for no capacity factor. JAX has no
+        second derivatives of these, and no ``vmap`` over rows alone.
       key: PRNG key of the router's noise in training; None for no noise.
       mask: Booleans ``[T]``, False for padding: its output is 0.
 
@@ -69,8 +71,8 @@ def mixture_of_experts(
 
     Raises:
       ValueError: If shapes do not fit, the capacity is 0, ``dispatch`` is unknown or ``"ragged"``
-        comes with a capacity factor or an expert axis, or experts or tokens do not divide over the
-        mesh.
+        comes with a capacity factor or an expert axis, experts or tokens do not divide over the
+        mesh, or tokens are sharded over explicit axes.
 
     Example:
       >>> import jax, lowrank_optax as lro
@@ -95,6 +97,7 @@ def mixture_of_experts(
             "dispatch='ragged' drops no choice and has no slots to exchange: give "
             "capacity_factor=None and expert_axis=None."
         )
+    path = transport(options.expert_axis, count, x)
     routing = route_to_experts(x, router, options.top_k, key=key, mask=mask)
     visible = jnp.ones(len(x), bool) if mask is None else mask
     if dispatch == "ragged":
@@ -102,14 +105,23 @@ def mixture_of_experts(
             x = jnp.where(mask[:, None], x, 0)
         y, dropped = _ragged(x, routing.experts, routing.gates, experts, count), 0.0
     else:
-        path = transport(options.expert_axis, count, len(x))
         capacity = expert_capacity(len(x) // path.groups, options)
         slotted, slots = path.send(x, routing.experts, visible, count, capacity)
-        y = path.receive(experts(slotted, None), slots, routing.gates)
+        out = experts(slotted, None)
+        _check_rows(out, slotted.shape[:-1])
+        y = path.receive(out, slots, routing.gates)
         choices = jnp.maximum(visible.sum() * options.top_k, 1)
         dropped = jnp.sum((slots == count * capacity) & visible[:, None]) / choices
     statistics = RoutingStatistics(routing.balance_loss, routing.load, jnp.float32(dropped))
     return y.astype(x.dtype), statistics
+
+
+def _check_rows(out: jax.Array, shape: tuple[int, ...]) -> None:
+    if out.ndim != len(shape) + 1 or out.shape[:-1] != shape:
+        raise ValueError(
+            f"experts must return one row for each of theirs, {list(shape)} and a width, got shape "
+            f"{out.shape}."
+        )
 
 
 def _ragged(
@@ -123,6 +135,7 @@ def _ragged(
     order = jnp.argsort(chosen.reshape(-1), stable=True)
     sizes = jnp.bincount(chosen.reshape(-1), length=count).astype(jnp.int32)
     out = experts(x[order // top_k], sizes)
+    _check_rows(out, order.shape)
     place = jnp.argsort(order).reshape(chosen.shape)
     parts = [gates[:, k, None] * out[place[:, k]] for k in range(top_k)]
     return sum(parts[1:], parts[0])
@@ -146,6 +159,9 @@ def grouped_linear(
     Returns:
       ``[E, n, f]``, or ``[n, f]``.
 
+    Raises:
+      ValueError: If the numbers of experts differ.
+
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
       >>> kernel = jnp.stack([jnp.eye(2), 10 * jnp.eye(2)])
@@ -154,6 +170,10 @@ def grouped_linear(
        [10. 10.]
        [10. 10.]]
     """
+    counts = {len(a) for a in (x if sizes is None else sizes, kernel, bias) if a is not None}
+    if len(counts) > 1:  # an einsum would repeat a single matrix
+        shapes = jax.tree.map(jnp.shape, {"x": x, "kernel": kernel, "bias": bias, "sizes": sizes})
+        raise ValueError(f"one matrix, bias and size for each expert are needed, got {shapes}.")
     if sizes is None:
         y = jnp.einsum("end,edf->enf", x, kernel)
         return y if bias is None else y + bias[:, None]

@@ -38,7 +38,8 @@ class WideNetBlock(nnx.Module):
       rngs: Random keys for the weights.
 
     Raises:
-      ValueError: If a number is not positive, or ``num_heads`` does not divide ``features``.
+      ValueError: If a number is not positive, ``num_heads`` does not divide ``features``, or
+        ``dropout_rate`` is not a probability.
 
     Example:
       >>> from flax import nnx
@@ -78,6 +79,7 @@ class WideNetBlock(nnx.Module):
             raise ValueError(f"num_heads={num_heads} must divide features={features}.")
         options = experts_of(experts)
         self.is_causal, self.remat, self.num_layers = is_causal, remat, num_layers
+        self.dtype = dtype
         types = {"dtype": dtype, "param_dtype": param_dtype}
         self.attention = nnx.MultiHeadAttention(
             num_heads,
@@ -115,19 +117,29 @@ class WideNetBlock(nnx.Module):
           x: Tokens ``[B, N, d]``.
           training: Whether experts have a limited capacity; otherwise no choice is dropped.
           key: PRNG key of the router's noise and of dropout, in training.
-          mask: Booleans ``[B, N]``, False for padding, which no token attends to.
+          mask: Booleans ``[B, N]``, False for padding, which no token attends to, and which counts
+            as 0 whatever it holds.
 
         Returns:
-          The tokens ``[B, N, d]``, and how each application distributed them.
+          The tokens ``[B, N, d]``, in the wider of their dtype and that of the computation, and how
+          each application distributed them.
 
         Raises:
           ValueError: If shapes do not fit, or as `MixtureOfExperts`.
         """
-        if x.ndim != 3 or (mask is not None and mask.shape != x.shape[:2]):
-            shape = None if mask is None else mask.shape
-            raise ValueError(
-                f"x must be [B, N, d] and mask [B, N] or None, got shapes {x.shape} and {shape}."
-            )
+        router = self.mlp.router[...]
+        width = len(router)
+        if x.ndim != 3 or x.shape[-1] != width:
+            raise ValueError(f"x must be [B, N, {width}], got shape {x.shape}.")
+        if mask is not None:
+            if mask.shape != x.shape[:2] or mask.dtype != bool:
+                raise ValueError(
+                    f"mask must be booleans of shape {x.shape[:2]}, got {mask.dtype} of shape "
+                    f"{mask.shape}."
+                )
+            x = jnp.where(mask[..., None], x, 0)  # attention weighs padding by 0, and 0 NaN is NaN
+        # The scan's carry has one dtype: that of sums of x with what a layer computes.
+        x = x.astype(jnp.result_type(x, self.dtype or router))
         is_norm = lambda path, _: path[0] in ("attention_norm", "mlp_norm")
         graphdef, norms, shared = nnx.split(self, is_norm, ...)
 

@@ -139,6 +139,18 @@ def test_gradients_are_finite_differences_of_the_series(size: int) -> None:
             np.testing.assert_allclose(np.sum(of_times), expected, atol=2e-7)
 
 
+def test_second_derivatives_of_blocks_of_4_also_where_frequencies_meet() -> None:
+    times, weight = np.random.default_rng(1).standard_normal((3, 1, 1)), draw(4, 3, 1, 1, seed=2)
+    p, direction = draw(4, 1, 1), draw(4, 1, 1, seed=3)
+    equal = np.kron(np.eye(2), [[0, -1.0], [0, 0]])[None, None]  # one of two parts is zero
+    loss = lambda p: jnp.sum(weight * block_exponentials(times, p - p.mT))
+    with jax.enable_x64(True):
+        both = jax.jit(lambda p: jax.jvp(jax.grad(loss), (p,), (jnp.asarray(direction),)))
+        for at in (p, np.zeros_like(p), equal):
+            after, before = (both(at + step * direction)[0] for step in (1e-5, -1e-5))
+            np.testing.assert_allclose(both(at)[1], (after - before) / 2e-5, atol=1e-8)
+
+
 @few_sizes
 def test_symmetric_angle_matrices_rotate_nothing_bit_for_bit(size: int) -> None:
     p = draw(size, 1, 2).astype(np.float32)

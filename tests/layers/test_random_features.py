@@ -64,6 +64,13 @@ def test_estimates_are_unbiased_and_have_the_derived_variance(orthogonal: bool) 
         assert abs(found.mean() - np.exp(far @ far)) < 4 * error
 
 
+def test_directions_do_not_depend_on_the_default_kind_of_keys() -> None:
+    with jax.default_prng_impl("rbg"):
+        found = RandomFeatures(4, seed=77).projection(3)
+    expected = random_projection(jax.random.key(77, impl="threefry2x32"), 4, 3)
+    assert_close(found, expected)
+
+
 def test_orthogonal_directions_are_so_in_blocks_and_have_the_norms_of_normal_ones() -> None:
     w = np.asarray(random_projection(jax.random.key(0), 10, 4), np.float64)
     assert w.shape == (10, 4)
@@ -215,10 +222,10 @@ def test_attention_tends_to_softmax_as_features_grow() -> None:
     exact = jax.nn.dot_product_attention(q, k, v, is_causal=True)
     errors = [
         float(jnp.sqrt(jnp.mean(jnp.square(attend(q, k, v, RandomFeatures(m)) - exact))))
-        for m in (64, 4096)
+        for m in (64, 1024)
     ]
-    assert errors[1] < 0.015
-    assert 4 < errors[0] / errors[1] < 16  # 8, by the root of the number
+    assert errors[1] < 0.03
+    assert 2 < errors[0] / errors[1] < 8  # 4, by the root of the number
 
 
 def test_a_constant_gate_weighs_by_age_and_extreme_gates_are_exact() -> None:

@@ -1,5 +1,7 @@
 """Exponentials of skew-symmetric blocks times a number for each position."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -12,8 +14,9 @@ def block_exponentials(times: jax.Array, blocks: jax.Array) -> jax.Array:
     r"""Return :math:`\exp(t K)` for each time and skew-symmetric block.
 
     Closed forms for blocks of 2 and 4. Other blocks are diagonalized once each, and not for each
-    time, so the result is right for any angle; derivatives are exact also for zero blocks and equal
-    frequencies, where those of eigenvectors do not exist.
+    time, so the result is right for any angle; gradients are exact also for zero blocks and equal
+    frequencies, where those of eigenvectors do not exist. Second derivatives are exact there for
+    blocks of 2 and 4 only: for other blocks they are NaN or wrong where frequencies are equal.
 
     Args:
       times: Times ``[..., h, m]``, or ``[..., 1, m]`` for the same in all ``h``.
@@ -70,14 +73,22 @@ def _exponentials_of_4(times: jax.Array, blocks: jax.Array) -> jax.Array:
 
 def _isoclinic(times: jax.Array, part: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Cosine, ``sin(t f) / f`` and the part, whose square is ``-f² I``."""
-    square = jnp.sum(part**2, axis=(-2, -1)) / 4
-    positive = square > 0
-    # Both functions are even in f, so its derivative may be 0 at 0.
-    frequency = jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0)
-    angles = times * frequency
-    some = angles != 0
-    sinc = jnp.where(some, jnp.sin(angles) / jnp.where(some, angles, 1), 1)
-    return jnp.cos(angles), times * sinc, part
+    squares = times**2 * jnp.sum(part**2, axis=(-2, -1)) / 4
+    # Both functions are even in the angle. Unlike the root, their power series in its square have
+    # all derivatives at 0.
+    small = squares < 1
+    angles, near = jnp.sqrt(jnp.where(small, 1, squares)), jnp.where(small, squares, 0)
+    cos = jnp.where(small, _even_series(near, 0), jnp.cos(angles))
+    sinc = jnp.where(small, _even_series(near, 1), jnp.sin(angles) / angles)
+    return cos, times * sinc, part
+
+
+def _even_series(squares: jax.Array, first: int) -> jax.Array:
+    """The series of ``cos x`` (first 0) or ``sin(x) / x`` (1), of squares of x up to 1."""
+    total = jnp.zeros_like(squares)
+    for i in reversed(range(10)):
+        total = total * squares + (-1) ** i / math.factorial(2 * i + first)
+    return total
 
 
 @jax.custom_jvp

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 import numpy as np
 
 from lowrank_optax.layers.attention.attention_arguments import check_arguments
@@ -13,6 +14,13 @@ from lowrank_optax.layers.random_features.linear_attention import (
     causal_linear_attention,
     empty_state,
     full_linear_attention,
+)
+from lowrank_optax.matrices.explicit_sharding import (
+    constrain,
+    in_whole_runs,
+    merge_axes,
+    partition_of,
+    split_axis,
 )
 
 
@@ -83,7 +91,7 @@ def random_feature_attention(
     heads = lambda q, k, v, m: full_linear_attention(q, k, v, feature_map, visible=m)
     per_head = jax.vmap(heads, in_axes=(0, 0, 0, None))
     q, k, v = _by_head(query, key, value)
-    out = jax.vmap(per_head)(q, k, v, visible)
+    out = jax.vmap(per_head)(q, k, v, _like_key(visible, k, 1))
     return _to_layout(out, query)
 
 
@@ -190,7 +198,8 @@ def _causal(
 
     per_head = jax.vmap(head, in_axes=(0, 0, 0, 0, 0, None))
     q, k, v = _by_head(query, key, value)
-    out, state = jax.vmap(per_head)(q, k, v, state, gate, visible)
+    state, gate = jax.tree.map(lambda x: _like_key(x, k, 2), (state, gate))
+    out, state = jax.vmap(per_head)(q, k, v, state, gate, _like_key(visible, k, 1))
     return _to_layout(out, query), state
 
 
@@ -208,14 +217,26 @@ def _feature_map(features: RandomFeatures, width: int, scale: float | None) -> A
 def _by_head(
     query: jax.Array, key: jax.Array, value: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries ``[B, K, G, T, H]``, keys and values ``[B, K, S, H]``."""
-    batch, length, _, width = query.shape
-    grouped = query.reshape(batch, length, key.shape[2], -1, width)
-    return jnp.moveaxis(grouped, 1, 3), jnp.moveaxis(key, 1, 2), jnp.moveaxis(value, 1, 2)
+    """Queries ``[B, K, G, T, H]``, keys and values ``[B, K, S, H]``.
+
+    On explicit axes of a mesh all are sharded alike, by the queries' batch and whole groups.
+    """
+    group = query.shape[2] // key.shape[2]
+    grouped = split_axis(in_whole_runs(query, 2, group), 2, (group,))
+    q, k, v = jnp.moveaxis(grouped, 1, 3), jnp.moveaxis(key, 1, 2), jnp.moveaxis(value, 1, 2)
+    return q, _like_key(k, q, 2), _like_key(v, q, 2)
+
+
+def _like_key(x: jax.Array, key: jax.Array, axes: int) -> jax.Array:
+    """``x``, on explicit axes sharded as the key's first axes, and not on the others."""
+    partition = partition_of(key)
+    if partition is None:
+        return x
+    return constrain(x, PartitionSpec(*partition[:axes], *[None] * (x.ndim - axes)))
 
 
 def _to_layout(out: jax.Array, query: jax.Array) -> jax.Array:
-    return jnp.moveaxis(out, 3, 1).reshape(query.shape).astype(query.dtype)
+    return merge_axes(jnp.moveaxis(out, 3, 1), 2, 2).astype(query.dtype)
 
 
 def _check(query: Any, key: Any, value: Any, mask: Any, scale: Any) -> jax.Array:

@@ -12,6 +12,8 @@ from lowrank_optax.matrices.orthonormal import in_turn
 
 FeatureKind = Literal["positive", "positive_pm", "trig"]
 
+PRNG = "threefry2x32"
+
 
 @dataclasses.dataclass(frozen=True)
 class RandomFeatures:
@@ -67,8 +69,9 @@ class RandomFeatures:
 @functools.lru_cache(maxsize=64)
 def _projection(seed: int, num_features: int, width: int, orthogonal: bool) -> np.ndarray:
     with jax.ensure_compile_time_eval():
-        key = jax.random.key(seed)
-        return np.asarray(random_projection(key, num_features, width, orthogonal=orthogonal))
+        return np.asarray(
+            random_projection(key_of(seed), num_features, width, orthogonal=orthogonal)
+        )
 
 
 def random_projection(
@@ -158,6 +161,11 @@ def scaled_features(
     logs = projected - half[..., None]
     scale = jax.lax.stop_gradient(jnp.max(logs, axis=-1))
     return jnp.exp(logs - scale[..., None]) / np.sqrt(count), scale
+
+
+def key_of(seed: int) -> jax.Array:
+    """The key of a seed, whose draws are the same for any ``jax_default_prng_impl``."""
+    return jax.random.key(seed, impl=PRNG)
 
 
 def check_count(name: str, value: int) -> None:

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax.scipy.special import ndtr
 import numpy as np
 
+from lowrank_optax.layers.random_features.feature_maps import PRNG
+from lowrank_optax.matrices.explicit_sharding import vary_like
 from lowrank_optax.matrices.orthonormal import in_turn
 
 ScoreMean = Literal["zero", "identity"]
@@ -28,7 +30,7 @@ def score_matrices(
     """Draw the frozen matrices ``[M, D, D]`` of some heads, each from the key and its number.
 
     Args:
-      key: PRNG key of the layer.
+      key: PRNG key of the layer, threefry2x32.
       heads: Numbers of the heads, ``[M]``.
       width: Width ``D`` of the padded tokens, one more than that of the tokens.
       std: Standard deviation of the entries; 1/2 gives scores of variance 1 for tokens of norm 1.
@@ -36,7 +38,8 @@ def score_matrices(
         which centres a score at the product of query and key.
 
     Raises:
-      ValueError: If the mean is unknown or the standard deviation is not positive.
+      ValueError: If the mean is unknown, the standard deviation is not positive, or the key is not
+        of the implementation threefry2x32.
 
     Example:
       >>> import jax, lowrank_optax as lro
@@ -47,6 +50,12 @@ def score_matrices(
       Fu et al., 2023, https://arxiv.org/abs/2307.11353.
     """
     check_scores(std, mean)
+    if str(jax.random.key_impl(key)) != PRNG:
+        # Under vmap others draw what depends on the heads drawn with them.
+        raise ValueError(
+            f"key is a key of {jax.random.key_impl(key)}, with which matrices would depend on how "
+            f"many are drawn at once: use jax.random.key(seed, impl={PRNG!r})."
+        )
     shape = (width, width)
     draw = lambda head: jax.random.normal(jax.random.fold_in(key, head), shape, jnp.float32)
     noise = std * jax.vmap(draw)(jnp.asarray(heads))
@@ -77,7 +86,7 @@ def frozen_score_features(
       Features ``[..., T, M, D]`` in float32 at least, 0 where no key is visible.
 
     Raises:
-      ValueError: If widths do not fit or the weights are unknown.
+      ValueError: If widths do not fit, the mask is not bool or the weights are unknown.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
@@ -94,6 +103,8 @@ def frozen_score_features(
             f"query {query.shape} and keys {keys.shape} must have the same width, one less than "
             f"the matrices {matrices.shape}."
         )
+    if mask is not None and mask.dtype != bool:
+        raise ValueError(f"mask must be bool, True where a query sees a key, got {mask.dtype}.")
     query, keys = padded(query), padded(keys)
     shape = jnp.broadcast_shapes(
         (*query.shape[:-1], keys.shape[-2]), () if mask is None else mask.shape
@@ -140,7 +151,7 @@ def frozen_score_attention(
       Outputs ``[..., T, out]`` in float32 at least.
 
     Raises:
-      ValueError: If widths do not fit.
+      ValueError: If widths do not fit, or as for `score_matrices` and `frozen_score_features`.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro
@@ -175,6 +186,7 @@ def frozen_score_attention(
     shape = jnp.broadcast_shapes((*query.shape[:-1], 1), (*keys.shape[:-2], 1, 1))
     start = jnp.zeros((*shape[:-1], kernel.shape[1]), dtype)
     heads = jnp.arange(blocks * at_once).reshape(blocks, at_once)
+    start = vary_like(start, (query, keys, kernel, mask))
     return jax.lax.scan(body, start, (heads, values))[0]
 
 

@@ -6,6 +6,8 @@ from typing import NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from lowrank_optax.matrices.explicit_sharding import vary_like
+
 FeatureMap: TypeAlias = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
 """Features ``[..., F]`` of vectors ``[..., d]`` and the logarithms of their scales ``[...]``."""
 
@@ -107,6 +109,7 @@ def causal_linear_attention(
         return new, within @ values + before
 
     state = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, dtype)), state)
+    state = jax.tree.map(lambda x: vary_like(x, (state, operands)), state)
     state, sums = jax.lax.scan(body, state, operands)
     sums = jnp.moveaxis(sums, 0, 1).reshape(query.shape[0], chunks * size, -1)[:, :length]
     return quotient(sums), state

@@ -15,6 +15,7 @@ from lowrank_optax.layers.random_features.feature_maps import (
     RandomFeatures,
     check_count,
     check_seed,
+    key_of,
 )
 from lowrank_optax.layers.random_features.frozen_scores import (
     ScoreMean,
@@ -54,7 +55,7 @@ class FrozenScoreAttention(nnx.Module):
 
     Raises:
       ValueError: If a number is not positive or a name is unknown; when called, if widths do not
-        fit, or other keys are given to a causal layer.
+        fit, tokens are no floats, a mask is not bool, or other keys are given to a causal layer.
 
     Example:
       >>> from flax import nnx
@@ -111,7 +112,7 @@ class FrozenScoreAttention(nnx.Module):
             x,
             keys,
             self.kernel[...],
-            jax.random.key(self.seed),
+            key_of(self.seed),
             mask=mask,
             std=self.std,
             mean=self.mean,
@@ -125,7 +126,7 @@ class FrozenScoreAttention(nnx.Module):
         """The features ``[..., T, M (d + 1)]``, of which ``features @ kernel`` is the output."""
         keys, mask = self._operands(x, keys, mask)
         matrices = score_matrices(
-            jax.random.key(self.seed),
+            key_of(self.seed),
             range(self.num_heads),
             self.in_features + 1,
             std=self.std,
@@ -162,6 +163,8 @@ class FrozenScoreAttention(nnx.Module):
     ) -> tuple[jax.Array, jax.Array | None]:
         if self.is_causal and keys is not None:
             raise ValueError("is_causal=True is for tokens that see themselves: leave out keys.")
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"x has dtype {x.dtype}; tokens must have a floating-point dtype.")
         if x.shape[-1] != self.in_features:
             raise ValueError(
                 f"x has shape {x.shape}; its last axis must have in_features={self.in_features}."

@@ -23,7 +23,9 @@ os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 os.environ["XLA_FLAGS"] = " ".join([*quick_flags(), os.environ.get("XLA_FLAGS", "")])
 
 import jax
+from lowering_context import share_contexts
 
+share_contexts()
 # Costs the tests on one device nothing, and spares a process of their own to those on eight.
 jax.config.update("jax_num_cpu_devices", 8)
 

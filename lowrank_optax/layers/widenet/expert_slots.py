@@ -102,7 +102,7 @@ def transport(axis: str | None, count: int, x: jax.Array) -> OneDevice | Exchang
 
     Raises:
       ValueError: If there is no such axis in the current mesh, its axes are not automatic, or the
-        experts or the tokens do not divide over it; or if the tokens are sharded over explicit axes.
+        experts or the tokens do not divide over it, or the tokens are sharded over explicit axes.
     """
     mesh, tokens = jax.sharding.get_abstract_mesh(), len(x)
     if axis is not None and axis not in mesh.axis_names:

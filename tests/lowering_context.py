@@ -11,7 +11,7 @@ PROGRAMS = 200
 
 
 def share_contexts() -> None:
-    """Lets JAX use a thread's context again; a version that makes them elsewhere goes on as it does."""
+    """Lets JAX use a thread's context again; a version that makes them elsewhere is left alone."""
     from jax._src.interpreters import mlir
 
     make = getattr(mlir, "make_ir_context", None)

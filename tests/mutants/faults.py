@@ -806,6 +806,34 @@ LAYERS = (
         ".reshape(*x.shape[:-2], -1, heads, count, size).swapaxes(-4, -3)",
         ("tests/layers/test_comrope_nnx.py",),
     ),
+    Fault(
+        "an expert's first slot left empty",
+        "lowrank_optax/layers/widenet/expert_slots.py",
+        "jnp.cumsum(chosen, axis=0, dtype=jnp.int32) - 1",
+        "jnp.cumsum(chosen, axis=0, dtype=jnp.int32)",
+        ("tests/layers/test_widenet.py",),
+    ),
+    Fault(
+        "gates of the chosen experts that sum to 1",
+        "lowrank_optax/layers/widenet/expert_routing.py",
+        "gates *= weight[:, None]",
+        "gates *= weight[:, None] / gates.sum(axis=1, keepdims=True)",
+        ("tests/layers/test_widenet.py",),
+    ),
+    Fault(
+        "results of an expert's tokens not sent back to their devices",
+        "lowrank_optax/layers/widenet/expert_slots.py",
+        "jax.lax.all_to_all(out, self._axis, 1, 0, tiled=True)",
+        "out.reshape(-1, out.shape[1] // self.groups, out.shape[2])",
+        ("tests/layers/test_widenet.py",),
+    ),
+    Fault(
+        "a limited capacity of experts outside of training",
+        "lowrank_optax/layers/widenet/expert_layers.py",
+        "options = dropless(options, len(rows))",
+        "options = self.options",
+        ("tests/models/test_decoder_experts.py",),
+    ),
 )
 
 MODELS = (

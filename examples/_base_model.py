@@ -11,7 +11,7 @@ from _corpus import Corpus, load_corpus, make_corpus, standard_library
 from _finetune_settings import FinetuneSettings
 from _options import one_line
 from _ranks import dense_settings, make_dense
-from _settings import InputError, Settings, remat_choice
+from _settings import InputError, Settings, flag, remat_choice
 from _texts import Documents, code_and_prose
 from flax import nnx
 import jax
@@ -124,6 +124,13 @@ def _of_main_job(settings: FinetuneSettings, folder: Path) -> Base:
         job = Settings(**was)
     except (KeyError, TypeError, AttributeError, InputError):
         raise InputError(f"--from {folder}: its run.json is not that of a run") from None
+    plain = Settings()
+    for name in ("attention", "position", "share_blocks", "experts"):
+        if getattr(job, name) != getattr(plain, name):
+            raise InputError(
+                f"--from {folder}: its model has {flag(name)}, and what is fine-tuned is written "
+                "as Hugging Face's files, which have no such models"
+            )
     text = _text(settings, job.tokenizer)
     before = _before(settings, job.tokenizer)
     if before is None:

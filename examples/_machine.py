@@ -12,7 +12,9 @@ from jax.sharding import AxisType
 
 
 def make_mesh(settings: Settings) -> jax.sharding.Mesh:
-    """Lines up the devices which share each batch.
+    """Lines up the devices which share each batch; with experts, each has all of them.
+
+    Experts want an axis of the mesh, or every device would compute those of all tokens.
 
     Raises:
       InputError: if there are fewer, or they cannot share the batch evenly.
@@ -29,7 +31,9 @@ def make_mesh(settings: Settings) -> jax.sharding.Mesh:
             f"of {parts}"
         )
     devices = jax.devices()[:count]
-    return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+    axes = {"data": count} if settings.experts is None else {"data": count, "expert": 1}
+    kinds = (AxisType.Auto,) * len(axes)
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=kinds, devices=devices)
 
 
 def peak_bytes(compiled: jax.stages.Compiled) -> int | None:

@@ -8,7 +8,7 @@ Plain Flax NNX, optax, grain and Orbax: the functions down to `train` are meant 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 import dataclasses
 import functools
 import os
@@ -462,6 +462,10 @@ def make_model(settings: Settings, vocab_size: int, *, guide: bool = False) -> D
     Guides are those of the first phase of `--self-guided`.
     """
     config = decoder_config(settings.model, vocab_size=vocab_size)
+    experts = None
+    if settings.experts is not None:
+        options = {"top_k": min(2, settings.experts), "expert_axis": "expert"}
+        experts = lro.layers.Experts(settings.experts, **options)
     # The usual 0.02 suits widths of thousands; a narrow model starts too close to zero with it.
     spread = settings.initializer_range or config.hidden_size**-0.5
     model = Decoder(
@@ -477,7 +481,7 @@ def make_model(settings: Settings, vocab_size: int, *, guide: bool = False) -> D
         attention=settings.attention,
         position=settings.position,
         share_blocks=settings.share_blocks,
-        experts=settings.experts,
+        experts=experts,
         linear=settings.linear,
     )
     if settings.linear is not None:
@@ -528,12 +532,24 @@ def prepare(chosen: Chosen, corpus: Corpus, settings: Settings, mesh: jax.shardi
 
 
 def run(argv: Sequence[str] | None) -> int:
-    """Prepares everything, then trains with each optimizer in turn and reports."""
+    """Reads settings and text, and trains."""
     given, folder, resume = parse(argv)
     settings = load_settings(folder, given, resume)
     optimizers = choose(settings.optimizers, settings.set, settings.learning_rate)
     mesh = make_mesh(settings)
     corpus = load_corpus(settings.data, settings.tokenizer, settings.sequence_length)
+    with jax.set_mesh(mesh) if settings.experts is not None else nullcontext():
+        return train_all(optimizers, corpus, settings, mesh, folder)
+
+
+def train_all(
+    optimizers: Sequence[Chosen],
+    corpus: Corpus,
+    settings: Settings,
+    mesh: jax.sharding.Mesh,
+    folder: Path,
+) -> int:
+    """Trains with each optimizer in turn, and reports."""
     jobs = [prepare(chosen, corpus, settings, mesh) for chosen in optimizers]
     open_folder(folder, settings, corpus.fingerprint)
 

@@ -12,7 +12,9 @@ PROGRAMS = 200
 
 def share_contexts() -> None:
     """Lets JAX use a thread's context again; a version that makes them elsewhere is left alone."""
+    # Interfaces without a promise, on which the speed of tests alone depends.
     from jax._src.interpreters import mlir
+    from jax._src.lib.mlir import ir
 
     make = getattr(mlir, "make_ir_context", None)
     if make is None:
@@ -20,6 +22,8 @@ def share_contexts() -> None:
     local = threading.local()
 
     def shared() -> Any:
+        if ir.Context.current is not None:  # within a program: a copy would become a part of it
+            return make()
         used = getattr(local, "used", PROGRAMS)
         if used >= PROGRAMS:
             local.context, used = make(), 0

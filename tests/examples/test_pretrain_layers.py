@@ -8,6 +8,7 @@ import shutil
 
 from _base_model import find_base
 from _finetune_settings import FinetuneSettings
+from _settings import InputError
 from flax import nnx
 import jax
 import pretrain
@@ -53,8 +54,11 @@ def test_run_trains_and_goes_on_to_the_last_bit(
         looks = [record for record in losses if "held_out_loss" in record]
         assert all(0 < record["largest_load"] <= 0.5 for record in looks)
         assert whole["routing"]["dropped_choices"] == looks[-1]["dropped_choices"] < 0.5
-    if layers in (MAESTRO, WIDENET, LINEAR_TIME):
+    if layers is MAESTRO:
         check_that_finetune_finds_it(folder, flags[flags.index("--data") + 1], losses[-1])
+    if layers in (WIDENET, LINEAR_TIME):
+        with pytest.raises(InputError, match=f"its model has {layers[0]}, and what is fine-tuned"):
+            find_base(FinetuneSettings(source=str(folder)))
 
 
 def check_that_finetune_finds_it(folder: Path, text: str, last: dict) -> None:

@@ -204,7 +204,7 @@ def test_bad_arguments_are_refused_by_name() -> None:
     x, key = tokens(2, 5, 3), jax.random.key(0)
     causal = make(num_heads=2, is_causal=True)
     refused = {
-        "num_heads=0": lambda: make(num_heads=0),
+        "num_heads must be a positive integer, got 0": lambda: make(num_heads=0),
         "mean='one' must be": lambda: make(mean="one"),
         "std=0 must be": lambda: make(std=0),
         "weights='gelu' must be": lambda: make(weights="gelu"),

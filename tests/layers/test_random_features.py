@@ -286,9 +286,9 @@ def test_bad_arguments_are_refused_by_name() -> None:
     attention = functools.partial(random_feature_attention, q, k, v)
     state = init_random_feature_state(RandomFeatures(8), 2, 2, 4)
     refused = {
-        "num_features=0": lambda: RandomFeatures(num_features=0),
+        "num_features must be a positive integer, got 0": lambda: RandomFeatures(num_features=0),
         "num_features=1.5": lambda: RandomFeatures(num_features=1.5),  # pyrefly: ignore
-        "chunk_size=0": lambda: RandomFeatures(chunk_size=0),
+        "chunk_size must be a positive integer, got 0": lambda: RandomFeatures(chunk_size=0),
         "kind='relu'": lambda: RandomFeatures(kind="relu"),  # pyrefly: ignore
         "seed=None": lambda: RandomFeatures(seed=None),  # pyrefly: ignore
         "width=0": lambda: random_projection(jax.random.key(0), 3, 0),

@@ -147,7 +147,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path, comrope: Decoder) -> None:
         make(windowed, attention="random-features")
     with pytest.raises(ValueError, match="attention_implementation='xla' is for softmax"):
         make(attention="random-features", attention_implementation="xla")
-    with pytest.raises(ValueError, match="num_features=0 must be a positive integer"):
+    with pytest.raises(ValueError, match="num_features must be a positive integer, got 0"):
         RandomFeatures(num_features=0)
     with pytest.raises(ValueError, match="cannot hold position='comrope'"):
         save_huggingface(comrope, tmp_path / "model")

@@ -14,7 +14,7 @@ from lowrank_optax.layers.comrope.commuting_rotations import (
     rotate_heads,
 )
 from lowrank_optax.layers.comrope.rope_form import RopeForm, to_rope
-from lowrank_optax.layers.structured.base import check_count
+from lowrank_optax.layers.counts import check_count
 
 ComRoPEVariant: TypeAlias = Literal["ld", "ap"]
 """Linearly dependent angle matrices, or an axial partition."""

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lowrank_optax.layers.counts import check_count
 from lowrank_optax.matrices.orthonormal import in_turn
 
 FeatureKind = Literal["positive", "positive_pm", "trig"]
@@ -166,12 +167,6 @@ def scaled_features(
 def key_of(seed: int) -> jax.Array:
     """The key of a seed, whose draws are the same for any ``jax_default_prng_impl``."""
     return jax.random.key(seed, impl=PRNG)
-
-
-def check_count(name: str, value: int) -> None:
-    """Raise ValueError unless the value is a positive integer."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise ValueError(f"{name}={value!r} must be a positive integer.")
 
 
 def check_seed(seed: int) -> None:

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 import numpy as np
 
+from lowrank_optax.layers.counts import check_count
 from lowrank_optax.layers.random_features.feature_attention import (
     decode_random_features,
     init_random_feature_state,
@@ -13,7 +14,6 @@ from lowrank_optax.layers.random_features.feature_attention import (
 )
 from lowrank_optax.layers.random_features.feature_maps import (
     RandomFeatures,
-    check_count,
     check_seed,
     key_of,
 )

@@ -131,12 +131,6 @@ def structured_linear(x: jax.Array, factors: Factors, structure: Structure) -> j
     return structure.through(rows, first, second).reshape(*x.shape[:-1], outputs)
 
 
-def check_count(name: str, value: int) -> None:
-    """Raises ValueError unless the value is a positive integer."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}.")
-
-
 def check_divides(blocks: int, name: str, size: int) -> None:
     """Raises ValueError unless the number of blocks divides a size."""
     if size % blocks:

@@ -6,7 +6,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.layers.structured.base import check_count
+from lowrank_optax.layers.counts import check_count
 from lowrank_optax.layers.structured.feed_forward_layers import GuideVariable, StructuredLinear
 from lowrank_optax.modules.select import modules_by_path
 

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from lowrank_optax.layers.counts import check_count
 from lowrank_optax.layers.structured.base import (
     Product,
     Shapes,
     Structure,
-    check_count,
     check_divides,
     check_rank,
 )

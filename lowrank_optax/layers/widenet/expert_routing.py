@@ -9,6 +9,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lowrank_optax.layers.counts import check_count
+
 
 @dataclasses.dataclass(frozen=True)
 class Experts:
@@ -43,9 +45,7 @@ class Experts:
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "top_k"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+            check_count(name, getattr(self, name))
         if self.top_k > self.num_experts:
             raise ValueError(
                 f"top_k={self.top_k} is above num_experts={self.num_experts}: a token cannot have "

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from lowrank_optax.layers.counts import check_count
 from lowrank_optax.layers.widenet.expert_layers import ExpertFFN, MixtureOfExperts
 from lowrank_optax.layers.widenet.expert_routing import Experts
 from lowrank_optax.layers.widenet.mixture import RoutingStatistics
@@ -73,8 +74,7 @@ class WideNetBlock(nnx.Module):
     ) -> None:
         sizes = {"features": features, "num_heads": num_heads, "num_layers": num_layers}
         for name, value in (sizes | {"hidden_features": hidden_features}).items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+            check_count(name, value)
         if features % num_heads:
             raise ValueError(f"num_heads={num_heads} must divide features={features}.")
         options = experts_of(experts)

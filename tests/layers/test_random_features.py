@@ -287,11 +287,15 @@ def test_bad_arguments_are_refused_by_name() -> None:
     state = init_random_feature_state(RandomFeatures(8), 2, 2, 4)
     refused = {
         "num_features must be a positive integer, got 0": lambda: RandomFeatures(num_features=0),
-        "num_features=1.5": lambda: RandomFeatures(num_features=1.5),  # pyrefly: ignore
+        "num_features must be a positive integer, got 1.5": lambda: RandomFeatures(
+            num_features=1.5
+        ),  # pyrefly: ignore
         "chunk_size must be a positive integer, got 0": lambda: RandomFeatures(chunk_size=0),
         "kind='relu'": lambda: RandomFeatures(kind="relu"),  # pyrefly: ignore
         "seed=None": lambda: RandomFeatures(seed=None),  # pyrefly: ignore
-        "width=0": lambda: random_projection(jax.random.key(0), 3, 0),
+        "width must be a positive integer, got 0": lambda: random_projection(
+            jax.random.key(0), 3, 0
+        ),
         "gate is for causal": lambda: attention(gate=GATE),
         r"gate must be in \[0, 1\], got numbers from": lambda: attention(
             gate=GATE + 1, is_causal=True

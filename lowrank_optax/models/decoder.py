@@ -59,10 +59,10 @@ class Block(nnx.Module):
         shared: "Block | None" = None,
     ) -> None:
         types = {"param_dtype": param_dtype, "rngs": rngs}
-        self.attention_norm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, **types)
-        self.mlp_norm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, **types)
+        norm = lambda: RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, **types)
+        self.attention_norm = norm()
         if shared is not None:
-            self.attention, self.mlp = shared.attention, shared.mlp
+            self.attention, self.mlp_norm, self.mlp = shared.attention, norm(), shared.mlp
             return
         self.attention = Attention(
             config,
@@ -72,6 +72,7 @@ class Block(nnx.Module):
             position=position,
             **types,
         )
+        self.mlp_norm = norm()
         options = {"dtype": dtype, "activation_bits": activation_bits, **types}
         if experts is not None:
             init = nnx.initializers.normal(config.initializer_range)

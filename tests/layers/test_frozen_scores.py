@@ -223,7 +223,9 @@ def test_bad_arguments_are_refused_by_name() -> None:
         "num_heads=3 must divide in_features=8": lambda: RandomFeatureAttention(
             8, 3, rngs=nnx.Rngs(0)
         ),
-        "num_key_value_heads=0": lambda: RandomFeatureAttention(8, 4, 0, rngs=nnx.Rngs(0)),
+        "num_key_value_heads must be a positive integer, got 0": lambda: RandomFeatureAttention(
+            8, 4, 0, rngs=nnx.Rngs(0)
+        ),
     }
     for message, call in refused.items():
         with pytest.raises(ValueError, match=message):

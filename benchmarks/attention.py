@@ -29,7 +29,7 @@ from tpu_compiler import allocated_bytes, device_of, lowered_for
 
 from lowrank_optax.layers import dot_product_attention
 from lowrank_optax.models import decoder_config
-from lowrank_optax.models.decoder import Block
+from lowrank_optax.models.decoder_block import Block
 from lowrank_optax.models.rotary import inverse_frequencies, rotary_angles
 
 RESULTS = Path(__file__).parent / "results" / "attention.json"

@@ -69,6 +69,32 @@ Cache: TypeAlias = KeyValueCache | LinearAttentionState
 """What is kept of earlier positions: all keys and values, or the sums of random features."""
 
 
+def features_of(
+    attention: str | RandomFeatures, config: DecoderConfig, implementation: Any
+) -> RandomFeatures | None:
+    """The random features that a decoder's `attention` means; None for softmax.
+
+    Raises:
+        ValueError: there is no such attention, or it has no windows or implementations.
+    """
+    if attention == "softmax":
+        return None
+    features = RandomFeatures() if attention == "random-features" else attention
+    if not isinstance(features, RandomFeatures):
+        raise ValueError(
+            f"attention must be 'softmax', 'random-features' or a RandomFeatures, got {attention!r}"
+        )
+    for name, value in (
+        ("sliding_window", config.sliding_window),
+        ("attention_implementation", implementation),
+    ):
+        if value is not None:
+            raise ValueError(
+                f"{name}={value!r} is for softmax attention: leave it or attention out"
+            )
+    return features
+
+
 def comrope_like_rope(config: DecoderConfig, rngs: nnx.Rngs) -> ComRoPE:
     """Trainable rotary positions, which start as RoPE on pairs of neighbouring channels."""
     size, heads = 2 if config.head_dim % 4 else 4, config.num_key_value_heads

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_optax.matrices.paths import path_string
-from lowrank_optax.models.decoder import NORMS, Decoder
+from lowrank_optax.models.decoder import Decoder
+from lowrank_optax.models.decoder_block import NORMS
 
 
 def unshare_blocks(model: Decoder) -> Decoder:

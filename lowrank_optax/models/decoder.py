@@ -18,115 +18,48 @@ from lowrank_optax.layers.attention.implementations import AttentionImplementati
 from lowrank_optax.layers.random_features.feature_attention import init_random_feature_state
 from lowrank_optax.layers.random_features.feature_maps import RandomFeatures
 from lowrank_optax.layers.structured.base import Structure
-from lowrank_optax.layers.widenet.expert_layers import MixtureOfExperts
 from lowrank_optax.layers.widenet.expert_routing import Experts
 from lowrank_optax.layers.widenet.mixture import RoutingStatistics
 from lowrank_optax.layers.widenet.widenet_block import experts_of
-from lowrank_optax.models.attention import (
-    Attention,
-    Cache,
-    KeyValueCache,
-    Positions,
-    RMSNorm,
-)
+from lowrank_optax.models.attention import Cache, KeyValueCache, Positions, RMSNorm, features_of
+from lowrank_optax.models.decoder_block import NORMS, Block
 from lowrank_optax.models.decoder_config import DecoderConfig
-from lowrank_optax.models.feed_forward import MLP, ExpertMLPs, StructuredMLP, structure_of
+from lowrank_optax.models.feed_forward import structure_of
 from lowrank_optax.models.huggingface_config import MODULE_NAMES
-from lowrank_optax.models.remat import Remat, check_remat, check_remat_every, in_turn, scanned
+from lowrank_optax.models.remat import Remat, check_remat, check_remat_every
 from lowrank_optax.models.rotary import inverse_frequencies, rotary_angles
-
-NORMS = ("attention_norm", "mlp_norm")
-"""What a block has of its own where all blocks are one."""
+from lowrank_optax.models.running_blocks import run_blocks
 
 
-class Block(nnx.Module):
-    """One layer: attention and MLP, each on the normed residual stream and added to it."""
-
-    def __init__(
-        self,
-        config: DecoderConfig,
-        *,
-        rngs: nnx.Rngs,
-        dtype: DTypeLike,
-        param_dtype: DTypeLike,
-        activation_bits: int | None = None,
-        attention_implementation: AttentionImplementation | None = None,
-        features: RandomFeatures | None = None,
-        position: Positions = "rope",
-        structure: Structure | None = None,
-        guide: bool = False,
-        experts: Experts | None = None,
-        shared: "Block | None" = None,
-    ) -> None:
-        types = {"param_dtype": param_dtype, "rngs": rngs}
-        norm = lambda: RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, **types)
-        self.attention_norm = norm()
-        if shared is not None:
-            self.attention, self.mlp_norm, self.mlp = shared.attention, norm(), shared.mlp
-            return
-        self.attention = Attention(
-            config,
-            dtype=dtype,
-            attention_implementation=attention_implementation,
-            features=features,
-            position=position,
-            **types,
-        )
-        self.mlp_norm = norm()
-        options = {"dtype": dtype, "activation_bits": activation_bits, **types}
-        if experts is not None:
-            init = nnx.initializers.normal(config.initializer_range)
-            mlps = ExpertMLPs(config, experts.num_experts, **options)
-            width = config.hidden_size
-            self.mlp = MixtureOfExperts(mlps, width, experts, router_init=init, **types)
-        elif structure is None:
-            self.mlp = MLP(config, **options)
-        else:
-            self.mlp = StructuredMLP(config, structure, guide=guide, **options)
-
-    def __call__(
-        self,
-        x: jax.Array,
-        rotary: Any,
-        cache: Cache | None,
-        position: jax.Array | int,
-        training: bool = False,
-        key: jax.Array | None = None,
-    ) -> tuple[jax.Array, Any, RoutingStatistics | None]:
-        """As `Attention.__call__`, for the whole layer; and what its experts say of the tokens."""
-        mixed, cache = self.attention(self.attention_norm(x), rotary, cache, position)
-        x = x + mixed
-        normed, mlp = self.mlp_norm(x), self.mlp
-        if not isinstance(mlp, MixtureOfExperts):
-            return x + mlp(normed), cache, None
-        y, routing = mlp(normed, training=training, key=key)
-        return x + y, cache, routing
-
-
-def features_of(
-    attention: str | RandomFeatures, config: DecoderConfig, implementation: Any
-) -> RandomFeatures | None:
-    """The random features that a decoder's `attention` means; None for softmax.
-
-    Raises:
-        ValueError: there is no such attention, or it has no windows or implementations.
-    """
-    if attention == "softmax":
-        return None
-    features = RandomFeatures() if attention == "random-features" else attention
-    if not isinstance(features, RandomFeatures):
+def _check(
+    config: DecoderConfig,
+    position: str,
+    structure: Structure | None,
+    guide: bool,
+    share_blocks: bool,
+    experts: Experts | None,
+    linear: str | None,
+) -> None:
+    """Raises ValueError for a decoder's options that are unknown, or make no sense together."""
+    if position not in get_args(Positions):
+        raise ValueError(f"position must be 'rope' or 'comrope', got {position!r}")
+    if position == "comrope" and config.rope_scaling is not None:
         raise ValueError(
-            f"attention must be 'softmax', 'random-features' or a RandomFeatures, got {attention!r}"
+            "position='comrope' trains its frequencies: leave rope_scaling out of the config"
         )
-    for name, value in (
-        ("sliding_window", config.sliding_window),
-        ("attention_implementation", implementation),
-    ):
-        if value is not None:
-            raise ValueError(
-                f"{name}={value!r} is for softmax attention: leave it or attention out"
-            )
-    return features
+    if structure is None and guide:
+        raise ValueError("guide=True is for structured matrices: give feed_forward, too")
+    if structure is not None and config.num_hidden_layers < 2:
+        raise ValueError("feed_forward leaves the first block dense: have 2 blocks or more")
+    if structure is not None and (share_blocks or experts is not None):
+        raise ValueError(
+            "feed_forward has a first block of its own, with a dense MLP: leave it, or "
+            "share_blocks and experts, out"
+        )
+    if linear not in (None, "maestro"):
+        raise ValueError(f"linear must be 'maestro' or None, got {linear!r}")
+    if linear is not None and experts is not None:
+        raise ValueError(f"linear={linear!r} does not convert experts: leave one out")
 
 
 class Decoder(nnx.Module):
@@ -226,34 +159,17 @@ class Decoder(nnx.Module):
         linear: Literal["maestro"] | None = None,
     ) -> None:
         self.config = config
-        if linear not in (None, "maestro"):
-            raise ValueError(f"linear must be 'maestro' or None, got {linear!r}")
-        features = features_of(attention, config, attention_implementation)
-        if position not in get_args(Positions):
-            raise ValueError(f"position must be 'rope' or 'comrope', got {position!r}")
-        if position == "comrope" and config.rope_scaling is not None:
-            raise ValueError(
-                "position='comrope' trains its frequencies: leave rope_scaling out of the config"
-            )
-        self.position, self.features = position, features
         structure = structure_of(feed_forward, config)
-        if structure is None and guide:
-            raise ValueError("guide=True is for structured matrices: give feed_forward, too")
-        if structure is not None and config.num_hidden_layers < 2:
-            raise ValueError("feed_forward leaves the first block dense: have 2 blocks or more")
-        if structure is not None and (share_blocks or experts is not None):
-            raise ValueError(
-                "feed_forward has a first block of its own, with a dense MLP: leave it, or "
-                "share_blocks and experts, out"
-            )
-        if linear is not None and experts is not None:
-            raise ValueError(f"linear={linear!r} does not convert experts: leave one out")
-        self.share_blocks = share_blocks
-        self.experts = None if experts is None else experts_of(experts)
+        experts = None if experts is None else experts_of(experts)
+        _check(config, position, structure, guide, share_blocks, experts, linear)
+        self.features = features_of(attention, config, attention_implementation)
+        self.position, self.share_blocks, self.experts = position, share_blocks, experts
         self.dtype = jnp.dtype(dtype)
         self.scan_layers = scan_layers
         self.remat, activation_bits = check_remat(remat, activation_bits)
         self.remat_every = remat_every
+        with_first_block = scan_layers and structure is not None
+        check_remat_every(remat_every, remat, config.num_hidden_layers - with_first_block)
         types = {"dtype": dtype, "param_dtype": param_dtype}
         init = nnx.initializers.normal(config.initializer_range)
         self.embed = nnx.Embed(
@@ -262,31 +178,11 @@ class Decoder(nnx.Module):
         options: dict[str, Any] = {
             "activation_bits": activation_bits,
             "attention_implementation": attention_implementation,
-            "features": features,
+            "features": self.features,
             "position": position,
             **types,
         }
-        mlps = {"structure": structure, "guide": guide, "experts": self.experts}
-        own: dict[str, Any] = {**mlps, **options}
-        count, self.first_block = config.num_hidden_layers, nnx.data(None)
-        with_first_block = scan_layers and structure is not None
-        check_remat_every(remat_every, remat, count - with_first_block)
-        stacked = lambda make: nnx.split_rngs(splits=count)(nnx.vmap(make))(rngs)
-        if not scan_layers:
-            first = Block(config, rngs=rngs, **(own if structure is None else options))
-            shared = first if share_blocks else None
-            rest = [Block(config, rngs=rngs, shared=shared, **own) for _ in range(count - 1)]
-            self.blocks = nnx.List([first, *rest])
-        elif share_blocks:
-            self.blocks = Block(config, rngs=rngs, **own)
-            norm = {"epsilon": config.rms_norm_eps, "param_dtype": param_dtype}
-            for name in NORMS:
-                norms = stacked(lambda rngs: RMSNorm(config.hidden_size, rngs=rngs, **norm))
-                setattr(self.blocks, name, norms)
-        else:
-            if with_first_block:
-                count, self.first_block = count - 1, Block(config, rngs=rngs, **options)
-            self.blocks = stacked(lambda rngs: Block(config, rngs=rngs, **own))
+        self._make_blocks(rngs, options, structure, guide)
         if linear is not None:
             # The spectral split of dense layers is how Maestro's layers start.
             maestro.convert(self, where=r"^(first_block|blocks)/")
@@ -304,6 +200,38 @@ class Decoder(nnx.Module):
                 rngs=rngs,
                 **types,
             )
+
+    def _make_blocks(
+        self, rngs: nnx.Rngs, options: dict[str, Any], structure: Structure | None, guide: bool
+    ) -> None:
+        """Makes `blocks` and `first_block`, which is dense beside structured ones in a stack."""
+        config, count = self.config, self.config.num_hidden_layers
+        make: Any = lambda rngs, **shared: Block(
+            config,
+            rngs=rngs,
+            structure=structure,
+            guide=guide,
+            experts=self.experts,
+            **options,
+            **shared,
+        )
+        dense = None if structure is None else Block(config, rngs=rngs, **options)
+        self.first_block = nnx.data(dense if self.scan_layers else None)
+        count -= self.first_block is not None
+        stacked = lambda make: nnx.split_rngs(splits=count)(nnx.vmap(make))(rngs)
+        if not self.scan_layers:
+            first = make(rngs) if dense is None else dense
+            shared = first if self.share_blocks else None
+            rest = [make(rngs, shared=shared) for _ in range(count - 1)]
+            self.blocks = nnx.List([first, *rest])
+        elif self.share_blocks:
+            self.blocks = make(rngs)
+            norm = {"epsilon": config.rms_norm_eps, "param_dtype": options["param_dtype"]}
+            for name in NORMS:
+                norms = stacked(lambda rngs: RMSNorm(config.hidden_size, rngs=rngs, **norm))
+                setattr(self.blocks, name, norms)
+        else:
+            self.blocks = stacked(make)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """The logits of the token after each position.
@@ -393,7 +321,7 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, Any, Any]:
         x, rotary = self._embedded(tokens), self._rotary(tokens.shape[1], position)
         keys = None if key is None else jax.random.split(key, self.config.num_hidden_layers)
-        x, cache, routing = self._run_blocks(x, rotary, cache, position, training, keys)
+        x, cache, routing = run_blocks(self, x, rotary, cache, position, training, keys)
         return self.after_blocks(x), cache, routing
 
     def before_blocks(self, tokens: jax.Array) -> jax.Array:
@@ -461,64 +389,3 @@ class Decoder(nnx.Module):
         heads = (config.num_key_value_heads, config.head_dim)
         empty = jnp.zeros((config.num_hidden_layers, batch, length, *heads), self.dtype)
         return KeyValueCache(empty, empty)
-
-    def _run_blocks(
-        self,
-        x: jax.Array,
-        rotary: Any,
-        cache: Cache | None,
-        position: jax.Array | int,
-        training: bool,
-        keys: jax.Array | None,
-    ) -> tuple[jax.Array, Any, Any]:
-        shared: tuple[nnx.State, ...] = ()
-
-        def call(
-            graphdef: nnx.GraphDef, carry: Any, state: nnx.State, cache: Any, key: Any
-        ) -> tuple[Any, tuple[Any, nnx.State, Any]]:
-            x, counts = carry
-            block = nnx.merge(graphdef, state, *counts, *shared)
-            x, cache, routing = block(x, rotary, cache, position, training, key)
-            # All that a call may change; the weights are only read.
-            changed = nnx.state(block, nnx.RngCount)
-            if counts:  # of layers that all blocks share
-                return (x, (changed,)), (cache, nnx.State({}), routing)
-            return (x, ()), (cache, changed, routing)
-
-        if isinstance(self.blocks, nnx.List):
-            apart, every = list(self.blocks), self.remat_every
-        else:
-            apart, every = [] if self.first_block is None else [self.first_block], 1
-        run, done = in_turn(call, self.remat, every), []
-        for start in range(0, len(apart), every):
-            blocks = apart[start : start + every]
-            graphdefs, states = zip(*map(nnx.split, blocks), strict=True)
-            number = range(start, start + len(blocks))
-            own = [jax.tree.map(lambda c: c[i], (cache, keys)) for i in number]  # noqa: B023
-            layers = [(state, *given) for state, given in zip(states, own, strict=True)]
-            (x, _), outputs = run(graphdefs, (x, ()), layers)
-            for block, (layer_cache, counts, routing) in zip(blocks, outputs, strict=True):
-                nnx.update(block, counts)
-                done.append((layer_cache, routing))
-        first = jax.tree.map(lambda *layers: jnp.stack(layers), *done) if done else (None, None)
-        if isinstance(self.blocks, nnx.List):
-            return x, first[0], first[1]
-        # Not nnx.scan: it writes the weights back, which fails where the model is a constant of
-        # an enclosing jit or grad.
-        counts: tuple[nnx.State, ...] = ()
-        if self.share_blocks:
-            is_norm = lambda path, _: path[0] in NORMS
-            graphdef, state, count, weights = nnx.split(self.blocks, is_norm, nnx.RngCount, ...)
-            counts, shared = (count,), (weights,)
-        else:
-            graphdef, state = nnx.split(self.blocks)
-        rest = jax.tree.map(lambda x: x[len(apart) :], (cache, keys))
-        layers = state, *rest
-        run = scanned(call, graphdef, (x, counts), layers, self.remat, self.remat_every)
-        (x, counts), (cache, changed, routing) = run
-        for after in (*counts, changed):
-            nnx.update(self.blocks, after)
-        if apart:
-            join = lambda *parts: jnp.concatenate(parts)
-            cache, routing = jax.tree.map(join, first, (cache, routing))
-        return x, cache, routing

@@ -151,7 +151,7 @@ class ExpertFFN(nnx.Module):
 
 
 class MixtureOfExperts(nnx.Module):
-    """A mixture of experts in the place of a feed-forward.
+    """A mixture of experts instead of a feed-forward.
 
     Args:
       experts: Module of all experts, such as `ExpertFFN`: ``experts(rows, sizes, key=key)``.

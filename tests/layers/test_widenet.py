@@ -384,6 +384,21 @@ def test_parameters_of_the_blocks(experts: int, count: int) -> None:
     assert sum(leaf.size for leaf in leaves) == count
 
 
+def test_one_expert_is_a_dense_feed_forward_and_linen_takes_the_block() -> None:
+    rngs = nnx.Rngs(0)
+    ffn = lro.layers.ExpertFFN(1, WIDTH, HIDDEN, rngs=rngs)
+    layer = lro.layers.MixtureOfExperts(ffn, WIDTH, Experts(1, 1), rngs=rngs)
+    x = jnp.asarray(arrays()[0])
+    y, statistics = layer(x)
+    assert_close(y, np.asarray(ffn(x[None])[0], np.float64))
+    assert statistics.balance_loss == 1
+    linen = nnx.bridge.to_linen(lro.layers.WideNetBlock, WIDTH, 2, HIDDEN, 2)
+    (y, routing), variables = linen.init_with_output(jax.random.key(0), x[None])
+    assert y.shape == (1, TOKENS, WIDTH)
+    assert routing.load.shape == (2, COUNT)
+    assert set(variables) == {"params"}
+
+
 def applied_one_by_one(block, x, mask):
     is_norm = lambda path, _: path[0] in ("attention_norm", "mlp_norm")
     graphdef, norms, shared = nnx.split(block, is_norm, ...)

@@ -147,7 +147,8 @@ def test_tuned_optimizers_and_those_of_optax_fit_the_model_by_shapes_alone(
     settings = pretrain.Settings(**pretrain.parse(flags)[0])
     corpus = pretrain.load_corpus(str(text), None, settings.sequence_length)
     # The gradient has the shapes of the parameters, whatever the loss is.
-    monkeypatch.setattr(pretrain, "mean_loss", lambda params, *args: optax.tree.norm(params))
+    norm = lambda params, *args, **options: optax.tree.norm(params)
+    monkeypatch.setattr(pretrain, "mean_loss", norm)
     for name in [*TUNED, "muon", "lbfgs", "momo", "schedule_free_adamw", "adafactor"]:
         job = pretrain.prepare(choose([name], [], None)[0], corpus, settings, None)
         assert job.optimizer.name == name
